@@ -1,0 +1,228 @@
+"""A base model as it lies on disk: what a bake needs to know, read from headers only."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from bake.errors import ModelError
+from bake.recipe import Recipe
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GEMMA_BOS = 2
+"""BOS id of every Gemma, and transformers' default where a config does not state it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A supported Gemma family, by its `model_type`."""
+
+    architecture: str
+    """Stock class."""
+    clamped: str
+    """Our class, in modeling_clamped_gemma.py."""
+    config: str
+    """Our config class."""
+    model_type: str
+    """Our `model_type`."""
+    auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)
+
+
+FAMILIES = {
+    "gemma": Family(
+        "GemmaForCausalLM", "ClampedGemmaForCausalLM", "ClampedGemmaConfig", "clamped_gemma"
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM", "ClampedGemma2ForCausalLM", "ClampedGemma2Config", "clamped_gemma2"
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        "ClampedGemma3ForCausalLM",
+        "ClampedGemma3TextConfig",
+        "clamped_gemma3_text",
+    ),
+    "gemma3": Family(
+        "Gemma3ForConditionalGeneration",
+        "ClampedGemma3ForConditionalGeneration",
+        "ClampedGemma3Config",
+        "clamped_gemma3",
+        ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model's folder, checked for completeness."""
+
+    folder: Path
+    name: str
+    """Hub id, or the folder's own name."""
+    revision: str | None
+    """Commit on the hub, where it came from there."""
+    family: Family
+    config: dict[str, Any] = field(repr=False)
+    """config.json."""
+    weight_map: dict[str, str] = field(repr=False)
+    """Tensor name → shard file."""
+    d_in: int
+    """Hidden size."""
+    n_layers: int
+    layer_prefix: str
+    """What stands before the layer's number in tensor names, `model.layers.` mostly."""
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the weight files."""
+        return sorted(set(self.weight_map.values()))
+
+    @property
+    def bos_token_id(self) -> int:
+        """BOS as the model's config states it, else Gemma's own."""
+        for config in (self.config, self.config.get("text_config") or {}):
+            if isinstance(config.get("bos_token_id"), int):
+                return int(config["bos_token_id"])
+        return GEMMA_BOS
+
+
+def find_base(recipe: Recipe) -> BaseModel:
+    """The recipe's base model: its local folder, or its snapshot in the hub's cache.
+
+    Raises:
+        ModelError: it is missing, incomplete, damaged, or no supported Gemma.
+    """
+    local = recipe.local(recipe.base.model)
+    if local.is_dir():
+        return open_base(local, name=local.resolve().name, revision=None)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base.model) or recipe.base.model[0] in "./":
+        raise ModelError(
+            f"base.model {recipe.base.model}: no such folder beside the recipe; "
+            "expected a model folder, or a hub id (owner/name)"
+        )
+    folder = _download(recipe.base.model, recipe.base.revision)
+    return open_base(folder, name=recipe.base.model, revision=folder.name)
+
+
+def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
+    """Check a model folder and read its config and tensor names; no tensor is read."""
+    config = _read_json(folder / "config.json", name)
+    family = _family_of(config, name)
+    weight_map = _weight_map(folder, name)
+    shapes = {
+        key: shape
+        for shard in set(weight_map.values())
+        for key, shape in _shapes(folder, shard, name)
+    }
+    for key, shard in weight_map.items():
+        if key not in shapes:
+            raise ModelError(f"base model {name}: {key} is not in {shard}, where {INDEX} places it")
+    layer = re.compile(r"((?:.*\.)?layers\.)(\d+)\.mlp\.gate_proj\.weight")
+    found = [match for key in shapes if (match := layer.fullmatch(key))]
+    if not found:
+        raise ModelError(
+            f"base model {name}: no decoder layers among its tensors; "
+            "expected layers.N.mlp.gate_proj.weight"
+        )
+    layers = sorted(int(match[2]) for match in found)
+    if layers != list(range(len(layers))):
+        raise ModelError(f"base model {name}: decoder layers {layers} are not consecutive from 0")
+    return BaseModel(
+        folder=folder,
+        name=name,
+        revision=revision,
+        family=family,
+        config=config,
+        weight_map=weight_map,
+        d_in=shapes[found[0][0]][1],
+        n_layers=len(layers),
+        layer_prefix=found[0][1],
+    )
+
+
+def _download(model: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"base model {model}: is gated; accept its licence on its page on the hub, then log "
+            "in with `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"base model {model}: cannot be downloaded at revision {revision} "
+            f"({type(error).__name__}); check the id and the network, or name a local folder"
+        ) from error
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"base model {name}: {path.name} is missing; expected a model folder as "
+            "transformers writes it"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"base model {name}: {path.name} cannot be read ({error})") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"base model {name}: {path.name} holds no JSON object")
+    return data
+
+
+def _family_of(config: dict[str, Any], name: str) -> Family:
+    if "sae_clamp" in config:
+        raise ModelError(f"base model {name}: is a clamped checkpoint already; take its base")
+    model_type = config.get("model_type")
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        raise ModelError(
+            f"base model {name}: model_type is {model_type!r}; "
+            f"expected one of {', '.join(FAMILIES)}"
+        )
+    architectures = config.get("architectures") or [family.architecture]
+    if architectures != [family.architecture]:
+        raise ModelError(
+            f"base model {name}: architecture is {architectures}; expected {family.architecture}"
+        )
+    return family
+
+
+def _weight_map(folder: Path, name: str) -> dict[str, str]:
+    """Tensor name → file, from the index or the one weight file (transformers' own order)."""
+    if (folder / WEIGHTS).is_file():
+        return {key: WEIGHTS for key, _ in _shapes(folder, WEIGHTS, name)}
+    if not (folder / INDEX).is_file():
+        raise ModelError(
+            f"base model {name}: no {WEIGHTS} and no {INDEX}; expected safetensors weights. "
+            "Load it with transformers and save_pretrained it"
+        )
+    weight_map = _read_json(folder / INDEX, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"base model {name}: {INDEX} holds no weight_map")
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        if Path(shard).name != shard:
+            raise ModelError(f"base model {name}: {INDEX} points outside the folder ({shard})")
+        if not (folder / shard).is_file():
+            raise ModelError(f"base model {name}: shard {shard} is missing; download it again")
+    return {str(key): str(shard) for key, shard in weight_map.items()}
+
+
+def _shapes(folder: Path, shard: str, name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a shard's tensors; opening it checks offsets against its length."""
+    try:
+        with safe_open(folder / shard, framework="np") as file:
+            return [(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"base model {name}: shard {shard} is damaged ({error}); download it again"
+        ) from error

@@ -1,0 +1,535 @@
+"""Gemma, Gemma 2 and Gemma 3 with an SAE clamp on the residual stream.
+
+This file travels inside every clamped checkpoint and needs torch and transformers only.
+
+An `SAEClamp` hangs below the decoder layer whose output it edits, as
+`model.layers.L.sae_clamp.*`; every other tensor keeps the name it has in the base model.
+Where none of the clamp's features is active, the layer's output is returned unchanged.
+
+It fails closed. `config.json` stores the activation's name behind `GUARD`, which only the
+config classes below take off again, so a stock Gemma class refuses the checkpoint instead of
+dropping the clamp. `from_pretrained` raises when a clamp tensor is missing, surplus, of the
+wrong shape, or not finite; a clamp that was never loaded answers NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3Model,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GemmaModel,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import (
+    Gemma3DecoderLayer,
+    Gemma3MultiModalProjector,
+)
+
+GUARD = "clamped, load with trust_remote_code=True: "
+"""Stands before the activation's name in `config.json`, so that stock classes refuse it."""
+
+ACTIVATION_FIELDS = ("hidden_activation", "hidden_act")
+"""Gemma reads the second, Gemma 2 and 3 the first."""
+
+SCHEMA = 1
+"""Version of `config.sae_clamp` that this file reads."""
+
+
+# --------------------------------------------------------------------------- the clamp
+
+
+class SAEClamp(nn.Module):
+    """Sets a few SAE features of the residual stream, and leaves everything else alone.
+
+        pre   = h @ W_enc + b_enc                                   [batch, seq, k]
+        a     = where(pre > theta, relu(pre), 0)                    JumpReLU; theta = 0 is ReLU
+        gate_j = any over i with route[j, i] of a_i > trigger_i
+        a'_j  = where(gate_j, value_j + scale_j * a_j, a_j)
+        h'    = h + (a' - a) @ W_dec
+
+    This equals decoding the edited code of the whole SAE and adding its error back. All tensors
+    are float32 buffers and stay float32 whatever the model is cast to.
+
+    Args:
+        d_in: width of the residual stream.
+        k: number of features that are read or set.
+    """
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor
+    theta: torch.Tensor
+    W_dec: torch.Tensor
+    trigger: torch.Tensor
+    route: torch.Tensor
+    value: torch.Tensor
+    scale: torch.Tensor
+
+    SHAPES = (
+        ("W_enc", "d_in", "k"),
+        ("b_enc", "k"),
+        ("theta", "k"),
+        ("W_dec", "k", "d_in"),
+        ("trigger", "k"),
+        ("route", "k", "k"),
+        ("value", "k"),
+        ("scale", "k"),
+    )
+
+    def __init__(self, d_in: int, k: int) -> None:
+        super().__init__()
+        size = {"d_in": d_in, "k": k}
+        for name, *axes in self.SHAPES:
+            shape = [size[axis] for axis in axes]
+            dtype = torch.bool if name == "route" else torch.float32
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fill every buffer that was not loaded with NaN: a clamp without weights answers NaN."""
+        for buffer in self.buffers():
+            if buffer.is_floating_point() and not getattr(buffer, "_is_hf_initialized", False):
+                buffer.fill_(float("nan"))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SAEClamp:
+        """Follow the model to another device, but never to another dtype."""
+
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved: torch.Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+
+    def forward(self, h: torch.Tensor, exempt: torch.Tensor | None = None) -> torch.Tensor:
+        """Clamp a residual stream.
+
+        Args:
+            h: [batch, seq, d_in], any floating dtype.
+            exempt: [batch, seq] bool, positions that are left as they are.
+
+        Returns:
+            [batch, seq, d_in], in h's dtype.
+        """
+        a = self.feature_acts(h)
+        delta = (self.edited(a) - a) @ self.W_dec
+        if exempt is not None:
+            delta = delta.masked_fill(exempt.unsqueeze(-1), 0.0)
+        return h + delta.to(h.dtype)
+
+    def feature_acts(self, h: torch.Tensor) -> torch.Tensor:
+        """h: [batch, seq, d_in] -> activations of the k features: [batch, seq, k], float32."""
+        pre = h.float() @ self.W_enc + self.b_enc
+        return torch.where(pre > self.theta, pre.relu(), 0.0)
+
+    def edited(self, a: torch.Tensor) -> torch.Tensor:
+        """a: [batch, seq, k] -> what the features become: [batch, seq, k]."""
+        on = (a > self.trigger).float()
+        gate = (on @ self.route.float().T) > 0
+        return torch.where(gate, self.value + self.scale * a, a)
+
+
+# --------------------------------------------------------------------------- configs
+
+
+class _ClampedConfig:
+    """Mixed in before a Gemma config: takes the guard off on reading, puts it on on writing."""
+
+    _auto_class = "AutoConfig"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ACTIVATION_FIELDS:
+            if isinstance(kwargs.get(name), str):
+                kwargs[name] = kwargs[name].removeprefix(GUARD)
+            elif isinstance(getattr(self, name, None), str):
+                setattr(self, name, getattr(self, name).removeprefix(GUARD))
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        clamp = getattr(self, "sae_clamp", None)
+        if clamp is not None and clamp.get("schema") != SCHEMA:
+            raise ValueError(
+                f"config.sae_clamp.schema: got {clamp.get('schema')!r}, expected {SCHEMA}; "
+                "load the checkpoint with the modeling file that came with it"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return _guarded(super().to_dict())  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return _guarded(super().to_diff_dict())  # type: ignore[misc]
+
+
+def _guarded(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as it is written: the activation behind the guard, in every field that a
+    stock class of any Gemma family reads it from.
+    """
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if isinstance(activation, str):
+        for name in ACTIVATION_FIELDS:
+            config[name] = GUARD + activation.removeprefix(GUARD)
+    return config
+
+
+class ClampedGemmaConfig(_ClampedConfig, GemmaConfig):
+    """`GemmaConfig` and where the clamps sit."""
+
+    model_type = "clamped_gemma"
+    sae_clamp: dict[str, Any] | None = None
+
+
+class ClampedGemma2Config(_ClampedConfig, Gemma2Config):
+    """`Gemma2Config` and where the clamps sit."""
+
+    model_type = "clamped_gemma2"
+    sae_clamp: dict[str, Any] | None = None
+
+
+class ClampedGemma3TextConfig(_ClampedConfig, Gemma3TextConfig):
+    """`Gemma3TextConfig` and where the clamps sit."""
+
+    model_type = "clamped_gemma3_text"
+    sae_clamp: dict[str, Any] | None = None
+
+
+class ClampedGemma3Config(_ClampedConfig, Gemma3Config):
+    """`Gemma3Config` and where the clamps sit in the language model."""
+
+    model_type = "clamped_gemma3"
+    sub_configs_defaults = {
+        **Gemma3Config.sub_configs_defaults,
+        "text_config": ClampedGemma3TextConfig,
+    }
+    sae_clamp: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.text_config.sae_clamp = self.sae_clamp
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        written = super().to_diff_dict()
+        # transformers leaves out what equals a default, which the guarded activation may.
+        text = written["text_config"] | {"hidden_activation": self.text_config.hidden_activation}
+        text.pop("sae_clamp", None)
+        return written | {"text_config": _guarded(text)}
+
+
+# --------------------------------------------------------------------------- layers and models
+
+
+class _ClampedLayer:
+    """Mixed in before a decoder layer: clamps its output where the config places a site."""
+
+    sae_clamp: SAEClamp | None
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        site = next((s for s in _sites(config) if s["layer"] == layer_idx), None)
+        self.sae_clamp = SAEClamp(config.hidden_size, site["k"]) if site else None
+        self.exempt_bos = bool(site and site["exempt_bos"])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        sae_exempt: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        h: torch.Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        if self.sae_clamp is None:
+            return h
+        return self.sae_clamp(h, sae_exempt if self.exempt_bos else None)
+
+
+class ClampedGemmaDecoderLayer(_ClampedLayer, GemmaDecoderLayer):
+    """Gemma's decoder layer, its output clamped."""
+
+
+class ClampedGemma2DecoderLayer(_ClampedLayer, Gemma2DecoderLayer):
+    """Gemma 2's decoder layer, its output clamped."""
+
+
+class ClampedGemma3DecoderLayer(_ClampedLayer, Gemma3DecoderLayer):
+    """Gemma 3's decoder layer, its output clamped."""
+
+
+class _Clamped:
+    """Mixed in before any Gemma model class: the clamp stays float32, and must be there."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, SAEClamp):
+            module.reset()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a clamped checkpoint, as `PreTrainedModel.from_pretrained` does.
+
+        Raises:
+            ValueError: a clamp tensor is missing, surplus, of the wrong shape, or not finite;
+                the message names it.
+        """
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        refuse_broken_clamp(model, info)
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            raise ValueError(f"tensors of another shape than expected: {info['mismatched_keys']}")
+        return (model, info) if output_loading_info else model
+
+
+class _ClampedTextModel(_Clamped):
+    """Mixed in before a text backbone: clamped layers, and the exempt positions for them."""
+
+    _layer_class: type
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.layers = nn.ModuleList(
+            self._layer_class(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.post_init()  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+        }
+        if "sae_exempt" not in kwargs:
+            kwargs["sae_exempt"] = exempt_positions(self.config, **inputs)  # type: ignore[attr-defined]
+        return super().forward(**inputs, **kwargs)  # type: ignore[misc]
+
+
+class ClampedGemmaModel(_ClampedTextModel, GemmaModel):
+    """`GemmaModel` with clamped decoder layers."""
+
+    config_class = ClampedGemmaConfig
+    _layer_class = ClampedGemmaDecoderLayer
+    _no_split_modules = ["ClampedGemmaDecoderLayer"]
+
+
+class ClampedGemma2Model(_ClampedTextModel, Gemma2Model):
+    """`Gemma2Model` with clamped decoder layers."""
+
+    config_class = ClampedGemma2Config
+    _layer_class = ClampedGemma2DecoderLayer
+    _no_split_modules = ["ClampedGemma2DecoderLayer"]
+
+
+class ClampedGemma3TextModel(_ClampedTextModel, Gemma3TextModel):
+    """`Gemma3TextModel` with clamped decoder layers."""
+
+    config_class = ClampedGemma3TextConfig
+    _layer_class = ClampedGemma3DecoderLayer
+    _no_split_modules = ["ClampedGemma3DecoderLayer"]
+
+
+class ClampedGemma3Model(_Clamped, Gemma3Model):
+    """`Gemma3Model` whose language model is clamped; images are untouched."""
+
+    config_class = ClampedGemma3Config
+    _no_split_modules = ["ClampedGemma3DecoderLayer"]
+
+    def __init__(self, config: ClampedGemma3Config) -> None:
+        super(Gemma3Model, self).__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = Gemma3MultiModalProjector(config)
+        self.vocab_size = config.text_config.vocab_size
+        self.language_model = ClampedGemma3TextModel(config.text_config)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        kwargs["sae_exempt"] = exempt_positions(self.config, input_ids, **kwargs)
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+class ClampedGemmaForCausalLM(_Clamped, GemmaForCausalLM):
+    """`GemmaForCausalLM` over a clamped backbone."""
+
+    config_class = ClampedGemmaConfig
+    _auto_class = "AutoModelForCausalLM"
+    _no_split_modules = ["ClampedGemmaDecoderLayer"]
+
+    def __init__(self, config: ClampedGemmaConfig) -> None:
+        super(GemmaForCausalLM, self).__init__(config)
+        self.model = ClampedGemmaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ClampedGemma2ForCausalLM(_Clamped, Gemma2ForCausalLM):
+    """`Gemma2ForCausalLM` over a clamped backbone."""
+
+    config_class = ClampedGemma2Config
+    _auto_class = "AutoModelForCausalLM"
+    _no_split_modules = ["ClampedGemma2DecoderLayer"]
+
+    def __init__(self, config: ClampedGemma2Config) -> None:
+        super(Gemma2ForCausalLM, self).__init__(config)
+        self.model = ClampedGemma2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ClampedGemma3ForCausalLM(_Clamped, Gemma3ForCausalLM):
+    """`Gemma3ForCausalLM` over a clamped backbone."""
+
+    config_class = ClampedGemma3TextConfig
+    _auto_class = "AutoModelForCausalLM"
+    _no_split_modules = ["ClampedGemma3DecoderLayer"]
+
+    def __init__(self, config: ClampedGemma3TextConfig) -> None:
+        super(Gemma3ForCausalLM, self).__init__(config)
+        self.model = ClampedGemma3TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ClampedGemma3ForConditionalGeneration(_Clamped, Gemma3ForConditionalGeneration):
+    """`Gemma3ForConditionalGeneration` over a clamped language model."""
+
+    config_class = ClampedGemma3Config
+    _auto_class = "AutoModelForImageTextToText"
+    _no_split_modules = ["ClampedGemma3DecoderLayer"]
+
+    def __init__(self, config: ClampedGemma3Config) -> None:
+        super(Gemma3ForConditionalGeneration, self).__init__(config)
+        self.model = ClampedGemma3Model(config)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+        )
+        self.post_init()
+
+
+# Gemma 3 checkpoints with images keep the key names of their first release; transformers
+# translates them by model type or class name, so the clamped names get the same translation.
+for _stock, _clamped in (("gemma3", "clamped_gemma3"), ("Gemma3Model", "ClampedGemma3Model")):
+    if (_mapping := get_checkpoint_conversion_mapping(_stock)) is not None:
+        register_checkpoint_conversion_mapping(_clamped, _mapping, overwrite=True)
+
+
+# --------------------------------------------------------------------------- where, and whether
+
+
+def _sites(config: Any) -> list[dict[str, Any]]:
+    """The config's sites: `{"layer", "k", "exempt_bos"}` each."""
+    if not getattr(config, "sae_clamp", None):
+        raise ValueError(
+            "config.sae_clamp: missing; a clamped model needs its clamp. Load the base model "
+            "with its own class, or the checkpoint with its own config.json"
+        )
+    return list(config.sae_clamp["sites"])
+
+
+def exempt_positions(
+    config: Any,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None = None,
+    attention_mask: Any = None,
+    position_ids: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> torch.Tensor | None:
+    """The positions that no clamp touches: [batch, seq] bool, or None where there are none.
+
+    By token id where ids are given (with a cache, index 0 is every decoded token; with left
+    padding, BOS is not at 0). For embeddings alone: the first position of each sequence that
+    the attention mask shows.
+    """
+    token_ids = config.sae_clamp["exempt_token_ids"]
+    if not token_ids:
+        return None
+    if input_ids is not None:
+        exempt = input_ids == token_ids[0]
+        for token_id in token_ids[1:]:
+            exempt = exempt | (input_ids == token_id)
+        return exempt
+    if inputs_embeds is None:
+        return None
+    batch, seq = inputs_embeds.shape[:2]
+    if not (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2):
+        if position_ids is not None:
+            return (position_ids == 0).expand(batch, seq)
+        attention_mask = None
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
+    here = torch.arange(seq, device=inputs_embeds.device) + past
+    first = here.new_zeros(batch) if attention_mask is None else attention_mask.int().argmax(-1)
+    return here.unsqueeze(0) == first.unsqueeze(1)
+
+
+def refuse_broken_clamp(model: nn.Module, info: dict[str, Any]) -> None:
+    """Raise ValueError unless every clamp tensor was loaded, fits, and is finite.
+
+    Args:
+        model: a clamped model.
+        info: `from_pretrained`'s loading info.
+    """
+    mismatched = {key[0] for key in info["mismatched_keys"]}
+    surplus = {key for key in info["unexpected_keys"] if ".sae_clamp." in key}
+    for what, keys in (
+        ("is missing from the checkpoint", info["missing_keys"]),
+        ("has another shape than config.json says", mismatched),
+        ("is in the checkpoint, but config.json places no clamp there", surplus),
+    ):
+        for key in sorted(key for key in keys if ".sae_clamp." in key):
+            raise ValueError(f"clamp tensor {key} {what}; this folder is damaged, do not use it")
+    for name, buffer in model.named_buffers():
+        if ".sae_clamp." in name and not buffer.is_meta and not buffer.isfinite().all():
+            raise ValueError(
+                f"clamp tensor {name} is not finite; this folder is damaged, do not use it"
+            )
+
+
+__all__ = [
+    "ClampedGemma2Config",
+    "ClampedGemma2ForCausalLM",
+    "ClampedGemma2Model",
+    "ClampedGemma3Config",
+    "ClampedGemma3ForCausalLM",
+    "ClampedGemma3ForConditionalGeneration",
+    "ClampedGemma3Model",
+    "ClampedGemma3TextConfig",
+    "ClampedGemma3TextModel",
+    "ClampedGemmaConfig",
+    "ClampedGemmaForCausalLM",
+    "ClampedGemmaModel",
+    "SAEClamp",
+]

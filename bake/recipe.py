@@ -1,0 +1,383 @@
+"""The recipe: what to forget, in which model, how (TOML in and out)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from bake.errors import RecipeError
+
+Method = Literal["clamp", "scale", "zero", "refusal", "random_decoder"]
+
+METHOD_FIELDS: dict[str, tuple[set[str], set[str]]] = {
+    "clamp": ({"value"}, {"value"}),
+    "scale": ({"multiplier"}, {"multiplier"}),
+    "zero": (set(), set()),
+    "refusal": (
+        {"value", "refusal_feature"},
+        {"value", "refusal_feature", "also_clamp", "clamp_value"},
+    ),
+    "random_decoder": ({"value"}, {"value"}),
+}
+"""Per method: the method-specific fields it needs, and those it may carry."""
+
+
+class _Table(BaseModel):
+    """A TOML table: unknown keys are errors, numbers are finite, types are not coerced."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        frozen=True,
+        populate_by_name=True,
+    )
+
+
+class Base(_Table):
+    """The model that is to forget."""
+
+    model: str = Field(min_length=1)
+    """Hub id, or a folder relative to the recipe file."""
+    revision: str = "main"
+    """Branch, tag or commit on the hub; a commit for anything that is published."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the checkpoint is loaded and verified in; `auto` is as stored."""
+    license: str = "gemma"
+    """Licence that the card and the notice follow, as a hub licence id."""
+
+
+class SAESource(_Table):
+    """Where an SAE comes from: `release` and `id`, or `path`."""
+
+    release: str | None = None
+    """sae_lens release, or a hub repository in sae_lens's format."""
+    id: str | None = None
+    """The SAE's id within the release."""
+    path: str | None = None
+    """A sae_lens or Gemma Scope folder, relative to the recipe file."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.path is None) == (self.release is None) or (self.release is None) != (
+            self.id is None
+        ):
+            raise ValueError("expected either `path`, or `release` and `id`")
+        return self
+
+
+class TextSource(_Table):
+    """Texts: a local JSONL file (`path`), or a hub data set (`dataset`, `split`)."""
+
+    path: str | None = None
+    """A JSONL file, relative to the recipe file."""
+    dataset: str | None = None
+    """Hub id of a data set, or a local folder."""
+    config: str | None = None
+    """Configuration of the data set."""
+    split: str = "train"
+    """Split of the data set."""
+    field: str = "text"
+    """Key of each row that holds the text."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        _check_path_or_dataset(self)
+        return self
+
+
+class QuestionSource(_Table):
+    """Multiple-choice questions (`question`, `choices`, `answer`, optional `subject`)."""
+
+    path: str | None = None
+    """A JSONL file, relative to the recipe file."""
+    dataset: str | None = None
+    """Hub id of a data set, or a local folder."""
+    config: str | None = None
+    """Configuration of the data set."""
+    split: str = "test"
+    """Split of the data set."""
+    topic: str | None = None
+    """Named in the prompt where a row has no `subject`."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        _check_path_or_dataset(self)
+        return self
+
+
+class Clamp(_Table):
+    """One SAE at one hook point, and what happens to which of its features."""
+
+    sae: SAESource
+    """The SAE whose features are read and set."""
+    hook_point: str | None = None
+    """Where it sits; taken from the SAE when absent, an error when the two disagree."""
+    method: Method
+    """clamp | scale | zero | refusal | random_decoder (METHODS: one equation, five routes)."""
+    features: list[int] | Literal["select"]
+    """SAE features that trigger the clamp, or "select"."""
+    value: float | None = None
+    """What an active feature becomes, in the SAE's own activation units, sign as written."""
+    multiplier: float | None = None
+    """scale only: an active feature's activation a becomes (1 - multiplier) * a."""
+    trigger: float = Field(default=0.0, ge=0)
+    """A feature counts as active when its activation is greater than this."""
+    refusal_feature: int | None = Field(default=None, ge=0)
+    """refusal only: the feature that is set to `value` while any of `features` is active."""
+    also_clamp: bool = False
+    """refusal only: set the harmful features themselves too, to `clamp_value`."""
+    clamp_value: float | None = None
+    """refusal with also_clamp only: default is `value`."""
+    exempt_bos: bool = True
+    """Leave tokens whose id is BOS as they are."""
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _readable_features(cls, features: Any) -> Any:
+        if features == "select":
+            return features
+        whole = isinstance(features, list) and all(type(f) is int for f in features)
+        if not whole or not features:
+            raise ValueError('expected a list of at least one feature number, or "select"')
+        if negative := [f for f in features if f < 0]:
+            raise ValueError(f"feature {negative[0]} is negative")
+        if twice := [f for f in features if features.count(f) > 1]:
+            raise ValueError(f"feature {twice[0]} is listed twice")
+        return features
+
+    @field_validator("hook_point")
+    @classmethod
+    def _supported_hook_point(cls, hook_point: str | None) -> str | None:
+        if hook_point is not None:
+            layer_of(hook_point)
+        return hook_point
+
+    @model_validator(mode="after")
+    def _fields_fit_method(self) -> Self:
+        needed, allowed = METHOD_FIELDS[self.method]
+        for name in sorted(needed):
+            if getattr(self, name) is None:
+                raise ValueError(f'method "{self.method}" needs `{name}`')
+        specific = set().union(*(fields for _, fields in METHOD_FIELDS.values()))
+        for name in sorted((self.model_fields_set & specific) - allowed):
+            raise ValueError(f'method "{self.method}" does not use `{name}`; remove it')
+        if self.clamp_value is not None and not self.also_clamp:
+            raise ValueError("`clamp_value` is used only with also_clamp = true")
+        if self.multiplier == 0:
+            raise ValueError("multiplier = 0 leaves every activation as it is")
+        if self.refusal_feature is not None and self.refusal_feature in self.features:
+            raise ValueError(f"refusal_feature {self.refusal_feature} is also among `features`")
+        return self
+
+
+class Select(_Table):
+    """How features are chosen where `features = "select"`."""
+
+    by: Literal["sparsity", "ratio", "attribution"] = "sparsity"
+    """The procedure (METHODS: selecting features)."""
+    forget: TextSource
+    """Texts that the model should forget."""
+    retain: TextSource
+    """Texts that it should keep; they must look like the prompts that must survive."""
+    retain_threshold: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of retained tokens on which a selected feature may fire."""
+    n_features: int = Field(default=20, ge=1)
+    """How many features to take."""
+    ratio_percentile: float = Field(default=95.0, ge=0, le=100)
+    """ratio only: keep features above this percentile of mean square forget / retain."""
+    seq_len: int = Field(default=1024, ge=2)
+    """Window length in tokens, BOS included."""
+    n_seqs: int = Field(default=1024, ge=1)
+    """Windows per corpus."""
+
+
+class Verify(_Table):
+    """What the exported model is measured on."""
+
+    forget_questions: QuestionSource
+    """Questions about what is to be forgotten."""
+    retain_questions: QuestionSource
+    """Questions about what is to be kept."""
+    text: TextSource
+    """Texts for the loss that the clamp adds."""
+    prompt: Literal["chat", "plain"] = "chat"
+    """The prompt form that leads the report; both are always measured."""
+
+
+class Recipe(_Table):
+    """A whole recipe. `Recipe.load(path)` reads one; `to_toml()` writes one."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    """Version of this format."""
+    base: Base
+    """The model that is to forget."""
+    clamp: list[Clamp] = Field(min_length=1)
+    """One table per hook point."""
+    select: Select | None = None
+    """Needed where features = "select"."""
+    verify: Verify | None = None
+    """What the exported model is measured on."""
+
+    _folder: Path = PrivateAttr(default=Path())
+    _file: Path | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _tables_fit(self) -> Self:
+        layers = [layer_of(c.hook_point) for c in self.clamp if c.hook_point is not None]
+        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+            raise ValueError(f"two [[clamp]] tables at the output of layer {twice[0]}; merge them")
+        if self.select is None and any(c.features == "select" for c in self.clamp):
+            raise ValueError('features = "select" needs a [select] table')
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._folder
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a recipe file.
+
+        Raises:
+            RecipeError: the file is missing, is no TOML, or a value is wrong; one line that
+                names the key, what came and what was expected.
+        """
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(
+                f"recipe {path}: cannot be read ({error.strerror}); expected a TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe {path}: is no TOML: {error}") from error
+        recipe = cls.parse(data, name=str(path), folder=path.resolve().parent)
+        recipe._file = path
+        return recipe
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], *, name: str, folder: Path) -> Self:
+        """Check a parsed recipe; `name` leads its errors, `folder` is where paths start."""
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"recipe {name}: {_one_line(error, cls)}") from error
+        recipe._folder = folder
+        return recipe
+
+    def local(self, path: str) -> Path:
+        """A path of the recipe, relative to the recipe's folder, as a usable path."""
+        return self._folder / path
+
+    @property
+    def local_sources(self) -> list[Path]:
+        """Every local file or folder that the recipe names, and its own file, where they exist."""
+        sources: list[TextSource | QuestionSource] = []
+        if self.verify is not None:
+            v = self.verify
+            sources += [v.forget_questions, v.retain_questions, v.text]
+        if self.select is not None:
+            sources += [self.select.forget, self.select.retain]
+        saes = [clamp.sae.path for clamp in self.clamp]
+        names = [self.base.model, *saes, *(s.path or s.dataset for s in sources)]
+        paths = [self.local(name) for name in names if name is not None]
+        return [path for path in (self._file, *paths) if path is not None and path.exists()]
+
+    def shareable(self) -> Recipe:
+        """The recipe as it may leave the machine: every local path cut to its last component."""
+        data = self.to_dict()
+        _cut_paths(data, self._folder)
+        return Recipe.parse(data, name="recipe.toml", folder=Path())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as TOML data: what was written, no defaults added."""
+        return self.model_dump(by_alias=True, exclude_unset=True, exclude_none=True)
+
+    def to_toml(self) -> str:
+        """The recipe as TOML text."""
+        return tomli_w.dumps(self.to_dict())
+
+
+def layer_of(hook_point: str) -> int:
+    """The decoder layer whose output a residual-stream hook point reads.
+
+    `blocks.L.hook_resid_post` is the output of layer L; `blocks.L.hook_resid_pre` that of L - 1.
+
+    Raises:
+        ValueError: any other hook point, and `blocks.0.hook_resid_pre`, which no layer writes.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook_point)
+    if match is None:
+        raise ValueError(
+            f'hook point "{hook_point}" is not supported; expected blocks.L.hook_resid_post '
+            "or blocks.L.hook_resid_pre (the residual stream)"
+        )
+    layer = int(match[1]) - (match[2] == "pre")
+    if layer < 0:
+        raise ValueError(
+            f'hook point "{hook_point}" is the embedding, which no decoder layer writes; '
+            "expected blocks.L.hook_resid_post, or hook_resid_pre with L of at least 1"
+        )
+    return layer
+
+
+def _check_path_or_dataset(source: TextSource | QuestionSource) -> None:
+    if (source.path is None) == (source.dataset is None):
+        raise ValueError("expected either `path` or `dataset`")
+    if source.path is not None and {"config", "split"} & source.model_fields_set:
+        raise ValueError("`config` and `split` go with `dataset`, not with `path`")
+
+
+def _cut_paths(table: dict[str, Any], folder: Path) -> None:
+    """Cut local paths in place; hub ids stay."""
+    for key, entry in table.items():
+        for child in entry if isinstance(entry, list) else [entry]:
+            if isinstance(child, dict):
+                _cut_paths(child, folder)
+        hub_key = key in ("model", "dataset")
+        if key == "path" or (hub_key and (entry[0] in "./~" or (folder / entry).exists())):
+            table[key] = (folder / entry).resolve().name
+
+
+def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first trouble of a ValidationError as `key: got …, expected …`, and how many more."""
+    first, *more = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
+    key = ""
+    for part in first["loc"]:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(first["loc"][-1]), sorted(_all_keys(root)), 1)
+        hint = f"; did you mean `{close[0]}`?" if close else "; remove it"
+        text = f"unknown key{hint}"
+    elif first["type"] == "missing":
+        text = "missing; it is required"
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+    else:
+        message = first["msg"].removeprefix("Input should be ")
+        text = f"got {first['input']!r}, expected {message}"
+    suffix = f" (and {len(more)} more)" if more else ""
+    return f"{key}: {text}{suffix}" if key else f"{text}{suffix}"
+
+
+def _all_keys(table: type[BaseModel]) -> set[str]:
+    """Every key that any table of the recipe knows."""
+    tables = (table, Base, SAESource, TextSource, QuestionSource, Clamp, Select, Verify)
+    return {field.alias or name for t in tables for name, field in t.model_fields.items()}

@@ -1,0 +1,5 @@
+"""`python -m bakeout`."""
+
+from bakeout.cli import main
+
+main()

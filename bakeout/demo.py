@@ -1,0 +1,35 @@
+"""`bakeout demo`: the main job on the shipped miniature, from recipe to evidence."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import bakeout
+from bake.recipe import Recipe
+from bakeout.baking import bake_recipe
+from bakeout.cli import write_json
+from bakeout.showing import console, progress, show_report
+from verify.suite import verify_folder
+
+MINIATURE = Path(bakeout.__file__).parent / "miniature"
+
+
+def run_demo(out: Path) -> int:
+    """Bake, verify, print one table; leaves `checkpoint/` and `report.json` below `out`."""
+    start = time.monotonic()
+    folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
+    bake_recipe(recipe_file, folder, force=True)
+    recipe = Recipe.load(recipe_file)
+    with progress("verify") as advance:
+        report = verify_folder(folder, recipe, progress=advance)
+    write_json(report, out / "report.json")
+    show_report(report)
+    console().print(
+        f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.json'})\n\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")\n',
+        markup=False,
+    )
+    return report.exit_code

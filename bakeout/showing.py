@@ -1,0 +1,161 @@
+"""What a person sees in the terminal: progress, tables, folders."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bake.errors import FolderError
+from verify.report import EngineReport, VerifyReport
+
+ENGINE_NAMES = {"reference": "hooked reference"}
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables when it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[str, float], None]]:
+    """Yield `advance(what, share done)`: a bar on stderr, nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _what, _share: None
+        return
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda what, share: bar.update(task, description=escape(what), completed=share)
+
+
+def show_report(report: VerifyReport) -> None:
+    """Print the engines table, failures, flips and the verdict."""
+    out = console()
+    if report.engines:
+        out.print(engines_table(report))
+    for warning in report.warnings:
+        out.print(f"warning: {escape(warning)}")
+    for failure in report.failures:
+        out.print(f"[red]fail[/red]  {escape(printable(str(failure)))}")
+    for line in flip_lines(report):
+        out.print(escape(printable(line)))
+    colour = "green" if report.verdict == "pass" else "red"
+    exact = "exact" if report.exact else "an approximation"
+    out.print(
+        f"[{colour}]{report.verdict}[/{colour}]  {escape(printable(report.folder))}: "
+        f"{report.carrier}, {exact}; scope {report.scope}"
+    )
+
+
+def engines_table(report: VerifyReport) -> Table:
+    """One row per engine: what it knows, what it lost, and how far it is from the reference."""
+    form = report.prompt or "chat"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in (
+        f"forget accuracy\n{form}",
+        f"retained accuracy\n{form}",
+        "loss added\nnats/token",
+        "max |Δlogit|\nagainst the hook",
+        "mean KL\nnats",
+        "answer\nflips",
+        "tokens\nfired",
+    ):
+        table.add_column(name, justify="right")
+    for engine in report.engines:
+        table.add_row(*_engine_row(engine, form))
+    return table
+
+
+def _engine_row(engine: EngineReport, form: str) -> list[str]:
+    def accuracy(of: Any) -> str:
+        return "–" if of is None else f"{getattr(of, form):.3f}"
+
+    row = [ENGINE_NAMES.get(engine.name, engine.name), accuracy(engine.forget)]
+    row += [accuracy(engine.retain)]
+    row += ["–" if engine.loss_added is None else f"{engine.loss_added:+.4f}"]
+    if (parity := engine.parity) is None:
+        return [*row, "–", "–", "–", "–"]
+    return [
+        *row,
+        f"{parity.max_abs_logit:.1e}",
+        f"{parity.mean_kl:.1e}",
+        str(len(parity.flips)),
+        str(parity.tokens_fired),
+    ]
+
+
+def flip_lines(report: VerifyReport, most: int = 10) -> list[str]:
+    """Questions that an engine answers otherwise than the reference; not the base's."""
+    lines = [
+        f"flip  {engine.name}: {flip.source} row {flip.row} ({flip.form}): "
+        f"{flip.engine} for {flip.reference}, right is {flip.right}: {flip.question}"
+        for engine in report.engines
+        if engine.parity is not None and engine.name != "base"
+        for flip in engine.parity.flips
+    ]
+    more = [f"… and {len(lines) - most} more flips"] if len(lines) > most else []
+    return lines[:most] + more
+
+
+def show_folder(folder: Path) -> None:
+    """Print what a folder says it is. Nothing in it is run or checked."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        rows = [
+            (
+                "carrier",
+                f"{manifest['carrier']}, {'exact' if manifest['exact'] else 'approximate'}",
+            ),
+            ("base", " at ".join(filter(None, manifest["base"].values()))),
+            *((f"clamp, layer {c['layer']}", _clamp_text(c)) for c in manifest["clamps"]),
+            ("recipe sha256", manifest["recipe_sha256"]),
+            ("made with", ", ".join(f"{k} {v}" for k, v in manifest["tools"].items())),
+            ("files", f"{len(manifest['files'])}, checked by `bakeout verify`, not by this"),
+        ]
+    except FileNotFoundError as error:
+        raise FolderError(
+            f"{folder}: has no manifest.json; expected a folder that bakeout wrote"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FolderError(
+            f"{folder}: manifest.json cannot be read ({type(error).__name__}: {error}); "
+            "bake or download the folder again"
+        ) from error
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, escape(printable(text)))
+    console().print(table)
+
+
+def _clamp_text(clamp: dict[str, Any]) -> str:
+    features = ", ".join(str(feature) for feature in clamp["features"])
+    parameters = ", ".join(f"{k} {v}" for k, v in clamp["parameters"].items())
+    return (
+        f"{clamp['method']} at {clamp['hook_point']} ({parameters})\n"
+        f"features {features}\n"
+        f"of {clamp['sae']['name']} ({clamp['sae']['architecture']}, sha256 "
+        f"{clamp['sae']['sha256'][:16]}…)"
+    )
+
+
+def printable(text: str) -> str:
+    """Text from a file as it may be shown: no control characters but line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
