@@ -8,7 +8,7 @@ from bake.clamp import sae_name
 from bake.recipe import Recipe
 from bakeout.showing import progress
 from export.checkpoint import CheckpointPlan, plan_checkpoint, write_checkpoint
-from export.folder import check_output
+from export.new_folder import check_output
 from model_cards.render import render_card
 
 

@@ -57,7 +57,7 @@ def bake(
     """Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them."""
     from bakeout.baking import bake_recipe, describe_plan
     from export.checkpoint import plan_checkpoint
-    from export.folder import check_output
+    from export.new_folder import check_output
 
     if dry_run:
         from bake.recipe import Recipe

@@ -20,8 +20,8 @@ from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps
 from bake.recipe import Recipe
 from export.copying import copy_all, hash_new
-from export.folder import check_output, new_folder
 from export.manifest import manifest, write_manifest
+from export.new_folder import check_output, new_folder
 
 CLAMP_SHARD = "model-sae-clamp.safetensors"
 RENAMED_WEIGHTS = "model-00001-of-00001.safetensors"

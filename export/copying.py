@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-BLOCK_BYTES = 8 << 20
-"""Bytes read at a time."""
+BLOCK_BYTES = 1 << 20
+"""Bytes read at a time: what a core's cache holds while it is hashed and written."""
 _WORKERS = 2
 
 
 def copy_hashed(source: Path, target: Path, advance: Callable[[int], None]) -> str:
     """Copy a file to disk and return its sha256.
 
-    A block is hashed by a second thread while it is being written.
+    A block is hashed by a second thread while it is written and the next one is read.
 
     Args:
         source: file to read.
@@ -24,16 +25,21 @@ def copy_hashed(source: Path, target: Path, advance: Callable[[int], None]) -> s
         advance: called with the bytes of each block.
     """
     digest = hashlib.sha256()
+    buffers = itertools.cycle([memoryview(bytearray(BLOCK_BYTES)) for _ in range(2)])
     with (
         source.open("rb", buffering=0) as reader,
         target.open("xb", buffering=0) as writer,
         ThreadPoolExecutor(1) as hasher,
     ):
-        while block := reader.read(BLOCK_BYTES):
-            hashed = hasher.submit(digest.update, block)
-            _write_all(writer.fileno(), block)
+        hashed: Future[None] | None = None
+        while n := reader.readinto(buffer := next(buffers)):
+            if hashed is not None:
+                hashed.result()
+            hashed = hasher.submit(digest.update, buffer[:n])
+            _write_all(writer.fileno(), buffer[:n])
+            advance(n)
+        if hashed is not None:
             hashed.result()
-            advance(len(block))
         os.fsync(writer.fileno())
     return digest.hexdigest()
 
@@ -58,7 +64,6 @@ def hash_new(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_all(descriptor: int, block: bytes) -> None:
-    view = memoryview(block)
+def _write_all(descriptor: int, view: memoryview) -> None:
     while view:
         view = view[os.write(descriptor, view) :]

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file as save_numpy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # tiny models gain nothing from more, and tests run side by side
 
 D_IN = 32
 D_SAE = 64
