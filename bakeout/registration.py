@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -38,25 +36,36 @@ def register_when_imported() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Finds nothing itself; calls back after transformers' Auto modules have run."""
+    """Registers as soon as no import of transformers is under way and its Auto classes are there.
+
+    Not earlier: its modules import each other in circles, and ours needs whole ones.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in (_CONFIGS, _MODELS):
+        if not name.startswith("transformers."):
             return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            sys.meta_path.insert(0, self)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader, self)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Watched(spec.loader, self)
+                return spec
+        return None
+
+    def look(self) -> None:
+        """After an import of transformers: register if this was the outermost."""
+        if self.depth == 0 and _CONFIGS in sys.modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            register()
 
 
-class _ThenRegister(Loader):
-    """Runs a module by its own loader, then registers."""
+class _Watched(Loader):
+    """Runs a module by its own loader, counting how deep imports are nested."""
 
     def __init__(self, loader: Loader, watcher: _Watcher) -> None:
         self.loader, self.watcher = loader, watcher
@@ -65,10 +74,12 @@ class _ThenRegister(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        if module.__name__ == _MODELS:
-            if self.watcher in sys.meta_path:
-                sys.meta_path.remove(self.watcher)
-            register()
-        elif _MODELS not in sys.modules:
-            importlib.import_module(_MODELS)
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.watcher.depth += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.watcher.depth -= 1
+        self.watcher.look()

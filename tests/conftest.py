@@ -184,7 +184,7 @@ def tiny_tokenizer(folder: Path) -> Path:
 
     Its ids stay below those that the tiny Gemma 3 keeps for images.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
@@ -196,6 +196,9 @@ def tiny_tokenizer(folder: Path) -> Path:
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Replace(" ", "\u2581")
     backend.decoder = decoders.Replace("\u2581", " ")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     PreTrainedTokenizerFast(
         tokenizer_object=backend,

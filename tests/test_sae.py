@@ -179,10 +179,9 @@ def test_a_value_that_is_not_finite_anywhere_is_refused_by_name(
 ) -> None:
     sae = tiny_sae()
     getattr(sae, name).flat[-1] = bad
-    for folder in (
-        save_sae_lens(tmp_path / "sae", sae),
-        save_gemma_scope(tmp_path / "layer_1", sae),
-    ):
+    save_sae_lens(tmp_path / "sae", sae)
+    save_gemma_scope(tmp_path / "layer_1", sae)
+    for folder in ("sae", "layer_1"):
         with pytest.raises(SAEError, match=f"{name} is not finite"):
             load_slice(find(tmp_path, folder), [0, 1])
 

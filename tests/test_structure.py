@@ -86,3 +86,21 @@ def test_importing_bakeout_registers_with_the_auto_classes(first: str, before: b
         ]
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import transformers.modeling_layers",
+        "import transformers.modeling_utils",
+        "from transformers import AutoTokenizer",
+        "import peft",
+        "import sae_lens",
+    ],
+)
+def test_registration_survives_any_order_of_imports(first: str) -> None:
+    code = (
+        f"import bakeout\n{first}\nfrom transformers import AutoConfig\n"
+        "AutoConfig.for_model('clamped_gemma2', sae_clamp={'schema': 1})\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from verify.choices import Answers, LetterTokens
+from verify.parity import ParitySum, answer_flips, kl_nats, parity_failures, silent_clamps
+from verify.prompts import Batch, Prompt, left_padded
+from verify.questions import Question
+from verify.report import Flip, Parity
+
+VOCAB = 7
+
+
+class Tokenizer:
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"token {token}"
+
+
+def kl_by_hand(p_scores: list[float], q_scores: list[float]) -> float:
+    p_total = sum(math.exp(s) for s in p_scores)
+    q_total = sum(math.exp(s) for s in q_scores)
+    return sum(
+        math.exp(p) / p_total * (math.log(math.exp(p) / p_total) - math.log(math.exp(q) / q_total))
+        for p, q in zip(p_scores, q_scores, strict=True)
+    )
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(row: int, ids: tuple[int, ...]) -> Prompt:
+    return Prompt("forget", "chat", row, ids, every_token=True, item=row - 1)
+
+
+def two_prompts(*, last_only: bool = False) -> Batch:
+    """Rows of 4 and 2 tokens."""
+    prompts = [prompt(1, (2, 31, 32, 33)), prompt(2, (2, 41))]
+    return left_padded(prompts, pad_id=0, last_only=last_only)
+
+
+def finish(parity: ParitySum, **given: Any) -> Parity:
+    return parity.result(**{"tokens_fired": 3, "flips": [], "tokenizer": Tokenizer(), **given})
+
+
+def test_kl_is_that_of_the_sums_and_has_a_direction() -> None:
+    reference, engine = random(5, VOCAB), random(5, VOCAB, seed=1)
+    found = kl_nats(reference, engine)
+    expected = [
+        kl_by_hand(p, q)
+        for p, q in zip(reference.double().tolist(), engine.double().tolist(), strict=True)
+    ]
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    assert kl_nats(engine, reference).tolist() != pytest.approx(expected, rel=1e-3)
+    assert kl_nats(reference, reference + 5).abs().max() < 1e-12
+
+
+def test_measures_are_those_of_the_real_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verify.parity._CHUNK_BYTES", 8 * VOCAB * 2)  # several parts per batch
+    batch = two_prompts()
+    reference = random(2, 4, VOCAB)
+    engine = reference + 0.01 * random(2, 4, VOCAB, seed=1)
+    engine[1, 0] += 100.0  # padding, which nobody looks at
+    engine[1, 3, 5] += 0.5
+    engine[0, 1] = -reference[0, 1]
+    engine[0, 1] *= 0.1
+    parity = ParitySum()
+    parity.add(batch, reference, engine)
+    found = finish(parity)
+    places = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
+    kl = [kl_by_hand(reference[b, t].tolist(), engine[b, t].tolist()) for b, t in places]
+    same = [int(reference[b, t].argmax() == engine[b, t].argmax()) for b, t in places]
+    largest = {(b, t): float((reference[b, t] - engine[b, t]).abs().max()) for b, t in places}
+    assert found.tokens_compared == 6
+    assert found.mean_kl == pytest.approx(sum(kl) / 6, rel=1e-5)
+    assert found.top1_agreement == sum(same) / 6 < 1
+    assert found.max_abs_logit == pytest.approx(max(largest.values()))
+    assert max(largest, key=lambda place: largest[place]) == (0, 1)
+    assert found.worst is not None
+    assert (found.worst.row, found.worst.position, found.worst.token) == (1, 1, "token 31")
+    assert found.worst.abs_logit == found.max_abs_logit
+    engine[1, 2, 0] += 50.0  # BOS of the padded prompt
+    parity.add(batch, reference, engine)
+    worst = finish(parity).worst
+    assert worst is not None
+    assert (worst.row, worst.position, worst.token) == (2, 0, "token 2")
+
+
+def test_last_only_looks_at_the_last_column() -> None:
+    reference = random(2, 1, VOCAB)
+    engine = reference.clone()
+    engine[1, 0, 3] += 0.25
+    parity = ParitySum()
+    parity.add(two_prompts(last_only=True), reference, engine)
+    found = finish(parity)
+    assert found.tokens_compared == 2
+    assert found.max_abs_logit == pytest.approx(0.25)
+    assert found.worst is not None
+    assert (found.worst.row, found.worst.position, found.worst.token) == (2, 1, "token 41")
+
+
+def test_equal_logits_are_at_zero_distance_and_pass() -> None:
+    reference = random(2, 4, VOCAB)
+    parity = ParitySum()
+    parity.add(two_prompts(), reference, reference.clone())
+    found = finish(parity)
+    assert (found.max_abs_logit, found.mean_kl, found.top1_agreement) == (0.0, 0.0, 1.0)
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert parity_failures("checkpoint", found, dtype) == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_fail(bad: float) -> None:
+    reference = random(2, 4, VOCAB)
+    engine = reference.clone()
+    engine[0, 2, 1] = bad
+    parity = ParitySum()
+    parity.add(two_prompts(), reference, engine)
+    parity.add(two_prompts(), reference, reference)
+    found = finish(parity)
+    assert found.max_abs_logit == found.mean_kl == math.inf
+    assert found.worst is not None
+    assert (found.worst.row, found.worst.position) == (1, 2)
+    assert parity_failures("checkpoint", found, "float32")
+    assert parity_failures("checkpoint", found, "bfloat16")
+
+
+def test_bars() -> None:
+    def measured(**values: Any) -> Parity:
+        fine = {"max_abs_logit": 1e-4, "mean_kl": 1e-3, "top1_agreement": 1.0, "flips": ()}
+        return Parity(**{**fine, "tokens_compared": 9, "tokens_fired": 9, "worst": None, **values})
+
+    flip = Flip("forget", "chat", 1, "?", "A", "B", "A")
+
+    def what(dtype: str, **values: Any) -> list[tuple[Any, ...]]:
+        failures = parity_failures("checkpoint", measured(**values), dtype)
+        assert all((f.kind, f.engine) == ("parity", "checkpoint") for f in failures)
+        return [(f.what, f.measured, f.bar) for f in failures]
+
+    assert what("float32") == what("bfloat16") == what("float16") == []
+    assert what("float32", max_abs_logit=1.01e-4) == [("max_abs_logit", 1.01e-4, 1e-4)]
+    assert what("float32", flips=(flip,)) == [("answer_flips", 1, 0)]
+    assert what("bfloat16", max_abs_logit=0.5, flips=(flip,)) == []
+    assert what("bfloat16", mean_kl=1.1e-3) == [("mean_kl", 1.1e-3, 1e-3)]
+    assert what("float16", mean_kl=math.inf) == [("mean_kl", math.inf, 1e-3)]
+
+
+def test_a_clamp_that_never_fired_is_a_failure() -> None:
+    failures = silent_clamps([(3, 12), (5, 0)])
+    assert [(f.kind, f.what, f.measured) for f in failures] == [
+        ("parity", "tokens_fired at layer 5", 0)
+    ]
+
+
+def test_flips_name_question_and_letters() -> None:
+    letters = LetterTokens(chat=((),) * 4, plain=((),) * 4)
+    questions = {
+        "forget": [Question("first?", ("w", "x", "y", "z"), 2, None, row=4)],
+        "retain": [Question("second?", ("w", "x", "y", "z"), 0, None, row=9)],
+    }
+    given = {("forget", "chat", 0): 1, ("forget", "plain", 0): 2, ("retain", "chat", 0): 0}
+    reference = Answers(letters, dict(given))
+    engine = Answers(letters, {**given, ("forget", "plain", 0): 3})
+    assert answer_flips(reference, engine, questions) == [
+        Flip("forget", "plain", 4, "first?", reference="C", engine="D", right="C")
+    ]
+    assert answer_flips(reference, reference, questions) == []
+
+
+def test_logits_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \[2, 4, 6\]; the reference's have \[2, 4, 7\]"):
+        ParitySum().add(two_prompts(), random(2, 4, VOCAB), random(2, 4, 6))

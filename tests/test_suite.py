@@ -1,0 +1,282 @@
+"""A whole verification of a tiny checkpoint, and defects planted in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from conftest import (
+    save_sae_lens,
+    tiny_base,
+    tiny_sae,
+    tiny_tokenizer,
+    write_questions,
+    write_texts,
+)
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bake.errors import BakeoutError, FolderError, RecipeError
+from bake.recipe import Recipe
+from export.checkpoint import plan_checkpoint, write_checkpoint
+from verify.report import EngineReport, VerifyReport
+from verify.runners import HookedRunner
+from verify.suite import KindError, verify_folder
+
+N_FORGET, N_RETAIN = 5, 7
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, an SAE, questions, text, `recipe.toml` and the baked `checkpoint/`."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_tokenizer(tiny_base(folder / "base"))
+    save_sae_lens(folder / "sae", tiny_sae())
+    write_questions(folder / "forget.jsonl", N_FORGET, seed=1, subject="bell_ringing")
+    write_questions(folder / "retain.jsonl", N_RETAIN, seed=2)
+    write_texts(folder / "text.jsonl", 6)
+    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [1, 5, 9], "value": -6.0}
+    write_recipe(folder / "recipe.toml", clamp)
+    recipe = Recipe.load(folder / "recipe.toml")
+    write_checkpoint(plan_checkpoint(recipe), folder / "checkpoint", card="# card\n")
+    return folder
+
+
+def write_recipe(path: Path, *clamps: dict[str, Any], **base: Any) -> Path:
+    verify = {
+        "forget_questions": {"path": "forget.jsonl"},
+        "retain_questions": {"path": "retain.jsonl"},
+        "text": {"path": "text.jsonl"},
+        "prompt": "plain",
+    }
+    base = {"model": "base", "license": "apache-2.0", **base}
+    data = {"schema": 1, "base": base, "clamp": list(clamps), "verify": verify}
+    path.write_text(tomli_w.dumps(data))
+    return path
+
+
+def variant(work: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Recipe:
+    """The recipe with something changed, in the same folder."""
+    data = tomllib.loads((work / "recipe.toml").read_text())
+    change(data)
+    path = work / f"{name}.toml"
+    path.write_text(tomli_w.dumps(data))
+    return Recipe.load(path)
+
+
+def rewrite(folder: Path, name: str, data: bytes) -> None:
+    """Change a file and its hash in the manifest."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def report(work: Path) -> VerifyReport:
+    stages: list[tuple[str, float]] = []
+    recipe = Recipe.load(work / "recipe.toml")
+    found = verify_folder(
+        work / "checkpoint", recipe, progress=lambda stage, share: stages.append((stage, share))
+    )
+    for name in ("hash", "load", "compare"):
+        shares = [share for stage, share in stages if stage == name]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1.0
+    return found
+
+
+def test_a_good_checkpoint_passes_in_full(report: VerifyReport) -> None:
+    assert report.failures == ()
+    assert (report.verdict, report.scope, report.dtype) == ("pass", "full", "float32")
+    assert (report.folder, report.carrier, report.exact) == ("checkpoint", "layer", True)
+    assert report.prompt == "plain"
+    assert [engine.name for engine in report.engines] == ["base", "reference", "checkpoint"]
+    assert report.items is not None
+    assert report.items.forget_questions == N_FORGET
+    assert report.items.retain_questions == N_RETAIN
+
+
+def test_the_clamp_fired_and_moved_the_model(report: VerifyReport) -> None:
+    base, reference, checkpoint = report.engines
+    assert base.parity is not None and reference.parity is not None
+    assert checkpoint.parity is not None
+    assert checkpoint.parity.tokens_fired == reference.parity.tokens_fired > 0
+    assert report.fired_by_layer == ((1, reference.parity.tokens_fired),)
+    assert base.parity.tokens_fired == 0
+    assert base.parity.max_abs_logit > 1000 * checkpoint.parity.max_abs_logit
+    assert checkpoint.parity.max_abs_logit <= 1e-4
+    assert checkpoint.parity.tokens_compared == base.parity.tokens_compared > 1000
+    assert base.loss_added == 0.0
+    assert reference.loss_added == pytest.approx(checkpoint.loss_added, abs=1e-6)
+    assert reference.loss_added != 0.0
+    assert reference.forget == checkpoint.forget
+
+
+def test_json_has_both_prompt_forms_and_no_path(report: VerifyReport, work: Path) -> None:
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    assert str(work) not in text
+    for engine in report.to_dict()["engines"].values():
+        assert set(engine["forget"]) == set(engine["retain"]) == {"plain", "chat"}
+
+
+# --------------------------------------------------------------------------- defects and parts
+
+
+class InProcess(HookedRunner):
+    """The checkpoint in this process, for what does not depend on where it runs."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(name, None)
+        self.folder = folder
+
+    def load(self, dtype: str, **_: Any) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            trust_remote_code=True,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+        )
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verify.evidence.TorchRunner", InProcess)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("kind", ["choices", "loss"])
+def test_a_part_measures_what_the_whole_does(kind: str, work: Path, report: VerifyReport) -> None:
+    recipe = Recipe.load(work / "recipe.toml")
+    found = verify_folder(work / "checkpoint", recipe, only=frozenset({kind}))
+    assert (found.verdict, found.scope) == ("pass", kind)
+    for part, whole in zip(found.engines, report.engines, strict=True):
+        assert part.parity is None
+        if kind == "choices":
+            assert part == EngineReport(part.name, forget=whole.forget, retain=whole.retain)
+        else:
+            assert part.forget is part.retain is None
+            assert part.loss == pytest.approx(whole.loss, abs=1e-5)
+            assert part.loss_added == pytest.approx(whole.loss_added, abs=1e-5)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_clamp_that_differs_is_caught_with_its_worst_item(work: Path) -> None:
+    folder = work / "differs"
+    shutil.copytree(work / "checkpoint", folder)
+    (shard,) = folder.glob("*sae-clamp*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.layers.1.sae_clamp.value"][1] += 0.05
+    save_file(tensors, shard, metadata={"format": "pt"})
+    rewrite(folder, shard.name, shard.read_bytes())
+    recipe = Recipe.load(work / "recipe.toml")
+    found = verify_folder(folder, recipe, only=frozenset({"integrity", "parity"}))
+    assert (found.verdict, found.scope) == ("fail", "integrity+parity")
+    assert found.failures[0].kind == "parity"
+    assert found.failures[0].what == "max_abs_logit"
+    assert "row" in str(found.failures[0])
+    checkpoint = found.engine("checkpoint")
+    assert checkpoint is not None and checkpoint.parity is not None
+    assert checkpoint.parity.worst is not None
+    assert checkpoint.parity.worst.abs_logit == checkpoint.parity.max_abs_logit > 1e-4
+    assert checkpoint.forget is None and checkpoint.loss is None
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_clamp_that_never_fires_is_a_failure_not_a_pass(work: Path) -> None:
+    def silence(data: dict[str, Any]) -> None:
+        data["clamp"][0]["trigger"] = 1e6
+
+    recipe = variant(work, "silent", silence)
+    folder = work / "silent"
+    write_checkpoint(plan_checkpoint(recipe), folder, card="# card\n")
+    found = verify_folder(folder, recipe)
+    assert [(f.what, f.measured) for f in found.failures] == [("tokens_fired at layer 1", 0)]
+    reference, checkpoint = found.engine("reference"), found.engine("checkpoint")
+    assert reference is not None and checkpoint is not None and checkpoint.parity is not None
+    assert reference.loss_added == 0.0
+    assert checkpoint.parity.max_abs_logit <= 1e-6
+    assert found.warnings == tuple(
+        f"feature {f} (layer 1) was never active in the forget questions" for f in (1, 5, 9)
+    )
+
+
+@pytest.mark.usefixtures("in_process")
+def test_bfloat16_is_held_to_its_own_bar(work: Path) -> None:
+    recipe = variant(work, "bf16", lambda data: data["base"].update(dtype="bfloat16"))
+    folder = work / "bf16"
+    write_checkpoint(plan_checkpoint(recipe), folder, card="# card\n")
+    found = verify_folder(folder, recipe, only=frozenset({"parity"}))
+    assert (found.dtype, found.scope) == ("bfloat16", "parity")
+    checkpoint = found.engine("checkpoint")
+    assert checkpoint is not None and checkpoint.parity is not None
+    assert 0 < checkpoint.parity.mean_kl <= 1e-3
+    assert checkpoint.parity.tokens_fired > 0
+    assert found.verdict == "pass"
+
+
+# --------------------------------------------------------------------------- nothing is executed
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing from the folder may run")
+
+    monkeypatch.setattr("verify.evidence.TorchRunner", refuse)
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_changed_byte_ends_the_verification(work: Path) -> None:
+    folder = work / "tampered"
+    shutil.copytree(work / "checkpoint", folder)
+    with (folder / "modeling_clamped_gemma.py").open("a") as file:
+        file.write("\n")
+    found = verify_folder(folder, Recipe.load(work / "recipe.toml"))
+    assert (found.verdict, found.scope, found.engines) == ("fail", "integrity", ())
+    assert [f.what for f in found.failures] == ["modeling_clamped_gemma.py: changed"]
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_without_a_recipe_local_sources_leave_integrity_alone(work: Path) -> None:
+    found = verify_folder(work / "checkpoint")
+    assert (found.verdict, found.scope, found.engines) == ("pass", "integrity", ())
+    with pytest.raises(RecipeError, match="give the recipe with --recipe"):
+        verify_folder(work / "checkpoint", only=frozenset({"integrity", "loss"}))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_bad_requests_are_one_line(work: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(work / "recipe.toml")
+    two = variant(work, "two", lambda data: data["clamp"].append(data["clamp"][0]))
+    compiled = tmp_path / "compiled"
+    shutil.copytree(work / "checkpoint", compiled)
+    manifest = json.loads((compiled / "manifest.json").read_text())
+    (compiled / "manifest.json").write_text(json.dumps({**manifest, "carrier": "compiled"}))
+    cases: list[tuple[type[BakeoutError], str, Path, Recipe, set[str]]] = [
+        (KindError, '"parties"; expected .* did you mean parity?', work, recipe, {"parties"}),
+        (FolderError, "has no manifest.json", work, recipe, set()),
+        (RecipeError, "the recipe has 2 clamps", work / "checkpoint", two, set()),
+        (FolderError, "carries the clamp as compiled", compiled, recipe, {"parity"}),
+    ]
+    for kind, message, folder, given, only in cases:
+        with pytest.raises(kind, match=message) as caught:
+            verify_folder(folder, given, only=frozenset(only))
+        assert "\n" not in str(caught.value)
+
+
+def test_another_layer_is_refused_before_the_folder_is_run(work: Path) -> None:
+    def move(data: dict[str, Any]) -> None:
+        data["clamp"][0]["sae"]["path"] = "sae2"
+
+    save_sae_lens(work / "sae2", tiny_sae(), layer=2)
+    with pytest.raises(RecipeError, match="the recipe clamps layers 2, checkpoint layers 1"):
+        verify_folder(work / "checkpoint", variant(work, "moved", move))

@@ -1,0 +1,110 @@
+"""Multiple choice: which letter a model answers, and how often that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bake.errors import ModelError
+from verify.prompts import QUESTION_FORMS, Batch
+from verify.questions import LETTERS, Question
+from verify.report import Accuracy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LetterTokens:
+    """The tokens that count as an answer: per letter A to D, one or more token ids."""
+
+    chat: tuple[tuple[int, ...], ...]
+    """The bare letter and the letter after a space."""
+    plain: tuple[tuple[int, ...], ...]
+    """The letter after a space."""
+
+
+def letter_tokens(tokenizer: Any) -> LetterTokens:
+    """The answer tokens of a tokenizer.
+
+    Raises:
+        ModelError: a letter is not one token of its own.
+    """
+    bare = [_single_token(tokenizer, letter) for letter in LETTERS]
+    spaced = [_single_token(tokenizer, f" {letter}") for letter in LETTERS]
+    chat = []
+    for letter, ids in zip(LETTERS, zip(bare, spaced, strict=True), strict=True):
+        known = tuple(dict.fromkeys(token for token in ids if token is not None))
+        if not known:
+            raise ModelError(_not_a_token(letter))
+        chat.append(known)
+    plain = []
+    for letter, token in zip(LETTERS, spaced, strict=True):
+        if token is None:
+            raise ModelError(_not_a_token(f" {letter}"))
+        plain.append((token,))
+    return LetterTokens(chat=tuple(chat), plain=tuple(plain))
+
+
+def _single_token(tokenizer: Any, text: str) -> int | None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def _not_a_token(text: str) -> str:
+    return (
+        f'the base model\'s tokenizer has no single token for "{text}"; multiple choice needs one '
+        "for each of A to D, as Gemma's has"
+    )
+
+
+def best_letters(logits: Tensor, letters: Sequence[Sequence[int]]) -> list[int]:
+    """The letter with the largest logit, each letter at the better of its tokens.
+
+    Args:
+        logits: [batch, vocab], at the last real token.
+        letters: per letter, its token ids.
+
+    Returns:
+        Per row, an index into A to D. Log-likelihoods differ from logits by a constant per row,
+        so they choose the same.
+
+    Source: Farrell et al., arXiv 2410.19278 (chat form); lm-evaluation-harness (plain form).
+    """
+    import torch
+
+    per_letter = [logits[:, list(ids)].amax(dim=-1) for ids in letters]
+    return [int(letter) for letter in torch.stack(per_letter, dim=-1).argmax(dim=-1)]
+
+
+@dataclass
+class Answers:
+    """What one engine answered, collected batch by batch."""
+
+    letters: LetterTokens
+    given: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    """(source, form, item) → index into A to D."""
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Take in a batch's logits: [batch, seq or 1, vocab]; text is passed over."""
+        for form in QUESTION_FORMS:
+            rows = [row for row, prompt in enumerate(batch.prompts) if prompt.form == form]
+            if not rows:
+                continue
+            chosen = best_letters(logits[rows, -1], getattr(self.letters, form))
+            for row, letter in zip(rows, chosen, strict=True):
+                prompt = batch.prompts[row]
+                self.given[prompt.source, form, prompt.item] = letter
+
+    def accuracy(self, source: str, questions: Sequence[Question]) -> Accuracy:
+        """Share of a source's questions that were answered right."""
+
+        def share(form: str) -> float:
+            right = [
+                self.given[source, form, item] == question.answer
+                for item, question in enumerate(questions)
+            ]
+            return sum(right) / len(right)
+
+        return Accuracy(plain=share("plain"), chat=share("chat"))

@@ -1,0 +1,154 @@
+"""A clamped folder as it lies on disk, and whether a recipe belongs to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from bake.errors import FolderError, RecipeError
+from bake.recipe import QuestionSource, Recipe, TextSource
+
+RECIPE = "recipe.toml"
+_SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""Fields of a config in which base and checkpoint must agree."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`.
+
+    Raises:
+        FolderError: it is missing, not readable, or of no clamped checkpoint.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        sites = config["sae_clamp"]["sites"]
+        if not sites or not all(type(site["layer"]) is int for site in sites):
+            raise ValueError("no sites")
+    except OSError as error:
+        raise FolderError(
+            f"{path}: cannot be read ({error.strerror}); expected a clamped checkpoint"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise FolderError(
+            f"{path}: does not say where its clamps sit; expected sae_clamp.sites"
+        ) from error
+    return dict(config)
+
+
+def clamped_layers(config: dict[str, Any]) -> list[int]:
+    """The layers at which a folder's config places clamps, ascending."""
+    return sorted(site["layer"] for site in config["sae_clamp"]["sites"])
+
+
+def own_recipe(folder: Path) -> Recipe | None:
+    """The folder's own recipe where all that it names can be had from the hub, else None.
+
+    A local source stands in a folder's recipe by its bare name, which leads nowhere.
+    """
+    recipe = _stored_recipe(folder)
+    if recipe is None or recipe.verify is None or not _is_hub_id(recipe.base.model):
+        return None
+    sources = (recipe.verify.forget_questions, recipe.verify.retain_questions, recipe.verify.text)
+    hub = all(clamp.sae.path is None for clamp in recipe.clamp) and all(
+        _is_hub_source(source) for source in sources
+    )
+    return recipe if hub else None
+
+
+def fitted_recipe(recipe: Recipe, folder: Path, config: dict[str, Any]) -> Recipe:
+    """A recipe ready to rebuild a folder's reference.
+
+    Where it leaves the features to `[select]`, those that the folder's own recipe names are meant.
+
+    Raises:
+        RecipeError: it has another number of clamps than the folder, no `[verify]` table, or
+            features that nobody names.
+    """
+    layers = clamped_layers(config)
+    if len(recipe.clamp) != len(layers):
+        raise RecipeError(
+            f"the recipe has {_clamps(len(recipe.clamp))}, {folder.name} has "
+            f"{_clamps(len(layers))} (layers {_list(layers)}); expected the recipe that it was "
+            "baked from"
+        )
+    if recipe.verify is None:
+        raise RecipeError(
+            "the recipe has no [verify] table; parity, choices and loss are measured on its "
+            "questions and text"
+        )
+    if all(clamp.features != "select" for clamp in recipe.clamp):
+        return recipe
+    stored = _stored_recipe(folder)
+    if stored is None or len(stored.clamp) != len(recipe.clamp):
+        raise RecipeError(
+            f'the recipe says features = "select", and {folder.name} has no {RECIPE} that names '
+            "the selected ones; write them with `bakeout select --write`"
+        )
+    clamps = [
+        clamp.model_copy(update={"features": chosen.features})
+        if clamp.features == "select"
+        else clamp
+        for clamp, chosen in zip(recipe.clamp, stored.clamp, strict=True)
+    ]
+    if any(clamp.features == "select" for clamp in clamps):
+        raise RecipeError(f'{folder.name}/{RECIPE} itself says features = "select"')
+    return recipe.model_copy(update={"clamp": clamps})
+
+
+def check_layers(recipe_layers: list[int], folder: Path, config: dict[str, Any]) -> None:
+    """Raise RecipeError unless the recipe clamps the layers that the folder clamps."""
+    layers = clamped_layers(config)
+    if sorted(recipe_layers) != layers:
+        raise RecipeError(
+            f"the recipe clamps layers {_list(sorted(recipe_layers))}, {folder.name} layers "
+            f"{_list(layers)}; expected the recipe that it was baked from"
+        )
+
+
+def check_shape(base_config: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Raise RecipeError unless base model and folder are of one size.
+
+    Args:
+        base_config: the base model's config object.
+        folder: the checkpoint.
+        config: its config.json.
+    """
+    ours = {**config, **(config.get("text_config") or {})}
+    base = base_config.get_text_config()
+    for field in _SHAPE:
+        if field in ours and ours[field] != getattr(base, field):
+            raise RecipeError(
+                f"the recipe's base model has {field} {getattr(base, field)}, {folder.name} has "
+                f"{ours[field]}; expected the recipe that it was baked from"
+            )
+
+
+def _stored_recipe(folder: Path) -> Recipe | None:
+    path = folder / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}); expected TOML") from error
+    return Recipe.parse(data, name=str(path), folder=folder)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+
+
+def _is_hub_source(source: QuestionSource | TextSource) -> bool:
+    return source.dataset is not None and _is_hub_id(source.dataset)
+
+
+def _clamps(n: int) -> str:
+    return "1 clamp" if n == 1 else f"{n} clamps"
+
+
+def _list(layers: list[int]) -> str:
+    return ", ".join(str(layer) for layer in layers)

@@ -1,0 +1,259 @@
+"""All engines over the same prompts, and what that shows about each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.recipe import Recipe
+from verify.choices import Answers, LetterTokens, letter_tokens
+from verify.clamped_folder import check_layers, check_shape, read_config
+from verify.loss import LossSum
+from verify.parity import ParitySum, answer_flips
+from verify.prompts import Batch, Prompt, batches, question_prompts, text_prompts
+from verify.questions import Question, load_questions, load_texts
+from verify.report import EngineReport, Items, Parity
+from verify.runners import HookedRunner, Runner, TorchRunner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from verify.reference import Oracle
+
+BASE, REFERENCE, CHECKPOINT = "base", "reference", "checkpoint"
+Progress = Callable[[str, float], None]
+"""Called with what is being done, and the share of it that is done, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the engines are shown."""
+
+    questions: Mapping[str, Sequence[Question]]
+    """Of `forget` and of `retain`. Empty where no question is asked."""
+    prompts: Sequence[Prompt]
+    """Questions in both forms, and windows of text."""
+    letters: LetterTokens
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found."""
+
+    engines: tuple[EngineReport, ...]
+    """base, where it was asked for; reference; then the others."""
+    fired_by_layer: tuple[tuple[int, int], ...]
+    """(layer, tokens on which its clamp fired)."""
+    never_active: tuple[tuple[int, int], ...]
+    """(layer, feature) of every feature that was active nowhere in the forget questions."""
+    dtype: str
+    """float32, bfloat16 or float16."""
+    items: Items
+
+
+def gather(
+    folder: Path, recipe: Recipe, kinds: frozenset[str], progress: Progress, device: str
+) -> Evidence:
+    """Run base, reference and checkpoint side by side.
+
+    Args:
+        folder: a clamped checkpoint; its code is executed, in a process of its own.
+        recipe: what to rebuild the reference from, with features named.
+        kinds: parity, choices, loss, or several of them.
+        progress: told how far it is.
+        device: as torch names it.
+
+    Raises:
+        BakeoutError: anything that is named cannot be loaded or does not fit.
+    """
+    config = read_config(folder)
+    progress("load", 0.0)
+    with TorchRunner(folder, CHECKPOINT) as checkpoint:  # imports while this side does
+        assert recipe.verify is not None
+        asks = kinds & {"parity", "choices"}
+        questions = {
+            "forget": load_questions(recipe.verify.forget_questions, recipe) if asks else [],
+            "retain": load_questions(recipe.verify.retain_questions, recipe) if asks else [],
+        }
+        texts = load_texts(recipe.verify.text, recipe) if kinds & {"parity", "loss"} else []
+
+        from verify.reference import Oracle
+        from verify.stock import load_base, load_tokenizer
+        from verify.whole_sae import load_sites
+
+        sites = load_sites(recipe)
+        check_layers([site.layer for site in sites], folder, config)
+        progress("load", 0.4)
+        model = load_base(recipe, device)
+        check_shape(model.config, folder, config)
+        oracle = Oracle(model, sites)
+        tokenizer = load_tokenizer(recipe)
+        prompts = text_prompts(texts, tokenizer)
+        for source, asked in questions.items():
+            prompts += question_prompts(source, asked, tokenizer, compared="parity" in kinds)
+        material = Material(questions, prompts, letter_tokens(tokenizer), tokenizer)
+        progress("load", 0.7)
+        dtype = str(model.dtype).removeprefix("torch.")
+        with _half_the_threads() as threads:
+            checkpoint.load(dtype, device=device, threads=threads)
+            progress("load", 1.0)
+            here: list[Runner] = [HookedRunner(REFERENCE, model, oracle)]
+            if kinds & {"choices", "loss"}:
+                here.insert(0, HookedRunner(BASE, model))
+            watch = FeatureWatch(oracle)
+            found = compare(here, [checkpoint], material, progress, watch, parity="parity" in kinds)
+        return Evidence(
+            engines=tuple(found.reports(kinds, oracle.tokens_fired)),
+            fired_by_layer=tuple(sorted(oracle.fired_by_layer.items())),
+            never_active=tuple(watch.never_active()) if asks else (),
+            dtype=dtype,
+            items=Items(
+                forget_questions=len(questions["forget"]),
+                retain_questions=len(questions["retain"]),
+                text_tokens=found.losses[REFERENCE].n_tokens,
+            ),
+        )
+
+
+@contextmanager
+def _half_the_threads() -> Iterator[int]:
+    """Two processes compute at the same time: torch here gets half of its threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    half = max(1, before // 2)
+    torch.set_num_threads(half)
+    try:
+        yield half
+    finally:
+        torch.set_num_threads(before)
+
+
+class FeatureWatch:
+    """Which features of an oracle were active in forget questions, batch by batch."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self._seen: dict[int, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> None:
+        """Look at the oracle's last forward, which was of this batch."""
+        rows = [row for row, prompt in enumerate(batch.prompts) if prompt.source == "forget"]
+        for layer, active in self._oracle.last_active.items():
+            now = active[rows].any(dim=0)
+            self._seen[layer] = now | self._seen.get(layer, now)
+
+    def never_active(self) -> Iterator[tuple[int, int]]:
+        """(layer, feature) of those that never were."""
+        for site in self._oracle.sites:
+            for feature, seen in zip(site.features, self._seen[site.layer], strict=True):
+                if not seen:
+                    yield site.layer, feature
+
+
+# --------------------------------------------------------------------------- side by side
+
+
+@dataclass
+class Comparison:
+    """What every engine showed, collected batch by batch."""
+
+    material: Material
+    names: tuple[str, ...]
+    """Of the engines."""
+    parity: bool
+    """Whether logits are compared."""
+    answers: dict[str, Answers] = field(init=False)
+    losses: dict[str, LossSum] = field(init=False)
+    parities: dict[str, ParitySum] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.answers = {name: Answers(self.material.letters) for name in self.names}
+        self.losses = {name: LossSum() for name in self.names}
+        self.parities = {name: ParitySum() for name in self.names if name != REFERENCE}
+
+    def add(self, batch: Batch, logits: Mapping[str, Tensor]) -> None:
+        """Take in every engine's logits of a batch."""
+        for name in self.names:
+            self.answers[name].add(batch, logits[name])
+            self.losses[name].add(batch, logits[name])
+            if self.parity and name != REFERENCE:
+                self.parities[name].add(batch, logits[REFERENCE], logits[name])
+
+    def reports(self, kinds: frozenset[str], tokens_fired: int) -> Iterator[EngineReport]:
+        """What was asked for, engine by engine."""
+        for name in self.names:
+            accuracies = {
+                source: self.answers[name].accuracy(source, questions)
+                for source, questions in self.material.questions.items()
+                if "choices" in kinds
+            }
+            loss = self.losses[name].mean if "loss" in kinds else None
+            added = None if loss is None else loss - self.losses[BASE].mean
+            yield EngineReport(
+                name=name,
+                forget=accuracies.get("forget"),
+                retain=accuracies.get("retain"),
+                loss=loss,
+                loss_added=added,
+                parity=self._parity(name, tokens_fired) if self.parity else None,
+            )
+
+    def _parity(self, name: str, tokens_fired: int) -> Parity:
+        if name == REFERENCE:
+            compared = next(iter(self.parities.values())).n_tokens
+            return Parity(0.0, 0.0, 1.0, compared, tokens_fired, worst=None, flips=())
+        return self.parities[name].result(
+            tokens_fired=0 if name == BASE else tokens_fired,
+            flips=answer_flips(
+                self.answers[REFERENCE], self.answers[name], self.material.questions
+            ),
+            tokenizer=self.material.tokenizer,
+        )
+
+
+def compare(
+    here: Sequence[Runner],
+    elsewhere: Sequence[Runner],
+    material: Material,
+    progress: Progress,
+    watch: Callable[[Batch], None],
+    *,
+    parity: bool,
+) -> Comparison:
+    """Show every engine the same batches.
+
+    Args:
+        here: engines that share this process's models, run one after another.
+        elsewhere: engines that compute meanwhile, one thread each.
+        material: what to show.
+        progress: told how far it is.
+        watch: called with every batch after its last engine.
+        parity: whether to compare logits.
+    """
+    comparison = Comparison(material, tuple(r.name for r in (*here, *elsewhere)), parity)
+    vocab_size = len(material.tokenizer)
+    pad_id = material.tokenizer.pad_token_id or 0
+    total = sum(len(prompt.ids) for prompt in material.prompts)
+    done = 0
+    with ThreadPoolExecutor(len(elsewhere) + 1) as pool:
+        counting: Future[None] | None = None  # of the batch before, while this one is run
+        for batch in batches(material.prompts, pad_id=pad_id, vocab_size=vocab_size):
+            inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
+            pending = {runner.name: pool.submit(runner.logits, *inputs) for runner in elsewhere}
+            logits = {runner.name: runner.logits(*inputs) for runner in here}
+            logits |= {name: answer.result() for name, answer in pending.items()}
+            watch(batch)
+            if counting is not None:
+                counting.result()
+            counting = pool.submit(comparison.add, batch, logits)
+            done += sum(len(prompt.ids) for prompt in batch.prompts)
+            progress("compare", done / total)
+        if counting is not None:
+            counting.result()
+    return comparison

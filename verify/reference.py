@@ -1,0 +1,262 @@
+"""The oracle: a stock model, a forward hook, and the whole SAE.
+
+Every method is written in its paper's own form: encode, edit the code, decode, add the SAE's
+error back. It shares no arithmetic with what it checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bake.errors import SAEError
+from bake.recipe import Clamp
+from verify.stock import decoder_layers
+from verify.whole_sae import Site
+
+CODE_BYTES = 64 << 20
+"""Most bytes of one code [tokens, d_sae] in float32; longer inputs are edited in parts."""
+
+
+# --------------------------------------------------------------------------- the methods
+
+
+def clamp_feature(acts: Tensor, features: Sequence[int], value: float, trigger: float) -> Tensor:
+    """An active feature becomes a constant. Source: Farrell et al., arXiv 2410.19278; with a
+    trigger above 0, Shportko et al., arXiv 2503.11127.
+
+    Args:
+        acts: [..., d_sae] feature activations.
+        features: which.
+        value: the constant, in the SAE's activation units.
+        trigger: a feature is active when its activation is greater.
+
+    Returns:
+        [..., d_sae].
+    """
+    edited = acts.clone()
+    for f in features:
+        edited[..., f] = torch.where(acts[..., f] > trigger, value, acts[..., f])
+    return edited
+
+
+def zero_ablate(acts: Tensor, features: Sequence[int], trigger: float) -> Tensor:
+    """An active feature becomes 0. Source: Farrell et al., arXiv 2410.19278."""
+    edited = acts.clone()
+    for f in features:
+        edited[..., f] = torch.where(acts[..., f] > trigger, 0.0, acts[..., f])
+    return edited
+
+
+def scale_feature(
+    acts: Tensor, features: Sequence[int], multiplier: float, trigger: float
+) -> Tensor:
+    """An active feature loses `multiplier` times itself: a' = (1 - multiplier)·a.
+
+    Source: Farrell et al., arXiv 2410.19278.
+    """
+    edited = acts.clone()
+    for f in features:
+        scaled = acts[..., f] * (1.0 - multiplier)
+        edited[..., f] = torch.where(acts[..., f] > trigger, scaled, acts[..., f])
+    return edited
+
+
+def refusal_clamp(
+    acts: Tensor,
+    features: Sequence[int],
+    refusal_feature: int,
+    value: float,
+    trigger: float,
+    clamp_value: float | None = None,
+) -> Tensor:
+    """Where any harmful feature is active, the refusal feature becomes a constant.
+
+    The harmful features stay, unless `clamp_value` says what an active one becomes.
+    Source: Shportko et al., arXiv 2503.11127.
+    """
+    harmful = (acts[..., list(features)] > trigger).any(dim=-1)
+    edited = acts.clone()
+    edited[..., refusal_feature] = torch.where(harmful, value, acts[..., refusal_feature])
+    if clamp_value is not None:
+        for f in features:
+            edited[..., f] = torch.where(acts[..., f] > trigger, clamp_value, acts[..., f])
+    return edited
+
+
+def random_decoder(acts: Tensor, features: Sequence[int], value: float, trigger: float) -> Tensor:
+    """Control: where a feature is active, the next one in the dictionary becomes a constant.
+
+    The feature itself stays as it is. Source: Farrell et al., arXiv 2410.19278.
+    """
+    edited = acts.clone()
+    for f in features:
+        other = (f + 1) % acts.shape[-1]
+        edited[..., other] = torch.where(acts[..., f] > trigger, value, acts[..., other])
+    return edited
+
+
+def edit_code(acts: Tensor, clamp: Clamp) -> Tensor:
+    """What a recipe's table makes of a code: [..., d_sae] → [..., d_sae]."""
+    features, trigger = clamp.features, clamp.trigger
+    assert isinstance(features, list)
+    if clamp.method == "zero":
+        return zero_ablate(acts, features, trigger)
+    if clamp.method == "scale":
+        assert clamp.multiplier is not None
+        return scale_feature(acts, features, clamp.multiplier, trigger)
+    assert clamp.value is not None
+    if clamp.method == "clamp":
+        return clamp_feature(acts, features, clamp.value, trigger)
+    if clamp.method == "random_decoder":
+        return random_decoder(acts, features, clamp.value, trigger)
+    assert clamp.refusal_feature is not None
+    own = clamp.value if clamp.clamp_value is None else clamp.clamp_value
+    return refusal_clamp(
+        acts,
+        features,
+        clamp.refusal_feature,
+        clamp.value,
+        trigger,
+        clamp_value=own if clamp.also_clamp else None,
+    )
+
+
+# --------------------------------------------------------------------------- the residual stream
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A residual stream after its code was edited."""
+
+    h: Tensor
+    """[batch, seq, d_in], in the dtype it came in. Where the code was not changed, bit for bit
+    what came in."""
+    changed: Tensor
+    """[batch, seq] bool: the code was changed."""
+    active: Tensor
+    """[batch, seq, k] bool: each of the recipe's features was above the trigger, and not exempt."""
+
+
+def edit_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
+    """Encode, edit, decode, and add the SAE's error back.
+
+    Args:
+        h: [batch, seq, d_in], any floating dtype.
+        site: the SAE, and what happens to its features.
+        exempt: [batch, seq] bool, positions that stay as they are.
+    """
+    features = list(site.features)
+    tokens, spared = h.reshape(-1, h.shape[-1]), exempt.reshape(-1)
+    out = tokens.clone()
+    changed = torch.zeros_like(spared)
+    active = torch.zeros(len(tokens), len(features), dtype=torch.bool, device=h.device)
+    part = max(1, CODE_BYTES // (4 * site.sae.cfg.d_sae))
+    for start in range(0, len(tokens), part):
+        rows = slice(start, start + part)
+        x = tokens[rows].float()
+        acts = site.sae.encode(x)
+        edited = edit_code(acts, site.clamp)
+        touched = (edited != acts).any(dim=-1) & ~spared[rows]
+        if touched.any():
+            error = x[touched] - site.sae.decode(acts[touched])
+            out[rows][touched] = (site.sae.decode(edited[touched]) + error).to(h.dtype)
+        changed[rows] = touched
+        active[rows] = (acts[:, features] > site.clamp.trigger) & ~spared[rows, None]
+    shape = h.shape[:-1]
+    return Edited(out.reshape(h.shape), changed.reshape(shape), active.reshape(*shape, -1))
+
+
+class Oracle:
+    """A stock model, and the hooks that make it the reference.
+
+    Within `applied()` the model is the reference, outside it is the base.
+
+    Args:
+        model: a stock Gemma, Gemma 2 or Gemma 3.
+        sites: one per clamp.
+
+    Raises:
+        SAEError: an SAE does not fit the model.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[Site]) -> None:
+        self.model = model
+        self.sites = tuple(sites)
+        self.layers = decoder_layers(model)
+        text_config = model.config.get_text_config()
+        self.bos_id: int | None = text_config.bos_token_id
+        for site in self.sites:
+            if site.layer >= len(self.layers):
+                raise SAEError(
+                    f"clamp at layer {site.layer}: the model has {len(self.layers)} layers "
+                    f"(0 to {len(self.layers) - 1})"
+                )
+            if site.sae.cfg.d_in != text_config.hidden_size:
+                raise SAEError(
+                    f"clamp at layer {site.layer}: the SAE's d_in is {site.sae.cfg.d_in}, the "
+                    f"model's hidden size is {text_config.hidden_size}"
+                )
+            site.sae.to(device=model.device)
+        self.tokens_fired = 0
+        """Tokens on which any clamp changed the code, over all forwards so far."""
+        self.fired_by_layer = {site.layer: 0 for site in self.sites}
+        """The same, for each layer."""
+        self.last_active: dict[int, Tensor] = {}
+        """[batch, k] bool for each layer: which of its features were active anywhere in which
+        sequence of the last forward, padding left out."""
+        self._input_ids: Tensor | None = None
+        self._real: Tensor | None = None
+        self._fired: Tensor | None = None
+
+    @contextmanager
+    def applied(self) -> Iterator[Any]:
+        """Change the model's forward for the length of the block; gives the model."""
+        with ExitStack() as hooks:
+            remember = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
+            hooks.callback(remember.remove)
+            for site in self.sites:
+                hook = self.layers[site.layer].register_forward_hook(self._edit(site))
+                hooks.callback(hook.remove)
+            hooks.callback(self.model.register_forward_hook(self._count).remove)
+            yield self.model
+
+    def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the layers do not see: token ids, and which of them are padding."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError("the reference needs input_ids: BOS is exempt by token id")
+        mask = kwargs.get("attention_mask")
+        self._input_ids = ids
+        self._real = (
+            torch.ones_like(ids).bool() if mask is None else mask[:, -ids.shape[1] :].bool()
+        )
+        self._fired = torch.zeros_like(ids).bool()
+
+    def _edit(self, site: Site) -> Callable[[nn.Module, Any, Any], Any]:
+        """The hook of one layer."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            assert self._input_ids is not None and self._real is not None
+            h = output[0] if isinstance(output, tuple) else output
+            exempt = torch.zeros_like(self._real)
+            if site.clamp.exempt_bos and self.bos_id is not None:
+                exempt = self._input_ids == self.bos_id
+            edited = edit_residual(h, site, exempt)
+            fired = edited.changed & self._real
+            self.fired_by_layer[site.layer] += int(fired.sum())
+            self._fired = fired if self._fired is None else self._fired | fired
+            self.last_active[site.layer] = (edited.active & self._real[..., None]).any(dim=1)
+            return (edited.h, *output[1:]) if isinstance(output, tuple) else edited.h
+
+        return hook
+
+    def _count(self, *_: Any) -> None:
+        """After the whole forward: a token on which two clamps fired counts once."""
+        assert self._fired is not None
+        self.tokens_fired += int(self._fired.sum())

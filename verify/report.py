@@ -1,0 +1,225 @@
+"""What a verification found, as types, and as the JSON that `--json` writes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SCHEMA = 1
+"""Version of the JSON."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that is out of tolerance."""
+
+    kind: str
+    """integrity | parity."""
+    engine: str
+    """Which engine it concerns."""
+    what: str
+    """The measure, or the file."""
+    measured: float | int | str | None
+    """What came; None where nothing did."""
+    bar: float | int | str | None
+    """What was expected."""
+    where: str | None = None
+    """The worst item, where there is one."""
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        if self.kind == "integrity":
+            return f"{self.kind}: {self.what}"
+        where = f"; worst at {self.where}" if self.where else ""
+        return (
+            f"{self.kind}: {self.engine}: {self.what} is {_short(self.measured)}, "
+            f"expected {_short(self.bar)}{where}"
+        )
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of questions answered right, 0 to 1, under each prompt form."""
+
+    plain: float
+    chat: float
+
+
+@dataclass(frozen=True)
+class WorstItem:
+    """The place where an engine is furthest from the reference."""
+
+    source: str
+    """forget | retain | text."""
+    form: str
+    """chat | plain | text."""
+    row: int
+    """Row of the source, from 1."""
+    position: int
+    """Token of the prompt, from 0 (BOS)."""
+    token: str
+    """The token at that position."""
+    abs_logit: float
+    """|Δlogit| there."""
+
+    def __str__(self) -> str:
+        """One line for a person."""
+        form = "" if self.form == "text" else f" ({self.form})"
+        return f'{self.source} row {self.row}{form}, token {self.position} "{self.token}"'
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A question that an engine answers otherwise than the reference."""
+
+    source: str
+    form: str
+    row: int
+    """Row of the source, from 1."""
+    question: str
+    reference: str
+    """The reference's letter."""
+    engine: str
+    """The engine's letter."""
+    right: str
+    """The right letter."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an engine is from the hooked reference on the same tokens."""
+
+    max_abs_logit: float
+    """Largest |Δlogit|; infinite where a logit is not finite."""
+    mean_kl: float
+    """Mean KL(reference ‖ engine), in nats per token."""
+    top1_agreement: float
+    """Share of tokens on which both put the same token first, 0 to 1."""
+    tokens_compared: int
+    """Over how many tokens."""
+    tokens_fired: int
+    """On how many tokens the clamp fired while the engine's logits were formed."""
+    worst: WorstItem | None
+    flips: tuple[Flip, ...]
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One engine; what was not measured is None."""
+
+    name: str
+    """base | reference | checkpoint | …"""
+    forget: Accuracy | None = None
+    retain: Accuracy | None = None
+    loss: float | None = None
+    """Mean token cross-entropy on text, in nats."""
+    loss_added: float | None = None
+    """Loss minus the base's, in nats per token."""
+    parity: Parity | None = None
+    """Against the reference. The base's says how far the clamp moves the model."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """How much was measured on."""
+
+    forget_questions: int
+    retain_questions: int
+    text_tokens: int
+    """Tokens whose cross-entropy was taken."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of one verification."""
+
+    folder: str
+    """The folder's own name."""
+    carrier: str
+    """layer | adapter | compiled | merged."""
+    exact: bool
+    """Whether the carrier computes the clamp itself rather than an approximation."""
+    scope: str
+    """full, or the kinds of evidence that were gathered, joined by `+`."""
+    failures: tuple[Failure, ...]
+    engines: tuple[EngineReport, ...] = ()
+    dtype: str | None = None
+    """What both sides of the comparison ran in."""
+    prompt: Literal["chat", "plain"] | None = None
+    """The prompt form that leads."""
+    items: Items | None = None
+    fired_by_layer: tuple[tuple[int, int], ...] = ()
+    """(layer, tokens on which its clamp fired)."""
+    warnings: tuple[str, ...] = ()
+    """What is within tolerance and still worth a look."""
+
+    @property
+    def verdict(self) -> Literal["pass", "fail"]:
+        """`fail` as soon as anything is out of tolerance."""
+        return "fail" if self.failures else "pass"
+
+    @property
+    def exit_code(self) -> int:
+        """0 on pass, 1 on fail."""
+        return 1 if self.failures else 0
+
+    def engine(self, name: str) -> EngineReport | None:
+        """The engine of that name, where it was run."""
+        return next((engine for engine in self.engines if engine.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON contract. Numbers that JSON does not know (infinity, NaN) become null."""
+        report: dict[str, Any] = {
+            "schema": SCHEMA,
+            "verdict": self.verdict,
+            "scope": self.scope,
+            "folder": self.folder,
+            "carrier": self.carrier,
+            "exact": self.exact,
+            "failures": [_plain(vars(failure)) for failure in self.failures],
+            "warnings": list(self.warnings),
+            "engines": {engine.name: _engine_dict(engine) for engine in self.engines},
+        }
+        if self.items is not None:
+            report |= {
+                "dtype": self.dtype,
+                "prompt": self.prompt,
+                "items": vars(self.items),
+                "tokens_fired_by_layer": {str(layer): n for layer, n in self.fired_by_layer},
+            }
+        return report
+
+
+def _engine_dict(engine: EngineReport) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, accuracy in (("forget", engine.forget), ("retain", engine.retain)):
+        if accuracy is not None:
+            found[name] = vars(accuracy)
+    if engine.loss is not None:
+        found["loss"] = engine.loss
+        found["loss_added"] = engine.loss_added
+    if (parity := engine.parity) is not None:
+        found["parity"] = {
+            "max_abs_logit": parity.max_abs_logit,
+            "mean_kl": parity.mean_kl,
+            "top1_agreement": parity.top1_agreement,
+            "answer_flips": len(parity.flips),
+            "tokens_fired": parity.tokens_fired,
+            "tokens_compared": parity.tokens_compared,
+            "worst": None if parity.worst is None else _plain(vars(parity.worst)),
+            "flips": [vars(flip) for flip in parity.flips],
+        }
+        found["parity"] = _plain(found["parity"])
+    return _plain(found)
+
+
+def _short(value: float | int | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in found.items()
+    }

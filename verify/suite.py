@@ -1,0 +1,125 @@
+"""One verification from beginning to end."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from bake.errors import BakeoutError, FolderError, RecipeError
+from bake.recipe import Recipe
+from verify.clamped_folder import fitted_recipe, own_recipe, read_config
+from verify.evidence import CHECKPOINT, Progress, gather
+from verify.integrity import Manifest, check_integrity, read_manifest
+from verify.parity import parity_failures, silent_clamps
+from verify.report import Failure, VerifyReport
+
+KINDS = ("integrity", "parity", "choices", "loss")
+"""Kinds of evidence, by the names that `only` takes."""
+
+
+class KindError(BakeoutError):
+    """A kind of evidence that there is not."""
+
+
+def verify_folder(
+    folder: Path,
+    recipe: Recipe | None = None,
+    only: frozenset[str] = frozenset(),
+    progress: Progress | None = None,
+    *,
+    device: str = "cpu",
+) -> VerifyReport:
+    """Gather evidence about a folder that bakeout wrote.
+
+    Files are hashed first. When one is not what the manifest says, that is the whole report:
+    nothing from the folder is executed.
+
+    Args:
+        folder: a clamped checkpoint.
+        recipe: what the reference is rebuilt from. Without one, the folder's own recipe is taken
+            where everything in it can be had from the hub; else only integrity is checked, and
+            the report's scope says so.
+        only: kinds of evidence to gather; all when empty.
+        progress: called with a stage (hash, load, compare) and the share of it done, 0 to 1.
+        device: where base, reference and checkpoint run, as torch names it.
+
+    Returns:
+        The report; its `failures` are what is out of tolerance.
+
+    Raises:
+        BakeoutError: the folder, the recipe or what it names cannot be used.
+    """
+    kinds = _kinds(only)
+    tell = progress or _say_nothing
+    manifest = read_manifest(folder)
+    if "integrity" in kinds:
+        failures = check_integrity(folder, manifest, lambda share: tell("hash", share))
+        if failures or kinds == {"integrity"}:
+            return _integrity_report(folder, manifest, failures)
+    recipe = recipe or own_recipe(folder)
+    if recipe is None:
+        if only:
+            raise RecipeError(
+                f"{', '.join(sorted(only - {'integrity'}))}: the reference is rebuilt from a "
+                f"recipe, and {folder.name} names local sources; give the recipe with --recipe"
+            )
+        return _integrity_report(folder, manifest, ())
+    if manifest.carrier != "layer":
+        raise FolderError(
+            f"{folder.name}: carries the clamp as {manifest.carrier}; parity, choices and loss "
+            "are measured for `layer`. Use --only integrity"
+        )
+    recipe = fitted_recipe(recipe, folder, read_config(folder))
+    evidence = gather(folder, recipe, kinds - {"integrity"}, tell, device)
+    failures = ()
+    if "parity" in kinds:
+        checkpoint = next(engine for engine in evidence.engines if engine.name == CHECKPOINT)
+        assert checkpoint.parity is not None
+        failures = (
+            *silent_clamps(evidence.fired_by_layer),
+            *parity_failures(CHECKPOINT, checkpoint.parity, evidence.dtype),
+        )
+    assert recipe.verify is not None
+    return VerifyReport(
+        folder=folder.resolve().name,
+        carrier=manifest.carrier,
+        exact=manifest.exact,
+        scope="full" if kinds == frozenset(KINDS) else "+".join(k for k in KINDS if k in kinds),
+        failures=failures,
+        engines=evidence.engines,
+        dtype=evidence.dtype,
+        prompt=recipe.verify.prompt,
+        items=evidence.items,
+        fired_by_layer=evidence.fired_by_layer,
+        warnings=tuple(
+            f"feature {feature} (layer {layer}) was never active in the forget questions"
+            for layer, feature in evidence.never_active
+        ),
+    )
+
+
+def _kinds(only: frozenset[str]) -> frozenset[str]:
+    for kind in sorted(only):
+        if kind not in KINDS:
+            close = difflib.get_close_matches(kind, KINDS, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise KindError(
+                f'no kind of evidence "{kind}"; expected one of {", ".join(KINDS)}{hint}'
+            )
+    return only or frozenset(KINDS)
+
+
+def _integrity_report(
+    folder: Path, manifest: Manifest, failures: tuple[Failure, ...]
+) -> VerifyReport:
+    return VerifyReport(
+        folder=folder.resolve().name,
+        carrier=manifest.carrier,
+        exact=manifest.exact,
+        scope="integrity",
+        failures=failures,
+    )
+
+
+def _say_nothing(stage: str, share: float) -> None:
+    """Progress that nobody watches."""

@@ -1,0 +1,147 @@
+"""A clamped checkpoint, loaded by plain transformers in a process that cannot import bakeout.
+
+Started by path with `python -I`; needs torch, transformers and safetensors only. Requests come on
+stdin, answers go to stdout, each as eight bytes of length (little endian) and that many bytes of
+safetensors; what a message says besides tensors stands in the safetensors' metadata:
+
+    {"op": "load", "dtype", "device", "threads"}                   -> {"dtype", "class"}
+    {"op": "logits", "last_only"}, input_ids, attention_mask       -> logits, float32
+
+A request that fails is answered by {"error": one line}. The process ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any, BinaryIO
+
+BLOCKED = ("bake", "export", "verify", "model_cards", "bakeout")
+
+
+class Blocker(MetaPathFinder):
+    """Refuses to import the packages of bakeout, and remembers which were asked for."""
+
+    def __init__(self) -> None:
+        self.tried: list[str] = []
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> None:
+        """Raise for a blocked package; leave every other to the finders behind."""
+        if name.partition(".")[0] in BLOCKED:
+            self.tried.append(name)
+            raise ImportError(f"{name} is a package of bakeout, which is kept away here")
+
+
+def read_message(stream: BinaryIO) -> bytes | None:
+    """The next message, or None at the end of the stream."""
+    length = stream.read(8)
+    if len(length) < 8:
+        return None
+    size = int.from_bytes(length, "little")
+    data = stream.read(size)
+    return data if len(data) == size else None
+
+
+def write_message(stream: BinaryIO, data: bytes) -> None:
+    """Send one message."""
+    stream.write(len(data).to_bytes(8, "little"))
+    stream.write(data)
+    stream.flush()
+
+
+def pack(metadata: dict[str, str], tensors: dict[str, Any] | None = None) -> bytes:
+    """Tensors and words as one message."""
+    from safetensors.torch import save
+
+    data: bytes = save(tensors or {}, metadata=metadata)
+    return data
+
+
+def unpack(data: bytes) -> tuple[dict[str, str], dict[str, Any]]:
+    """(words, tensors) of a message."""
+    from safetensors.torch import load
+
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__") or {}, load(data)
+
+
+def load_model(folder: Path, asked: dict[str, str]) -> Any:
+    """The checkpoint, as anybody would load it."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(int(asked["threads"]))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [""])[0]
+    images = name.endswith("ForConditionalGeneration")
+    auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
+        folder,
+        trust_remote_code=True,
+        dtype=getattr(torch, asked["dtype"]),
+        attn_implementation="eager",
+    )
+    return model.to(asked["device"]).eval()
+
+
+def logits(model: Any, tensors: dict[str, Any], last_only: bool) -> Any:
+    """[batch, seq or 1, vocab] float32, on the CPU."""
+    import torch
+
+    mask = tensors["attention_mask"].to(model.device)
+    with torch.inference_mode():
+        output = model(
+            input_ids=tensors["input_ids"].to(model.device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1 if last_only else 0,
+        )
+    return output.logits.float().cpu().contiguous()
+
+
+def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker) -> None:
+    """Answer requests until there are no more."""
+    model: Any = None
+    import transformers  # noqa: F401  while the other side prepares its own model
+
+    while (data := read_message(requests)) is not None:
+        asked, tensors = unpack(data)
+        try:
+            if asked["op"] == "load":
+                model = load_model(folder, asked)
+                dtype = str(model.dtype).removeprefix("torch.")
+                answer = pack({"dtype": dtype, "class": type(model).__name__})
+            else:
+                found = logits(model, tensors, asked["last_only"] == "true")
+                answer = pack({}, {"logits": found})
+        except Exception as error:  # whatever it is, the other side says it in one line
+            reason = " ".join(str(error).split()) or "no further reason"
+            if blocker.tried:
+                reason = f"it tried to import {', '.join(sorted(set(blocker.tried)))}: {reason}"
+            answer = pack({"error": f"{type(error).__name__}: {reason}"})
+        write_message(answers, answer)
+
+
+def main() -> None:
+    """Serve the folder named on the command line."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints, prints to stderr
+    sys.stdout = sys.stderr
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if loaded := [name for name in BLOCKED if name in sys.modules]:
+        write_message(answers, pack({"error": f"{loaded[0]} is imported already"}))
+        return
+    blocker = Blocker()
+    sys.meta_path.insert(0, blocker)
+    serve(Path(sys.argv[1]), sys.stdin.buffer, answers, blocker)
+
+
+if __name__ == "__main__":
+    main()
