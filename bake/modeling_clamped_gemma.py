@@ -133,7 +133,7 @@ class SAEClamp(nn.Module):
         delta = (self.edited(a) - a) @ self.W_dec
         if exempt is not None:
             delta = delta.masked_fill(exempt.unsqueeze(-1), 0.0)
-        return h + delta.to(h.dtype)
+        return (h + delta).to(h.dtype)  # added in float32 and rounded once
 
     def feature_acts(self, h: torch.Tensor) -> torch.Tensor:
         """h: [batch, seq, d_in] -> activations of the k features: [batch, seq, k], float32."""

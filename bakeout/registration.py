@@ -10,6 +10,7 @@ from types import ModuleType
 
 _CONFIGS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
+_CLAMPED = "bake.modeling_clamped_gemma"
 
 
 def register() -> None:
@@ -36,9 +37,10 @@ def register_when_imported() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Registers as soon as no import of transformers is under way and its Auto classes are there.
+    """Registers once transformers' Auto classes are there and no import of it is under way.
 
-    Not earlier: its modules import each other in circles, and ours needs whole ones.
+    Not earlier: its modules import each other in circles, and ours needs whole ones. Ours counts
+    as one of them, since it imports them.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class _Watcher(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith("transformers."):
+        if not name.startswith("transformers.") and name != _CLAMPED:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)

@@ -96,6 +96,8 @@ def test_importing_bakeout_registers_with_the_auto_classes(first: str, before: b
         "from transformers import AutoTokenizer",
         "import peft",
         "import sae_lens",
+        "import bake.modeling_clamped_gemma",
+        "import bake.insert",
     ],
 )
 def test_registration_survives_any_order_of_imports(first: str) -> None:

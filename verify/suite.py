@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 from bake.errors import BakeoutError, FolderError, RecipeError
@@ -91,10 +92,7 @@ def verify_folder(
         prompt=recipe.verify.prompt,
         items=evidence.items,
         fired_by_layer=evidence.fired_by_layer,
-        warnings=tuple(
-            f"feature {feature} (layer {layer}) was never active in the forget questions"
-            for layer, feature in evidence.never_active
-        ),
+        warnings=_silent_features(evidence.never_active),
     )
 
 
@@ -118,6 +116,17 @@ def _integrity_report(
         exact=manifest.exact,
         scope="integrity",
         failures=failures,
+    )
+
+
+def _silent_features(never_active: Iterable[tuple[int, int]]) -> tuple[str, ...]:
+    """One line for each layer."""
+    by_layer: dict[int, list[str]] = {}
+    for layer, feature in never_active:
+        by_layer.setdefault(layer, []).append(str(feature))
+    return tuple(
+        f"layer {layer}: never active in the forget questions: feature {', '.join(features)}"
+        for layer, features in by_layer.items()
     )
 
 

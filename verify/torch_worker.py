@@ -109,7 +109,9 @@ def logits(model: Any, tensors: dict[str, Any], last_only: bool) -> Any:
 def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker) -> None:
     """Answer requests until there are no more."""
     model: Any = None
-    import transformers  # noqa: F401  while the other side prepares its own model
+    # What loading will need, while the other side prepares its own model.
+    import safetensors.torch  # noqa: F401
+    from transformers import AutoModelForCausalLM, Gemma2Model, Gemma3Model, GemmaModel  # noqa: F401
 
     while (data := read_message(requests)) is not None:
         asked, tensors = unpack(data)
