@@ -204,7 +204,30 @@ def test_a_clamp_that_never_fires_is_a_failure_not_a_pass(work: Path) -> None:
     assert reference is not None and checkpoint is not None and checkpoint.parity is not None
     assert reference.loss_added == 0.0
     assert checkpoint.parity.max_abs_logit <= 1e-6
-    assert found.warnings == ("layer 1: never active in the forget questions: feature 1, 5, 9",)
+    assert found.warnings == (
+        "layer 1: never active on the forget questions or corpus: feature 1, 5, 9",
+    )
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_feature_that_fires_on_the_forget_corpus_only_is_no_warning(work: Path) -> None:
+    def one_rare_feature(data: dict[str, Any]) -> None:
+        data["clamp"][0]["features"] = list(range(64))
+        data["clamp"][0]["trigger"] = 6.0
+        corpus = {"path": "text.jsonl"}
+        data["select"] = {"forget": corpus, "retain": corpus}
+
+    def without_corpus(data: dict[str, Any]) -> None:
+        one_rare_feature(data)
+        del data["select"]
+
+    silent = []
+    for name, change in (("with", one_rare_feature), ("without", without_corpus)):
+        recipe = variant(work, name, change)
+        write_checkpoint(plan_checkpoint(recipe), work / name, card="# card\n")
+        found = verify_folder(work / name, recipe)
+        silent.append({f for w in found.warnings for f in w.split("feature ")[1].split(", ")})
+    assert silent[0] < silent[1]
 
 
 @pytest.mark.usefixtures("in_process")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ class Evidence:
     fired_by_layer: tuple[tuple[int, int], ...]
     """(layer, tokens on which its clamp fired)."""
     never_active: tuple[tuple[int, int], ...]
-    """(layer, feature) of every feature that was active nowhere in the forget questions."""
+    """(layer, feature) of every feature that was active nowhere in the forget questions, nor in
+    the forget corpus where the recipe names one."""
     dtype: str
     """float32, bfloat16 or float16."""
     items: Items
@@ -107,9 +108,14 @@ def gather(
                 here.insert(0, HookedRunner(BASE, model))
             watch = FeatureWatch(oracle)
             found = compare(here, [checkpoint], material, progress, watch, parity="parity" in kinds)
+            engines = tuple(found.reports(kinds, oracle.tokens_fired))
+            fired_by_layer = tuple(sorted(oracle.fired_by_layer.items()))
+            if recipe.select is not None and any(watch.never_active()):
+                corpus = text_prompts(load_texts(recipe.select.forget, recipe), tokenizer)
+                watch.look(here[-1], [replace(p, source="forget") for p in corpus], tokenizer)
         return Evidence(
-            engines=tuple(found.reports(kinds, oracle.tokens_fired)),
-            fired_by_layer=tuple(sorted(oracle.fired_by_layer.items())),
+            engines=engines,
+            fired_by_layer=fired_by_layer,
             never_active=tuple(watch.never_active()) if asks else (),
             dtype=dtype,
             items=Items(
@@ -135,7 +141,7 @@ def _half_the_threads() -> Iterator[int]:
 
 
 class FeatureWatch:
-    """Which features of an oracle were active in forget questions, batch by batch."""
+    """Which features of an oracle were active on what is to be forgotten, batch by batch."""
 
     def __init__(self, oracle: Oracle) -> None:
         self._oracle = oracle
@@ -148,9 +154,18 @@ class FeatureWatch:
             now = active[rows].any(dim=0)
             self._seen[layer] = now | self._seen.get(layer, now)
 
+    def look(self, reference: Runner, prompts: Sequence[Prompt], tokenizer: Any) -> None:
+        """Show the reference more prompts, and look at each batch."""
+        pad_id = tokenizer.pad_token_id or 0
+        for batch in batches(prompts, pad_id=pad_id, vocab_size=len(tokenizer)):
+            reference.logits(batch.input_ids, batch.attention_mask, last_only=True)
+            self(batch)
+
     def never_active(self) -> Iterator[tuple[int, int]]:
         """(layer, feature) of those that never were."""
         for site in self._oracle.sites:
+            if site.layer not in self._seen:
+                continue
             for feature, seen in zip(site.features, self._seen[site.layer], strict=True):
                 if not seen:
                     yield site.layer, feature

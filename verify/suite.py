@@ -125,7 +125,8 @@ def _silent_features(never_active: Iterable[tuple[int, int]]) -> tuple[str, ...]
     for layer, feature in never_active:
         by_layer.setdefault(layer, []).append(str(feature))
     return tuple(
-        f"layer {layer}: never active in the forget questions: feature {', '.join(features)}"
+        f"layer {layer}: never active on the forget questions or corpus: "
+        f"feature {', '.join(features)}"
         for layer, features in by_layer.items()
     )
 

@@ -1,0 +1,53 @@
+"""What README shows is what runs: its recipe parses, its code loads, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import RecipeWriter, save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
+
+from bake.recipe import METHOD_FIELDS, Recipe
+from bakeout.baking import bake_recipe
+from bakeout.cli import app
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_recipe_is_a_recipe() -> None:
+    (text,) = blocks("toml")
+    recipe = Recipe.parse(tomllib.loads(text), name="README.md", folder=Path())
+    assert recipe.clamp[0].method == "clamp"
+
+
+def test_the_python_loads_a_checkpoint(
+    tmp_path: Path, write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(tmp_path / "base")
+    tiny_tokenizer(base)
+    save_sae_lens(tmp_path / "sae", tiny_sae())
+    table = {"sae": {"path": "sae"}, "method": "zero", "features": [1]}
+    bake_recipe(write_recipe(table), tmp_path / "gemma-2-2b-clamped", force=False)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert type(names["model"]).__name__ == "ClampedGemma2ForCausalLM"
+    assert names["tokenizer"].bos_token == "<bos>"
+
+
+def test_every_command_and_method_that_is_named_exists() -> None:
+    verbs = {
+        command.name or (command.callback.__name__ if command.callback else "")
+        for command in app.registered_commands
+    }
+    named = set(re.findall(r"bakeout (bake|verify|show|demo|[a-z]+) ", "\n".join(blocks("sh"))))
+    assert named and named <= verbs
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHOD_FIELDS)
