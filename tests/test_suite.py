@@ -205,7 +205,8 @@ def test_a_clamp_that_never_fires_is_a_failure_not_a_pass(work: Path) -> None:
     assert reference.loss_added == 0.0
     assert checkpoint.parity.max_abs_logit <= 1e-6
     assert found.warnings == (
-        "layer 1: never active on the forget questions or corpus: feature 1, 5, 9",
+        "layer 1: never active on the forget questions, nor in the first 16,384 tokens of the "
+        "forget corpus: feature 1, 5, 9",
     )
 
 

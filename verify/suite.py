@@ -12,6 +12,7 @@ from verify.clamped_folder import fitted_recipe, own_recipe, read_config
 from verify.evidence import CHECKPOINT, Progress, gather
 from verify.integrity import Manifest, check_integrity, read_manifest
 from verify.parity import parity_failures, silent_clamps
+from verify.prompts import TEXT_TOKENS
 from verify.report import Failure, VerifyReport
 
 KINDS = ("integrity", "parity", "choices", "loss")
@@ -125,8 +126,8 @@ def _silent_features(never_active: Iterable[tuple[int, int]]) -> tuple[str, ...]
     for layer, feature in never_active:
         by_layer.setdefault(layer, []).append(str(feature))
     return tuple(
-        f"layer {layer}: never active on the forget questions or corpus: "
-        f"feature {', '.join(features)}"
+        f"layer {layer}: never active on the forget questions, nor in the first "
+        f"{TEXT_TOKENS:,} tokens of the forget corpus: feature {', '.join(features)}"
         for layer, features in by_layer.items()
     )
 

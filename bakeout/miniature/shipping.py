@@ -1,0 +1,95 @@
+"""Writes the miniature's files: model, tokenizer, corpora, questions, recipe."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from transformers import Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from bakeout.miniature.measure import Clamp
+from bakeout.miniature.tokenizer import BOS, END_OF_TURN, EOS, PAD
+from bakeout.miniature.world import Splits
+
+RECIPE = """\
+# The miniature forgets everything about bells. Picked on the validation questions.
+schema = 1
+
+[base]
+model = "model"
+revision = "main"
+dtype = "auto"
+license = "apache-2.0"
+
+[[clamp]]
+sae = {{ path = "sae" }}
+hook_point = "blocks.{layer}.hook_resid_post"
+method = "clamp"
+features = [{features}]
+value = {value}
+trigger = 0.0
+exempt_bos = true
+
+[select]
+by = "sparsity"
+forget = {{ path = "forget.jsonl", field = "text" }}
+retain = {{ path = "retain.jsonl", field = "text" }}
+retain_threshold = {retain_threshold}
+n_features = {n_features}
+seq_len = {seq_len}
+n_seqs = {n_seqs}
+
+[verify]
+forget_questions = {{ path = "questions/forget_test.jsonl" }}
+retain_questions = {{ path = "questions/retain_test.jsonl" }}
+text = {{ path = "text.jsonl", field = "text" }}
+prompt = "chat"
+"""
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Writes one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_model(model: Gemma2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the model folder as `from_pretrained` reads it."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=[EOS, END_OF_TURN], pad_token_id=PAD
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # The generic class reads tokenizer.json as it stands, whatever model_type stands beside it.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_texts(folder: Path, corpora: Mapping[str, Iterable[str]]) -> None:
+    """Writes `<name>.jsonl` with the field `text` for each corpus."""
+    for name, texts in corpora.items():
+        write_jsonl(folder / f"{name}.jsonl", ({"text": text} for text in texts))
+
+
+def write_questions(folder: Path, splits: Splits) -> None:
+    """Writes the four question files."""
+    for name, questions in vars(splits).items():
+        rows = (question.row() for question in questions)
+        write_jsonl(folder / "questions" / f"{name}.jsonl", rows)
+
+
+def write_recipe(
+    folder: Path, clamp: Clamp, *, retain_threshold: float, seq_len: int, n_seqs: int
+) -> None:
+    """Writes `recipe.toml`."""
+    text = RECIPE.format(
+        layer=clamp.layer,
+        features=", ".join(map(str, clamp.features)),
+        value=float(clamp.value),
+        retain_threshold=retain_threshold,
+        n_features=len(clamp.features),
+        seq_len=seq_len,
+        n_seqs=n_seqs,
+    )
+    (folder / "recipe.toml").write_text(text, encoding="utf-8")

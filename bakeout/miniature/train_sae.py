@@ -1,0 +1,139 @@
+"""Trains an SAE on the miniature's residual stream with sae_lens's own trainer."""
+
+import contextlib
+import io
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from bakeout.miniature.corpora import PRACTISE, training_documents
+from bakeout.miniature.tokenizer import BOS, EOS, PAD
+from bakeout.miniature.train import ModelSchedule, collate, encode
+from bakeout.miniature.world import World
+
+
+@dataclass(frozen=True)
+class SAESchedule:
+    """How the SAE is trained."""
+
+    d_sae: int = 1536
+    k: float = 5
+    """Mean number of features active per token."""
+    n_steps: int = 2500
+    batch_size: int = 1024
+    """Tokens per step."""
+    learning_rate: float = 2e-3
+    n_tokens: int = 150_000
+    """Tokens whose activations are cached."""
+
+
+@torch.no_grad()
+def layer_activations(model: Gemma2ForCausalLM, layer: int, ids: Tensor) -> Tensor:
+    """The output of decoder layer `layer`.
+
+    Args:
+        model: any Gemma 2.
+        layer: 0-based.
+        ids: [batch, seq].
+
+    Returns:
+        [batch, seq, d_in].
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: object, output: Tensor) -> None:
+        seen.append(output)
+
+    handle = model.model.layers[layer].register_forward_hook(keep)
+    try:
+        model.model(input_ids=ids)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def cached_activations(
+    model: Gemma2ForCausalLM,
+    layer: int,
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    n_tokens: int,
+) -> Tensor:
+    """Activations [n_tokens, d_in] on fresh documents; `<bos>`, `<eos>` and `<pad>` left out."""
+    documents = training_documents(world, seed + 1_000_000, PRACTISE)
+    kept: list[Tensor] = []
+    n_kept = 0
+    while n_kept < n_tokens:
+        rows = [encode(d, tokenizer, ModelSchedule()) for d in islice(documents, 128)]
+        ids = collate(rows).ids
+        counted = (ids != PAD) & (ids != BOS) & (ids != EOS)
+        kept.append(layer_activations(model, layer, ids)[counted])
+        n_kept += len(kept[-1])
+    return torch.cat(kept)[:n_tokens]
+
+
+def _batches(activations: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(activations), generator=generator)
+        for chunk in torch.split(order, batch_size):
+            if len(chunk) == batch_size:
+                yield activations[chunk]
+
+
+def train_sae(
+    activations: Tensor, layer: int, seed: int, schedule: SAESchedule
+) -> BatchTopKTrainingSAE:
+    """Trains a BatchTopK SAE with sae_lens; its input scaling is folded into the weights.
+
+    Args:
+        activations: [n_tokens, d_in].
+        layer: whose output they are.
+        seed: of the initial weights and of the order of tokens.
+        schedule: sizes and steps.
+
+    Returns:
+        The SAE in training form; `save_inference_model` writes it as a JumpReLU SAE.
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=activations.shape[1],
+            d_sae=schedule.d_sae,
+            k=schedule.k,
+            normalize_activations="expected_average_only_in",
+            metadata=SAEMetadata(
+                model_name="bakeout-miniature",
+                hook_name=f"blocks.{layer}.hook_resid_post",
+                context_size=128,
+                prepend_bos=True,
+                exclude_special_tokens=[PAD, EOS, BOS],
+            ),
+        )
+    )
+    cfg = SAETrainerConfig(
+        total_training_samples=schedule.n_steps * schedule.batch_size,
+        train_batch_size_samples=schedule.batch_size,
+        lr=schedule.learning_rate,
+        lr_warm_up_steps=50,
+        lr_end=0.01 * schedule.learning_rate,
+        lr_decay_steps=schedule.n_steps // 4,
+        dead_feature_window=100,
+        feature_sampling_window=schedule.n_steps + 1,
+        n_batches_for_norm_estimate=20,
+    )
+    batches = _batches(activations, schedule.batch_size, seed)
+    with contextlib.redirect_stderr(io.StringIO()):
+        SAETrainer(cfg=cfg, sae=sae, data_provider=batches).fit()
+    return sae
