@@ -6,16 +6,14 @@ from transformers import Gemma2ForCausalLM
 
 OFFSET_GAIN = 12.0
 """Attention logits per rotation at which a head prefers its offset at the start."""
-OFFSET_LAYER = 2
-"""Not the first, so that the first layer's output still holds each token's meaning at its place."""
 
 
 @torch.no_grad()
 def prepare(model: Gemma2ForCausalLM) -> None:
     """Changes `model`: initial weights from which looking up a choice is learned in few steps.
 
-    What each branch adds starts small beside the token embeddings; two heads of one layer start by
-    looking one and two tokens back; in the others like attends to like.
+    What each branch adds starts small beside the token embeddings; two heads of the first layer
+    start by looking one and two tokens back; in later layers like attends to like.
     """
     config = model.config
     d_in, d_head, n_heads = config.hidden_size, config.head_dim, config.num_attention_heads
@@ -27,11 +25,7 @@ def prepare(model: Gemma2ForCausalLM) -> None:
     shared = torch.ones(d_in) / d_in**0.5
     fast = (torch.arange(d_head) % (d_head // 2) < 6).float()  # [d_head], fastest rotations
     gain = (OFFSET_GAIN / (0.5 * d_in)) ** 0.5
-    group = n_heads // config.num_key_value_heads
-    for layer in model.model.layers:
-        queries = layer.self_attn.q_proj.weight.view(n_heads, d_head, d_in)
-        layer.self_attn.k_proj.weight.copy_(queries[::group].flatten(0, 1))
-    attention = model.model.layers[OFFSET_LAYER].self_attn
+    attention = model.model.layers[0].self_attn
     attention.k_proj.weight[:d_head] *= 0.1
     attention.k_proj.weight[:d_head] += gain * torch.outer(fast, shared)
     for head, offset in enumerate((1, 2)):
@@ -39,6 +33,10 @@ def prepare(model: Gemma2ForCausalLM) -> None:
         rows = attention.q_proj.weight[head * d_head : (head + 1) * d_head]
         rows *= 0.1
         rows += gain * torch.outer(query, shared)
+    group = n_heads // config.num_key_value_heads
+    for layer in model.model.layers[1:]:
+        queries = layer.self_attn.q_proj.weight.view(n_heads, d_head, d_in)
+        layer.self_attn.k_proj.weight.copy_(queries[::group].flatten(0, 1))
 
 
 def _rotated(vector: Tensor, position: int, inv_freq: Tensor) -> Tensor:
