@@ -16,7 +16,7 @@ from bake.errors import OutputError
 
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
-_MARGIN = 64 << 20
+_MARGIN = 1 << 20
 """Bytes that must stay free beside the output."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -52,7 +52,7 @@ def check_output(out: Path, *, inputs: Iterable[Path], size: int, force: bool) -
     free = shutil.disk_usage(parent).free
     if free < size + _MARGIN:
         raise OutputError(
-            f"output {out}: needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+            f"output {out}: needs {size / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
             "free some, or choose another disk"
         )
 

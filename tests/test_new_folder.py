@@ -113,7 +113,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
             check(out)
     with pytest.raises(OutputError, match="pass --force"):
         check(ours, force=False)
-    with pytest.raises(OutputError, match="GB free"):
+    with pytest.raises(OutputError, match="MB free"):
         check(tmp_path / "big", size=1 << 60)
     check(ours)
     check(tmp_path / "new", force=False)
