@@ -1,0 +1,332 @@
+"""Where a graph's weights lie: in the checkpoint's own safetensors, or packed into one data file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import StringStringEntryProto, TensorProto
+from safetensors import SafetensorError, safe_open
+
+from bake.arrays import Array
+from bake.errors import FolderError
+from export.onnx_builder import Builder
+
+Precision = Literal["shared", "fp16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = ("shared", "fp16", "int8", "int4")
+
+BLOCK = 32
+"""Weights that share one scale in int8 and int4, along a row."""
+TABLE_BITS = 8
+"""Of the embedding table in int8 and int4: a rounded table costs more answers than it saves."""
+BLOCK_BYTES = 32 << 20
+"""Bytes of float32 that are held at once, about."""
+ALIGNMENT = 4096
+"""Of tensors in a data file, so that ONNX Runtime can map them."""
+_ONNX_TYPES = {
+    "F32": TensorProto.FLOAT,
+    "F16": TensorProto.FLOAT16,
+    "BF16": TensorProto.BFLOAT16,
+    "BOOL": TensorProto.BOOL,
+}
+_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, found by its header."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it: F32, F16, BF16, BOOL."""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+    length: int
+    """Bytes."""
+
+    def rows(self, start: int, stop: int) -> Array:
+        """Some rows as float32: [stop - start, …]. Reads these and no others."""
+        stored = np.dtype(_NUMPY_TYPES[self.dtype])
+        n_columns = int(np.prod(self.shape[1:]))
+        with self.file.open("rb") as file:
+            file.seek(self.offset + start * n_columns * stored.itemsize)
+            data = np.fromfile(file, stored, (stop - start) * n_columns)
+        block = data.reshape(stop - start, *self.shape[1:])
+        if self.dtype == "BF16":  # the upper half of a float32
+            return (block.astype(np.uint32) << 16).view(np.float32)
+        return block.astype(np.float32)
+
+    def blocks(self, multiple: int = 1) -> Iterator[Array]:
+        """All rows in order, a few at a time; `multiple` of them at least."""
+        row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
+        step = max(1, BLOCK_BYTES // row_bytes // multiple) * multiple
+        for start in range(0, self.shape[0], step):
+            yield self.rows(start, min(start + step, self.shape[0]))
+
+
+def stored_tensors(folder: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint, from the headers of its shards.
+
+    Raises:
+        FolderError: a shard is missing or damaged, or a tensor is not where the index places it.
+    """
+    found = {}
+    for shard in sorted(set(weight_map.values())):
+        path = folder / shard
+        try:
+            with safe_open(path, framework="np"):
+                pass  # checks that offsets neither overlap nor leave the file
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise FolderError(
+                f"{path}: cannot be read ({error}); bake or download the folder again"
+            ) from error
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            found[name] = StoredTensor(
+                path, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin
+            )
+    for name, shard in weight_map.items():
+        if name not in found or found[name].file.name != shard:
+            raise FolderError(f"{folder / shard}: has no tensor {name}, where the index places it")
+    return {name: found[name] for name in weight_map}
+
+
+class Weights(Protocol):
+    """How a graph gets at the checkpoint's tensors."""
+
+    def linear(self, g: Builder, x: str, name: str, bias: str | None = None) -> str:
+        """x: [rows, in] float32 -> x @ W.T (+ bias): [rows, out] float32; W: [out, in]."""
+        ...
+
+    def lookup(self, g: Builder, name: str, ids: str) -> str:
+        """ids: […] -> rows of a table: […, width] float32."""
+        ...
+
+    def exact(self, g: Builder, name: str) -> str:
+        """A tensor as float32 (flags stay flags), not rounded any further than it is stored."""
+        ...
+
+
+# --------------------------------------------------------------------------- in place
+
+
+class SharedWeights:
+    """Initializers that point into the checkpoint's safetensors."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.tensors = tensors
+        self.files: set[str] = set()
+        """Names of the files that are pointed into."""
+
+    def linear(self, g: Builder, x: str, name: str, bias: str | None = None) -> str:
+        """See `Weights`. Gemm takes the matrix as it lies, so nothing is transposed or copied."""
+        inputs = [x, self.exact(g, name), *([] if bias is None else [self.exact(g, bias)])]
+        return g.op("Gemm", *inputs, transB=1)
+
+    def lookup(self, g: Builder, name: str, ids: str) -> str:
+        """See `Weights`. Only the rows that are looked up become float32."""
+        return g.cast(g.op("Gather", self._initializer(g, name), ids), TensorProto.FLOAT)
+
+    def exact(self, g: Builder, name: str) -> str:
+        """See `Weights`."""
+        stored = self._initializer(g, name)
+        if self.tensors[name].dtype in ("F32", "BOOL"):
+            return stored
+        return g.once(f"{name}.float", lambda: g.cast(stored, TensorProto.FLOAT))
+
+    def _initializer(self, g: Builder, name: str) -> str:
+        tensor = self.tensors[name]
+        self.files.add(tensor.file.name)
+        return g.external(
+            name,
+            _ONNX_TYPES[tensor.dtype],
+            tensor.shape,
+            location(tensor.file.name, tensor.offset, tensor.length),
+        )
+
+
+def location(file: str, offset: int, length: int) -> list[StringStringEntryProto]:
+    """Where an initializer's data lies, as ONNX writes it down."""
+    entries = {"location": file, "offset": str(offset), "length": str(length)}
+    return [StringStringEntryProto(key=key, value=value) for key, value in entries.items()]
+
+
+# --------------------------------------------------------------------------- packed
+
+
+class PackedWeights:
+    """Rounded copies in one data file, written tensor by tensor, a few rows in memory at a time.
+
+    fp16: matrices as float16. int8, int4: matrices in blocks of 32 along a row with one float32
+    scale each (`com.microsoft::MatMulNBits`), a tied embedding table in 8 bits in both. Vectors
+    and the clamp's tensors stay float32.
+
+    Args:
+        tensors: of the checkpoint.
+        precision: fp16, int8 or int4.
+        data: the data file, open for writing.
+        name: of the data file, as the graph will find it.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, StoredTensor], precision: Precision, data: IO[bytes], name: str
+    ) -> None:
+        self.tensors = tensors
+        self._bits = {"int8": 8, "int4": 4}.get(precision)
+        self._data = data
+        self._file = name
+        self._tables: set[str] = set()
+
+    def linear(self, g: Builder, x: str, name: str, bias: str | None = None) -> str:
+        """See `Weights`."""
+        y = self._half_product(g, x, name) if self._bits is None else self._product(g, x, name)
+        return y if bias is None else g.op("Add", y, self.exact(g, bias))
+
+    def lookup(self, g: Builder, name: str, ids: str) -> str:
+        """See `Weights`."""
+        self._tables.add(name)
+        width = self.tensors[name].shape[1]
+        if self._bits is None or width % BLOCK:
+            return g.cast(g.op("Gather", self._halves(g, name), ids), TensorProto.FLOAT)
+        packed, scales = self._blocks(g, name, TABLE_BITS)
+        table = g.external(  # the same bytes in two dimensions
+            f"{name}.table",
+            TensorProto.UINT8,
+            self.tensors[name].shape,
+            g.initializers[packed].external_data,
+        )
+        return g.op(
+            "GatherBlockQuantized",
+            table,
+            ids,
+            scales,
+            domain="com.microsoft",
+            bits=TABLE_BITS,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def exact(self, g: Builder, name: str) -> str:
+        """See `Weights`."""
+        tensor = self.tensors[name]
+        if name in g.initializers:
+            return name
+        flags = tensor.dtype == "BOOL"
+        return self._store(
+            g,
+            name,
+            TensorProto.BOOL if flags else TensorProto.FLOAT,
+            tensor.shape,
+            (block.astype(bool) if flags else block for block in tensor.blocks()),
+        )
+
+    def _half_product(self, g: Builder, x: str, name: str) -> str:
+        matrix = g.op("Transpose", self._halves(g, name), perm=[1, 0])
+        product = g.op("MatMul", g.cast(x, TensorProto.FLOAT16), matrix)
+        return g.cast(product, TensorProto.FLOAT)
+
+    def _product(self, g: Builder, x: str, name: str) -> str:
+        assert self._bits is not None
+        n, k = self.tensors[name].shape
+        bits = TABLE_BITS if name in self._tables else self._bits
+        return g.op(
+            "MatMulNBits",
+            x,
+            *self._blocks(g, name, bits),
+            domain="com.microsoft",
+            K=k,
+            N=n,
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=4,
+        )
+
+    def _halves(self, g: Builder, name: str) -> str:
+        """A matrix as float16; beyond its range, its largest number."""
+        key = f"{name}.fp16"
+        if key in g.initializers:
+            return key
+        largest = np.finfo(np.float16).max
+        halves = (
+            block.clip(-largest, largest).astype(np.float16) for block in self.tensors[name].blocks()
+        )
+        return self._store(g, key, TensorProto.FLOAT16, self.tensors[name].shape, halves)
+
+    def _blocks(self, g: Builder, name: str, bits: int) -> tuple[str, str]:
+        """A matrix in blocks along its rows: (packed [n, blocks, bytes], scales [n, blocks])."""
+        key = f"{name}.int{bits}"
+        scales_key = f"{key}.scales"
+        if key not in g.initializers:
+            n, k = self.tensors[name].shape
+            n_blocks = -(-k // BLOCK)
+            scales = np.empty((n, n_blocks), np.float32)
+
+            def packed() -> Iterator[NDArray[np.uint8]]:
+                row = 0
+                for block in self.tensors[name].blocks():
+                    codes, scales[row : row + len(block)] = quantize(block, bits)
+                    row += len(block)
+                    yield codes
+
+            shape = (n, n_blocks, BLOCK * bits // 8)
+            self._store(g, key, TensorProto.UINT8, shape, packed())
+            self._store(g, scales_key, TensorProto.FLOAT, scales.shape, [scales])
+        return key, scales_key
+
+    def _store(
+        self,
+        g: Builder,
+        name: str,
+        kind: int,
+        shape: Sequence[int],
+        blocks: Iterable[NDArray[np.generic]],
+    ) -> str:
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        start = self._data.tell()
+        for block in blocks:
+            self._data.write(np.ascontiguousarray(block).data)
+        here = location(self._file, start, self._data.tell() - start)
+        return g.external(name, kind, shape, here)
+
+
+def quantize(rows: Array, bits: int) -> tuple[NDArray[np.uint8], Array]:
+    """Round rows to nearest, in blocks with one scale each.
+
+    The scale maps the block's value of largest magnitude to the code at the far end, -2^(bits-1),
+    so that this value is exact.
+
+    Args:
+        rows: [n, k] float32.
+        bits: 4 or 8.
+
+    Returns:
+        (codes [n, blocks, bytes], two to a byte with 4 bits, the first in the lower half;
+        scales [n, blocks]), where weight = (code - 2^(bits-1)) * scale. Missing columns of the
+        last block are zeros.
+
+    Source: the layout of `com.microsoft::MatMulNBits`.
+    """
+    n, k = rows.shape
+    n_blocks = -(-k // BLOCK)
+    padded = np.zeros((n, n_blocks * BLOCK), np.float32)
+    padded[:, :k] = rows
+    blocks = padded.reshape(n, n_blocks, BLOCK)
+    far = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    middle = 1 << (bits - 1)
+    scales = far / np.float32(-middle)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.clip(np.rint(blocks * inverse) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes, scales[..., 0]
