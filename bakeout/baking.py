@@ -5,15 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from bake.clamp import sae_name
+from bake.errors import DataError, ModelError
 from bake.recipe import Recipe
 from bakeout.showing import progress
 from export.checkpoint import CheckpointPlan, plan_checkpoint, write_checkpoint
 from export.new_folder import check_output
 from model_cards.render import render_card
 
+WITNESS_BYTES = 1 << 30
+"""Up to this size of a base's weights witnesses are written unasked: making them runs the model,
+which takes longer than baking a large one."""
 
-def bake_recipe(recipe_file: Path, out: Path, *, force: bool) -> CheckpointPlan:
-    """Bake a recipe file into a folder, with a progress bar; returns what was written."""
+
+def bake_recipe(
+    recipe_file: Path, out: Path, *, force: bool, witnesses: bool | None = None
+) -> CheckpointPlan:
+    """Bake a recipe file into a folder, with a progress bar; returns what was written.
+
+    Args:
+        recipe_file: TOML.
+        out: the folder to write.
+        force: replace a folder that bakeout wrote.
+        witnesses: whether to write some; None leaves it to the base's size.
+    """
     recipe = Recipe.load(recipe_file)
     plan = plan_checkpoint(recipe)
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
@@ -26,8 +40,32 @@ def bake_recipe(recipe_file: Path, out: Path, *, force: bool) -> CheckpointPlan:
             done += n
             advance(f"copying {plan.base.name}", done / plan.size)
 
-        write_checkpoint(plan, out, card=card, force=force, advance=copied)
+        if witnesses is None:
+            witnesses = plan.size <= WITNESS_BYTES
+        prompts = witness_prompts(recipe) if witnesses else None
+        write_checkpoint(plan, out, card=card, force=force, advance=copied, witness_prompts=prompts)
     return plan
+
+
+def witness_prompts(recipe: Recipe) -> list[list[int]]:
+    """Token ids of the recipe's forget questions, BOS first: they are likeliest to fire the clamp.
+
+    None where they, or a tokenizer, cannot be had: prompts are then searched for.
+    """
+    from verify.prompts import bos_id
+    from verify.questions import load_questions
+    from verify.stock import load_tokenizer
+
+    if recipe.verify is None:
+        return []
+    try:
+        questions = load_questions(recipe.verify.forget_questions, recipe)
+        tokenizer = load_tokenizer(recipe)
+        bos = bos_id(tokenizer)
+    except (DataError, ModelError):
+        return []
+    texts = [question.question for question in questions]
+    return [[bos, *ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def describe_plan(plan: CheckpointPlan) -> str:

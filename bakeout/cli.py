@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from verify.report import VerifyReport
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
-KINDS = ("integrity", "parity", "choices", "loss")
+KINDS = ("integrity", "witnesses", "parity", "choices", "loss")
 
 app = typer.Typer(
     help="Bake SAE-based unlearning into a Gemma checkpoint's files, and prove that it holds.",
@@ -53,6 +53,14 @@ def bake(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, write nothing.")
     ] = False,
+    witnesses: Annotated[
+        bool | None,
+        typer.Option(
+            help="Record a few prompts that fire the clamp, with their logits, by running the "
+            "model. Default: where the weights are under 1 GB.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them."""
     from bakeout.baking import bake_recipe, describe_plan
@@ -66,8 +74,43 @@ def bake(
         check_output(out, inputs=plan.inputs, size=plan.size, force=force)
         typer.echo(f"{describe_plan(plan)}\nnothing written (--dry-run)")
         return
-    plan = bake_recipe(recipe, out, force=force)
+    plan = bake_recipe(recipe, out, force=force, witnesses=witnesses)
     typer.echo(f"{describe_plan(plan)}\nwritten to {out}")
+
+
+export_app = typer.Typer(help="Write a clamped folder in another form.", no_args_is_help=True)
+app.add_typer(export_app, name="export")
+
+
+@export_app.command("onnx")
+def export_onnx(
+    folder: FolderPath,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="shared: the checkpoint's own weights, in place; fp16, int8, int4: rounded copies."
+        ),
+    ] = "shared",
+    out: Annotated[
+        Path | None, typer.Option(help="A folder of its own for a rounded graph.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a graph that is there.")] = False,
+) -> None:
+    """Write a graph for ONNX Runtime that holds the clamp as a custom operator, and check it."""
+    from bakeout.showing import progress
+    from export.onnx_folder import export_onnx as write
+    from export.onnx_weights import as_precision
+
+    with progress("export onnx") as advance:
+        done = write(
+            folder, precision=as_precision(precision), out=out, force=force, progress=advance
+        )
+    typer.echo(
+        f"clamps {done.n_clamps}\n"
+        f"check  onnx.checker and ONNX Runtime in a fresh process: max |Δlogit| to the checkpoint "
+        f"{done.difference:.1e}, of which the clamp moves {done.effect:.1e}\n"
+        f"written to {done.graph}"
+    )
 
 
 @app.command()
@@ -79,6 +122,7 @@ def verify(
     only: Annotated[
         list[str] | None, typer.Option(metavar="KIND…", help=f"Only {', '.join(KINDS)}.")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
     ] = None,
@@ -91,7 +135,7 @@ def verify(
     chosen = frozenset(only or ())
     loaded = Recipe.load(recipe) if recipe is not None else None
     with progress("verify") as advance:
-        report = verify_folder(folder, loaded, only=chosen, progress=advance)
+        report = verify_folder(folder, loaded, only=chosen, progress=advance, device=device)
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:

@@ -10,6 +10,8 @@ from bake.recipe import Recipe
 from bakeout.baking import bake_recipe
 from bakeout.cli import write_json
 from bakeout.showing import console, progress, show_report
+from export.onnx_folder import export_onnx
+from export.onnx_weights import PRECISIONS
 from verify.suite import verify_folder
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
@@ -20,6 +22,9 @@ def run_demo(out: Path) -> int:
     start = time.monotonic()
     folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
     bake_recipe(recipe_file, folder, force=True)
+    for precision in PRECISIONS:
+        with progress(f"export onnx {precision}") as advance:
+            export_onnx(folder, precision=precision, progress=advance)
     recipe = Recipe.load(recipe_file)
     with progress("verify") as advance:
         report = verify_folder(folder, recipe, progress=advance)

@@ -17,7 +17,10 @@ from rich.table import Table
 from bake.errors import FolderError
 from verify.report import EngineReport, VerifyReport
 
-ENGINE_NAMES = {"reference": "hooked reference"}
+ENGINE_NAMES = {
+    "reference": "hooked reference",
+    "reference-float32": "hooked reference, float32",
+}
 
 
 def console() -> Console:
@@ -46,8 +49,10 @@ def progress(title: str) -> Iterator[Callable[[str, float], None]]:
 def show_report(report: VerifyReport) -> None:
     """Print the engines table, failures, flips and the verdict."""
     out = console()
-    if report.engines:
+    if any(engine.parity or engine.forget or engine.loss is not None for engine in report.engines):
         out.print(engines_table(report))
+    for line in witness_lines(report):
+        out.print(line)
     for warning in report.warnings:
         out.print(f"warning: {escape(warning)}")
     for failure in report.failures:
@@ -97,6 +102,16 @@ def _engine_row(engine: EngineReport, form: str) -> list[str]:
         f"{parity.mean_kl:.1e}",
         str(len(parity.flips)),
         str(parity.tokens_fired),
+    ]
+
+
+def witness_lines(report: VerifyReport) -> list[str]:
+    """What each engine says to the folder's own witnesses."""
+    return [
+        f"witnesses  {engine.name}: {seen.tokens} tokens, max |Δlogit| {seen.max_abs_logit:.1e} to "
+        f"what was seen at export, {seen.effect:.0%} of the clamp's effect"
+        for engine in report.engines
+        if (seen := engine.witnessed) is not None
     ]
 
 

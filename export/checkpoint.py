@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ def write_checkpoint(
     card: str,
     force: bool = False,
     advance: Callable[[int], None] = lambda _: None,
+    witness_prompts: Sequence[Sequence[int]] | None = None,
 ) -> Path:
     """Write a checkpoint folder, whole or not at all.
 
@@ -111,6 +112,8 @@ def write_checkpoint(
         card: text of the folder's README.md.
         force: replace a folder that bakeout wrote.
         advance: called with the bytes copied, as they are.
+        witness_prompts: token ids of prompts that may fire the clamp; witnesses are chosen from
+            them, or searched for where none fires. None writes no witnesses.
 
     Raises:
         OutputError: `out` exists, overlaps an input, or does not fit on the disk.
@@ -122,6 +125,8 @@ def write_checkpoint(
             target.mkdir(exist_ok=True)
         hashes = copy_all(copies, advance)
         written = _write_new_files(plan, folder, card)
+        if witness_prompts is not None:
+            written += _write_witnesses(folder, witness_prompts)
         files = {
             path.relative_to(folder).as_posix(): sha256
             for path, sha256 in {**hashes, **{path: hash_new(path) for path in written}}.items()
@@ -142,6 +147,7 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
         for name, tensor in clamp.tensors.items()
     }
     save_file(tensors, folder / CLAMP_SHARD, metadata={"format": "pt"})
+    (folder / CLAMP_SHARD).chmod(0o644)  # it is made readable by its owner alone
     shutil.copyfile(Path(bake.__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     texts = {
         INDEX: _json(_index(plan.base, tensors)),
@@ -154,6 +160,15 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in (CLAMP_SHARD, MODELING_FILE, *texts)]
+
+
+def _write_witnesses(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Path]:
+    """Run the new checkpoint; nothing is written where no prompt fires its clamp."""
+    from export.clamped import open_unlisted
+    from export.witnesses import find_witnesses
+
+    witnesses = find_witnesses(open_unlisted(folder, {}), prompts)
+    return [] if witnesses is None else [witnesses.save(folder)]
 
 
 def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) -> dict[str, Any]:

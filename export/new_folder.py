@@ -48,8 +48,12 @@ def check_output(out: Path, *, inputs: Iterable[Path], size: int, force: bool) -
                 f"output {out}: exists and has no {MANIFEST}, so bakeout did not write it; "
                 "--force replaces only what bakeout wrote"
             )
-    parent = _existing_parent(there)
-    free = shutil.disk_usage(parent).free
+    check_space(out, size)
+
+
+def check_space(out: Path, size: int) -> None:
+    """Raise OutputError unless a disk has room for what is to be written there, and some more."""
+    free = shutil.disk_usage(_existing_parent(out.resolve())).free
     if free < size + _MARGIN:
         raise OutputError(
             f"output {out}: needs {size / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; "
@@ -77,21 +81,28 @@ def new_folder(out: Path) -> Iterator[Path]:
             f"output {out}: cannot be written ({error.strerror}); choose another folder"
         ) from error
     try:
-        with _locked(temporary):
+        with disk_full(out), _locked(temporary):
             temporary.chmod(0o755)
             yield temporary
             (temporary / _LOCK).unlink()
             _fsync(temporary)
             _take_place(temporary, out)
         _fsync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_full(out: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, where writing within the block fails for that."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OutputError(
             f"output {out}: the disk is full; nothing was kept. Free some, or choose another disk"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _take_place(temporary: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +23,12 @@ class Builder:
         """Nodes from here on are named after this part of the model."""
         self._scope = scope
 
-    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output, and give the output's name."""
         return self.op_many(kind, *inputs, n_outputs=1, domain=domain, **attributes)[0]
 
     def op_many(
-        self, kind: str, *inputs: str, n_outputs: int, domain: str = "", **attributes: object
+        self, kind: str, *inputs: str, n_outputs: int, domain: str = "", **attributes: Any
     ) -> list[str]:
         """Append a node, and give its outputs' names."""
         name = f"{self._scope}/{kind}_{len(self.nodes)}"
@@ -38,14 +39,14 @@ class Builder:
         return outputs
 
     def cast(self, x: str, to: int) -> str:
-        """x in another type."""
+        """A value in another type."""
         return self.op("Cast", x, to=to)
 
     def ints(self, *values: int) -> str:
         """A constant vector of int64."""
         return self.constant(np.array(values, np.int64))
 
-    def int(self, value: int) -> str:
+    def scalar(self, value: int) -> str:
         """A constant scalar of int64."""
         return self.constant(np.array(value, np.int64))
 

@@ -286,9 +286,7 @@ class GraphWriter:
         if rope is None:
             return heads
         half = self.arch.head_dim // 2
-        first, second = g.op_many(
-            "Split", heads, g.ints(half, half), n_outputs=2, axis=-1
-        )
+        first, second = g.op_many("Split", heads, g.ints(half, half), n_outputs=2, axis=-1)
         swapped = g.op("Concat", second, first, axis=-1)
         cos, signed_sin = rope
         return g.op("Add", g.op("Mul", heads, cos), g.op("Mul", swapped, signed_sin))
@@ -327,9 +325,7 @@ class GraphWriter:
         g.within("shared")
         batch_seq = g.op("Shape", "input_ids")
         return Shared(
-            split_queries=g.op(
-                "Concat", batch_seq, g.ints(arch.n_heads, arch.head_dim), axis=0
-            ),
+            split_queries=g.op("Concat", batch_seq, g.ints(arch.n_heads, arch.head_dim), axis=0),
             split_keys=g.op("Concat", batch_seq, g.ints(arch.n_kv_heads, arch.head_dim), axis=0),
             residual=g.op("Concat", batch_seq, g.ints(arch.d_in), axis=0),
             scores=g.op(
@@ -362,8 +358,8 @@ class GraphWriter:
         g = self.g
         total = g.op("Squeeze", self._total())
         past = g.op("Shape", "past_key_values.0.key", start=2, end=3)
-        keys = g.op("Range", g.int(0), total, g.int(1))  # [past + seq]
-        queries = g.op("Range", g.op("Squeeze", past), total, g.int(1))
+        keys = g.op("Range", g.scalar(0), total, g.scalar(1))  # [past + seq]
+        queries = g.op("Range", g.op("Squeeze", past), total, g.scalar(1))
         queries = g.op("Unsqueeze", queries, g.ints(-1))  # [seq, 1]
         real = g.op("Unsqueeze", g.cast("attention_mask", TensorProto.BOOL), g.ints(1, 2))
         seen = g.op("And", g.op("LessOrEqual", keys, queries), real)  # [batch, 1, seq, past + seq]
@@ -371,7 +367,7 @@ class GraphWriter:
         for window in dict.fromkeys(self.arch.windows):
             near = seen
             if window is not None:
-                first = g.op("Sub", queries, g.int(window))
+                first = g.op("Sub", queries, g.scalar(window))
                 near = g.op("And", seen, g.op("Greater", keys, first))
             masks[window] = g.op("Where", near, g.float(0.0), g.float(HIDDEN))
         return masks
@@ -393,9 +389,9 @@ class GraphWriter:
         """Tokens that no clamp touches, by their ids: [batch, seq] bool."""
         g = self.g
         ids = self.arch.exempt_token_ids if spares else ()
-        exempt = g.op("Less", "input_ids", g.int(0)) if not ids else ""
+        exempt = g.op("Less", "input_ids", g.scalar(0)) if not ids else ""
         for token_id in ids:
-            same = g.op("Equal", "input_ids", g.int(token_id))
+            same = g.op("Equal", "input_ids", g.scalar(token_id))
             exempt = g.op("Or", exempt, same) if exempt else same
         return exempt
 
@@ -414,7 +410,7 @@ class GraphWriter:
         return [logits, *self._cached("present", TOTAL)]
 
     def _cached(self, name: str, length: str) -> list[ValueInfoProto]:
-        shape = [BATCH, self.arch.n_kv_heads, length, self.arch.head_dim]
+        shape: list[str | int | None] = [BATCH, self.arch.n_kv_heads, length, self.arch.head_dim]
         return [
             helper.make_tensor_value_info(f"{name}.{layer}.{part}", self.cache, shape)
             for layer in range(self.arch.n_layers)

@@ -7,12 +7,15 @@ for the operator, the runtime takes that instead. `DOC` is all that a kernel's a
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 from onnx import FunctionProto, OperatorSetIdProto
 from onnx.defs import OpSchema
-from onnxscript import FLOAT, script
-from onnxscript import opset20 as op
+from onnxscript import FLOAT, opset20, script
 from onnxscript.values import Opset
+
+op: Any = opset20
 
 DOMAIN = "ai.bakeout"
 NAME = "SAEClamp"
@@ -83,7 +86,7 @@ def schema() -> OpSchema:
     )
 
 
-@script(Opset(DOMAIN, VERSION), default_opset=op)  # type: ignore[untyped-decorator]
+@script(Opset(DOMAIN, VERSION), default_opset=op)
 def SAEClamp(  # type: ignore[no-untyped-def]
     h, exempt, W_enc, b_enc, theta, W_dec, trigger, route, value, scale
 ):
@@ -99,7 +102,7 @@ def SAEClamp(  # type: ignore[no-untyped-def]
     moved = op.MatMul(op.Sub(a2, a), W_dec)
     delta = op.Where(op.Unsqueeze(exempt, [-1]), nothing, moved)
     output = op.CastLike(op.Add(x, delta), h)
-    return output
+    return output  # noqa: RET504  (names the output)
 
 
 def function() -> FunctionProto:

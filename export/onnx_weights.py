@@ -1,31 +1,39 @@
-"""Where a graph's weights lie: in the checkpoint's own safetensors, or packed into one data file."""
+"""Where a graph's weights lie: in the checkpoint's own safetensors, or in one data file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import StringStringEntryProto, TensorProto
-from safetensors import SafetensorError, safe_open
 
 from bake.arrays import Array
-from bake.errors import FolderError
+from bake.errors import OutputError
+from export.clamped import StoredTensor
 from export.onnx_builder import Builder
 
 Precision = Literal["shared", "fp16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("shared", "fp16", "int8", "int4")
 
+
+def as_precision(name: str) -> Precision:
+    """A precision by its name.
+
+    Raises:
+        OutputError: there is none of that name.
+    """
+    for precision in PRECISIONS:
+        if precision == name:
+            return precision
+    raise OutputError(f'precision "{name}"; expected one of {", ".join(PRECISIONS)}')
+
+
 BLOCK = 32
 """Weights that share one scale in int8 and int4, along a row."""
 TABLE_BITS = 8
 """Of the embedding table in int8 and int4: a rounded table costs more answers than it saves."""
-BLOCK_BYTES = 32 << 20
-"""Bytes of float32 that are held at once, about."""
 ALIGNMENT = 4096
 """Of tensors in a data file, so that ONNX Runtime can map them."""
 _ONNX_TYPES = {
@@ -34,71 +42,6 @@ _ONNX_TYPES = {
     "BF16": TensorProto.BFLOAT16,
     "BOOL": TensorProto.BOOL,
 }
-_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a safetensors file, found by its header."""
-
-    file: Path
-    dtype: str
-    """As safetensors names it: F32, F16, BF16, BOOL."""
-    shape: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the file."""
-    length: int
-    """Bytes."""
-
-    def rows(self, start: int, stop: int) -> Array:
-        """Some rows as float32: [stop - start, …]. Reads these and no others."""
-        stored = np.dtype(_NUMPY_TYPES[self.dtype])
-        n_columns = int(np.prod(self.shape[1:]))
-        with self.file.open("rb") as file:
-            file.seek(self.offset + start * n_columns * stored.itemsize)
-            data = np.fromfile(file, stored, (stop - start) * n_columns)
-        block = data.reshape(stop - start, *self.shape[1:])
-        if self.dtype == "BF16":  # the upper half of a float32
-            return (block.astype(np.uint32) << 16).view(np.float32)
-        return block.astype(np.float32)
-
-    def blocks(self, multiple: int = 1) -> Iterator[Array]:
-        """All rows in order, a few at a time; `multiple` of them at least."""
-        row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
-        step = max(1, BLOCK_BYTES // row_bytes // multiple) * multiple
-        for start in range(0, self.shape[0], step):
-            yield self.rows(start, min(start + step, self.shape[0]))
-
-
-def stored_tensors(folder: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint, from the headers of its shards.
-
-    Raises:
-        FolderError: a shard is missing or damaged, or a tensor is not where the index places it.
-    """
-    found = {}
-    for shard in sorted(set(weight_map.values())):
-        path = folder / shard
-        try:
-            with safe_open(path, framework="np"):
-                pass  # checks that offsets neither overlap nor leave the file
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise FolderError(
-                f"{path}: cannot be read ({error}); bake or download the folder again"
-            ) from error
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            found[name] = StoredTensor(
-                path, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin
-            )
-    for name, shard in weight_map.items():
-        if name not in found or found[name].file.name != shard:
-            raise FolderError(f"{folder / shard}: has no tensor {name}, where the index places it")
-    return {name: found[name] for name in weight_map}
 
 
 class Weights(Protocol):
@@ -228,7 +171,7 @@ class PackedWeights:
             name,
             TensorProto.BOOL if flags else TensorProto.FLOAT,
             tensor.shape,
-            (block.astype(bool) if flags else block for block in tensor.blocks()),
+            (tensor.rows(*rows) for rows in tensor.blocks()),
         )
 
     def _half_product(self, g: Builder, x: str, name: str) -> str:
@@ -258,25 +201,26 @@ class PackedWeights:
         if key in g.initializers:
             return key
         largest = np.finfo(np.float16).max
+        tensor = self.tensors[name]
         halves = (
-            block.clip(-largest, largest).astype(np.float16) for block in self.tensors[name].blocks()
+            tensor.rows(*rows).clip(-largest, largest).astype(np.float16)
+            for rows in tensor.blocks()
         )
-        return self._store(g, key, TensorProto.FLOAT16, self.tensors[name].shape, halves)
+        return self._store(g, key, TensorProto.FLOAT16, tensor.shape, halves)
 
     def _blocks(self, g: Builder, name: str, bits: int) -> tuple[str, str]:
         """A matrix in blocks along its rows: (packed [n, blocks, bytes], scales [n, blocks])."""
         key = f"{name}.int{bits}"
         scales_key = f"{key}.scales"
         if key not in g.initializers:
-            n, k = self.tensors[name].shape
+            tensor = self.tensors[name]
+            n, k = tensor.shape
             n_blocks = -(-k // BLOCK)
             scales = np.empty((n, n_blocks), np.float32)
 
             def packed() -> Iterator[NDArray[np.uint8]]:
-                row = 0
-                for block in self.tensors[name].blocks():
-                    codes, scales[row : row + len(block)] = quantize(block, bits)
-                    row += len(block)
+                for start, stop in tensor.blocks():
+                    codes, scales[start:stop] = quantize(tensor.rows(start, stop), bits)
                     yield codes
 
             shape = (n, n_blocks, BLOCK * bits // 8)
@@ -298,6 +242,22 @@ class PackedWeights:
             self._data.write(np.ascontiguousarray(block).data)
         here = location(self._file, start, self._data.tell() - start)
         return g.external(name, kind, shape, here)
+
+
+def packed_size(tensors: Mapping[str, StoredTensor], precision: Precision) -> int:
+    """Bytes of a data file, at most: every matrix in 8 bits or fewer, or 16; the rest in 32."""
+    matrix = {"fp16": 2.0, "int8": 1 + 4 / BLOCK, "int4": 0.5 + 4 / BLOCK}[precision]
+    size = 0.0
+    for name, tensor in tensors.items():
+        n = int(np.prod(tensor.shape))
+        if len(tensor.shape) != 2 or ".sae_clamp." in name:
+            size += 4 * n
+        elif name.endswith("embed_tokens.weight"):
+            size += n * max(matrix, 1 + 4 / BLOCK)
+        else:
+            size += matrix * n
+        size += ALIGNMENT
+    return int(size)
 
 
 def quantize(rows: Array, bits: int) -> tuple[NDArray[np.uint8], Array]:
@@ -324,7 +284,7 @@ def quantize(rows: Array, bits: int) -> tuple[NDArray[np.uint8], Array]:
     blocks = padded.reshape(n, n_blocks, BLOCK)
     far = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     middle = 1 << (bits - 1)
-    scales = far / np.float32(-middle)
+    scales: Array = (far / -middle).astype(np.float32)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.clip(np.rint(blocks * inverse) + middle, 0, 2 * middle - 1).astype(np.uint8)
     if bits == 4:

@@ -89,7 +89,9 @@ def run(oracle: Oracle, checkpoint: Runner, recipe: Recipe) -> dict[str, EngineR
     ]
     material, watch = material_of(recipe), FeatureWatch(oracle)
     found: Comparison = compare(here, [], material, lambda *_: None, watch, parity=True)
-    return {engine.name: engine for engine in found.reports(KINDS, oracle.tokens_fired)}
+    return {
+        engine.name: engine for engine in found.reports(KINDS, {"reference": oracle.tokens_fired})
+    }
 
 
 def load_clamped(folder: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from bake.recipe import Recipe
 from verify.choices import Answers, LetterTokens, letter_tokens
 from verify.clamped_folder import check_layers, check_shape, read_config
+from verify.engines import Engines
 from verify.loss import LossSum
 from verify.parity import ParitySum, answer_flips
 from verify.prompts import Batch, Prompt, batches, question_prompts, text_prompts
 from verify.questions import Question, load_questions, load_texts
 from verify.report import EngineReport, Items, Parity
-from verify.runners import HookedRunner, Runner, TorchRunner
+from verify.runners import HookedRunner, Runner
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from verify.reference import Oracle
 
 BASE, REFERENCE, CHECKPOINT = "base", "reference", "checkpoint"
+REFERENCE_32 = "reference-float32"
+"""The reference of engines that compute in float32, where the recipe's dtype is another."""
 Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
 
@@ -58,72 +61,86 @@ class Evidence:
 
 
 def gather(
-    folder: Path, recipe: Recipe, kinds: frozenset[str], progress: Progress, device: str
+    folder: Path, recipe: Recipe, kinds: frozenset[str], progress: Progress, engines: Engines
 ) -> Evidence:
-    """Run base, reference and checkpoint side by side.
+    """Run base, reference and the folder's engines side by side.
 
     Args:
-        folder: a clamped checkpoint; its code is executed, in a process of its own.
+        folder: a clamped checkpoint.
         recipe: what to rebuild the reference from, with features named.
         kinds: parity, choices, loss, or several of them.
         progress: told how far it is.
-        device: as torch names it.
+        engines: of the folder; the checkpoint's code is executed in a process of its own.
 
     Raises:
         BakeoutError: anything that is named cannot be loaded or does not fit.
     """
     config = read_config(folder)
     progress("load", 0.0)
-    with TorchRunner(folder, CHECKPOINT) as checkpoint:  # imports while this side does
-        assert recipe.verify is not None
-        asks = kinds & {"parity", "choices"}
-        questions = {
-            "forget": load_questions(recipe.verify.forget_questions, recipe) if asks else [],
-            "retain": load_questions(recipe.verify.retain_questions, recipe) if asks else [],
-        }
-        texts = load_texts(recipe.verify.text, recipe) if kinds & {"parity", "loss"} else []
+    assert recipe.verify is not None
+    asks = kinds & {"parity", "choices"}
+    questions = {
+        "forget": load_questions(recipe.verify.forget_questions, recipe) if asks else [],
+        "retain": load_questions(recipe.verify.retain_questions, recipe) if asks else [],
+    }
+    texts = load_texts(recipe.verify.text, recipe) if kinds & {"parity", "loss"} else []
 
-        from verify.reference import Oracle
-        from verify.stock import load_base, load_tokenizer
-        from verify.whole_sae import load_sites
+    from verify.reference import Oracle
+    from verify.stock import load_base, load_tokenizer
+    from verify.whole_sae import load_sites
 
-        sites = load_sites(recipe)
-        check_layers([site.layer for site in sites], folder, config)
-        progress("load", 0.4)
-        model = load_base(recipe, device)
-        check_shape(model.config, folder, config)
-        oracle = Oracle(model, sites)
-        tokenizer = load_tokenizer(recipe)
-        prompts = text_prompts(texts, tokenizer)
-        for source, asked in questions.items():
-            prompts += question_prompts(source, asked, tokenizer, compared="parity" in kinds)
-        material = Material(questions, prompts, letter_tokens(tokenizer), tokenizer)
-        progress("load", 0.7)
-        dtype = str(model.dtype).removeprefix("torch.")
-        with _half_the_threads() as threads:
-            checkpoint.load(dtype, device=device, threads=threads)
-            progress("load", 1.0)
-            here: list[Runner] = [HookedRunner(REFERENCE, model, oracle)]
-            if kinds & {"choices", "loss"}:
-                here.insert(0, HookedRunner(BASE, model))
-            watch = FeatureWatch(oracle)
-            found = compare(here, [checkpoint], material, progress, watch, parity="parity" in kinds)
-            engines = tuple(found.reports(kinds, oracle.tokens_fired))
-            fired_by_layer = tuple(sorted(oracle.fired_by_layer.items()))
-            if recipe.select is not None and any(watch.never_active()):
-                corpus = text_prompts(load_texts(recipe.select.forget, recipe), tokenizer)
-                watch.look(here[-1], [replace(p, source="forget") for p in corpus], tokenizer)
-        return Evidence(
-            engines=engines,
-            fired_by_layer=fired_by_layer,
-            never_active=tuple(watch.never_active()) if asks else (),
-            dtype=dtype,
-            items=Items(
-                forget_questions=len(questions["forget"]),
-                retain_questions=len(questions["retain"]),
-                text_tokens=found.losses[REFERENCE].n_tokens,
-            ),
+    sites = load_sites(recipe)
+    check_layers([site.layer for site in sites], folder, config)
+    progress("load", 0.4)
+    model = load_base(recipe, engines.device)
+    check_shape(model.config, folder, config)
+    oracle = Oracle(model, sites)
+    tokenizer = load_tokenizer(recipe)
+    prompts = text_prompts(texts, tokenizer)
+    for source, asked in questions.items():
+        prompts += question_prompts(source, asked, tokenizer, compared="parity" in kinds)
+    material = Material(questions, prompts, letter_tokens(tokenizer), tokenizer)
+    progress("load", 0.7)
+    dtype = str(model.dtype).removeprefix("torch.")
+    reference = HookedRunner(REFERENCE, model, oracle)
+    here: list[Runner] = [HookedRunner(BASE, model)] if kinds & {"choices", "loss"} else []
+    here.append(reference)
+    against: dict[str, str] = {}
+    oracles = {REFERENCE: oracle}
+    if engines.graphs and dtype != "float32":
+        model_32 = load_base(recipe, engines.device, dtype="float32")
+        oracles[REFERENCE_32] = Oracle(model_32, sites)
+        here.append(HookedRunner(REFERENCE_32, model_32, oracles[REFERENCE_32]))
+        against = dict.fromkeys((graph.name for graph in engines.graphs), REFERENCE_32)
+    with _half_the_threads() as threads, ExitStack() as stack:
+        elsewhere: list[Runner] = []
+        if engines.checkpoint is not None:
+            engines.checkpoint.load(dtype, device=engines.device, threads=threads)
+            elsewhere.append(engines.checkpoint)
+        for graph in engines.graphs:
+            elsewhere.append(stack.enter_context(engines.open(graph, threads=threads)))
+        progress("load", 1.0)
+        watch = FeatureWatch(oracle)
+        found = compare(
+            here, elsewhere, material, progress, watch, parity="parity" in kinds, against=against
         )
+        fired = {name: oracle.tokens_fired for name, oracle in oracles.items()}
+        reports = tuple(found.reports(kinds, fired))
+        fired_by_layer = tuple(sorted(oracle.fired_by_layer.items()))
+        if recipe.select is not None and any(watch.never_active()):
+            corpus = text_prompts(load_texts(recipe.select.forget, recipe), tokenizer)
+            watch.look(reference, [replace(p, source="forget") for p in corpus], tokenizer)
+    return Evidence(
+        engines=reports,
+        fired_by_layer=fired_by_layer,
+        never_active=tuple(watch.never_active()) if asks else (),
+        dtype=dtype,
+        items=Items(
+            forget_questions=len(questions["forget"]),
+            retain_questions=len(questions["retain"]),
+            text_tokens=found.losses[REFERENCE].n_tokens,
+        ),
+    )
 
 
 @contextmanager
@@ -183,6 +200,8 @@ class Comparison:
     """Of the engines."""
     parity: bool
     """Whether logits are compared."""
+    against: Mapping[str, str]
+    """The engines that are compared with another reference than `REFERENCE`, and with which."""
     answers: dict[str, Answers] = field(init=False)
     losses: dict[str, LossSum] = field(init=False)
     parities: dict[str, ParitySum] = field(init=False)
@@ -190,18 +209,33 @@ class Comparison:
     def __post_init__(self) -> None:
         self.answers = {name: Answers(self.material.letters) for name in self.names}
         self.losses = {name: LossSum() for name in self.names}
-        self.parities = {name: ParitySum() for name in self.names if name != REFERENCE}
+        self.parities = {name: ParitySum() for name in self.names if not self._refers(name)}
+
+    def _refers(self, name: str) -> bool:
+        """Whether others are compared with this one."""
+        return name == REFERENCE or name in self.against.values()
+
+    def reference_of(self, name: str) -> str:
+        """What an engine is compared with; a reference with itself."""
+        return name if self._refers(name) else self.against.get(name, REFERENCE)
 
     def add(self, batch: Batch, logits: Mapping[str, Tensor]) -> None:
         """Take in every engine's logits of a batch."""
         for name in self.names:
             self.answers[name].add(batch, logits[name])
             self.losses[name].add(batch, logits[name])
-            if self.parity and name != REFERENCE:
-                self.parities[name].add(batch, logits[REFERENCE], logits[name])
+            if self.parity and name in self.parities:
+                self.parities[name].add(batch, logits[self.reference_of(name)], logits[name])
 
-    def reports(self, kinds: frozenset[str], tokens_fired: int) -> Iterator[EngineReport]:
-        """What was asked for, engine by engine."""
+    def reports(
+        self, kinds: frozenset[str], tokens_fired: Mapping[str, int]
+    ) -> Iterator[EngineReport]:
+        """What was asked for, engine by engine.
+
+        Args:
+            kinds: of evidence.
+            tokens_fired: per reference, on how many tokens its clamps fired.
+        """
         for name in self.names:
             accuracies = {
                 source: self.answers[name].accuracy(source, questions)
@@ -219,14 +253,14 @@ class Comparison:
                 parity=self._parity(name, tokens_fired) if self.parity else None,
             )
 
-    def _parity(self, name: str, tokens_fired: int) -> Parity:
-        if name == REFERENCE:
+    def _parity(self, name: str, tokens_fired: Mapping[str, int]) -> Parity:
+        if self._refers(name):
             compared = next(iter(self.parities.values())).n_tokens
-            return Parity(0.0, 0.0, 1.0, compared, tokens_fired, worst=None, flips=())
+            return Parity(0.0, 0.0, 1.0, compared, tokens_fired[name], worst=None, flips=())
         return self.parities[name].result(
-            tokens_fired=0 if name == BASE else tokens_fired,
+            tokens_fired=0 if name == BASE else tokens_fired[self.reference_of(name)],
             flips=answer_flips(
-                self.answers[REFERENCE], self.answers[name], self.material.questions
+                self.answers[self.reference_of(name)], self.answers[name], self.material.questions
             ),
             tokenizer=self.material.tokenizer,
         )
@@ -240,6 +274,7 @@ def compare(
     watch: Callable[[Batch], None],
     *,
     parity: bool,
+    against: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Show every engine the same batches.
 
@@ -250,8 +285,10 @@ def compare(
         progress: told how far it is.
         watch: called with every batch after its last engine.
         parity: whether to compare logits.
+        against: engines that are compared with another reference, and with which.
     """
-    comparison = Comparison(material, tuple(r.name for r in (*here, *elsewhere)), parity)
+    names = tuple(runner.name for runner in (*here, *elsewhere))
+    comparison = Comparison(material, names, parity, against or {})
     vocab_size = len(material.tokenizer)
     pad_id = material.tokenizer.pad_token_id or 0
     total = sum(len(prompt.ids) for prompt in material.prompts)

@@ -15,7 +15,7 @@ class Failure:
     """One thing that is out of tolerance."""
 
     kind: str
-    """integrity | parity."""
+    """integrity | witnesses | parity | choices."""
     engine: str
     """Which engine it concerns."""
     what: str
@@ -105,6 +105,18 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Witnessed:
+    """How far an engine is from what was seen at export, on the folder's own witnesses."""
+
+    tokens: int
+    """Over how many tokens."""
+    max_abs_logit: float
+    """Largest |Δlogit|; infinite where a logit is not finite."""
+    effect: float
+    """How much of what the clamp does to the logits the engine shows: 1 all of it, 0 nothing."""
+
+
+@dataclass(frozen=True)
 class EngineReport:
     """One engine; what was not measured is None."""
 
@@ -118,6 +130,7 @@ class EngineReport:
     """Loss minus the base's, in nats per token."""
     parity: Parity | None = None
     """Against the reference. The base's says how far the clamp moves the model."""
+    witnessed: Witnessed | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +224,8 @@ def _engine_dict(engine: EngineReport) -> dict[str, Any]:
             "flips": [vars(flip) for flip in parity.flips],
         }
         found["parity"] = _plain(found["parity"])
+    if engine.witnessed is not None:
+        found["witnesses"] = _plain(vars(engine.witnessed))
     return _plain(found)
 
 

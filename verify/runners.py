@@ -65,7 +65,7 @@ class HookedRunner:
         """See `Runner.logits`."""
         import torch
 
-        _check_padding(attention_mask, last_only)
+        check_padding(attention_mask, last_only)
         mask = attention_mask.to(self._model.device)
         hooks = nullcontext() if self._oracle is None else self._oracle.applied()
         with torch.inference_mode(), hooks:
@@ -141,7 +141,7 @@ class TorchRunner:
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
         """See `Runner.logits`."""
-        _check_padding(attention_mask, last_only)
+        check_padding(attention_mask, last_only)
         asked = {"op": "logits", "last_only": "true" if last_only else "false"}
         _, tensors = self._ask(asked, input_ids=input_ids, attention_mask=attention_mask)
         logits: Tensor = tensors["logits"]
@@ -199,6 +199,7 @@ class TorchRunner:
         return f"the process that loaded it ended with exit code {code} ({last.strip()})"
 
 
-def _check_padding(attention_mask: Tensor, last_only: bool) -> None:
+def check_padding(attention_mask: Tensor, last_only: bool) -> None:
+    """Raise ValueError where the last column is asked for and holds padding."""
     if last_only and not bool(attention_mask[:, -1].all()):
         raise ValueError("the last column holds padding; prompts must be padded on the left")

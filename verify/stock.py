@@ -20,8 +20,8 @@ STOCK_CLASSES = (
 )
 
 
-def load_base(recipe: Recipe, device: str = "cpu") -> Any:
-    """A recipe's base model: its stock class, eager attention, in the recipe's dtype.
+def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> Any:
+    """A recipe's base model: its stock class, eager attention, in the recipe's dtype or another.
 
     Raises:
         ModelError: it is missing, damaged, or no stock Gemma.
@@ -30,7 +30,7 @@ def load_base(recipe: Recipe, device: str = "cpu") -> Any:
     import transformers
 
     where = _location(recipe)
-    dtype = recipe.base.dtype
+    dtype = dtype or recipe.base.dtype
     try:
         config = transformers.AutoConfig.from_pretrained(**where)
         name = (config.architectures or ["none"])[0]

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
-from verify.clamped_folder import fitted_recipe, own_recipe, read_config
-from verify.evidence import CHECKPOINT, Progress, gather
+from verify.clamped_folder import clamped_layers, fitted_recipe, own_recipe, read_config
+from verify.engines import Engines
+from verify.evidence import CHECKPOINT, Evidence, Progress, gather
 from verify.integrity import Manifest, check_integrity, read_manifest
-from verify.parity import parity_failures, silent_clamps
+from verify.onnx_files import EXACT, find_graphs, graph_failures
+from verify.parity import parity_failures, silent_clamps, unlearning_failures
 from verify.prompts import TEXT_TOKENS
 from verify.report import Failure, VerifyReport
+from verify.runners import TorchRunner
+from verify.witnesses import load_witnesses, with_witnesses
 
-KINDS = ("integrity", "parity", "choices", "loss")
+KINDS = ("integrity", "witnesses", "parity", "choices", "loss")
 """Kinds of evidence, by the names that `only` takes."""
 
 
@@ -54,47 +60,86 @@ def verify_folder(
     kinds = _kinds(only)
     tell = progress or _say_nothing
     manifest = read_manifest(folder)
+    graphs = None
     if "integrity" in kinds:
-        failures = check_integrity(folder, manifest, lambda share: tell("hash", share))
-        if failures or kinds == {"integrity"}:
-            return _integrity_report(folder, manifest, failures)
+        broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
+        if not broken and manifest.carrier == "layer":
+            graphs = find_graphs(folder)
+            layers = clamped_layers(read_config(folder))
+            broken = graph_failures(graphs, layers, manifest.files)
+        if broken or kinds == {"integrity"}:
+            return _report(folder, manifest, {"integrity"}, broken)
     recipe = recipe or own_recipe(folder)
-    if recipe is None:
-        if only:
-            raise RecipeError(
-                f"{', '.join(sorted(only - {'integrity'}))}: the reference is rebuilt from a "
-                f"recipe, and {folder.name} names local sources; give the recipe with --recipe"
-            )
-        return _integrity_report(folder, manifest, ())
-    if manifest.carrier != "layer":
+    if recipe is None and (measured := only - {"integrity", "witnesses"}):
+        raise RecipeError(
+            f"{', '.join(sorted(measured))}: the reference is rebuilt from a recipe, and "
+            f"{folder.name} names local sources; give the recipe with --recipe"
+        )
+    if manifest.carrier != "layer" and recipe is not None:
         raise FolderError(
             f"{folder.name}: carries the clamp as {manifest.carrier}; parity, choices and loss "
             "are measured for `layer`. Use --only integrity"
         )
-    recipe = fitted_recipe(recipe, folder, read_config(folder))
-    evidence = gather(folder, recipe, kinds - {"integrity"}, tell, device)
-    failures = ()
-    if "parity" in kinds:
-        checkpoint = next(engine for engine in evidence.engines if engine.name == CHECKPOINT)
-        assert checkpoint.parity is not None
-        failures = (
-            *silent_clamps(evidence.fired_by_layer),
-            *parity_failures(CHECKPOINT, checkpoint.parity, evidence.dtype),
+    witnesses = load_witnesses(folder) if "witnesses" in kinds else None
+    if witnesses is None and "witnesses" in only:
+        raise FolderError(
+            f"{folder.name}: has no witnesses; `bakeout bake --witnesses` and "
+            "`bakeout export onnx` write them"
         )
+    if recipe is None:
+        kinds &= {"integrity", "witnesses"} if witnesses else {"integrity"}
+    measured = kinds & {"parity", "choices", "loss"}
+    if recipe is not None and measured:
+        recipe = fitted_recipe(recipe, folder, read_config(folder))
+    report = _report(folder, manifest, kinds)
+    if not measured and witnesses is None:
+        return report
+    with ExitStack() as stack:
+        engines = Engines(
+            stack.enter_context(TorchRunner(folder, CHECKPOINT)) if _has_weights(folder) else None,
+            find_graphs(folder) if graphs is None else graphs,
+            device,
+        )
+        if witnesses is not None:
+            tell("witnesses", 0.0)
+            report = with_witnesses(report, witnesses, engines)
+        if recipe is None or not measured:
+            return report
+        evidence = gather(folder, recipe, measured, tell, engines)
+    witnessed = {engine.name: engine.witnessed for engine in report.engines}
     assert recipe.verify is not None
-    return VerifyReport(
-        folder=folder.resolve().name,
-        carrier=manifest.carrier,
-        exact=manifest.exact,
-        scope="full" if kinds == frozenset(KINDS) else "+".join(k for k in KINDS if k in kinds),
-        failures=failures,
-        engines=evidence.engines,
+    return replace(
+        report,
+        engines=tuple(
+            replace(engine, witnessed=witnessed.get(engine.name)) for engine in evidence.engines
+        ),
+        failures=report.failures + _evidence_failures(evidence, kinds),
         dtype=evidence.dtype,
         prompt=recipe.verify.prompt,
         items=evidence.items,
         fired_by_layer=evidence.fired_by_layer,
         warnings=_silent_features(evidence.never_active),
     )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, or rounded ONNX files alone."""
+    return (folder / "model.safetensors.index.json").is_file()
+
+
+def _evidence_failures(evidence: Evidence, kinds: frozenset[str]) -> tuple[Failure, ...]:
+    """What is out of tolerance, engine by engine."""
+    failures: list[Failure] = []
+    if "parity" in kinds:
+        failures += silent_clamps(evidence.fired_by_layer)
+    reference = next(engine for engine in evidence.engines if engine.name == "reference")
+    for engine in evidence.engines:
+        if engine.name in (CHECKPOINT, EXACT) and engine.parity is not None:
+            dtype = evidence.dtype if engine.name == CHECKPOINT else "float32"
+            failures += parity_failures(engine.name, engine.parity, dtype)
+        elif engine.name.startswith("onnx-"):
+            failures += unlearning_failures(engine, reference)
+    return tuple(failures)
 
 
 def _kinds(only: frozenset[str]) -> frozenset[str]:
@@ -108,15 +153,15 @@ def _kinds(only: frozenset[str]) -> frozenset[str]:
     return only or frozenset(KINDS)
 
 
-def _integrity_report(
-    folder: Path, manifest: Manifest, failures: tuple[Failure, ...]
+def _report(
+    folder: Path, manifest: Manifest, kinds: Iterable[str], failures: Iterable[Failure] = ()
 ) -> VerifyReport:
     return VerifyReport(
         folder=folder.resolve().name,
         carrier=manifest.carrier,
         exact=manifest.exact,
-        scope="integrity",
-        failures=failures,
+        scope="full" if set(kinds) == set(KINDS) else "+".join(k for k in KINDS if k in kinds),
+        failures=tuple(failures),
     )
 
 

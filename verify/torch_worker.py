@@ -76,7 +76,6 @@ def load_model(folder: Path, asked: dict[str, str]) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(int(asked["threads"]))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = (config.get("architectures") or [""])[0]
     images = name.endswith("ForConditionalGeneration")
@@ -109,6 +108,7 @@ def logits(model: Any, tensors: dict[str, Any], last_only: bool) -> Any:
 def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker) -> None:
     """Answer requests until there are no more."""
     model: Any = None
+    loaded: tuple[str, str] | None = None
     # What loading will need, while the other side prepares its own model.
     import safetensors.torch  # noqa: F401
     from transformers import AutoModelForCausalLM, Gemma2Model, Gemma3Model, GemmaModel  # noqa: F401
@@ -117,7 +117,13 @@ def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker)
         asked, tensors = unpack(data)
         try:
             if asked["op"] == "load":
-                model = load_model(folder, asked)
+                import torch
+
+                torch.set_num_threads(int(asked["threads"]))
+                if loaded != (asked["dtype"], asked["device"]):
+                    model = loaded = None  # before the next one takes memory
+                    model = load_model(folder, asked)
+                    loaded = (asked["dtype"], asked["device"])
                 dtype = str(model.dtype).removeprefix("torch.")
                 answer = pack({"dtype": dtype, "class": type(model).__name__})
             else:

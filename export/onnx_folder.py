@@ -1,0 +1,305 @@
+"""`bakeout export onnx`: a clamped checkpoint → its graph beside it, checked before it appears."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx.helper import make_model, make_opsetid, set_model_props
+
+from bake.errors import BakeoutError, FolderError, OutputError
+from export import onnx_check
+from export.clamped import Clamped, check_shards, open_clamped
+from export.copying import hash_new
+from export.genai_config import GENAI_CONFIG, genai_config
+from export.manifest import write_manifest
+from export.new_folder import MANIFEST, check_output, check_space, disk_full, new_folder
+from export.onnx_graph import FLOAT, FLOAT16, Architecture, GraphWriter
+from export.onnx_op import function, opset_imports
+from export.onnx_weights import PackedWeights, Precision, SharedWeights, Weights, packed_size
+from export.witnesses import WITNESSES, Witnesses, find_witnesses
+
+IR_VERSION = 10
+"""Of the file format; ONNX Runtime reads it since 1.18."""
+NAMES: dict[Precision, str] = {
+    "shared": "model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_int8.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
+"""Where each precision's graph lies in the folder."""
+GRAPH_BYTES = 4 << 20
+"""What a graph without its weights takes on the disk, at most."""
+MAX_ABS_LOGIT = 1e-3
+"""How far a graph with the checkpoint's own weights may be from it, with other arithmetic."""
+MIN_EFFECT = 0.5
+"""How much of what the clamp does to the logits a rounded graph must show; 1 is all of it."""
+_PARTIAL = ".bakeout-partial"
+"""What is being written has this name, or lies in a folder of this name."""
+
+
+class CheckError(BakeoutError):
+    """A graph that does not hold; it was not kept."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    graph: Path
+    n_clamps: int
+    difference: float
+    """Largest |Δlogit| to the checkpoint, over the witnesses."""
+    effect: float
+    """Largest |Δlogit| that the clamp makes in the graph there."""
+
+
+def export_onnx(
+    folder: Path,
+    *,
+    precision: Precision = "shared",
+    out: Path | None = None,
+    force: bool = False,
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+) -> Exported:
+    """Write a clamped checkpoint's graph, whole or not at all.
+
+    Args:
+        folder: a clamped checkpoint of Gemma, Gemma 2 or Gemma 3 (text).
+        precision: shared points into the checkpoint's own files; the others write rounded copies.
+        out: a folder of its own for a rounded graph; default: beside the checkpoint.
+        force: replace a graph that is there.
+        progress: told what is being done, and the share of it that is done, 0 to 1.
+
+    Raises:
+        FolderError: the folder is no clamped checkpoint, or a shard is not what the manifest says.
+        ModelError: its family is not supported.
+        OutputError: the graph exists, or does not fit on the disk.
+        CheckError: the graph does not say what the checkpoint says.
+    """
+    clamped = open_clamped(folder)
+    architecture = Architecture.of(clamped.config)
+    _check_target(clamped, precision, out, force)
+    check_shards(clamped, lambda share: progress("hash", share))
+    progress("witnesses", 0.0)
+    stored = (folder / WITNESSES).exists()
+    witnesses = Witnesses.load(folder) if stored else find_witnesses(clamped, [])
+    if witnesses is None:
+        raise FolderError(
+            f"{folder}: no prompt was found that fires its clamp, so a graph cannot be checked; "
+            "bake it from a recipe with a [verify] table, whose forget questions are tried"
+        )
+    place = nullcontext(folder) if out is None else new_folder(out)
+    with place as root, _partial(root, precision) as graph:
+        with disk_full(folder if out is None else out):
+            progress("write", 0.0)
+            write_graph(clamped, architecture, precision, graph)
+        progress("check", 0.0)
+        exported = check_graph(witnesses, graph, precision)
+        new = _keep(graph, root / NAMES[precision])
+        if out is not None:
+            new += _copy_companions(clamped, root)
+        if not stored:
+            new.append(witnesses.save(root))
+        if precision == "shared" or not (root / NAMES["shared"]).exists():
+            new.append(_write_genai_config(clamped, root, NAMES[precision]))
+        _list_files(clamped, root, new, keep=out is None)
+    return Exported((folder if out is None else out) / NAMES[precision], *exported)
+
+
+def _check_target(clamped: Clamped, precision: Precision, out: Path | None, force: bool) -> None:
+    """Raise OutputError before anything is written."""
+    size = GRAPH_BYTES
+    if precision != "shared":
+        size += packed_size(clamped.tensors, precision)
+    if out is None:
+        name = NAMES[precision]
+        # What the manifest does not list was left by an export that was killed.
+        if name in clamped.manifest["files"] and not force:
+            raise OutputError(f"output {clamped.folder / name}: exists; pass --force to replace it")
+        check_space(clamped.folder, size)
+    elif precision == "shared":
+        raise OutputError(
+            f"output {out}: a shared graph uses the weights of {clamped.folder} in place and lies "
+            "beside them; --out is for fp16, int8 and int4"
+        )
+    else:
+        check_output(out, inputs=[clamped.folder], size=size, force=force)
+
+
+@contextmanager
+def _partial(root: Path, precision: Precision) -> Iterator[Path]:
+    """Where a graph is written first. A shared one must lie beside its weights even then."""
+    aside, beside = root / _PARTIAL, root / f"{_PARTIAL}.onnx"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        if precision == "shared":
+            yield beside
+        else:
+            aside.mkdir()
+            yield aside / Path(NAMES[precision]).name
+    finally:
+        beside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_graph(
+    clamped: Clamped, architecture: Architecture, precision: Precision, graph: Path
+) -> None:
+    """Write one graph, and the data file beside it where its weights are rounded copies."""
+    if precision == "shared":
+        model = _model(clamped, architecture, precision, SharedWeights(clamped.tensors))
+    else:
+        data = graph.with_name(f"{graph.name}_data")
+        with data.open("wb") as file:
+            weights = PackedWeights(clamped.tensors, precision, file, data.name)
+            model = _model(clamped, architecture, precision, weights)
+    graph.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _model(
+    clamped: Clamped, architecture: Architecture, precision: Precision, weights: Weights
+) -> onnx.ModelProto:
+    writer = GraphWriter(
+        architecture,
+        weights,
+        prefix=clamped.layer_prefix,
+        head=clamped.head,
+        biases=frozenset(name for name in clamped.tensors if name.endswith(".bias")),
+        cache=FLOAT16 if precision == "fp16" else FLOAT,
+    )
+    imports = opset_imports()
+    if precision in ("int8", "int4"):
+        imports.append(make_opsetid("com.microsoft", 1))
+    model = make_model(
+        writer.write(), functions=[function()], opset_imports=imports, ir_version=IR_VERSION
+    )
+    model.producer_name, model.producer_version = "bakeout", version("bakeout")
+    provenance = {
+        "bakeout.version": version("bakeout"),
+        "bakeout.exact": "true" if precision == "shared" else "false",
+        "bakeout.precision": precision,
+        "bakeout.recipe_sha256": clamped.recipe_sha256,
+        "bakeout.weights_sha256": clamped.weights_sha256,
+    }
+    set_model_props(model, provenance)
+    return model
+
+
+# --------------------------------------------------------------------------- the check
+
+
+def check_graph(
+    witnesses: Witnesses, graph: Path, precision: Precision
+) -> tuple[int, float, float]:
+    """Check and run a graph in a fresh process that knows nothing of bakeout.
+
+    Returns:
+        (clamps in the graph, largest |Δlogit| to the checkpoint, largest |Δlogit| that the clamp
+        makes in the graph).
+
+    Raises:
+        CheckError: onnx.checker or ONNX Runtime refuses it, a clamp is not there or does nothing,
+            or the logits are not the checkpoint's.
+    """
+    inputs = {
+        name: getattr(witnesses, name).numpy()
+        for name in ("input_ids", "attention_mask", "places", "token_ids")
+    }
+    with tempfile.TemporaryDirectory(prefix="bakeout-check-") as scratch:
+        asked, answered = Path(scratch) / "asked.npz", Path(scratch) / "answered.npz"
+        np.savez(asked, **inputs)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-I",
+                onnx_check.__file__,
+                str(graph.resolve()),
+                str(asked),
+                str(answered),
+            ],
+            cwd=scratch,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise CheckError(f"the graph was not kept: a fresh process refuses it: {last[-1]}")
+        with np.load(answered) as found:
+            n_clamps = int(found["n_clamps"])
+            logits, unclamped = found["logits"], found["unclamped"]
+    expected, effect = witnesses.logits.numpy(), logits - unclamped
+    difference = float(np.abs(logits - expected).max())
+    true_effect = expected - witnesses.unclamped.numpy()
+    shown = float((effect * true_effect).sum() / (true_effect * true_effect).sum())
+    bar = MAX_ABS_LOGIT if precision == "shared" else np.inf
+    if not n_clamps or not difference <= bar or not shown >= MIN_EFFECT:
+        raise CheckError(
+            f"the graph was not kept: it holds {n_clamps} SAEClamp nodes, its logits differ "
+            f"from the checkpoint's by {difference:.1e} (bar {bar:.0e}), and it shows {shown:.2f} "
+            f"of the clamp's effect (bar {MIN_EFFECT}); please report this"
+        )
+    return n_clamps, difference, float(np.abs(effect).max())
+
+
+# --------------------------------------------------------------------------- files around it
+
+
+def _keep(graph: Path, target: Path) -> list[Path]:
+    """Give a graph that was checked, and its data, their place; returns where they lie."""
+    target.parent.mkdir(exist_ok=True)
+    kept = []
+    for path in (graph.with_name(f"{graph.name}_data"), graph):
+        if path.exists():
+            place = target if path == graph else target.with_name(path.name)
+            path.replace(place)
+            kept.append(place)
+    return kept
+
+
+def _copy_companions(clamped: Clamped, root: Path) -> list[Path]:
+    """Everything of the folder but its weights and what is made of them."""
+    left_out = {*clamped.shards, "model.safetensors.index.json", GENAI_CONFIG}
+    copies = []
+    for name in clamped.manifest["files"]:
+        if name not in left_out and not name.endswith((".py", ".onnx", ".onnx_data")):
+            target = root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(clamped.folder / name, target)
+            copies.append(target)
+    return copies
+
+
+def _write_genai_config(clamped: Clamped, root: Path, graph: str) -> Path:
+    path = root / GENAI_CONFIG
+    config = genai_config(clamped.config, clamped.folder, graph)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _list_files(clamped: Clamped, root: Path, new: list[Path], *, keep: bool) -> None:
+    """Write the manifest with the hashes of new files, in one step, as the last file."""
+    files = dict(clamped.manifest["files"]) if keep else {}
+    files |= {path.relative_to(root).as_posix(): hash_new(path) for path in new}
+    partial = root / _PARTIAL
+    partial.mkdir(exist_ok=True)
+    write_manifest(partial, clamped.manifest | {"files": dict(sorted(files.items()))})
+    (partial / MANIFEST).replace(root / MANIFEST)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,163 @@
+"""A clamped checkpoint run in float32 with one layer of it in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bake.modeling_clamped_gemma as modeling
+from export.clamped import Clamped, StoredTensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one forward showed."""
+
+    logits: Tensor
+    """[n, vocab] float32, at the places that were asked for."""
+    moved: dict[int, Tensor]
+    """By clamped layer: where its clamp changed the residual stream, [batch, seq] bool."""
+    active: dict[int, Tensor]
+    """By clamped layer: which features were above their trigger there, [batch, seq, k] bool."""
+    margins: list[Tensor]
+    """For each clamp: by how much its nearest feature misses theta and trigger, [batch, seq]."""
+
+
+class StreamedModel:
+    """The checkpoint's own classes, from this installation; each layer is read when it runs.
+
+    Args:
+        clamped: the folder.
+    """
+
+    def __init__(self, clamped: Clamped) -> None:
+        self._clamped = clamped
+        config = clamped.config
+        config._attn_implementation = "eager"
+        with torch.device("meta"):
+            self._model = getattr(modeling, clamped.model_class)(config).eval()
+        text = self._model.model
+        text = self._text = getattr(text, "language_model", text)
+        text.rotary_emb = type(text.rotary_emb)(text.config)
+        table = clamped.tensors[f"{clamped.backbone_prefix}embed_tokens.weight"]
+        text.embed_tokens = _Table(table, text.config.hidden_size**0.5)
+        text.norm.load_state_dict(self._tensors(f"{clamped.backbone_prefix}norm."), assign=True)
+        self._model.lm_head = self._head = _Head(clamped.tensors[clamped.head])
+        self._layers = text.layers
+        self._clamping = True
+        self._moved: dict[int, Tensor] = {}
+        self._active: dict[int, Tensor] = {}
+        self._margins: list[Tensor] = []
+        for index, layer in enumerate(text.layers):
+            layer.register_forward_pre_hook(self._fill(index))
+            layer.register_forward_hook(lambda module, _, __: module.to("meta") and None)
+            if layer.sae_clamp is not None:
+                layer.sae_clamp.register_forward_hook(self._watch(index))
+
+    def run(self, input_ids: Tensor, attention_mask: Tensor, places: Tensor) -> Run:
+        """One forward over left-padded prompts.
+
+        Args:
+            input_ids: [batch, seq].
+            attention_mask: [batch, seq], 1 at real tokens.
+            places: [n, 2], (row, column) of the tokens whose logits are wanted.
+        """
+        self._head.places = places
+        logits = self._forward(self._model, input_ids, attention_mask).logits
+        return Run(logits[0], self._moved, self._active, self._margins)
+
+    def run_to_last_clamp(self, input_ids: Tensor, attention_mask: Tensor) -> Run:
+        """The same up to the last clamped layer, without logits: [0, vocab]."""
+        last = max(site["layer"] for site in self._clamped.sites)
+        self._text.layers = self._layers[: last + 1]
+        self._text.config.num_hidden_layers = last + 1
+        try:
+            self._forward(self._text, input_ids, attention_mask)
+        finally:
+            self._text.layers = self._layers
+            self._text.config.num_hidden_layers = len(self._layers)
+        return Run(torch.empty(0, self._head.vocab), self._moved, self._active, self._margins)
+
+    @contextmanager
+    def unclamped(self) -> Iterator[None]:
+        """Within the block no clamp acts: the base model."""
+        self._clamping = False
+        try:
+            yield
+        finally:
+            self._clamping = True
+
+    def _forward(self, model: Any, input_ids: Tensor, mask: Tensor) -> Any:
+        self._moved, self._active, self._margins = {}, {}, []
+        with torch.inference_mode():
+            return model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+            )
+
+    def _fill(self, index: int) -> Any:
+        prefix = f"{self._clamped.layer_prefix}{index}."
+
+        def fill(layer: nn.Module, _: Any) -> None:
+            layer.load_state_dict(self._tensors(prefix), assign=True)
+
+        return fill
+
+    def _watch(self, index: int) -> Any:
+        def watch(clamp: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            h = inputs[0]
+            if not self._clamping:
+                return h
+            self._moved[index] = (output != h).any(dim=-1)
+            self._active[index] = clamp.feature_acts(h) > clamp.trigger
+            pre = h.float() @ clamp.W_enc + clamp.b_enc
+            self._margins.append((pre - clamp.theta.maximum(clamp.trigger)).amax(dim=-1))
+            return output
+
+        return watch
+
+    def _tensors(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            name.removeprefix(prefix): torch.from_numpy(tensor.array())
+            for name, tensor in self._clamped.tensors.items()
+            if name.startswith(prefix)
+        }
+
+
+class _Table(nn.Module):
+    """An embedding table of which only the rows that are asked for are read."""
+
+    def __init__(self, table: StoredTensor, scale: float) -> None:
+        super().__init__()
+        self._table = table
+        self._scale = scale
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[batch, seq] -> [batch, seq, d_in]."""
+        ids, places = torch.unique(input_ids, return_inverse=True)
+        rows = [torch.from_numpy(self._table.rows(i, i + 1)) for i in ids.tolist()]
+        return torch.cat(rows)[places] * self._scale
+
+
+class _Head(nn.Module):
+    """An output matrix that is read block by block, and asked about a few tokens only."""
+
+    def __init__(self, matrix: StoredTensor) -> None:
+        super().__init__()
+        self._matrix = matrix
+        self.vocab = matrix.shape[0]
+        self.places = torch.empty(0, 2, dtype=torch.long)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[batch, seq, d_in] -> [1, n places, vocab]."""
+        rows, columns = self.places.unbind(-1)
+        chosen = h[rows, columns]
+        blocks = (torch.from_numpy(self._matrix.rows(*rows)) for rows in self._matrix.blocks())
+        return torch.cat([chosen @ block.T for block in blocks], dim=-1).unsqueeze(0)

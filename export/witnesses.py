@@ -1,0 +1,211 @@
+"""Witnesses: a few prompts that fire the clamp, and the logits that were seen at export.
+
+They lie in the folder as `witnesses.npz`, so that whoever has only the folder can check
+every engine found in it against what the exporter saw, and see that the clamp acts:
+
+    input_ids, attention_mask   [n, seq] int64, padded on the left
+    places                      [m, 2] int64: row and column of the tokens whose logits follow
+    token_ids                   [m, w] int64: vocabulary entries that are recorded there
+    logits                      [m, w] float32: with the clamp
+    unclamped                   [m, w] float32: with the same weights and no clamp
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bake.errors import FolderError
+from export.clamped import AGAIN, Clamped
+from export.streamed import Run, StreamedModel
+
+WITNESSES = "witnesses.npz"
+MOST = 8
+"""Prompts that become witnesses."""
+LENGTH = 32
+"""Longest prompt, in tokens, BOS included."""
+WIDTH = 512
+"""Vocabulary entries that are recorded of each token's logits."""
+_PLACES = 2
+"""Tokens of each prompt whose logits are recorded: the last ones."""
+_CANDIDATES = 64
+"""Most prompts that are tried, of those that are given."""
+_ROUNDS = 12
+"""How often a search without given prompts makes new ones out of the best."""
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """See the module's text."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    places: Tensor
+    token_ids: Tensor
+    logits: Tensor
+    unclamped: Tensor
+
+    def save(self, folder: Path) -> Path:
+        """Write `witnesses.npz` into a folder."""
+        path = folder / WITNESSES
+        np.savez(path, **{name: tensor.numpy() for name, tensor in vars(self).items()})
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Witnesses:
+        """Read a folder's `witnesses.npz`.
+
+        Raises:
+            FolderError: it is damaged, or of another layout.
+        """
+        path = folder / WITNESSES
+        try:
+            with np.load(path) as arrays:
+                return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays})
+        except (OSError, ValueError, TypeError, BadZipFile) as error:
+            raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
+
+
+def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnesses | None:
+    """Prompts that fire the clamp, and what the model says to them, in float32.
+
+    Those are taken that show most of the features that are read; each is cut after the last
+    token it is taken for. Where no given prompt fires, prompts are searched for.
+
+    Args:
+        clamped: the folder.
+        prompts: token ids, BOS first; may be empty.
+
+    Returns:
+        None where nothing was found that fires.
+    """
+    model = StreamedModel(clamped)
+    candidates = [list(ids[:LENGTH]) for ids in _spread(prompts)]
+    found = _firing(candidates, _look(model, candidates)) if candidates else []
+    if not found:
+        found = _search(model, clamped)
+    if not found:
+        return None
+    chosen = [prompt.ids for prompt in _most_features(found)]
+    input_ids, mask = _padded(chosen)
+    seq = input_ids.shape[1]
+    places = torch.tensor(
+        [
+            (row, seq - back)
+            for row, ids in enumerate(chosen)
+            for back in range(1, 1 + min(_PLACES, len(ids)))
+        ]
+    )
+    clamped_logits = model.run(input_ids, mask, places).logits
+    with model.unclamped():
+        unclamped_logits = model.run(input_ids, mask, places).logits
+    kept = _telling(clamped_logits, unclamped_logits)
+    return Witnesses(
+        input_ids,
+        mask,
+        places,
+        kept,
+        clamped_logits.gather(-1, kept),
+        unclamped_logits.gather(-1, kept),
+    )
+
+
+def _telling(logits: Tensor, unclamped: Tensor) -> Tensor:
+    """[m, vocab] twice -> [m, w]: half the likeliest entries, half those that move most."""
+    width = min(WIDTH, logits.shape[-1])
+    likely = logits.topk(width // 2, dim=-1).indices
+    change = (logits - unclamped).abs().scatter(-1, likely, -1.0)
+    return torch.cat([likely, change.topk(width - width // 2, dim=-1).indices], dim=-1)
+
+
+# --------------------------------------------------------------------------- which prompts
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt that fires."""
+
+    ids: list[int]
+    """Cut after the last token at which a feature is first seen in it."""
+    features: frozenset[tuple[int, int]]
+    """(layer, row) of the features that are active where a clamp moves the residual stream."""
+
+
+def _spread(prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """At most `_CANDIDATES` of them, evenly from all."""
+    return prompts[:: max(1, -(-len(prompts) // _CANDIDATES))]
+
+
+def _look(model: StreamedModel, prompts: list[list[int]]) -> Run:
+    input_ids, mask = _padded(prompts)
+    return model.run_to_last_clamp(input_ids, mask)
+
+
+def _firing(prompts: list[list[int]], run: Run) -> list[_Prompt]:
+    """Those of some prompts at which a clamp acts."""
+    found = []
+    for row, ids in enumerate(prompts):
+        first: dict[tuple[int, int], int] = {}  # feature -> where it is first seen
+        for layer, moved in run.moved.items():
+            begin = moved.shape[1] - len(ids)
+            seen = run.active[layer][row, begin:] & moved[row, begin:, None]
+            for feature in seen.any(dim=0).nonzero().flatten().tolist():
+                first[layer, feature] = int(seen[:, feature].int().argmax())
+        if first:
+            found.append(_Prompt(ids[: max(first.values()) + 2], frozenset(first)))
+    return found
+
+
+def _most_features(prompts: Iterable[_Prompt]) -> list[_Prompt]:
+    """Greedily: the next prompt is the one that shows most of what is not yet shown."""
+    left, shown = list(prompts), frozenset[tuple[int, int]]()
+    chosen: list[_Prompt] = []
+    while left and len(chosen) < MOST:
+        best = max(left, key=lambda prompt: (len(prompt.features - shown), -len(prompt.ids)))
+        if chosen and not best.features - shown:
+            break
+        left.remove(best)
+        chosen.append(best)
+        shown |= best.features
+    return chosen
+
+
+def _search(model: StreamedModel, clamped: Clamped) -> list[_Prompt]:
+    """Prompts of arbitrary tokens, the ones nearest to firing changed again and again."""
+    generator = torch.Generator().manual_seed(_SEED)
+    vocab = clamped.tensors[f"{clamped.backbone_prefix}embed_tokens.weight"].shape[0]
+    bos = (clamped.config.sae_clamp["exempt_token_ids"] or [2])[0]
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.randint(0, vocab, shape, generator=generator)
+
+    prompts = torch.cat([torch.full((32, 1), bos), tokens(32, 15)], dim=1)
+    for _ in range(_ROUNDS):
+        run = _look(model, prompts.tolist())
+        if found := _firing(prompts.tolist(), run):
+            return found
+        nearness = torch.stack(run.margins)[..., 1:].amax(dim=(0, 2))  # of each prompt, past BOS
+        best = prompts[nearness.topk(8).indices].repeat(4, 1)
+        changed = torch.rand(best.shape, generator=generator) < 0.25
+        changed[:8] = False
+        changed[:, 0] = False
+        prompts = torch.where(changed, tokens(*best.shape), best)
+    return []
+
+
+def _padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask): [n, seq], zeros on the left."""
+    seq = max(len(ids) for ids in prompts)
+    input_ids = torch.zeros(len(prompts), seq, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, seq - len(ids) :] = torch.tensor(ids)
+        mask[row, seq - len(ids) :] = 1
+    return input_ids, mask
