@@ -151,6 +151,41 @@ def show(folder: FolderPath) -> None:
     show_folder(folder)
 
 
+@app.command()
+def chat(
+    folder: FolderPath,
+    engine: Annotated[
+        str,
+        typer.Option(help="torch, or onnx: the folder's model.onnx, else its smallest graph."),
+    ] = "torch",
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BASE", help="Let this model answer too: a folder or hub id, run in torch."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample, with the same draws in every run. Default: the likeliest token.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Type a prompt, see the answer as it comes. Each prompt stands alone: nothing is remembered.
+
+    Ctrl-C stops an answer, Ctrl-D or /quit ends. Prompts may be piped in, one a line. The folder is
+    run as it is; whether it is what was baked is for `bakeout verify` to say.
+    """
+    from bakeout.chat import run_chat
+    from bakeout.streaming import Manner
+
+    manner = Manner(max_new_tokens, temperature)
+    run_chat(folder, engine=engine, beside=beside, device=device, manner=manner)
+
+
 def write_json(report: VerifyReport, file: Path) -> None:
     """Write a report as JSON to a file, or to stdout where the file is `-`."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"

@@ -6,32 +6,42 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bake.errors import FolderError
+
 GENAI_CONFIG = "genai_config.json"
 
 
 def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
     """What onnxruntime-genai needs to know.
 
+    The model runs from this alone. `onnxruntime_genai.Tokenizer` reads the folder's own tokenizer
+    files, if they are of one of its kinds: Gemma's (`GemmaTokenizer`) is.
+
     Args:
         config: the clamped model's.
         folder: the checkpoint, whose generation_config.json says where an answer ends.
-        graph: the graph's name in the folder.
+        graph: the graph's path in the folder.
+
+    Raises:
+        FolderError: generation_config.json cannot be read.
 
     Source: onnxruntime-genai's configuration reference.
     """
-    generation: dict[str, Any] = {}
-    if (path := folder / "generation_config.json").is_file():
-        generation = json.loads(path.read_text(encoding="utf-8"))
+    generation = read_generation_config(folder)
 
-    def token(name: str) -> Any:
-        return generation.get(name, getattr(config, name, None))
+    def stated(name: str, default: Any) -> Any:
+        """As transformers has it: what is null there is not stated. genai takes no null."""
+        value = generation.get(name)
+        return default if value is None else value
 
+    tokens = {
+        name: stated(name, getattr(config, name, None))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     return {
         "model": {
             "type": config.model_type.removeprefix("clamped_"),
-            "bos_token_id": token("bos_token_id"),
-            "eos_token_id": token("eos_token_id"),
-            "pad_token_id": token("pad_token_id") or 0,
+            **{name: value for name, value in tokens.items() if value is not None},
             "context_length": config.max_position_embeddings,
             "vocab_size": config.vocab_size,
             "decoder": {
@@ -57,11 +67,31 @@ def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
             },
         },
         "search": {
-            "do_sample": bool(generation.get("do_sample", False)),
-            "temperature": generation.get("temperature", 1.0),
-            "top_k": generation.get("top_k", 50),
-            "top_p": generation.get("top_p", 1.0),
+            "do_sample": bool(stated("do_sample", False)),
+            "temperature": stated("temperature", 1.0),
+            "top_k": stated("top_k", 50),
+            "top_p": stated("top_p", 1.0),
             "max_length": config.max_position_embeddings,
             "past_present_share_buffer": False,
         },
     }
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """A folder's generation_config.json; empty where there is none.
+
+    Raises:
+        FolderError: it cannot be read.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(
+            f"{path}: cannot be read ({error}); bake or download the folder again"
+        ) from error
+    if not isinstance(generation, dict):
+        raise FolderError(f"{path}: is no JSON object; bake or download the folder again")
+    return generation

@@ -17,11 +17,8 @@ class Builder:
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self._known: dict[str, str] = {}
-        self._scope: str = ""
-
-    def within(self, scope: str) -> None:
-        """Nodes from here on are named after this part of the model."""
-        self._scope = scope
+        self.scope = ""
+        """Part of the model that nodes from here on are named after."""
 
     def op(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """Append a node with one output, and give the output's name."""
@@ -31,7 +28,7 @@ class Builder:
         self, kind: str, *inputs: str, n_outputs: int, domain: str = "", **attributes: Any
     ) -> list[str]:
         """Append a node, and give its outputs' names."""
-        name = f"{self._scope}/{kind}_{len(self.nodes)}"
+        name = f"{self.scope}/{kind}_{len(self.nodes)}"
         outputs = [f"{name}:{i}" for i in range(n_outputs)]
         self.nodes.append(
             helper.make_node(kind, inputs, outputs, name=name, domain=domain, **attributes)

@@ -178,6 +178,7 @@ def _model(
         head=clamped.head,
         biases=frozenset(name for name in clamped.tensors if name.endswith(".bias")),
         cache=FLOAT16 if precision == "fp16" else FLOAT,
+        exact=precision == "shared",
     )
     imports = opset_imports()
     if precision in ("int8", "int4"):

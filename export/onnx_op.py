@@ -40,8 +40,8 @@ With k features that are read or set, all arithmetic in float32 whatever the typ
     delta    = (a2 - a) @ W_dec, and 0 at exempt positions             [batch, seq, d_in]
     output   = x + delta, rounded once to the type of `h`              [batch, seq, d_in]
 
-Where no gate is open, and at exempt positions, the output is `h` bit for bit. A comparison with NaN
-is false, so a NaN in `h` opens no gate; it is passed on.
+Where no gate is open, and at exempt positions, the output is `h` bit for bit, except that -0 may
+become 0. A comparison with NaN is false, so a NaN in `h` opens no gate; it is passed on.
 
 By the parameters of each row: a constant c (negative clamping, conditional with a trigger above 0)
 is value c and scale 0; ablation is value 0 and scale 0; scaling is value 0 and scale 1 - m. With
@@ -77,7 +77,7 @@ def schema() -> OpSchema:
         type_constraints=[
             (
                 "T",
-                ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"],
+                ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"],
                 "Type of the residual stream.",
             ),
             ("F", ["tensor(float)"], "Parameters are float32, always."),

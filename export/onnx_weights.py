@@ -34,6 +34,8 @@ BLOCK = 32
 """Weights that share one scale in int8 and int4, along a row."""
 TABLE_BITS = 8
 """Of the embedding table in int8 and int4: a rounded table costs more answers than it saves."""
+WHOLE_BYTES = 1 << 30
+"""Most bytes of a matrix, as float32, that ONNX Runtime folds when it loads a graph."""
 ALIGNMENT = 4096
 """Of tensors in a data file, so that ONNX Runtime can map them."""
 _ONNX_TYPES = {
@@ -64,17 +66,31 @@ class Weights(Protocol):
 
 
 class SharedWeights:
-    """Initializers that point into the checkpoint's safetensors."""
+    """Initializers that point into the checkpoint's safetensors.
+
+    A matrix over `WHOLE_BYTES` (the output matrix of a large vocabulary) is taken in parts: ONNX
+    Runtime turns no larger one into float32 when it loads a graph, but anew at every run.
+    """
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self.tensors = tensors
-        self.files: set[str] = set()
-        """Names of the files that are pointed into."""
 
     def linear(self, g: Builder, x: str, name: str, bias: str | None = None) -> str:
         """See `Weights`. Gemm takes the matrix as it lies, so nothing is transposed or copied."""
-        inputs = [x, self.exact(g, name), *([] if bias is None else [self.exact(g, bias)])]
-        return g.op("Gemm", *inputs, transB=1)
+        n, k = self.tensors[name].shape
+        n_parts = -(-4 * n * k // WHOLE_BYTES)
+        if n_parts == 1:
+            inputs = [x, self.exact(g, name), *([] if bias is None else [self.exact(g, bias)])]
+            return g.op("Gemm", *inputs, transB=1)
+        assert bias is None  # no Gemma's output matrix has one
+        scope, step, outputs = g.scope, -(-n // n_parts), []
+        for part, start in enumerate(range(0, n, step)):
+            g.scope = f"{scope}.{part}"
+            rows = self._initializer(g, name, (start, min(start + step, n)))
+            rows = rows if self.tensors[name].dtype == "F32" else g.cast(rows, TensorProto.FLOAT)
+            outputs.append(g.op("Gemm", x, rows, transB=1))
+        g.scope = f"{scope}.{n_parts}"
+        return g.op("Concat", *outputs, axis=-1)
 
     def lookup(self, g: Builder, name: str, ids: str) -> str:
         """See `Weights`. Only the rows that are looked up become float32."""
@@ -87,15 +103,17 @@ class SharedWeights:
             return stored
         return g.once(f"{name}.float", lambda: g.cast(stored, TensorProto.FLOAT))
 
-    def _initializer(self, g: Builder, name: str) -> str:
+    def _initializer(self, g: Builder, name: str, rows: tuple[int, int] | None = None) -> str:
+        """A tensor, or some of its rows, where it lies."""
         tensor = self.tensors[name]
-        self.files.add(tensor.file.name)
-        return g.external(
-            name,
-            _ONNX_TYPES[tensor.dtype],
-            tensor.shape,
-            location(tensor.file.name, tensor.offset, tensor.length),
-        )
+        shape, offset, length = tensor.shape, tensor.offset, tensor.length
+        if rows is not None:
+            row_bytes = length // shape[0]
+            name = f"{name}[{rows[0]}:{rows[1]}]"
+            shape = (rows[1] - rows[0], *shape[1:])
+            offset, length = offset + rows[0] * row_bytes, shape[0] * row_bytes
+        data = location(tensor.file.name, offset, length)
+        return g.external(name, _ONNX_TYPES[tensor.dtype], shape, data)
 
 
 def location(file: str, offset: int, length: int) -> list[StringStringEntryProto]:
@@ -245,19 +263,21 @@ class PackedWeights:
 
 
 def packed_size(tensors: Mapping[str, StoredTensor], precision: Precision) -> int:
-    """Bytes of a data file, at most: every matrix in 8 bits or fewer, or 16; the rest in 32."""
-    matrix = {"fp16": 2.0, "int8": 1 + 4 / BLOCK, "int4": 0.5 + 4 / BLOCK}[precision]
-    size = 0.0
+    """Bytes of a data file, at most."""
+    size = 0
     for name, tensor in tensors.items():
         n = int(np.prod(tensor.shape))
         if len(tensor.shape) != 2 or ".sae_clamp." in name:
-            size += 4 * n
-        elif name.endswith("embed_tokens.weight"):
-            size += n * max(matrix, 1 + 4 / BLOCK)
-        else:
-            size += matrix * n
-        size += ALIGNMENT
-    return int(size)
+            size += 4 * n + ALIGNMENT
+            continue
+        table, width = name.endswith("embed_tokens.weight"), tensor.shape[1]
+        if precision == "fp16" or (table and width % BLOCK):
+            size += 2 * n + ALIGNMENT
+        if precision != "fp16":
+            n_blocks = n // width * -(-width // BLOCK)
+            bits = TABLE_BITS if table or precision == "int8" else 4
+            size += n_blocks * (BLOCK * bits // 8 + 4) + 2 * ALIGNMENT
+    return size
 
 
 def quantize(rows: Array, bits: int) -> tuple[NDArray[np.uint8], Array]:
@@ -285,7 +305,8 @@ def quantize(rows: Array, bits: int) -> tuple[NDArray[np.uint8], Array]:
     far = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     middle = 1 << (bits - 1)
     scales: Array = (far / -middle).astype(np.float32)
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
+    normal = np.abs(scales) >= np.finfo(np.float32).tiny  # others have no finite inverse
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=normal)
     codes = np.clip(np.rint(blocks * inverse) + middle, 0, 2 * middle - 1).astype(np.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)

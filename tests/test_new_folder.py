@@ -64,7 +64,9 @@ def test_killed_half_way_the_old_folder_survives_and_the_next_run_cleans_up(
 ) -> None:
     out = write(tmp_path / "out")
     script = (
-        "import sys, time; from pathlib import Path; from export.new_folder import new_folder\n"
+        "import signal, sys, time; from pathlib import Path\n"
+        "from export.new_folder import new_folder\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background\n"
         "with new_folder(Path(sys.argv[1])) as t:\n"
         "    (t / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )

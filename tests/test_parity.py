@@ -133,7 +133,8 @@ def test_logits_that_are_not_finite_fail(bad: float) -> None:
 def test_bars() -> None:
     def measured(**values: Any) -> Parity:
         fine = {"max_abs_logit": 1e-4, "mean_kl": 1e-3, "top1_agreement": 1.0, "flips": ()}
-        return Parity(**{**fine, "tokens_compared": 9, "tokens_fired": 9, "worst": None, **values})
+        rest = {"largest_logit": 30.0, "tokens_compared": 9, "tokens_fired": 9, "worst": None}
+        return Parity(**{**fine, **rest, **values})
 
     flip = Flip("forget", "chat", 1, "?", "A", "B", "A")
 
@@ -148,6 +149,15 @@ def test_bars() -> None:
     assert what("bfloat16", max_abs_logit=0.5, flips=(flip,)) == []
     assert what("bfloat16", mean_kl=1.1e-3) == [("mean_kl", 1.1e-3, 1e-3)]
     assert what("float16", mean_kl=math.inf) == [("mean_kl", math.inf, 1e-3)]
+
+    def elsewhere(**values: Any) -> list[Any]:
+        found = parity_failures("onnx", measured(**values), "float32", other_arithmetic=True)
+        return [failure.bar for failure in found]
+
+    assert elsewhere(max_abs_logit=2.9e-4) == []
+    assert elsewhere(max_abs_logit=3.1e-4) == [pytest.approx(3e-4)]
+    assert elsewhere(max_abs_logit=1.1e-4, largest_logit=5.0) == [1e-4]
+    assert elsewhere(flips=(flip,)) == [0]
 
 
 def test_a_clamp_that_never_fired_is_a_failure() -> None:

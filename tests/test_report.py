@@ -16,7 +16,7 @@ from verify.report import (
 
 FLIP = Flip("forget", "chat", 3, "Which?", reference="A", engine="B", right="C")
 WORST = WorstItem("retain", "plain", 7, 12, "▁the", 2e-4)
-PARITY = Parity(2e-4, 3e-9, 0.99, 640, 51, WORST, (FLIP,))
+PARITY = Parity(2e-4, 30.0, 3e-9, 0.99, 640, 51, WORST, (FLIP,))
 FAILURE = Failure("parity", "checkpoint", "max_abs_logit", 2e-4, 1e-4, where=str(WORST))
 
 
@@ -79,7 +79,7 @@ def test_verdict_and_exit_code_follow_the_failures() -> None:
 
 def test_numbers_that_json_does_not_know_become_null() -> None:
     worst = WorstItem("retain", "plain", 7, 12, "x", math.inf)
-    broken = Parity(math.inf, math.nan, 0.0, 1, 1, worst, ())
+    broken = Parity(math.inf, 30.0, math.nan, 0.0, 1, 1, worst, ())
     failure = Failure("parity", "checkpoint", "max_abs_logit", math.inf, 1e-4)
     found = full_report(failure, parity=broken).to_dict()
     json.dumps(found, allow_nan=False)

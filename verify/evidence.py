@@ -255,8 +255,17 @@ class Comparison:
 
     def _parity(self, name: str, tokens_fired: Mapping[str, int]) -> Parity:
         if self._refers(name):
-            compared = next(iter(self.parities.values())).n_tokens
-            return Parity(0.0, 0.0, 1.0, compared, tokens_fired[name], worst=None, flips=())
+            some = next(iter(self.parities.values()))
+            return Parity(
+                max_abs_logit=0.0,
+                largest_logit=some.largest_logit,
+                mean_kl=0.0,
+                top1_agreement=1.0,
+                tokens_compared=some.n_tokens,
+                tokens_fired=tokens_fired[name],
+                worst=None,
+                flips=(),
+            )
         return self.parities[name].result(
             tokens_fired=0 if name == BASE else tokens_fired[self.reference_of(name)],
             flips=answer_flips(

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bake.errors import BakeoutError, FolderError
-from verify.onnx_files import CLAMP_OP, Graph
+from verify.clamped_folder import clamped_layers, read_config
+from verify.onnx_files import CLAMP_OP, GRAPHS, Graph, graph_failures, open_graph
 from verify.runners import check_padding
+from verify.sampling import Chooser, check_prompts
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 LOGIT_BYTES = 256 << 20
 """Most bytes of logits that one run of a session forms; longer batches are run in parts."""
+PREFERRED = ("onnx", "onnx-int4", "onnx-int8", "onnx-fp16")
+"""Which of a folder's graphs is opened where none is named: the exact one, then the smallest."""
 
 
 class ProviderError(BakeoutError):
@@ -41,7 +45,8 @@ def open_session(
         raise ProviderError(
             "ONNX Runtime is not installed; pip install 'bakeout[cpu]', or 'bakeout[gpu]' for CUDA"
         ) from error
-    provider = PROVIDERS.get(device.partition(":")[0])
+    kind, _, index = device.partition(":")
+    provider = PROVIDERS.get(kind)
     if provider not in ort.get_available_providers():
         extra = "gpu" if device.startswith("cuda") else "cpu"
         raise ProviderError(
@@ -55,11 +60,48 @@ def open_session(
     )
     if threads is not None:
         options.intra_op_num_threads = threads
+    wanted = (provider, {"device_id": index}) if index and kind != "cpu" else provider
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[wanted])
     except Exception as error:  # its own types share no base
         reason = " ".join(str(error).split())
         raise FolderError(f"{folder.name}: ONNX Runtime cannot run it: {reason}") from error
+    # A provider whose own libraries are not there is replaced by the CPU's with a mere warning.
+    if provider not in session.get_providers():
+        raise ProviderError(
+            f"device {device}: {provider} is installed but does not start; look whether the GPU's "
+            "driver and the libraries that onnxruntime-gpu needs are there"
+        )
+    return session
+
+
+def open_runner(
+    folder: Path, file: str | None = None, *, device: str = "cpu", threads: int | None = None
+) -> OnnxRunner:
+    """Open a graph of a clamped folder, to run it.
+
+    Args:
+        folder: the checkpoint, or what `bakeout export onnx --out` wrote.
+        file: the graph's path in the folder; default: the first that is there of `PREFERRED`.
+        device: cpu or cuda.
+        threads: of the session; all cores when None.
+
+    Raises:
+        FolderError: there is no graph, it is damaged, or it does not hold the folder's clamps.
+        ProviderError: ONNX Runtime or the provider is not installed.
+    """
+    layers = clamped_layers(read_config(folder))
+    files = [GRAPHS[name] for name in PREFERRED] if file is None else [file]
+    found = next((name for name in files if (folder / name).is_file()), None)
+    if found is None:
+        raise FolderError(
+            f"{folder}: has no {file or 'ONNX graph'}; write it with `bakeout export onnx {folder}`"
+        )
+    names = {path: name for name, path in GRAPHS.items()}
+    graph = open_graph(names.get(found, "onnx"), folder / found)
+    if failures := graph_failures([graph], layers, {}):
+        raise FolderError(f"{folder}: {failures[0].what}; export it again")
+    return OnnxRunner(graph, device=device, threads=threads)
 
 
 def without_clamp(model: ModelProto) -> ModelProto:
@@ -94,7 +136,8 @@ class OnnxRunner:
         clamped: bool = True,
     ) -> None:
         self.name = graph.name
-        self._device = device.partition(":")[0]
+        kind, _, index = device.partition(":")
+        self._place = (kind, int(index or 0))
         model = graph.model if clamped else without_clamp(graph.model)
         self._session = open_session(model, graph.path.parent, device=device, threads=threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
@@ -143,23 +186,35 @@ class OnnxRunner:
             top_p: draw among the fewest tokens that have this share of the probability.
             seed: of the draws.
 
-        Yields:
-            [batch] int64. Ends when every sequence has ended.
+        Returns:
+            An iterator over the steps: [batch] int64. Ends when every sequence has ended.
+
+        Raises:
+            ValueError: an argument is out of range, or a prompt is padded elsewhere than left.
         """
+        ids, mask = input_ids.long(), attention_mask.long()
+        check_prompts(ids, mask, self._vocab)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens}; expected at least 1")
+        choose = Chooser(do_sample, temperature, top_k, top_p, seed)
+        return self._generate(ids, mask, max_new_tokens, list(eos_token_ids), choose)
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        max_new_tokens: int,
+        eos_token_ids: list[int],
+        choose: Chooser,
+    ) -> Iterator[Tensor]:
         import torch
 
-        check_padding(attention_mask, last_only=True)
-        generator = torch.Generator().manual_seed(seed)
-        ended = torch.zeros(len(input_ids), dtype=torch.bool)
-        ends = torch.tensor(list(eos_token_ids), dtype=torch.long)
-        cache = self._first_cache(len(input_ids))
-        ids, mask = input_ids, attention_mask
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        ends = torch.tensor(eos_token_ids, dtype=torch.long)
+        cache = self._first_cache(len(ids))
         for _ in range(max_new_tokens):
-            last, cache = self._step(_feed(ids, mask), cache)
-            if do_sample:
-                token = sample(last, temperature, top_k, top_p, generator)
-            else:
-                token = last.argmax(dim=-1)
+            last, cache = self._read(ids, mask, cache)
+            token = choose(last)
             if len(ends):
                 token = torch.where(ended, ends[0], token)
                 ended |= torch.isin(token, ends)
@@ -168,6 +223,17 @@ class OnnxRunner:
                 return
             ids = token[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+
+    def _read(self, ids: Tensor, mask: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Next tokens' last logits and the cache with them. Long prompts are read in parts, since a
+        graph forms the logits of every token that it is given.
+        """
+        n_cached, seq = mask.shape[1] - ids.shape[1], ids.shape[1]
+        width = max(1, LOGIT_BYTES // (4 * self._vocab * len(ids)))
+        for start in range(0, seq, width):
+            stop = min(start + width, seq)
+            last, cache = self._step(_feed(ids[:, start:stop], mask[:, : n_cached + stop]), cache)
+        return last, cache
 
     def _step(self, feed: dict[str, Any], cache: list[Any]) -> tuple[Tensor, list[Any]]:
         """(logits of the last token [batch, vocab], the new cache)."""
@@ -180,17 +246,17 @@ class OnnxRunner:
             binding.bind_ortvalue_input(value.name, kept)
         binding.bind_output("logits")
         for name in self._present:
-            binding.bind_output(name, self._device)
+            binding.bind_output(name, *self._place)
         self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()[:, -1]).float(), present
+        return torch.from_numpy(logits.numpy()[:, -1]), present
 
     def _first_cache(self, batch: int) -> list[Any]:
         import onnxruntime as ort
 
         empty = self._no_past(batch)
         return [
-            ort.OrtValue.ortvalue_from_numpy(empty[value.name], self._device)
+            ort.OrtValue.ortvalue_from_numpy(empty[value.name], *self._place)
             for value in self._past
         ]
 
@@ -225,26 +291,3 @@ def _feed(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         "attention_mask": attention_mask.contiguous().numpy(),
         "position_ids": positions.contiguous().numpy(),
     }
-
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: Any) -> Tensor:
-    """Draw one token per row: [batch, vocab] -> [batch].
-
-    Raises:
-        ValueError: a parameter is out of range.
-    """
-    import torch
-
-    if temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature}, top_k {top_k}, top_p {top_p}; expected above 0, at least "
-            "0, above 0 and at most 1"
-        )
-    ordered, tokens = (logits / temperature).sort(dim=-1, descending=True)
-    shares = ordered.softmax(dim=-1)
-    before = shares.cumsum(dim=-1) - shares
-    shares = shares.masked_fill(before >= top_p, 0.0)
-    if top_k:
-        shares[:, top_k:] = 0.0
-    drawn = torch.multinomial(shares, 1, generator=generator)
-    return tokens.gather(-1, drawn).squeeze(-1)

@@ -92,6 +92,8 @@ class Parity:
 
     max_abs_logit: float
     """Largest |Δlogit|; infinite where a logit is not finite."""
+    largest_logit: float
+    """Largest |logit| of the reference on the same tokens."""
     mean_kl: float
     """Mean KL(reference ‖ engine), in nats per token."""
     top1_agreement: float
@@ -215,6 +217,7 @@ def _engine_dict(engine: EngineReport) -> dict[str, Any]:
     if (parity := engine.parity) is not None:
         found["parity"] = {
             "max_abs_logit": parity.max_abs_logit,
+            "largest_logit": parity.largest_logit,
             "mean_kl": parity.mean_kl,
             "top1_agreement": parity.top1_agreement,
             "answer_flips": len(parity.flips),

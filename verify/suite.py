@@ -135,8 +135,13 @@ def _evidence_failures(evidence: Evidence, kinds: frozenset[str]) -> tuple[Failu
     reference = next(engine for engine in evidence.engines if engine.name == "reference")
     for engine in evidence.engines:
         if engine.name in (CHECKPOINT, EXACT) and engine.parity is not None:
-            dtype = evidence.dtype if engine.name == CHECKPOINT else "float32"
-            failures += parity_failures(engine.name, engine.parity, dtype)
+            here = engine.name == CHECKPOINT
+            failures += parity_failures(
+                engine.name,
+                engine.parity,
+                evidence.dtype if here else "float32",
+                other_arithmetic=not here,
+            )
         elif engine.name.startswith("onnx-"):
             failures += unlearning_failures(engine, reference)
     return tuple(failures)
