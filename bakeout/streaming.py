@@ -202,6 +202,8 @@ def open_base(name: str, device: str, language: Language) -> Speaker:
         ModelError: it cannot be loaded, or its tokenizer has another vocabulary.
     """
     try:
+        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            raise ModelError("no such folder; expected one, or a hub id")
         vocabulary = load_tokenizer(name).get_vocab()
         if vocabulary != language.tokenizer.get_vocab():
             raise ModelError(

@@ -367,7 +367,7 @@ class GraphWriter:
 
     def _masks(self) -> dict[int | None, str]:
         """A token sees itself and what stands before it, but no padding, and no further back than
-        its layer's window.
+        its layer's window, which counts real tokens: padding may stand anywhere.
         """
         g = self.g
         total = g.op("Squeeze", self._total())
@@ -381,8 +381,12 @@ class GraphWriter:
         for window in dict.fromkeys(self.arch.windows):
             near = seen
             if window is not None:
-                first = g.op("Sub", queries, g.scalar(window))
-                near = g.op("And", seen, g.op("Greater", keys, first))
+                counted = g.op("CumSum", "attention_mask", g.scalar(1))  # [batch, past + seq]
+                begin, end = past, g.ints(np.iinfo(np.int64).max)
+                here = g.op("Slice", counted, begin, end, g.ints(1))  # [batch, seq]
+                first = g.op("Sub", g.op("Unsqueeze", here, g.ints(1, 3)), g.scalar(window))
+                counted = g.op("Unsqueeze", counted, g.ints(1, 2))
+                near = g.op("And", seen, g.op("Greater", counted, first))
             masks[window] = g.op("Where", near, g.float(0.0), g.float(HIDDEN))
         return masks
 

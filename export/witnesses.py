@@ -12,6 +12,7 @@ every engine found in it against what the exporter saw, and see that the clamp a
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Witnesses:
         try:
             with np.load(path) as arrays:
                 return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays})
-        except (OSError, ValueError, TypeError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
             raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
 
 

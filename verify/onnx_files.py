@@ -89,6 +89,11 @@ def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[s
         path = graph.parent / file
         if not path.is_file():
             raise FolderError(f"{graph}: needs {file}, which is not there; download it again")
+        if not path.resolve().is_relative_to(graph.parent.resolve()):
+            raise FolderError(
+                f"{graph}: {file} is a link that leads out of the folder, which ONNX Runtime does "
+                "not follow; copy the file itself there (`hf download --local-dir` does)"
+            )
         sizes[file] = path.stat().st_size
     try:
         begin, length = int(data.get("offset", 0)), int(data.get("length", 0))

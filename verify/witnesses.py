@@ -6,12 +6,14 @@ and the logits that were seen at export, with the clamp and without it.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 from bake.errors import FolderError
+from verify.clamped_folder import read_config
 from verify.engines import Engines
 from verify.onnx_files import EXACT
 from verify.report import EngineReport, Failure, VerifyReport, Witnessed
@@ -26,7 +28,8 @@ MAX_ABS_LOGIT = 1e-3
 machine's arithmetic."""
 MIN_EFFECT = 0.5
 """Bar for one with rounded weights: how much of the clamp's effect it shows, 1 being all of it."""
-_LAYOUT = {"input_ids", "attention_mask", "places", "token_ids", "logits", "unclamped"}
+_LOGITS = {"logits", "unclamped"}
+_LAYOUT = {"input_ids", "attention_mask", "places", "token_ids", *_LOGITS}
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,57 @@ def load_witnesses(folder: Path) -> Witnesses | None:
     try:
         with np.load(path) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
-    except (OSError, ValueError, TypeError, BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
         raise FolderError(f"{path}: cannot be read ({error}); download it again") from error
-    if set(tensors) != _LAYOUT or not tensors["logits"].numel():
+    if set(tensors) != _LAYOUT:
         raise FolderError(
             f"{path}: holds {', '.join(sorted(tensors)) or 'nothing'}; expected "
             f"{', '.join(sorted(_LAYOUT))}"
         )
-    return Witnesses(**tensors)
+    witnesses = Witnesses(**tensors)
+    if not _fits(witnesses, _vocab_size(read_config(folder))):
+        raise FolderError(
+            f"{path}: its arrays do not fit each other or the model's vocabulary; expected what "
+            "`bakeout bake` wrote. Download it again"
+        )
+    return witnesses
+
+
+def _vocab_size(config: dict[str, Any]) -> int:
+    """Of the model; where config.json leaves it to its class, more than any model has."""
+    return int({**config, **(config.get("text_config") or {})}.get("vocab_size", 1 << 31))
+
+
+def _fits(found: Witnesses, vocab: int) -> bool:
+    """Whether the arrays are of the documented types and shapes, and lead nowhere outside."""
+    import torch
+
+    kinds = (torch.float32 if name in _LOGITS else torch.int64 for name in vars(found))
+    tensors = vars(found).values()
+    if any(t.dtype != kind or t.ndim != 2 for t, kind in zip(tensors, kinds, strict=True)):
+        return False
+    ids, mask, recorded = found.input_ids, found.attention_mask, found.logits.shape
+    if ids.shape != mask.shape or found.places.shape != (recorded[0], 2):
+        return False
+    if not found.token_ids.shape == found.unclamped.shape == recorded or not recorded.numel():
+        return False
+    rows, columns = found.places.unbind(-1)
+    inside = all(
+        bool(((values >= 0) & (values < end)).all())
+        for values, end in (
+            (ids, vocab),
+            (mask, 2),
+            (found.token_ids, vocab),
+            (rows, ids.shape[0]),
+            (columns, ids.shape[1]),
+        )
+    )
+    return (
+        inside
+        and bool(mask[rows, columns].all())
+        and bool(found.logits.isfinite().all() and found.unclamped.isfinite().all())
+        and not torch.equal(found.logits, found.unclamped)
+    )
 
 
 def with_witnesses(report: VerifyReport, witnesses: Witnesses, engines: Engines) -> VerifyReport:
