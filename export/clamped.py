@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,16 +199,21 @@ def _stored_tensors(folder: Path, weight_map: Mapping[str, str]) -> dict[str, St
     return {name: found[name] for name in weight_map}
 
 
-def check_shards(clamped: Clamped, progress: Callable[[float], None] = lambda _: None) -> None:
-    """Raise FolderError unless every weight file is what the manifest says.
+def check_files(
+    clamped: Clamped, names: Sequence[str], progress: Callable[[float], None] = lambda _: None
+) -> None:
+    """Raise FolderError unless files are what the manifest says.
 
     Args:
         clamped: the folder.
+        names: of the files.
         progress: called with the share of bytes hashed, 0 to 1.
     """
-    total = sum((clamped.folder / name).stat().st_size for name in clamped.shards)
+    if missing := [name for name in names if not (clamped.folder / name).is_file()]:
+        raise FolderError(f"{clamped.folder}: {missing[0]} is missing; {AGAIN}")
+    total = sum((clamped.folder / name).stat().st_size for name in names)
     done = 0
-    for name in clamped.shards:
+    for name in names:
         digest, listed = hashlib.sha256(), clamped.manifest["files"][name]
         with (clamped.folder / name).open("rb") as file:
             while block := file.read(BLOCK_BYTES):

@@ -20,7 +20,7 @@ from onnx.helper import make_model, make_opsetid, set_model_props
 
 from bake.errors import BakeoutError, FolderError, OutputError
 from export import onnx_check
-from export.clamped import Clamped, check_shards, open_clamped
+from export.clamped import Clamped, check_files, open_clamped
 from export.copying import hash_new
 from export.genai_config import GENAI_CONFIG, genai_config
 from export.manifest import write_manifest
@@ -91,9 +91,11 @@ def export_onnx(
     clamped = open_clamped(folder)
     architecture = Architecture.of(clamped.config)
     _check_target(clamped, precision, out, force)
-    check_shards(clamped, lambda share: progress("hash", share))
+    check_files(clamped, clamped.shards, lambda share: progress("hash", share))
     progress("witnesses", 0.0)
-    stored = (folder / WITNESSES).exists()
+    stored = WITNESSES in clamped.manifest["files"]
+    if stored:
+        check_files(clamped, [WITNESSES])
     witnesses = Witnesses.load(folder) if stored else find_witnesses(clamped, [])
     if witnesses is None:
         raise FolderError(

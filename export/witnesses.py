@@ -27,8 +27,8 @@ from export.clamped import AGAIN, Clamped
 from export.streamed import Run, StreamedModel
 
 WITNESSES = "witnesses.npz"
-MOST = 8
-"""Prompts that become witnesses."""
+MOST, FEWEST = 6, 3
+"""Prompts that become witnesses, where so many fire."""
 LENGTH = 32
 """Longest prompt, in tokens, BOS included."""
 WIDTH = 512
@@ -77,8 +77,8 @@ class Witnesses:
 def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnesses | None:
     """Prompts that fire the clamp, and what the model says to them, in float32.
 
-    Those are taken that show most of the features that are read; each is cut after the last
-    token it is taken for. Where no given prompt fires, prompts are searched for.
+    Those are taken that show most of the features that are read; each is cut after the token that
+    follows the last firing. Where no given prompt fires, prompts are searched for.
 
     Args:
         clamped: the folder.
@@ -134,7 +134,7 @@ class _Prompt:
     """A prompt that fires."""
 
     ids: list[int]
-    """Cut after the last token at which a feature is first seen in it."""
+    """Cut after the token that follows the last firing."""
     features: frozenset[tuple[int, int]]
     """(layer, row) of the features that are active where a clamp moves the residual stream."""
 
@@ -153,14 +153,15 @@ def _firing(prompts: list[list[int]], run: Run) -> list[_Prompt]:
     """Those of some prompts at which a clamp acts."""
     found = []
     for row, ids in enumerate(prompts):
-        first: dict[tuple[int, int], int] = {}  # feature -> where it is first seen
+        features: set[tuple[int, int]] = set()
+        last = 0
         for layer, moved in run.moved.items():
             begin = moved.shape[1] - len(ids)
-            seen = run.active[layer][row, begin:] & moved[row, begin:, None]
-            for feature in seen.any(dim=0).nonzero().flatten().tolist():
-                first[layer, feature] = int(seen[:, feature].int().argmax())
-        if first:
-            found.append(_Prompt(ids[: max(first.values()) + 2], frozenset(first)))
+            seen = run.active[layer][row, begin:] & moved[row, begin:, None]  # [token, feature]
+            features |= {(layer, feature) for feature in seen.any(0).nonzero().flatten().tolist()}
+            last = max([last, *seen.any(1).nonzero().flatten().tolist()])
+        if features:
+            found.append(_Prompt(ids[: last + 2], frozenset(features)))
     return found
 
 
@@ -170,7 +171,7 @@ def _most_features(prompts: Iterable[_Prompt]) -> list[_Prompt]:
     chosen: list[_Prompt] = []
     while left and len(chosen) < MOST:
         best = max(left, key=lambda prompt: (len(prompt.features - shown), -len(prompt.ids)))
-        if chosen and not best.features - shown:
+        if len(chosen) >= FEWEST and not best.features - shown:
             break
         left.remove(best)
         chosen.append(best)

@@ -406,6 +406,10 @@ def test_a_clamp_that_nothing_fires_cannot_be_checked(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "witnesses.npz").unlink()
+    assert "witnesses.npz is missing" in refused(capsys, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["witnesses.npz"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     monkeypatch.setattr(onnx_folder, "find_witnesses", lambda clamped, prompts: None)
     assert "no prompt was found that fires its clamp" in refused(capsys, folder)
     assert not (folder / "model.onnx").exists()

@@ -274,14 +274,21 @@ def failed(report: VerifyReport) -> dict[str, set[str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def conditional(work: Path) -> Path:
+    """A folder with two clamps that act above a trigger."""
+    method = METHODS["conditional clamp"]
+    return bake(work, "changed", method, method, questions=True)
+
+
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("tensor", "index", "add"), [("value", 1, 0.05), ("theta", 1, 40.0), ("W_dec", (1, 3), 0.2)]
 )
 def test_a_changed_clamp_with_new_hashes_fails(
-    work: Path, tmp_path: Path, tensor: str, index: Any, add: float
+    conditional: Path, tmp_path: Path, tensor: str, index: Any, add: float
 ) -> None:
-    folder = shutil.copytree(work / "conditional-True", tmp_path / "changed")
+    folder = shutil.copytree(conditional, tmp_path / "changed")
     tensors = load_file(folder / CLAMP_SHARD)
     tensors[f"model.layers.1.sae_clamp.{tensor}"][index] += np.float32(add)
     save_file(tensors, folder / CLAMP_SHARD, metadata={"format": "pt"})

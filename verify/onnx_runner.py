@@ -31,9 +31,15 @@ class ProviderError(BakeoutError):
 
 
 def open_session(
-    model: ModelProto, folder: Path, *, device: str = "cpu", threads: int | None = None
+    model: ModelProto, path: Path, *, device: str = "cpu", threads: int | None = None
 ) -> Any:
-    """An ONNX Runtime session over a graph whose data lies in a folder.
+    """An ONNX Runtime session over a graph.
+
+    Args:
+        model: the graph, perhaps changed since it was read.
+        path: where it was read from, and beside which its data lies.
+        device: cpu or cuda.
+        threads: all cores when None.
 
     Raises:
         ProviderError: ONNX Runtime or the provider is not installed.
@@ -56,7 +62,7 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder.resolve())
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
     )
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -65,7 +71,7 @@ def open_session(
         session = ort.InferenceSession(model.SerializeToString(), options, providers=[wanted])
     except Exception as error:  # its own types share no base
         reason = " ".join(str(error).split())
-        raise FolderError(f"{folder.name}: ONNX Runtime cannot run it: {reason}") from error
+        raise FolderError(f"{path}: ONNX Runtime cannot run it: {reason}") from error
     # A provider whose own libraries are not there is replaced by the CPU's with a mere warning.
     if provider not in session.get_providers():
         raise ProviderError(
@@ -139,7 +145,7 @@ class OnnxRunner:
         kind, _, index = device.partition(":")
         self._place = (kind, int(index or 0))
         model = graph.model if clamped else without_clamp(graph.model)
-        self._session = open_session(model, graph.path.parent, device=device, threads=threads)
+        self._session = open_session(model, graph.path, device=device, threads=threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._past = [value for name, value in inputs.items() if name.startswith("past_key_values")]
         self._present = [value.name.replace("past_key_values", "present") for value in self._past]
