@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -82,10 +83,11 @@ class SAESource(_Table):
 
 
 class TextSource(_Table):
-    """Texts: a local JSONL file (`path`), or a hub data set (`dataset`, `split`)."""
+    """Texts: a local file (`path`), or a hub data set (`dataset`, `split`)."""
 
     path: str | None = None
-    """A JSONL file, relative to the recipe file."""
+    """A JSONL, Parquet (.parquet) or plain text (.txt, one text a line) file, relative to the
+    recipe file."""
     dataset: str | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
@@ -101,11 +103,18 @@ class TextSource(_Table):
         return self
 
 
+class Corpus(TextSource):
+    """Texts that feature statistics are taken over."""
+
+    chat: bool = False
+    """Put each text (or list of messages) through the tokenizer's chat template first."""
+
+
 class QuestionSource(_Table):
     """Multiple-choice questions (`question`, `choices`, `answer`, optional `subject`)."""
 
     path: str | None = None
-    """A JSONL file, relative to the recipe file."""
+    """A JSONL or Parquet file, relative to the recipe file."""
     dataset: str | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
@@ -181,7 +190,7 @@ class Clamp(_Table):
             raise ValueError("`clamp_value` is used only with also_clamp = true")
         if self.multiplier == 0:
             raise ValueError("multiplier = 0 leaves every activation as it is")
-        if self.refusal_feature is not None and self.refusal_feature in self.features:
+        if self.features != "select" and self.refusal_feature in self.features:
             raise ValueError(f"refusal_feature {self.refusal_feature} is also among `features`")
         return self
 
@@ -191,12 +200,18 @@ class Select(_Table):
 
     by: Literal["sparsity", "ratio", "attribution"] = "sparsity"
     """The procedure (METHODS: selecting features)."""
-    forget: TextSource
+    forget: Corpus
     """Texts that the model should forget."""
-    retain: TextSource
+    retain: Corpus
     """Texts that it should keep; they must look like the prompts that must survive."""
+    forget_questions: QuestionSource | None = None
+    """Questions that attribution and sweeps may look at, none of them also in [verify]; without
+    them a part of [verify]'s is split off."""
+    retain_questions: QuestionSource | None = None
+    """The same for what is to be kept."""
     retain_threshold: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of retained tokens on which a selected feature may fire."""
+    """sparsity only: a feature that fires on this share of the retained tokens, or on more, is
+    not selected."""
     n_features: int = Field(default=20, ge=1)
     """How many features to take."""
     ratio_percentile: float = Field(default=95.0, ge=0, le=100)
@@ -205,6 +220,8 @@ class Select(_Table):
     """Window length in tokens, BOS included."""
     n_seqs: int = Field(default=1024, ge=1)
     """Windows per corpus."""
+    seed: int | None = None
+    """Take the texts in an order drawn from this seed; without one, in their own."""
 
 
 class Verify(_Table):
@@ -242,9 +259,14 @@ class Recipe(_Table):
         layers = [layer_of(c.hook_point) for c in self.clamp if c.hook_point is not None]
         if twice := [layer for layer in layers if layers.count(layer) > 1]:
             raise ValueError(f"two [[clamp]] tables at the output of layer {twice[0]}; merge them")
-        if self.select is None and any(c.features == "select" for c in self.clamp):
+        if self.select is None and self.selects:
             raise ValueError('features = "select" needs a [select] table')
         return self
+
+    @property
+    def selects(self) -> bool:
+        """Whether a table leaves its features to be selected."""
+        return any(clamp.features == "select" for clamp in self.clamp)
 
     @property
     def folder(self) -> Path:
@@ -294,11 +316,29 @@ class Recipe(_Table):
             v = self.verify
             sources += [v.forget_questions, v.retain_questions, v.text]
         if self.select is not None:
-            sources += [self.select.forget, self.select.retain]
+            s = self.select
+            sources += [s.forget, s.retain]
+            sources += [q for q in (s.forget_questions, s.retain_questions) if q is not None]
         saes = [clamp.sae.path for clamp in self.clamp]
         names = [self.base.model, *saes, *(s.path or s.dataset for s in sources)]
         paths = [self.local(name) for name in names if name is not None]
         return [path for path in (self._file, *paths) if path is not None and path.exists()]
+
+    def with_clamps(self, clamps: list[Clamp]) -> Self:
+        """The same recipe with other [[clamp]] tables, checked anew."""
+        data = self.to_dict()
+        data["clamp"] = [
+            clamp.model_dump(exclude_unset=True, exclude_none=True) for clamp in clamps
+        ]
+        changed = type(self).parse(data, name=str(self._file or "recipe"), folder=self._folder)
+        changed._file = self._file
+        return changed
+
+    def at(self, folder: Path) -> Self:
+        """The recipe as a file in another folder would have to say it: local paths from there."""
+        data = self.to_dict()
+        _move_paths(data, self._folder, folder)
+        return type(self).parse(data, name=str(self._file or "recipe"), folder=folder)
 
     def shareable(self) -> Recipe:
         """The recipe as it may leave the machine: every local path cut to its last component."""
@@ -356,6 +396,17 @@ def _cut_paths(table: dict[str, Any], folder: Path) -> None:
             table[key] = (folder / entry).resolve().name
 
 
+def _move_paths(table: dict[str, Any], old: Path, new: Path) -> None:
+    """Let local paths start from another folder, in place; hub ids stay."""
+    for key, entry in table.items():
+        for child in entry if isinstance(entry, list) else [entry]:
+            if isinstance(child, dict):
+                _move_paths(child, old, new)
+        hub_key = key in ("model", "dataset")
+        if key == "path" or (hub_key and (entry[0] in "./~" or (old / entry).exists())):
+            table[key] = Path(os.path.relpath(old / entry, new)).as_posix()
+
+
 def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first trouble of a ValidationError as `key: got …, expected …`, and how many more."""
     first, *more = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
@@ -379,5 +430,5 @@ def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _all_keys(table: type[BaseModel]) -> set[str]:
     """Every key that any table of the recipe knows."""
-    tables = (table, Base, SAESource, TextSource, QuestionSource, Clamp, Select, Verify)
+    tables = (table, Base, SAESource, Corpus, QuestionSource, Clamp, Select, Verify)
     return {field.alias or name for t in tables for name, field in t.model_fields.items()}

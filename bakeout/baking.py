@@ -12,10 +12,26 @@ from export.new_folder import check_output
 from model_cards.render import render_card
 
 
-def bake_recipe(recipe_file: Path, out: Path, *, force: bool) -> CheckpointPlan:
+def planned(recipe_file: Path, *, cache: Path | None = None) -> CheckpointPlan:
+    """What a recipe file asks for, found and checked. Features are selected where it says so;
+    the numbers stand in the plan's recipe.
+    """
+    recipe = Recipe.load(recipe_file)
+    if recipe.selects:
+        from bakeout.selecting import selected_recipe  # torch and transformers
+
+        with progress("select") as advance:
+            recipe, _ = selected_recipe(recipe, cache=cache, progress=advance)
+    return plan_checkpoint(recipe)
+
+
+def bake_recipe(
+    recipe_file: Path, out: Path, *, force: bool, cache: Path | None = None
+) -> CheckpointPlan:
     """Bake a recipe file into a folder, with a progress bar; returns what was written."""
     recipe = Recipe.load(recipe_file)
-    plan = plan_checkpoint(recipe)
+    check_output(out, inputs=recipe.local_sources, size=0, force=force)
+    plan = planned(recipe_file, cache=cache)
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
     card = render_card(plan.recipe, plan.base, plan.clamps)
     with progress("bake") as advance:

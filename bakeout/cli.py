@@ -9,14 +9,11 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bake.errors import BakeoutError
-
-if TYPE_CHECKING:
-    from verify.report import VerifyReport
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
 KINDS = ("integrity", "parity", "choices", "loss")
@@ -31,6 +28,9 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (TOML).")]
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that bakeout wrote.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
+]
 
 
 @app.command()
@@ -55,14 +55,11 @@ def bake(
     ] = False,
 ) -> None:
     """Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them."""
-    from bakeout.baking import bake_recipe, describe_plan
-    from export.checkpoint import plan_checkpoint
+    from bakeout.baking import bake_recipe, describe_plan, planned
     from export.new_folder import check_output
 
     if dry_run:
-        from bake.recipe import Recipe
-
-        plan = plan_checkpoint(Recipe.load(recipe))
+        plan = planned(recipe)
         check_output(out, inputs=plan.inputs, size=plan.size, force=force)
         typer.echo(f"{describe_plan(plan)}\nnothing written (--dry-run)")
         return
@@ -79,9 +76,7 @@ def verify(
     only: Annotated[
         list[str] | None, typer.Option(metavar="KIND…", help=f"Only {', '.join(KINDS)}.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare a folder with the hooked reference. Exit code 1 when it does not hold."""
     from bake.recipe import Recipe
@@ -95,8 +90,24 @@ def verify(
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:
-        write_json(report, json_file)
+        write_json(report.to_dict(), json_file)
     raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def select(
+    recipe: RecipePath,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.toml", help="Write the recipe with the numbers in it."),
+    ] = None,
+    json_file: JsonFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.toml.")] = False,
+) -> None:
+    """Find the features of a recipe that says features = "select", and say why."""
+    from bakeout.selection_view import run_select
+
+    run_select(recipe, write, json_file, force=force)
 
 
 @app.command()
@@ -107,9 +118,9 @@ def show(folder: FolderPath) -> None:
     show_folder(folder)
 
 
-def write_json(report: VerifyReport, file: Path) -> None:
+def write_json(report: dict[str, Any], file: Path) -> None:
     """Write a report as JSON to a file, or to stdout where the file is `-`."""
-    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     if str(file) == "-":
         sys.stdout.write(text)
         return
