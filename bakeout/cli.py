@@ -111,6 +111,28 @@ def select(
 
 
 @app.command()
+def sweep(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option(help="Folder of the study; an unfinished one goes on.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=A,B", help="Axis and its settings; repeat for more axes."),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="alignment, or forget: its accuracy under a floor on the retained.")
+    ] = "alignment",
+    floor: Annotated[
+        float, typer.Option(help="forget: least retained accuracy, as a share of the base's.")
+    ] = 0.99,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a grid of settings on validation questions, and the best of them on test."""
+    from bakeout.sweep_view import sweep_recipe
+
+    sweep_recipe(recipe, grid or [], out, objective, floor, json_file)
+
+
+@app.command()
 def show(folder: FolderPath) -> None:
     """What was baked: layers, features, method, provenance, exactness."""
     from bakeout.showing import show_folder

@@ -63,7 +63,7 @@ def test_select_shows_writes_and_says_why(
     for name in ("model-sae-clamp.safetensors", "config.json"):
         assert (folder / name).read_bytes() == (direct / name).read_bytes()
     stored = tomllib.loads((direct / "recipe.toml").read_text())
-    assert stored["clamp"][0]["features"] == numbers and stored["select"]["by"] == "sparsity"
+    assert stored["clamp"][0]["features"] == numbers and stored["select"]["n_features"] == 4
     manifest = json.loads((direct / "manifest.json").read_text())
     assert manifest["clamps"][0]["features"] == numbers
 
