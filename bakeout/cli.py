@@ -133,6 +133,22 @@ def sweep(
 
 
 @app.command()
+def features(
+    recipe: RecipePath,
+    html: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")],
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Show this sweep on the page too.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page.")] = False,
+) -> None:
+    """Write a page on a recipe's features: where they fire, how strongly, on which texts."""
+    from bakeout.pages import features_page
+
+    features_page(recipe, html, sweep, force=force)
+    typer.echo(f"written to {html}")
+
+
+@app.command()
 def show(folder: FolderPath) -> None:
     """What was baked: layers, features, method, provenance, exactness."""
     from bakeout.showing import show_folder
