@@ -37,7 +37,7 @@ METHOD_FIELDS: dict[str, tuple[set[str], set[str]]] = {
 """Per method: the method-specific fields it needs, and those it may carry."""
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
     """A TOML table: unknown keys are errors, numbers are finite, types are not coerced."""
 
     model_config = ConfigDict(
@@ -50,7 +50,7 @@ class _Table(BaseModel):
     )
 
 
-class Base(_Table):
+class Base(Table):
     """The model that is to forget."""
 
     model: str = Field(min_length=1)
@@ -63,7 +63,7 @@ class Base(_Table):
     """Licence that the card and the notice follow, as a hub licence id."""
 
 
-class SAESource(_Table):
+class SAESource(Table):
     """Where an SAE comes from: `release` and `id`, or `path`."""
 
     release: str | None = None
@@ -82,7 +82,7 @@ class SAESource(_Table):
         return self
 
 
-class TextSource(_Table):
+class TextSource(Table):
     """Texts: a local file (`path`), or a hub data set (`dataset`, `split`)."""
 
     path: str | None = None
@@ -110,7 +110,7 @@ class Corpus(TextSource):
     """Put each text (or list of messages) through the tokenizer's chat template first."""
 
 
-class QuestionSource(_Table):
+class QuestionSource(Table):
     """Multiple-choice questions (`question`, `choices`, `answer`, optional `subject`)."""
 
     path: str | None = None
@@ -130,7 +130,7 @@ class QuestionSource(_Table):
         return self
 
 
-class Clamp(_Table):
+class Clamp(Table):
     """One SAE at one hook point, and what happens to which of its features."""
 
     sae: SAESource
@@ -195,7 +195,7 @@ class Clamp(_Table):
         return self
 
 
-class Select(_Table):
+class Select(Table):
     """How features are chosen where `features = "select"`."""
 
     by: Literal["sparsity", "ratio", "attribution"] = "sparsity"
@@ -224,7 +224,7 @@ class Select(_Table):
     """Take the texts in an order drawn from this seed; without one, in their own."""
 
 
-class Verify(_Table):
+class Verify(Table):
     """What the exported model is measured on."""
 
     forget_questions: QuestionSource
@@ -237,7 +237,7 @@ class Verify(_Table):
     """The prompt form that leads the report; both are always measured."""
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A whole recipe. `Recipe.load(path)` reads one; `to_toml()` writes one."""
 
     schema_version: Literal[1] = Field(alias="schema")
@@ -300,7 +300,7 @@ class Recipe(_Table):
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(f"recipe {name}: {_one_line(error, cls)}") from error
+            raise RecipeError(f"recipe {name}: {one_line(error, cls)}") from error
         recipe._folder = folder
         return recipe
 
@@ -407,7 +407,7 @@ def _move_paths(table: dict[str, Any], old: Path, new: Path) -> None:
             table[key] = Path(os.path.relpath(old / entry, new)).as_posix()
 
 
-def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
+def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first trouble of a ValidationError as `key: got …, expected …`, and how many more."""
     first, *more = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
     key = ""

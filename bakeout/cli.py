@@ -148,6 +148,24 @@ def features(
     typer.echo(f"written to {html}")
 
 
+@app.command("train-sae")
+def train_sae(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="What to train (TOML).")],
+    out: Annotated[Path, typer.Option(help="Folder to write the SAE to; it may not exist.")],
+) -> None:
+    """Train an SAE with sae_lens, for a model that has no public one."""
+    from bakeout.showing import progress
+    from bakeout.training import train_config
+
+    with progress("train-sae") as advance:
+        found = train_config(config, out, advance)
+    typer.echo(
+        f"written to {out}\non {found.n_tokens:,} tokens that it was not trained on: L0 "
+        f"{found.l0:.1f}, {found.explained:.1%} of the variance explained, {found.dead:,} features "
+        "never active"
+    )
+
+
 @app.command()
 def show(folder: FolderPath) -> None:
     """What was baked: layers, features, method, provenance, exactness."""

@@ -36,7 +36,7 @@ from bakeout.miniature.measure import (
 from bakeout.miniature.shipping import write_model, write_questions, write_recipe, write_texts
 from bakeout.miniature.tokenizer import build_tokenizer
 from bakeout.miniature.train import ModelSchedule, train_model
-from bakeout.miniature.train_sae import SAESchedule, cached_activations, train_sae
+from bakeout.miniature.train_sae import SAESchedule, cached_activations, train_site_sae
 from bakeout.miniature.world import (
     Splits,
     World,
@@ -158,7 +158,7 @@ def train_site(
     """Trains the SAE of one layer, saves it in `folder`, and counts where its features fire."""
     schedule = SAESchedule()
     activations = cached_activations(model, layer, world, tokenizer, seed, schedule.n_tokens)
-    trained = train_sae(activations, layer, seed, schedule)
+    trained = train_site_sae(activations, layer, seed, schedule)
     trained.save_inference_model(folder)
     sae = SAE.load_from_disk(folder)
     shares = [
