@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,15 @@ def test_grids_that_do_not_fit(
 ) -> None:
     with pytest.raises(error, match=match):
         points(recipe(**table), parse_grid(asked))
+
+
+RECIPES = Path(__file__).parents[1] / "bake" / "recipes"
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_grids_that_shipped_recipes_name_are_grids(file: Path) -> None:
+    asked = re.findall(r"--grid (\S+)", file.read_text(encoding="utf-8"))
+    shipped = Recipe.load(file)
+    assert bool(asked) == shipped.selects
+    if asked:
+        assert len(points(shipped, parse_grid(asked))) >= 12
