@@ -90,7 +90,15 @@ def find_sae(source: SAESource, recipe: Recipe) -> SAEFiles:
     if source.path is None:
         assert source.release is not None and source.id is not None
         return _find_release(source.release, source.id)
-    folder = recipe.local(source.path)
+    return open_sae_folder(recipe.local(source.path))
+
+
+def open_sae_folder(folder: Path) -> SAEFiles:
+    """Read the config of an SAE in a local folder.
+
+    Raises:
+        SAEError: as `find_sae`.
+    """
     if (folder / "cfg.json").is_file():
         return _sae_lens_folder(folder, norm_scaling_factor=None)
     if (folder / "params.npz").is_file():
@@ -100,12 +108,12 @@ def find_sae(source: SAESource, recipe: Recipe) -> SAEFiles:
     candidates = [folder] if folder.is_file() else sorted(folder.glob("*"))
     if pickles := [path.name for path in candidates if path.suffix in _PICKLES]:
         raise SAEError(
-            f"SAE {source.path}: {pickles[0]} is a pickle, which can run code when it is read; "
+            f"SAE {folder}: {pickles[0]} is a pickle, which can run code when it is read; "
             "expected cfg.json with sae_weights.safetensors, params.npz or params.safetensors. "
             "Convert it with sae_lens's save_model"
         )
     raise SAEError(
-        f"SAE {source.path}: no SAE there; expected a folder with cfg.json and "
+        f"SAE {folder}: no SAE there; expected a folder with cfg.json and "
         "sae_weights.safetensors (sae_lens), params.npz or params.safetensors (Gemma Scope)"
     )
 

@@ -10,6 +10,7 @@ from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from bake.features import residuals
 from bakeout.miniature.corpora import PRACTISE, training_documents
 from bakeout.miniature.tokenizer import BOS, EOS, PAD
 from bakeout.miniature.train import ModelSchedule, collate, encode
@@ -32,31 +33,6 @@ class SAESchedule:
     """Tokens whose activations are cached."""
 
 
-@torch.no_grad()
-def layer_activations(model: Gemma2ForCausalLM, layer: int, ids: Tensor) -> Tensor:
-    """The output of decoder layer `layer`.
-
-    Args:
-        model: any Gemma 2.
-        layer: 0-based.
-        ids: [batch, seq].
-
-    Returns:
-        [batch, seq, d_in].
-    """
-    seen: list[Tensor] = []
-
-    def keep(module: torch.nn.Module, args: object, output: Tensor) -> None:
-        seen.append(output)
-
-    handle = model.model.layers[layer].register_forward_hook(keep)
-    try:
-        model.model(input_ids=ids)
-    finally:
-        handle.remove()
-    return seen[0]
-
-
 def cached_activations(
     model: Gemma2ForCausalLM,
     layer: int,
@@ -73,7 +49,7 @@ def cached_activations(
         rows = [encode(d, tokenizer, ModelSchedule()) for d in islice(documents, 128)]
         ids = collate(rows).ids
         counted = (ids != PAD) & (ids != BOS) & (ids != EOS)
-        kept.append(layer_activations(model, layer, ids)[counted])
+        kept.append(residuals(model, [layer], ids)[layer][counted].clone())
         n_kept += len(kept[-1])
     return torch.cat(kept)[:n_tokens]
 
