@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import random
 import tomllib
 from collections.abc import Callable, Iterator
@@ -216,10 +217,18 @@ def train_config(
     )
     trained = train_sae(told(), base.d_in, train.seed, schedule, metadata)
     with new_folder(out) as folder:
-        trained.save_inference_model(folder)
-        for path in folder.iterdir():
-            path.chmod(0o644)
+        save_sae(trained, folder)
     return quality(SAE.load_from_disk(out), model, layer, windows, held_out)
+
+
+def save_sae(trained: Any, folder: Path) -> None:
+    """Write a trained SAE into a folder; the same SAE gives the same bytes."""
+    trained.save_inference_model(folder)
+    cfg = folder / "cfg.json"  # sae_lens writes its keys in an order that changes from run to run
+    config = json.loads(cfg.read_text(encoding="utf-8"))
+    cfg.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 def activations(model: Any, layer: int, windows: Windows, first: int) -> Iterator[Tensor]:

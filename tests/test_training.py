@@ -17,7 +17,7 @@ from bake.features import residuals
 from bakeout.cli import run
 from bakeout.demo import MINIATURE
 from bakeout.miniature.train_sae import SAESchedule, train_site_sae
-from bakeout.training import train_config
+from bakeout.training import save_sae, train_config
 
 
 @pytest.fixture
@@ -66,7 +66,9 @@ def test_the_same_seed_gives_the_same_sae(write_config: Any, tmp_path: Path) -> 
     weights = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train_config(write_config(n_tokens=2400, seed=seed), tmp_path / name)
-        weights.append((tmp_path / name / "sae_weights.safetensors").read_bytes())
+        files = sorted((tmp_path / name).iterdir())
+        assert [file.name for file in files] == ["cfg.json", "sae_weights.safetensors"]
+        weights.append([file.read_bytes() for file in files])
     assert weights[0] == weights[1] != weights[2]
 
 
@@ -112,7 +114,7 @@ def test_the_miniature_is_trained_by_the_same_path(tmp_path: Path) -> None:
     ids = torch.randint(5, 1000, (8, 120), generator=torch.Generator().manual_seed(0))
     h = residuals(model, [0], ids)[0].flatten(0, 1).clone()
     schedule = SAESchedule(d_sae=128, n_steps=40, batch_size=256)
-    train_site_sae(h, 0, 1, schedule).save_inference_model(tmp_path)
+    save_sae(train_site_sae(h, 0, 1, schedule), tmp_path)
     shipped, trained = (
         json.loads((folder / "cfg.json").read_text()) for folder in (MINIATURE / "sae", tmp_path)
     )

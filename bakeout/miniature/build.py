@@ -46,6 +46,7 @@ from bakeout.miniature.world import (
     question_splits,
     rotations,
 )
+from bakeout.training import save_sae
 
 HERE = Path(__file__).parent
 
@@ -159,7 +160,7 @@ def train_site(
     schedule = SAESchedule()
     activations = cached_activations(model, layer, world, tokenizer, seed, schedule.n_tokens)
     trained = train_site_sae(activations, layer, seed, schedule)
-    trained.save_inference_model(folder)
+    save_sae(trained, folder)
     sae = SAE.load_from_disk(folder)
     feature_site = FeatureSite(layer, load_encoder(open_sae_folder(folder)))
     found = [
