@@ -25,9 +25,15 @@ from pyarrow import parquet
 import bake.features
 from bake.errors import BakeoutError, DataError, RecipeError, SAEError
 from bake.recipe import Recipe
+from bakeout.demo import MINIATURE
 from bakeout.measuring import Material, measure
 from bakeout.selecting import orders, selected_recipe, split_questions
+from verify.choices import Answers, letter_tokens
+from verify.prompts import batches, question_prompts
 from verify.questions import Question
+from verify.reference import Oracle
+from verify.runners import HookedRunner
+from verify.whole_sae import load_sites
 
 TABLE: dict[str, Any] = {
     "sae": {"path": "sae"},
@@ -247,3 +253,42 @@ def test_orders_are_all_24_and_keep_the_right_choice() -> None:
     assert len({q.choices for q in turned}) == 24
     assert all(q.choices[q.answer] == "y" for q in turned)
     assert turned[0] == question
+
+
+def test_attribution_on_known_questions_of_the_miniature(tmp_path: Path) -> None:
+    data = Recipe.load(MINIATURE / "recipe.toml").to_dict()
+    for side, n in (("forget", 3), ("retain", 6)):
+        lines = (MINIATURE / "questions" / f"{side}_validation.jsonl").read_text().splitlines()
+        (tmp_path / f"{side}.jsonl").write_text("\n".join(lines[:n]))
+        data["select"][f"{side}_questions"] = {"path": str(tmp_path / f"{side}.jsonl")}
+    data["select"] |= {"by": "attribution", "n_features": 2, "n_seqs": 40}
+    recipe = Recipe.parse(data, name="test", folder=MINIATURE)
+    measured = measure(recipe, cache=tmp_path / "cache")
+    (selection,) = selected_recipe(recipe, measured=measured)[1]
+    assert 1 <= len(selection.chosen) <= 2
+    losses = [chosen.score for chosen in selection.chosen]
+    assert losses == sorted(losses)
+    split, tokenizer = split_questions(recipe), measured.material.tokenizer
+    asked = {"forget": [o for q in split.validation["forget"] for o in orders(q)]}
+    asked["retain"] = split.validation["retain"]
+    prompts = [
+        prompt
+        for side, questions in asked.items()
+        for prompt in question_prompts(side, questions, tokenizer, compared=False)
+        if prompt.form == "chat"
+    ]
+    model = measured.material.model
+    base = _letters(HookedRunner("base", model), prompts, tokenizer)
+    for feature in selection.features:  # verify's own hook, the whole SAE, one feature alone
+        clamp = recipe.clamp[0].model_copy(update={"features": [feature]})
+        alone = Oracle(model, load_sites(recipe.with_clamps([clamp])))
+        found = _letters(HookedRunner("reference", model, alone), prompts, tokenizer)
+        changed = {key[0] for key, letter in found.items() if letter != base[key]}
+        assert changed == {"forget"}
+
+
+def _letters(runner: HookedRunner, prompts: list[Any], tokenizer: Any) -> dict[Any, int]:
+    answers = Answers(letter_tokens(tokenizer))
+    for batch in batches(prompts, pad_id=0, vocab_size=len(tokenizer)):
+        answers.add(batch, runner.logits(batch.input_ids, batch.attention_mask, batch.last_only))
+    return answers.given
