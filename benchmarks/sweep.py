@@ -49,7 +49,7 @@ def main() -> None:
         numbers = Path(name) / "numbers.toml"
         ratios = []
         for round_number in range(1, options.rounds + 1):
-            point = Point((("n_features", 100), ("value", -40.0 - round_number)))
+            point = Point((("n_features", 100 - round_number), ("value", -40.0)))
             numbers.write_text(sweep.at(point).at(numbers.parent).to_toml(), encoding="utf-8")
             scratch = from_scratch(numbers, Path(name) / f"out-{round_number}")
             later = [sweep.run(point)[2]["seconds"] for _ in range(3)]
