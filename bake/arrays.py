@@ -112,6 +112,15 @@ class ArrayFile:
         """array[:, columns]: [rows, len(columns)]."""
         return np.concatenate([block[:, list(columns)] for block in self.blocks(name)])
 
+    def matrix(self, name: str) -> Array:
+        """A whole array, filled block by block."""
+        out = np.empty(self.shapes[name], np.float32)
+        start = 0
+        for block in self.blocks(name):
+            out[start : start + len(block)] = block
+            start += len(block)
+        return out
+
     def vector(self, name: str) -> Array:
         """A whole one-dimensional array."""
         return np.concatenate(list(self.blocks(name)))

@@ -68,17 +68,25 @@ def load_clamps(recipe: Recipe, base: BaseModel) -> list[ClampWeights]:
         SAEError: an SAE does not fit the model, a feature is out of range, or two tables meet
             at one layer.
     """
-    clamps = [_load_clamp(clamp, recipe, base) for clamp in recipe.clamp]
+    clamps = [load_clamp(clamp, recipe, base) for clamp in recipe.clamp]
     layers = [clamp.layer for clamp in clamps]
     if twice := [layer for layer in layers if layers.count(layer) > 1]:
         raise SAEError(f"two [[clamp]] tables at the output of layer {twice[0]}; merge them")
     return sorted(clamps, key=lambda clamp: clamp.layer)
 
 
-def _load_clamp(clamp: Clamp, recipe: Recipe, base: BaseModel) -> ClampWeights:
+def load_clamp(clamp: Clamp, recipe: Recipe, base: BaseModel) -> ClampWeights:
+    """The clamp of one table, checked against the base model.
+
+    Raises:
+        SAEError: its SAE does not fit the model, or a feature is out of range.
+    """
     name = sae_name(clamp)
     if clamp.features == "select":
-        raise SAEError(f'SAE {name}: features = "select"; expected feature numbers to bake')
+        raise SAEError(
+            f'SAE {name}: features = "select"; expected feature numbers, '
+            "which `bakeout select` finds"
+        )
     files = find_sae(clamp.sae, recipe)
     layer, hook_point = resolve_layer(files, clamp.hook_point, name)
     if layer >= base.n_layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -36,7 +37,7 @@ METHOD_FIELDS: dict[str, tuple[set[str], set[str]]] = {
 """Per method: the method-specific fields it needs, and those it may carry."""
 
 
-class _Table(BaseModel):
+class Table(BaseModel):
     """A TOML table: unknown keys are errors, numbers are finite, types are not coerced."""
 
     model_config = ConfigDict(
@@ -49,7 +50,7 @@ class _Table(BaseModel):
     )
 
 
-class Base(_Table):
+class Base(Table):
     """The model that is to forget."""
 
     model: str = Field(min_length=1)
@@ -62,7 +63,7 @@ class Base(_Table):
     """Licence that the card and the notice follow, as a hub licence id."""
 
 
-class SAESource(_Table):
+class SAESource(Table):
     """Where an SAE comes from: `release` and `id`, or `path`."""
 
     release: str | None = None
@@ -81,11 +82,12 @@ class SAESource(_Table):
         return self
 
 
-class TextSource(_Table):
-    """Texts: a local JSONL file (`path`), or a hub data set (`dataset`, `split`)."""
+class TextSource(Table):
+    """Texts: a local file (`path`), or a hub data set (`dataset`, `split`)."""
 
     path: str | None = None
-    """A JSONL file, relative to the recipe file."""
+    """A JSONL, Parquet (.parquet) or plain text (.txt, one text a line) file, relative to the
+    recipe file."""
     dataset: str | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
@@ -101,11 +103,18 @@ class TextSource(_Table):
         return self
 
 
-class QuestionSource(_Table):
+class Corpus(TextSource):
+    """Texts that feature statistics are taken over."""
+
+    chat: bool = False
+    """Put each text (or list of messages) through the tokenizer's chat template first."""
+
+
+class QuestionSource(Table):
     """Multiple-choice questions (`question`, `choices`, `answer`, optional `subject`)."""
 
     path: str | None = None
-    """A JSONL file, relative to the recipe file."""
+    """A JSONL or Parquet file, relative to the recipe file."""
     dataset: str | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
@@ -121,7 +130,7 @@ class QuestionSource(_Table):
         return self
 
 
-class Clamp(_Table):
+class Clamp(Table):
     """One SAE at one hook point, and what happens to which of its features."""
 
     sae: SAESource
@@ -181,22 +190,28 @@ class Clamp(_Table):
             raise ValueError("`clamp_value` is used only with also_clamp = true")
         if self.multiplier == 0:
             raise ValueError("multiplier = 0 leaves every activation as it is")
-        if self.refusal_feature is not None and self.refusal_feature in self.features:
+        if self.features != "select" and self.refusal_feature in self.features:
             raise ValueError(f"refusal_feature {self.refusal_feature} is also among `features`")
         return self
 
 
-class Select(_Table):
+class Select(Table):
     """How features are chosen where `features = "select"`."""
 
     by: Literal["sparsity", "ratio", "attribution"] = "sparsity"
     """The procedure (METHODS: selecting features)."""
-    forget: TextSource
+    forget: Corpus
     """Texts that the model should forget."""
-    retain: TextSource
+    retain: Corpus
     """Texts that it should keep; they must look like the prompts that must survive."""
+    forget_questions: QuestionSource | None = None
+    """Questions that attribution and sweeps may look at, none of them also in [verify]; without
+    them a part of [verify]'s is split off."""
+    retain_questions: QuestionSource | None = None
+    """The same for what is to be kept."""
     retain_threshold: float = Field(default=0.01, ge=0, le=1)
-    """Largest share of retained tokens on which a selected feature may fire."""
+    """sparsity only: a feature that fires on this share of the retained tokens, or on more, is
+    not selected."""
     n_features: int = Field(default=20, ge=1)
     """How many features to take."""
     ratio_percentile: float = Field(default=95.0, ge=0, le=100)
@@ -205,9 +220,11 @@ class Select(_Table):
     """Window length in tokens, BOS included."""
     n_seqs: int = Field(default=1024, ge=1)
     """Windows per corpus."""
+    seed: int | None = None
+    """Take the texts in an order drawn from this seed; without one, in their own."""
 
 
-class Verify(_Table):
+class Verify(Table):
     """What the exported model is measured on."""
 
     forget_questions: QuestionSource
@@ -220,7 +237,7 @@ class Verify(_Table):
     """The prompt form that leads the report; both are always measured."""
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A whole recipe. `Recipe.load(path)` reads one; `to_toml()` writes one."""
 
     schema_version: Literal[1] = Field(alias="schema")
@@ -242,9 +259,14 @@ class Recipe(_Table):
         layers = [layer_of(c.hook_point) for c in self.clamp if c.hook_point is not None]
         if twice := [layer for layer in layers if layers.count(layer) > 1]:
             raise ValueError(f"two [[clamp]] tables at the output of layer {twice[0]}; merge them")
-        if self.select is None and any(c.features == "select" for c in self.clamp):
+        if self.select is None and self.selects:
             raise ValueError('features = "select" needs a [select] table')
         return self
+
+    @property
+    def selects(self) -> bool:
+        """Whether a table leaves its features to be selected."""
+        return any(clamp.features == "select" for clamp in self.clamp)
 
     @property
     def folder(self) -> Path:
@@ -278,7 +300,7 @@ class Recipe(_Table):
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(f"recipe {name}: {_one_line(error, cls)}") from error
+            raise RecipeError(f"recipe {name}: {one_line(error, cls)}") from error
         recipe._folder = folder
         return recipe
 
@@ -294,11 +316,29 @@ class Recipe(_Table):
             v = self.verify
             sources += [v.forget_questions, v.retain_questions, v.text]
         if self.select is not None:
-            sources += [self.select.forget, self.select.retain]
+            s = self.select
+            sources += [s.forget, s.retain]
+            sources += [q for q in (s.forget_questions, s.retain_questions) if q is not None]
         saes = [clamp.sae.path for clamp in self.clamp]
         names = [self.base.model, *saes, *(s.path or s.dataset for s in sources)]
         paths = [self.local(name) for name in names if name is not None]
         return [path for path in (self._file, *paths) if path is not None and path.exists()]
+
+    def with_clamps(self, clamps: list[Clamp]) -> Self:
+        """The same recipe with other [[clamp]] tables, checked anew."""
+        data = self.to_dict()
+        data["clamp"] = [
+            clamp.model_dump(exclude_unset=True, exclude_none=True) for clamp in clamps
+        ]
+        changed = type(self).parse(data, name=str(self._file or "recipe"), folder=self._folder)
+        changed._file = self._file
+        return changed
+
+    def at(self, folder: Path) -> Self:
+        """The recipe as a file in another folder would have to say it: local paths from there."""
+        data = self.to_dict()
+        _move_paths(data, self._folder, folder)
+        return type(self).parse(data, name=str(self._file or "recipe"), folder=folder)
 
     def shareable(self) -> Recipe:
         """The recipe as it may leave the machine: every local path cut to its last component."""
@@ -356,7 +396,18 @@ def _cut_paths(table: dict[str, Any], folder: Path) -> None:
             table[key] = (folder / entry).resolve().name
 
 
-def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
+def _move_paths(table: dict[str, Any], old: Path, new: Path) -> None:
+    """Let local paths start from another folder, in place; hub ids stay."""
+    for key, entry in table.items():
+        for child in entry if isinstance(entry, list) else [entry]:
+            if isinstance(child, dict):
+                _move_paths(child, old, new)
+        hub_key = key in ("model", "dataset")
+        if key == "path" or (hub_key and (entry[0] in "./~" or (old / entry).exists())):
+            table[key] = Path(os.path.relpath(old / entry, new)).as_posix()
+
+
+def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first trouble of a ValidationError as `key: got …, expected …`, and how many more."""
     first, *more = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
     key = ""
@@ -379,5 +430,5 @@ def _one_line(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _all_keys(table: type[BaseModel]) -> set[str]:
     """Every key that any table of the recipe knows."""
-    tables = (table, Base, SAESource, TextSource, QuestionSource, Clamp, Select, Verify)
+    tables = (table, Base, SAESource, Corpus, QuestionSource, Clamp, Select, Verify)
     return {field.alias or name for t in tables for name, field in t.model_fields.items()}

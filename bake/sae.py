@@ -67,6 +67,20 @@ class SAESlice:
     """Of the SAE's weights file."""
 
 
+@dataclass(frozen=True)
+class SAEEncoder:
+    """What the activations of every feature of an SAE depend on."""
+
+    W_enc: Array = field(repr=False)
+    """[d_in, d_sae]."""
+    b_enc: Array = field(repr=False)
+    """[d_sae], folded."""
+    theta: Array = field(repr=False)
+    """[d_sae], at least 0: a feature fires where pre > theta, and its activation is then pre."""
+    sha256: str
+    """Of the SAE's weights file."""
+
+
 def find_sae(source: SAESource, recipe: Recipe) -> SAEFiles:
     """Locate an SAE and read its config; nothing of its weights.
 
@@ -76,7 +90,15 @@ def find_sae(source: SAESource, recipe: Recipe) -> SAEFiles:
     if source.path is None:
         assert source.release is not None and source.id is not None
         return _find_release(source.release, source.id)
-    folder = recipe.local(source.path)
+    return open_sae_folder(recipe.local(source.path))
+
+
+def open_sae_folder(folder: Path) -> SAEFiles:
+    """Read the config of an SAE in a local folder.
+
+    Raises:
+        SAEError: as `find_sae`.
+    """
     if (folder / "cfg.json").is_file():
         return _sae_lens_folder(folder, norm_scaling_factor=None)
     if (folder / "params.npz").is_file():
@@ -86,12 +108,12 @@ def find_sae(source: SAESource, recipe: Recipe) -> SAEFiles:
     candidates = [folder] if folder.is_file() else sorted(folder.glob("*"))
     if pickles := [path.name for path in candidates if path.suffix in _PICKLES]:
         raise SAEError(
-            f"SAE {source.path}: {pickles[0]} is a pickle, which can run code when it is read; "
+            f"SAE {folder}: {pickles[0]} is a pickle, which can run code when it is read; "
             "expected cfg.json with sae_weights.safetensors, params.npz or params.safetensors. "
             "Convert it with sae_lens's save_model"
         )
     raise SAEError(
-        f"SAE {source.path}: no SAE there; expected a folder with cfg.json and "
+        f"SAE {folder}: no SAE there; expected a folder with cfg.json and "
         "sae_weights.safetensors (sae_lens), params.npz or params.safetensors (Gemma Scope)"
     )
 
@@ -113,25 +135,71 @@ def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
     Raises:
         SAEError: a tensor is missing, of the wrong shape, or not finite anywhere in the file.
     """
+    arrays, k = ArrayFile.open(files.weights), list(features)
+    d_in, d_sae = size_of(files)
+    W_dec = arrays.rows(_checked(files, arrays, "W_dec", d_sae, d_in), k)
+    W_enc, b_enc, theta = _encoder(files, arrays, k)
+    return SAESlice(
+        W_enc,
+        b_enc,
+        theta,
+        W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale),
+        tuple(k),
+        files.architecture,
+        sha256_of(files),
+    )
+
+
+def load_encoder(files: SAEFiles) -> SAEEncoder:
+    """Read the encoder of every feature, folded, in the SAE's own activation units.
+
+    Raises:
+        SAEError: as `load_slice`.
+    """
+    W_enc, b_enc, theta = _encoder(files, ArrayFile.open(files.weights), None)
+    return SAEEncoder(W_enc, b_enc, np.maximum(theta, 0), sha256_of(files))
+
+
+def load_decoder(files: SAEFiles) -> Array:
+    """Read the decoder row of every feature, folded: [d_sae, d_in]."""
     arrays = ArrayFile.open(files.weights)
     d_in, d_sae = size_of(files)
-    k = list(features)
+    key = _checked(files, arrays, "W_dec", d_sae, d_in)
+    W_dec = arrays.matrix(key)
+    return W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
 
-    def tensor(name: str, *shape: int) -> str:
-        key = _key(files, name)
-        if arrays.shapes.get(key) != shape:
-            got = list(arrays.shapes[key]) if key in arrays.shapes else "nothing"
-            raise SAEError(
-                f"SAE file {files.weights}: {key} has shape {got}; expected {list(shape)}"
-            )
-        return key
+
+def sha256_of(files: SAEFiles) -> str:
+    """sha256 of the SAE's weights file."""
+    with files.weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def neuronpedia_id(source: SAESource, recipe: Recipe) -> str | None:
+    """Where Neuronpedia shows an SAE's features (`model/layer-sae`), if it does."""
+    if source.path is None:
+        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+        assert source.release is not None and source.id is not None
+        release = get_pretrained_saes_directory().get(source.release)
+        return release.neuronpedia_id.get(source.id) if release is not None else None
+    path = recipe.local(source.path) / "cfg.json"
+    cfg = _sae_lens_config(path) if path.is_file() else {}
+    stated = (cfg.get("metadata") or {}).get("neuronpedia_id") or cfg.get("neuronpedia_id")
+    return stated if isinstance(stated, str) else None
+
+
+def _encoder(files: SAEFiles, arrays: ArrayFile, k: list[int] | None) -> tuple[Array, Array, Array]:
+    """(W_enc [d_in, k], b_enc [k], theta [k]) of some features, or of all, folded."""
+    d_in, d_sae = size_of(files)
 
     def vector(name: str) -> Array:
-        return arrays.vector(tensor(name, d_sae))[k]
+        whole = arrays.vector(_checked(files, arrays, name, d_sae))
+        return whole if k is None else whole[k]
 
-    W_enc = arrays.columns(tensor("W_enc", d_in, d_sae), k)
-    W_dec = arrays.rows(tensor("W_dec", d_sae, d_in), k)
-    b_dec = arrays.vector(tensor("b_dec", d_in))
+    key = _checked(files, arrays, "W_enc", d_in, d_sae)
+    W_enc = arrays.matrix(key) if k is None else arrays.columns(key, k)
+    b_dec = arrays.vector(_checked(files, arrays, "b_dec", d_in))
     if files.architecture == "gated":
         W_enc, b_enc, theta = _gate_as_threshold(
             W_enc, vector("b_gate"), vector("b_mag"), vector("r_mag")
@@ -141,12 +209,22 @@ def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
     else:
         b_enc = vector("b_enc")
         theta = np.zeros_like(b_enc)
-    W_enc, W_dec, b_dec = _fold_input_scale(W_enc, W_dec, b_dec, files.input_scale)
+    if files.input_scale != 1.0:
+        # encode(s·x) as an encoder of x. Source: sae_lens, fold_activation_norm_scaling_factor.
+        W_enc = W_enc * np.float32(files.input_scale)
+        b_dec = b_dec / np.float32(files.input_scale)
     if files.apply_b_dec_to_input:
         b_enc = _fold_b_dec(b_enc, b_dec, W_enc)
-    with files.weights.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return SAESlice(W_enc, b_enc, theta, W_dec, tuple(k), files.architecture, sha256)
+    return W_enc, b_enc, theta
+
+
+def _checked(files: SAEFiles, arrays: ArrayFile, name: str, *shape: int) -> str:
+    """A tensor's key, once its shape is what it has to be."""
+    key = _key(files, name)
+    if arrays.shapes.get(key) != shape:
+        got = list(arrays.shapes[key]) if key in arrays.shapes else "nothing"
+        raise SAEError(f"SAE file {files.weights}: {key} has shape {got}; expected {list(shape)}")
+    return key
 
 
 # ------------------------------------------------------------------------------- the folding
@@ -163,19 +241,6 @@ def _gate_as_threshold(
     gain = np.exp(r_mag.astype(np.float64))
     theta = b_mag.astype(np.float64) - b_gate * gain
     return (W_enc * gain).astype(np.float32), b_mag, theta.astype(np.float32)
-
-
-def _fold_input_scale(
-    W_enc: Array, W_dec: Array, b_dec: Array, scale: float
-) -> tuple[Array, Array, Array]:
-    """encode(s·x) and decode(a)/s as one SAE on x.
-
-    Source: sae_lens, SAE.fold_activation_norm_scaling_factor.
-    """
-    if scale == 1.0:
-        return W_enc, W_dec, b_dec
-    s = np.float32(scale)
-    return W_enc * s, W_dec / s, b_dec / s
 
 
 def _fold_b_dec(b_enc: Array, b_dec: Array, W_enc: Array) -> Array:

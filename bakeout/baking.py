@@ -17,8 +17,26 @@ WITNESS_BYTES = 1 << 30
 which takes longer than baking a large one."""
 
 
+def planned(recipe_file: Path, *, cache: Path | None = None) -> CheckpointPlan:
+    """What a recipe file asks for, found and checked. Features are selected where it says so;
+    the numbers stand in the plan's recipe.
+    """
+    recipe = Recipe.load(recipe_file)
+    if recipe.selects:
+        from bakeout.selecting import selected_recipe  # torch and transformers
+
+        with progress("select") as advance:
+            recipe, _ = selected_recipe(recipe, cache=cache, progress=advance)
+    return plan_checkpoint(recipe)
+
+
 def bake_recipe(
-    recipe_file: Path, out: Path, *, force: bool, witnesses: bool | None = None
+    recipe_file: Path,
+    out: Path,
+    *,
+    force: bool,
+    cache: Path | None = None,
+    witnesses: bool | None = None,
 ) -> CheckpointPlan:
     """Bake a recipe file into a folder, with a progress bar; returns what was written.
 
@@ -26,10 +44,12 @@ def bake_recipe(
         recipe_file: TOML.
         out: the folder to write.
         force: replace a folder that bakeout wrote.
+        cache: where statistics are kept, where features are to be selected.
         witnesses: whether to write some; None leaves it to the base's size.
     """
     recipe = Recipe.load(recipe_file)
-    plan = plan_checkpoint(recipe)
+    check_output(out, inputs=recipe.local_sources, size=0, force=force)
+    plan = planned(recipe_file, cache=cache)
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
     card = render_card(plan.recipe, plan.base, plan.clamps)
     with progress("bake") as advance:

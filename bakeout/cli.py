@@ -9,14 +9,11 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from bake.errors import BakeoutError
-
-if TYPE_CHECKING:
-    from verify.report import VerifyReport
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
 KINDS = ("integrity", "witnesses", "parity", "choices", "loss")
@@ -31,6 +28,9 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (TOML).")]
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that bakeout wrote.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
+]
 
 
 @app.command()
@@ -63,14 +63,11 @@ def bake(
     ] = None,
 ) -> None:
     """Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them."""
-    from bakeout.baking import bake_recipe, describe_plan
-    from export.checkpoint import plan_checkpoint
+    from bakeout.baking import bake_recipe, describe_plan, planned
     from export.new_folder import check_output
 
     if dry_run:
-        from bake.recipe import Recipe
-
-        plan = plan_checkpoint(Recipe.load(recipe))
+        plan = planned(recipe)
         check_output(out, inputs=plan.inputs, size=plan.size, force=force)
         typer.echo(f"{describe_plan(plan)}\nnothing written (--dry-run)")
         return
@@ -123,9 +120,7 @@ def verify(
         list[str] | None, typer.Option(metavar="KIND…", help=f"Only {', '.join(KINDS)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare a folder with the hooked reference. Exit code 1 when it does not hold."""
     from bake.recipe import Recipe
@@ -139,8 +134,80 @@ def verify(
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:
-        write_json(report, json_file)
+        write_json(report.to_dict(), json_file)
     raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def select(
+    recipe: RecipePath,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.toml", help="Write the recipe with the numbers in it."),
+    ] = None,
+    json_file: JsonFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT.toml.")] = False,
+) -> None:
+    """Find the features of a recipe that says features = "select", and say why."""
+    from bakeout.selection_view import run_select
+
+    run_select(recipe, write, json_file, force=force)
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option(help="Folder of the study; an unfinished one goes on.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=A,B", help="Axis and its settings; repeat for more axes."),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="alignment, or forget: its accuracy under a floor on the retained.")
+    ] = "alignment",
+    floor: Annotated[
+        float, typer.Option(help="forget: least retained accuracy, as a share of the base's.")
+    ] = 0.99,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a grid of settings on validation questions, and the best of them on test."""
+    from bakeout.sweep_view import sweep_recipe
+
+    sweep_recipe(recipe, grid or [], out, objective, floor, json_file)
+
+
+@app.command()
+def features(
+    recipe: RecipePath,
+    html: Annotated[Path, typer.Option(metavar="FILE", help="The page to write.")],
+    sweep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Show this sweep on the page too.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page.")] = False,
+) -> None:
+    """Write a page on a recipe's features: where they fire, how strongly, on which texts."""
+    from bakeout.pages import features_page
+
+    features_page(recipe, html, sweep, force=force)
+    typer.echo(f"written to {html}")
+
+
+@app.command("train-sae")
+def train_sae(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="What to train (TOML).")],
+    out: Annotated[Path, typer.Option(help="Folder to write the SAE to; it may not exist.")],
+) -> None:
+    """Train an SAE with sae_lens, for a model that has no public one."""
+    from bakeout.showing import progress
+    from bakeout.training import train_config
+
+    with progress("train-sae") as advance:
+        found = train_config(config, out, advance)
+    typer.echo(
+        f"written to {out}\non {found.n_tokens:,} tokens that it was not trained on: L0 "
+        f"{found.l0:.1f}, {found.explained:.1%} of the variance explained, {found.dead:,} features "
+        "never active"
+    )
 
 
 @app.command()
@@ -186,9 +253,9 @@ def chat(
     run_chat(folder, engine=engine, beside=beside, device=device, manner=manner)
 
 
-def write_json(report: VerifyReport, file: Path) -> None:
+def write_json(report: dict[str, Any], file: Path) -> None:
     """Write a report as JSON to a file, or to stdout where the file is `-`."""
-    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     if str(file) == "-":
         sys.stdout.write(text)
         return

@@ -18,17 +18,22 @@ MINIATURE = Path(bakeout.__file__).parent / "miniature"
 
 
 def run_demo(out: Path) -> int:
-    """Bake, verify, print one table; leaves `checkpoint/` and `report.json` below `out`."""
+    """Select, bake, verify, print one table; leaves `checkpoint/`, `statistics/` and
+    `report.json` below `out`.
+    """
     start = time.monotonic()
     folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
-    bake_recipe(recipe_file, folder, force=True)
+    plan = bake_recipe(recipe_file, folder, force=True, cache=out)
     for precision in PRECISIONS:
         with progress(f"export onnx {precision}") as advance:
             export_onnx(folder, precision=precision, progress=advance)
     recipe = Recipe.load(recipe_file)
+    assert recipe.select is not None
+    n_selected = sum(len(clamp.clamp.features) for clamp in plan.clamps)
+    console().print(f"{n_selected} features selected by {recipe.select.by}, baked, now compared\n")
     with progress("verify") as advance:
         report = verify_folder(folder, recipe, progress=advance)
-    write_json(report, out / "report.json")
+    write_json(report.to_dict(), out / "report.json")
     show_report(report)
     console().print(
         f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.json'})\n\n"

@@ -70,4 +70,4 @@ def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_recipe_is_what_the_folder_next_to_it_holds() -> None:
     recipe = Recipe.load(MINIATURE / "recipe.toml")
-    assert len(recipe.local_sources) == 8
+    assert len(recipe.local_sources) == 10

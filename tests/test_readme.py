@@ -22,9 +22,12 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_recipe_is_a_recipe() -> None:
-    (text,) = blocks("toml")
+    text, select = blocks("toml")
     recipe = Recipe.parse(tomllib.loads(text), name="README.md", folder=Path())
     assert recipe.clamp[0].method == "clamp"
+    selecting = tomllib.loads(f"{text}\n{select}")
+    selecting["clamp"][0]["features"] = "select"
+    assert Recipe.parse(selecting, name="README.md", folder=Path()).selects
 
 
 def test_the_python_loads_a_checkpoint(
@@ -48,6 +51,6 @@ def test_every_command_and_method_that_is_named_exists() -> None:
         command.name or (command.callback.__name__ if command.callback else "")
         for command in app.registered_commands
     }
-    named = set(re.findall(r"bakeout (bake|verify|show|demo|[a-z]+) ", "\n".join(blocks("sh"))))
+    named = set(re.findall(r"bakeout ([a-z-]+) ", "\n".join(blocks("sh"))))
     assert named and named <= verbs
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHOD_FIELDS)

@@ -14,29 +14,31 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from sae_lens import SAE
 from torch import Tensor
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from bake.corpora import MIN_CHARACTERS, Windows, pack
+from bake.features import FeatureSite, FeatureStatistics, statistics
+from bake.sae import load_encoder, open_sae_folder
+from bake.select import by_sparsity
 from bakeout.miniature.corpora import retained_text, selection_corpus, vocabulary_texts
 from bakeout.miniature.measure import (
     Clamp,
     PromptSet,
     accuracy,
-    firing_share,
     letter_ids,
     mean_loss,
-    select_by_sparsity,
     text_batches,
     tokenise,
-    windows,
 )
 from bakeout.miniature.shipping import write_model, write_questions, write_recipe, write_texts
-from bakeout.miniature.tokenizer import build_tokenizer
+from bakeout.miniature.tokenizer import BOS, EOS, PAD, build_tokenizer
 from bakeout.miniature.train import ModelSchedule, train_model
-from bakeout.miniature.train_sae import SAESchedule, cached_activations, train_sae
+from bakeout.miniature.train_sae import SAESchedule, cached_activations, train_site_sae
 from bakeout.miniature.world import (
     Splits,
     World,
@@ -44,6 +46,7 @@ from bakeout.miniature.world import (
     question_splits,
     rotations,
 )
+from bakeout.training import save_sae
 
 HERE = Path(__file__).parent
 
@@ -104,10 +107,8 @@ class Site:
     layer: int
     sae: SAE[Any]
     """The SAE as saved and loaded again."""
-    forget_share: Tensor
-    """[d_sae]."""
-    retain_share: Tensor
-    """[d_sae]."""
+    forget: FeatureStatistics
+    retain: FeatureStatistics
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,26 @@ def train_site(
     """Trains the SAE of one layer, saves it in `folder`, and counts where its features fire."""
     schedule = SAESchedule()
     activations = cached_activations(model, layer, world, tokenizer, seed, schedule.n_tokens)
-    trained = train_sae(activations, layer, seed, schedule)
-    trained.save_inference_model(folder)
+    trained = train_site_sae(activations, layer, seed, schedule)
+    save_sae(trained, folder)
     sae = SAE.load_from_disk(folder)
-    shares = [
-        firing_share(model, sae, layer, windows(texts, tokenizer, SEQ_LEN, N_SEQS))
+    feature_site = FeatureSite(layer, load_encoder(open_sae_folder(folder)))
+    found = [
+        statistics(model, [feature_site], windows_of(texts, tokenizer))[0]
         for texts in (corpora.forget, corpora.retain)
     ]
-    return Site(layer, sae, shares[0], shares[1])
+    return Site(layer, sae, found[0], found[1])
+
+
+def windows_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Windows:
+    """A corpus packed as the shipped recipe has it packed."""
+    encoded = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in texts
+        if len(text) > MIN_CHARACTERS
+    )
+    rows = list(pack(encoded, bos=BOS, eos=EOS, seq_len=SEQ_LEN, n_seqs=N_SEQS))
+    return Windows("miniature", np.stack(rows), (PAD, EOS, BOS), len(texts))
 
 
 def pick(model: Gemma2ForCausalLM, sites: Sequence[Site], bench: Bench) -> tuple[Site, Clamp]:
@@ -174,9 +187,10 @@ def pick(model: Gemma2ForCausalLM, sites: Sequence[Site], bench: Bench) -> tuple
     print(f"\nvalidation\n{HEADER}\n{line('base', base, base)}")
     best: tuple[tuple[bool, float, float], Site, Clamp] | None = None
     for site, n_features in product(sites, GRID_N_FEATURES):
-        features = select_by_sparsity(
-            site.forget_share, site.retain_share, RETAIN_THRESHOLD, n_features
+        chosen = by_sparsity(
+            site.forget, site.retain, retain_threshold=RETAIN_THRESHOLD, n_features=n_features
         )
+        features = tuple(one.feature for one in chosen)
         for value in GRID_VALUES:
             clamp = Clamp(site.layer, features, value)
             outcome = bench.measure(model, site.sae, clamp)
@@ -233,7 +247,7 @@ def report(model: Gemma2ForCausalLM, site: Site, clamp: Clamp, bench: Bench) -> 
     print(f"\ntest\n{HEADER}\n{line('base', base, base)}\n{line('value 0', base, zero)}")
     print(line(f"layer {clamp.layer}, value {clamp.value:g}", base, outcome))
     features = list(clamp.features)
-    shares = site.forget_share[features]
+    shares = site.forget.share[features]
     print(f"features fire on {shares.min():.4f}..{shares.max():.4f} of the forget tokens")
     return keeps(base, outcome) and forgotten(outcome) <= FORGET_BAR
 

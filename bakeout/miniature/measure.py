@@ -1,4 +1,4 @@
-"""What the clamp does to the miniature: multiple choice, loss added, firing shares.
+"""What the clamp does to the miniature: multiple choice and loss added.
 
 The clamp here is the plain one: whole SAE, encode, set features, decode, add the error back.
 """
@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
-from bakeout.miniature.tokenizer import BOS, EOS, PAD
-from bakeout.miniature.train_sae import layer_activations
+from bakeout.miniature.tokenizer import BOS, PAD
 from bakeout.miniature.world import LETTERS, Question, chat_prompt, plain_prompt
 
 BATCH = 64
@@ -162,54 +161,3 @@ def text_batches(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> li
         torch.tensor([row + [PAD] * (len(batch[-1]) - len(row)) for row in batch])
         for batch in batches
     ]
-
-
-def windows(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, seq_len: int, n_seqs: int
-) -> Tensor:
-    """Texts over 50 characters joined by `<eos>`, cut, `<bos>` in front: [n <= n_seqs, seq_len]."""
-    stream: list[int] = []
-    for text in texts:
-        if len(text) > 50:
-            stream += [*tokenizer.encode(text, add_special_tokens=False), EOS]
-    body = seq_len - 1
-    n_windows = min(n_seqs, len(stream) // body)
-    if n_windows == 0:
-        raise ValueError(f"corpus: got {len(stream)} tokens, expected at least {body}; add texts")
-    cut = torch.tensor(stream[: n_windows * body]).reshape(n_windows, body)
-    return torch.cat([torch.full((n_windows, 1), BOS), cut], dim=1)
-
-
-@torch.no_grad()
-def firing_share(model: Gemma2ForCausalLM, sae: SAE, layer: int, ids: Tensor) -> Tensor:
-    """Share [d_sae] of the non-special tokens of `ids` [n, seq] on which a feature is active."""
-    fired = torch.zeros(sae.cfg.d_sae)
-    count = 0
-    for batch in torch.split(ids, BATCH):
-        counted = (batch != BOS) & (batch != EOS) & (batch != PAD)
-        acts = sae.encode(layer_activations(model, layer, batch)[counted])
-        fired += (acts > 0).sum(dim=0)
-        count += int(counted.sum())
-    return fired / count
-
-
-def select_by_sparsity(
-    forget_share: Tensor,
-    retain_share: Tensor,
-    retain_threshold: float,
-    n_features: int,
-) -> tuple[int, ...]:
-    """Among features with retain share below the threshold, those with the highest forget share.
-
-    Args:
-        forget_share: [d_sae].
-        retain_share: [d_sae].
-        retain_threshold: features at or above it are dropped.
-        n_features: how many to take; features that never fire on the forget corpus are not taken.
-
-    Source: arXiv 2410.19278.
-    """
-    kept = retain_share < retain_threshold
-    ranked = torch.where(kept, forget_share, torch.zeros(()))
-    order = ranked.argsort(descending=True, stable=True)[:n_features]
-    return tuple(int(feature) for feature in order if ranked[feature] > 0)

@@ -11,7 +11,7 @@ from bakeout.miniature.tokenizer import BOS, END_OF_TURN, EOS, PAD
 from bakeout.miniature.world import Splits
 
 RECIPE = """\
-# The miniature forgets everything about bells. Picked on the validation questions.
+# The miniature forgets everything about bells. Settings picked on the validation questions.
 schema = 1
 
 [base]
@@ -24,7 +24,7 @@ license = "apache-2.0"
 sae = {{ path = "sae" }}
 hook_point = "blocks.{layer}.hook_resid_post"
 method = "clamp"
-features = [{features}]
+features = "select"
 value = {value}
 trigger = 0.0
 exempt_bos = true
@@ -37,6 +37,8 @@ retain_threshold = {retain_threshold}
 n_features = {n_features}
 seq_len = {seq_len}
 n_seqs = {n_seqs}
+forget_questions = {{ path = "questions/forget_validation.jsonl" }}
+retain_questions = {{ path = "questions/retain_validation.jsonl" }}
 
 [verify]
 forget_questions = {{ path = "questions/forget_test.jsonl" }}
@@ -85,7 +87,6 @@ def write_recipe(
     """Writes `recipe.toml`."""
     text = RECIPE.format(
         layer=clamp.layer,
-        features=", ".join(map(str, clamp.features)),
         value=float(clamp.value),
         retain_threshold=retain_threshold,
         n_features=len(clamp.features),

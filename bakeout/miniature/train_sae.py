@@ -1,24 +1,21 @@
-"""Trains an SAE on the miniature's residual stream with sae_lens's own trainer."""
+"""Trains an SAE on the miniature's residual stream, by the path of `bakeout train-sae`."""
 
-import contextlib
-import io
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
-from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from bake.features import residuals
 from bakeout.miniature.corpora import PRACTISE, training_documents
 from bakeout.miniature.tokenizer import BOS, EOS, PAD
 from bakeout.miniature.train import ModelSchedule, collate, encode
 from bakeout.miniature.world import World
+from bakeout.training import Schedule, train_sae
 
 
 @dataclass(frozen=True)
@@ -34,31 +31,6 @@ class SAESchedule:
     learning_rate: float = 2e-3
     n_tokens: int = 150_000
     """Tokens whose activations are cached."""
-
-
-@torch.no_grad()
-def layer_activations(model: Gemma2ForCausalLM, layer: int, ids: Tensor) -> Tensor:
-    """The output of decoder layer `layer`.
-
-    Args:
-        model: any Gemma 2.
-        layer: 0-based.
-        ids: [batch, seq].
-
-    Returns:
-        [batch, seq, d_in].
-    """
-    seen: list[Tensor] = []
-
-    def keep(module: torch.nn.Module, args: object, output: Tensor) -> None:
-        seen.append(output)
-
-    handle = model.model.layers[layer].register_forward_hook(keep)
-    try:
-        model.model(input_ids=ids)
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def cached_activations(
@@ -77,7 +49,7 @@ def cached_activations(
         rows = [encode(d, tokenizer, ModelSchedule()) for d in islice(documents, 128)]
         ids = collate(rows).ids
         counted = (ids != PAD) & (ids != BOS) & (ids != EOS)
-        kept.append(layer_activations(model, layer, ids)[counted])
+        kept.append(residuals(model, [layer], ids)[layer][counted].clone())
         n_kept += len(kept[-1])
     return torch.cat(kept)[:n_tokens]
 
@@ -91,10 +63,8 @@ def _batches(activations: Tensor, batch_size: int, seed: int) -> Iterator[Tensor
                 yield activations[chunk]
 
 
-def train_sae(
-    activations: Tensor, layer: int, seed: int, schedule: SAESchedule
-) -> BatchTopKTrainingSAE:
-    """Trains a BatchTopK SAE with sae_lens; its input scaling is folded into the weights.
+def train_site_sae(activations: Tensor, layer: int, seed: int, schedule: SAESchedule) -> Any:
+    """Trains a BatchTopK SAE as `bakeout train-sae` does.
 
     Args:
         activations: [n_tokens, d_in].
@@ -105,35 +75,19 @@ def train_sae(
     Returns:
         The SAE in training form; `save_inference_model` writes it as a JumpReLU SAE.
     """
-    torch.manual_seed(seed)
-    random.seed(seed)
-    sae = BatchTopKTrainingSAE(
-        BatchTopKTrainingSAEConfig(
-            d_in=activations.shape[1],
-            d_sae=schedule.d_sae,
-            k=schedule.k,
-            normalize_activations="expected_average_only_in",
-            metadata=SAEMetadata(
-                model_name="bakeout-miniature",
-                hook_name=f"blocks.{layer}.hook_resid_post",
-                context_size=128,
-                prepend_bos=True,
-                exclude_special_tokens=[PAD, EOS, BOS],
-            ),
-        )
+    metadata = SAEMetadata(
+        model_name="bakeout-miniature",
+        hook_name=f"blocks.{layer}.hook_resid_post",
+        context_size=128,
+        prepend_bos=True,
+        exclude_special_tokens=[PAD, EOS, BOS],
     )
-    cfg = SAETrainerConfig(
-        total_training_samples=schedule.n_steps * schedule.batch_size,
-        train_batch_size_samples=schedule.batch_size,
-        lr=schedule.learning_rate,
-        lr_warm_up_steps=50,
-        lr_end=0.01 * schedule.learning_rate,
-        lr_decay_steps=schedule.n_steps // 4,
-        dead_feature_window=100,
-        feature_sampling_window=schedule.n_steps + 1,
-        n_batches_for_norm_estimate=20,
+    told = Schedule(
+        d_sae=schedule.d_sae,
+        n_steps=schedule.n_steps,
+        batch_size=schedule.batch_size,
+        learning_rate=schedule.learning_rate,
+        k=schedule.k,
     )
     batches = _batches(activations, schedule.batch_size, seed)
-    with contextlib.redirect_stderr(io.StringIO()):
-        SAETrainer(cfg=cfg, sae=sae, data_provider=batches).fit()
-    return sae
+    return train_sae(batches, activations.shape[1], seed, told, metadata)
