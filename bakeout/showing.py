@@ -55,7 +55,7 @@ def show_report(report: VerifyReport) -> None:
     for line in flip_lines(report):
         out.print(escape(printable(line)))
     colour = "green" if report.verdict == "pass" else "red"
-    exact = "exact" if report.exact else "an approximation"
+    exact = exactness(report.carrier, report.exact)
     out.print(
         f"[{colour}]{report.verdict}[/{colour}]  {escape(printable(report.folder))}: "
         f"{report.carrier}, {exact}; scope {report.scope}"
@@ -113,6 +113,13 @@ def flip_lines(report: VerifyReport, most: int = 10) -> list[str]:
     return lines[:most] + more
 
 
+def exactness(carrier: str, exact: bool) -> str:
+    """What a carrier claims."""
+    if exact:
+        return "exact"
+    return "exact to rounding" if carrier == "compiled" else "an approximation"
+
+
 def show_folder(folder: Path) -> None:
     """Print what a folder says it is. Nothing in it is run or checked."""
     try:
@@ -120,7 +127,7 @@ def show_folder(folder: Path) -> None:
         rows = [
             (
                 "carrier",
-                f"{manifest['carrier']}, {'exact' if manifest['exact'] else 'approximate'}",
+                f"{manifest['carrier']}, {exactness(manifest['carrier'], manifest['exact'])}",
             ),
             ("base", " at ".join(filter(None, manifest["base"].values()))),
             *((f"clamp, layer {c['layer']}", _clamp_text(c)) for c in manifest["clamps"]),

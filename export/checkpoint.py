@@ -60,14 +60,8 @@ class CheckpointPlan:
     def copies(self) -> list[tuple[Path, str]]:
         """Files of the base that are copied, and their names in the checkpoint."""
         folder = self.base.folder
-        names = {shard: _shard_name(shard) for shard in self.base.shards}
-        for pattern in _COMPANIONS:
-            names |= {
-                (name := path.relative_to(folder).as_posix()): name
-                for path in sorted(folder.glob(pattern))
-                if path.is_file()
-            }
-        return [(folder / name, new) for name, new in names.items()]
+        shards = [(folder / shard, _shard_name(shard)) for shard in self.base.shards]
+        return shards + companions(folder)
 
     @property
     def clamp_size(self) -> int:
@@ -83,6 +77,17 @@ class CheckpointPlan:
     def inputs(self) -> list[Path]:
         """Folders and files that are read."""
         return [self.base.folder, *self.recipe.local_sources]
+
+
+def companions(folder: Path) -> list[tuple[Path, str]]:
+    """Files of a model folder that go along with its weights and config, and their names."""
+    names = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in _COMPANIONS
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+    return [(path, name) for name, path in names.items()]
 
 
 def plan_checkpoint(recipe: Recipe) -> CheckpointPlan:

@@ -49,6 +49,27 @@ def manifest(
     }
 
 
+def derived_manifest(
+    source: dict[str, Any], files: dict[str, str], *, carrier: str, **more: Any
+) -> dict[str, Any]:
+    """The manifest of a folder that was made from a clamped checkpoint.
+
+    Args:
+        source: the checkpoint's manifest; base, clamps, recipe and sources stay.
+        files: sha256 of every other file, by its path in the folder.
+        carrier: adapter (exact) | compiled | merged.
+        more: what this carrier has to say about itself.
+    """
+    return source | {
+        "bakeout": version("bakeout"),
+        "carrier": carrier,
+        "exact": carrier == "adapter",
+        "tools": {tool: version(tool) for tool in _TOOLS},
+        "files": dict(sorted(files.items())),
+        **more,
+    }
+
+
 def _clamp_entry(clamp: ClampWeights) -> dict[str, Any]:
     return {
         "layer": clamp.layer,

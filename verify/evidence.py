@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from verify.reference import Oracle
 
-BASE, REFERENCE, CHECKPOINT = "base", "reference", "checkpoint"
+BASE, REFERENCE = "base", "reference"
+ENGINES = {"layer": "checkpoint", "compiled": "compiled", "adapter": "adapter"}
+"""What the engine that runs a folder is called, by the folder's carrier."""
 Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
 
@@ -58,12 +60,18 @@ class Evidence:
 
 
 def gather(
-    folder: Path, recipe: Recipe, kinds: frozenset[str], progress: Progress, device: str
+    folder: Path,
+    carrier: str,
+    recipe: Recipe,
+    kinds: frozenset[str],
+    progress: Progress,
+    device: str,
 ) -> Evidence:
-    """Run base, reference and checkpoint side by side.
+    """Run base, reference and the folder side by side.
 
     Args:
-        folder: a clamped checkpoint; its code is executed, in a process of its own.
+        folder: what bakeout wrote; what it brings along is executed, in a process of its own.
+        carrier: how it carries the clamp.
         recipe: what to rebuild the reference from, with features named.
         kinds: parity, choices, loss, or several of them.
         progress: told how far it is.
@@ -72,9 +80,10 @@ def gather(
     Raises:
         BakeoutError: anything that is named cannot be loaded or does not fit.
     """
-    config = read_config(folder)
+    config = read_config(folder, carrier)
+    needs = "bakeout" if carrier == "adapter" else None
     progress("load", 0.0)
-    with TorchRunner(folder, CHECKPOINT) as checkpoint:  # imports while this side does
+    with TorchRunner(folder, ENGINES[carrier], needs) as runner:  # imports while this side does
         assert recipe.verify is not None
         asks = kinds & {"parity", "choices"}
         questions = {
@@ -84,7 +93,7 @@ def gather(
         texts = load_texts(recipe.verify.text, recipe) if kinds & {"parity", "loss"} else []
 
         from verify.reference import Oracle
-        from verify.stock import load_base, load_tokenizer
+        from verify.stock import load_base, load_tokenizer, location
         from verify.whole_sae import load_sites
 
         sites = load_sites(recipe)
@@ -101,13 +110,14 @@ def gather(
         progress("load", 0.7)
         dtype = str(model.dtype).removeprefix("torch.")
         with _half_the_threads() as threads:
-            checkpoint.load(dtype, device=device, threads=threads)
+            base = location(recipe) if carrier == "adapter" else None
+            runner.load(dtype, device=device, threads=threads, base=base)
             progress("load", 1.0)
             here: list[Runner] = [HookedRunner(REFERENCE, model, oracle)]
             if kinds & {"choices", "loss"}:
                 here.insert(0, HookedRunner(BASE, model))
             watch = FeatureWatch(oracle)
-            found = compare(here, [checkpoint], material, progress, watch, parity="parity" in kinds)
+            found = compare(here, [runner], material, progress, watch, parity="parity" in kinds)
             engines = tuple(found.reports(kinds, oracle.tokens_fired))
             fired_by_layer = tuple(sorted(oracle.fired_by_layer.items()))
             if recipe.select is not None and any(watch.never_active()):

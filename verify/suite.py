@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
-from verify.clamped_folder import fitted_recipe, own_recipe, read_config
-from verify.evidence import CHECKPOINT, Progress, gather
+from verify.clamped_folder import check_base, fitted_recipe, own_recipe, read_config
+from verify.evidence import ENGINES, Progress, gather
 from verify.integrity import Manifest, check_integrity, read_manifest
 from verify.parity import parity_failures, silent_clamps
 from verify.prompts import TEXT_TOKENS
@@ -37,7 +37,7 @@ def verify_folder(
     nothing from the folder is executed.
 
     Args:
-        folder: a clamped checkpoint.
+        folder: a clamped checkpoint, or what was exported from one.
         recipe: what the reference is rebuilt from. Without one, the folder's own recipe is taken
             where everything in it can be had from the hub; else only integrity is checked, and
             the report's scope says so.
@@ -66,20 +66,31 @@ def verify_folder(
                 f"recipe, and {folder.name} names local sources; give the recipe with --recipe"
             )
         return _integrity_report(folder, manifest, ())
-    if manifest.carrier != "layer":
+    if manifest.carrier not in ENGINES:
         raise FolderError(
             f"{folder.name}: carries the clamp as {manifest.carrier}; parity, choices and loss "
-            "are measured for `layer`. Use --only integrity"
+            f"are measured for {', '.join(ENGINES)}. Use --only integrity"
         )
-    recipe = fitted_recipe(recipe, folder, read_config(folder))
-    evidence = gather(folder, recipe, kinds - {"integrity"}, tell, device)
+    config = read_config(folder, manifest.carrier)
+    recipe = fitted_recipe(recipe, folder, config)
+    if manifest.carrier == "adapter":
+        check_base(recipe, folder, config)
+    evidence = gather(folder, manifest.carrier, recipe, kinds - {"integrity"}, tell, device)
     failures = ()
     if "parity" in kinds:
-        checkpoint = next(engine for engine in evidence.engines if engine.name == CHECKPOINT)
-        assert checkpoint.parity is not None
+        name = ENGINES[manifest.carrier]
+        engine = next(engine for engine in evidence.engines if engine.name == name)
+        assert engine.parity is not None
+        items = evidence.items
+        # A folder of 16-bit weights is held to 16 bits, whatever it is run in.
+        stored = config.get("dtype") if manifest.carrier == "compiled" else None
+        precision = stored if evidence.dtype == "float32" and stored else evidence.dtype
+        n_answers = 2 * (items.forget_questions + items.retain_questions)  # in both prompt forms
         failures = (
             *silent_clamps(evidence.fired_by_layer),
-            *parity_failures(CHECKPOINT, checkpoint.parity, evidence.dtype),
+            *parity_failures(
+                name, engine.parity, precision, exact=manifest.exact, n_answers=n_answers
+            ),
         )
     assert recipe.verify is not None
     return VerifyReport(
