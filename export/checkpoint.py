@@ -5,7 +5,6 @@ Nothing of the model is held in memory: files are copied block by block and hash
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps
 from bake.recipe import Recipe
 from export.copying import copy_all, hash_new
-from export.manifest import manifest, write_manifest
+from export.manifest import json_text, manifest, write_manifest
 from export.new_folder import check_output, new_folder
 
 CLAMP_SHARD = "model-sae-clamp.safetensors"
@@ -149,8 +148,8 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
     save_file(tensors, folder / CLAMP_SHARD, metadata={"format": "pt"})
     shutil.copyfile(Path(bake.__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     texts = {
-        INDEX: _json(_index(plan.base, tensors)),
-        "config.json": _json(clamped_config(plan.recipe, plan.base, plan.clamps)),
+        INDEX: json_text(_index(plan.base, tensors)),
+        "config.json": json_text(clamped_config(plan.recipe, plan.base, plan.clamps)),
         "recipe.toml": plan.recipe.shareable().to_toml(),
         "README.md": card,
     }
@@ -202,6 +201,3 @@ def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
 def _shard_name(shard: str) -> str:
     return RENAMED_WEIGHTS if shard == WEIGHTS else shard
 
-
-def _json(data: dict[str, Any]) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

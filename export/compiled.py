@@ -30,11 +30,11 @@ import numpy as np
 
 from bake.base import INDEX
 from bake.errors import ExportError
-from export.checkpoint import GEMMA_NOTICE, companions
+from export.checkpoint import companions
 from export.clamped_source import ClampedSource, ClampSite, StoredTensor, open_clamped
 from export.compiled_rule import Measured, Setting, choose_setting, error_bound, summary
 from export.copying import copy_hashed, hash_new
-from export.manifest import derived_manifest, write_manifest
+from export.manifest import derived_manifest, json_text, write_manifest
 from export.measuring import Distance, measure, measure_distance, random_tokens
 from export.new_folder import MANIFEST, check_output, new_folder
 from export.stock_layers import MLP, Logic, action_layer, flag_layer, logic_of
@@ -168,13 +168,11 @@ def write_compiled(
             hashes[name] = copy_hashed(path, folder / name, advance)
         recipe = (source.folder / "recipe.toml").read_text(encoding="utf-8")
         texts = {
-            INDEX: _json(_index(files)),
-            "config.json": _json(plan.config),
+            INDEX: json_text(_index(files)),
+            "config.json": json_text(plan.config),
             "recipe.toml": recipe,
             "README.md": card,
         }
-        if (source.folder / "NOTICE").exists() and "NOTICE" not in hashes:
-            texts["NOTICE"] = GEMMA_NOTICE
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
             hashes[name] = hash_new(folder / name)
@@ -402,6 +400,3 @@ def _index(files: dict[str, Tensors]) -> dict[str, Any]:
     weight_map = {name: file for file, tensors in files.items() for name in tensors}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
-
-def _json(data: dict[str, Any]) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -92,10 +92,14 @@ def _local_files(recipe: Recipe) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def json_text(data: dict[str, Any]) -> str:
+    """JSON as bakeout writes it into a folder."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
     """Write the manifest into a folder, as its last file, and bring it to disk."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(contents, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(json_text(contents))
         file.flush()
         os.fsync(file.fileno())
