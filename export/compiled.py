@@ -114,14 +114,14 @@ def plan_compiled(
     needed = max(_neurons(logic) for logic in logics)
     widening = plan_widening(source, logics, n_neurons=needed, dtype=dtype, pad=pad)
     measured = measure(source, random_tokens(source))
-    parts = zip(source.sites, logics, widening.places, measured, strict=True)
+    parts = zip(source.sites, logics, widening.streams, widening.places, measured, strict=True)
     sites = []
-    for site, logic, place, seen in parts:
-        setting = choose_setting(site, logic, widening.stream, seen, dtype)
-        arguments = (site, logic, widening.stream, place, setting)
+    for site, logic, stream, place, seen in parts:
+        setting = choose_setting(site, logic, stream, seen, dtype)
+        arguments = (site, logic, stream, place, setting)
         layers = (flag_layer(*arguments), action_layer(*arguments))
-        distance = measure_distance(source, site, logic, layers, widening, seen)
-        bound = error_bound(site, logic, setting, widening.stream, distance.tried, dtype)
+        distance = measure_distance(source, site, logic, layers, widening, stream, seen)
+        bound = error_bound(site, logic, setting, stream, distance.tried, dtype)
         share = float((distance.error / bound).max())
         if not share <= 1 or distance.exempt_error > 0:
             raise ExportError(
@@ -197,7 +197,7 @@ def describe(plan: CompiledPlan) -> dict[str, Any]:
                 "layers": [first, first + 1],
                 "flags": len(compiled.logic.flags),
                 "neurons": [len(mlp.gate) for mlp in compiled.layers],
-                "parameters": summary(compiled.setting, compiled.measured, wide.stream),
+                "parameters": summary(compiled.setting, compiled.measured),
                 "distance": {
                     "what": "|h' - hook's h'| / |h'| on random tokens, every feature pushed "
                     "above and below its threshold",

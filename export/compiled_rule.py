@@ -7,7 +7,6 @@ r = |x| / sqrt(d) what the layers' norm sees, w_i an encoder column, b_i its bia
 |---|---|---|
 | ζ_i | 2⁻²² · (abs(w_i)·X + abs(b_i)) | some times float32's own rounding of pre; a feature between 0 and ζ_i above its threshold is clamped in part |
 | C | 16 · r_max | gelu's bend is narrower than ζ/3 |
-| exempt_i | 4 · (abs(w_i)·X_exempt + abs(b_i)) / ζ_i | exempt tokens read as off, whatever they are |
 | gain_a | 2⁻¹⁶ · r_min in float32, 2⁻⁸ in bfloat16 | what flags add to later norms: (gain_a/r)²/2; 2⁻⁸ is the smallest 1 + w of bfloat16 |
 | K | 256 · r_max / ρ_min | gelu's bend again, and any-of's floor; ρ_min = gain_a·sqrt(D/f)·2⁻²³ |
 | gain_b | 2¹⁰ · rms(Δ)_max, Δ by its own bound | the norm divides by M up to (rms(Δ)/gain_b)²/2 |
@@ -72,7 +71,6 @@ def choose_setting(
         ExportError: the dtype cannot hold the numbers, or the residual stream is too small.
     """
     r_min, r_max = measured.rms
-    x_exempt = np.linalg.norm(measured.exempt, axis=-1).max(initial=measured.largest)
     features = [flag.feature for flag in logic.flags]
     norms = np.linalg.norm(site.W_enc[:, features].astype(np.float64), axis=0)
     biases = np.abs(site.b_enc[features] - np.array([flag.threshold for flag in logic.flags]))
@@ -97,10 +95,6 @@ def choose_setting(
     return Setting(
         zeta=tuple(zeta),
         sharpness=sharpness,
-        exempt=tuple(
-            power(4 * (w * x_exempt + b) / z) if site.exempt_bos and stream.exempt else 0.0
-            for w, b, z in zip(norms, biases, zeta, strict=True)
-        ),
         gain_a=gain_a,
         step=power(STEP * r_max / smallest),
         gain_b=1 + power(max(2.0**10 * stream.scale * change / math.sqrt(stream.width), 16.0)),
@@ -172,15 +166,13 @@ def error_bound(
     return total + change * (ratio**2 + floor) + 2 * u * (x_norm + change)
 
 
-def summary(setting: Setting, measured: Measured, stream: Stream) -> dict[str, Any]:
+def summary(setting: Setting, measured: Measured) -> dict[str, Any]:
     """The numbers as the manifest states them."""
     r_min, r_max = measured.rms
     numbers = asdict(setting)
-    for name in ("zeta", "exempt"):
-        values = numbers.pop(name)
-        numbers[name] = [min(values), max(values)]
     return {
         **numbers,
+        "zeta": [min(setting.zeta), max(setting.zeta)],
         "residual_rms": [r_min, r_max],
         "norm_disturbance": (setting.gain_a / r_min) ** 2 / 2,
     }

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from export.clamped_source import ClampedSource, ClampSite
 from export.compiled_rule import Measured
-from export.stock_layers import MLP, Array, Logic, wanted_change
+from export.stock_layers import MLP, Array, Logic, Stream, wanted_change
 from export.widening import DTYPES, Widening, rounded, to_bits, to_float32
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def measure_distance(
     logic: Logic,
     layers: Sequence[MLP],
     plan: Widening,
+    stream: Stream,
     measured: Measured,
 ) -> Distance:
     """Run the two layers as stock modules in the plan's dtype, on streams of every kind."""
@@ -152,7 +153,8 @@ def measure_distance(
     modules = [stock_block(source, mlp, plan) for mlp in layers]
     tried = rounded(trial_streams(site, logic, measured) * s, dtype)
     exempt = rounded(measured.exempt * s, dtype)
-    moved = [_through(modules, x, plan, spared) for x, spared in ((tried, False), (exempt, True))]
+    wide = (_widened(tried, stream.constants, plan), _widened(exempt, (), plan))
+    moved = [_through(modules, x, plan) for x in wide]
     x = tried / s
     change = wanted_change(site, x)
     error = np.linalg.norm(moved[0][:, :d] / s - x - change, axis=-1)
@@ -160,14 +162,18 @@ def measure_distance(
     return Distance(error, np.linalg.norm(change, axis=-1), x, float(stray))
 
 
-def _through(modules: Sequence[Any], x: Array, plan: Widening, exempt: bool) -> Array:
-    import torch
-
+def _widened(x: Array, constants: tuple[int, ...], plan: Widening) -> Array:
+    """[n, d] → [n, D]: κ in the given channels; an exempt token has it in none."""
     wide = np.zeros((len(x), plan.stream.width))
     wide[:, : plan.stream.d] = x
-    wide[:, list(plan.stream.constants)] = plan.stream.kappa
-    if exempt and plan.stream.exempt is not None:
-        wide[:, plan.stream.exempt] = plan.stream.kappa
+    wide[:, list(constants)] = plan.stream.kappa
+    return wide
+
+
+def _through(modules: Sequence[Any], wide: Array, plan: Widening) -> Array:
+    """Two layers, one after the other."""
+    import torch
+
     h = torch.from_numpy(wide).to(getattr(torch, plan.dtype))
     with torch.no_grad():
         for before, mlp, after in modules:

@@ -59,11 +59,15 @@ class SAEClampConfig(PeftConfig):  # type: ignore[misc]
         self.peft_type = PeftType(NAME)
 
 
+class ClampSite(SAEClamp, BaseTunerLayer):  # type: ignore[misc]
+    """The clamp as PEFT counts and switches it; it wraps no layer and has nothing to train."""
+
+
 class SAEClampModel(BaseTuner):  # type: ignore[misc]
     """Hooks clamps onto the decoder layers of a stock Gemma. The base's modules stay in place."""
 
     prefix = PREFIX
-    tuner_layer_cls = BaseTunerLayer
+    tuner_layer_cls = ClampSite
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(
@@ -75,8 +79,9 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
             ValueError: the model is not the base that the adapter belongs to, or has an adapter.
         """
         config: SAEClampConfig = self.peft_config[adapter_name]
-        if len(self.peft_config) > 1:
+        if any(hasattr(layer, SITE) for layer in model.get_decoder().layers):
             raise ValueError("this model has a clamp adapter already; unload it first")
+        self._mark_only_adapters_as_trainable(model)
         rows = [first_row(parameter) for parameter in model.parameters()]
         if not all(row.is_floating_point() and not row.is_meta for row in rows):
             raise ValueError("the base is quantised or not loaded; a clamp adapter needs it as it is")
@@ -86,23 +91,24 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
                 f"({config.base_model_name_or_path}, by hash of its weights); load that one"
             )
         self.section = SimpleNamespace(sae_clamp=config.sae_clamp)
-        self.enabled, self.checked = True, False
+        self.checked = False
+        self.sites: list[ClampSite] = []
         self.exempt: torch.Tensor | None = None
         self.hooks = [model.model.register_forward_pre_hook(self._remember, with_kwargs=True)]
         device = "meta" if low_cpu_mem_usage else next(model.parameters()).device
         for site in config.sae_clamp["sites"]:
             layer = model.get_decoder().layers[site["layer"]]
             with torch.device(device):
-                clamp = SAEClamp(config.hidden_size, site["k"])
+                clamp = ClampSite(config.hidden_size, site["k"])
             setattr(layer, SITE, clamp)
+            clamp._active_adapter = adapter_name
+            self.sites.append(clamp)
             self.hooks.append(layer.register_forward_hook(self._clamp(bool(site["exempt_bos"]))))
         self.targeted_module_names = [f"layers.{s['layer']}" for s in config.sae_clamp["sites"]]
         self.active_adapter = adapter_name
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward: which positions are exempt; and once, whether the clamp was loaded."""
-        if not self.enabled:
-            return
         if not self.checked:
             self._refuse_unloaded()
         given = {"input_ids": args[0] if args else None, **kwargs}
@@ -119,9 +125,9 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
 
     def _clamp(self, exempt_bos: bool) -> Any:
         def hook(layer: nn.Module, _: Any, output: Any) -> Any:
-            if not self.enabled:
+            clamp: ClampSite = getattr(layer, SITE)
+            if clamp.disable_adapters:
                 return output
-            clamp = getattr(layer, SITE)
             h = output[0] if isinstance(output, tuple) else output
             h = clamp(h, self.exempt if exempt_bos else None)
             return (h, *output[1:]) if isinstance(output, tuple) else h
@@ -130,11 +136,13 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
 
     def enable_adapter_layers(self) -> None:
         """Clamp again."""
-        self.enabled = True
+        for site in self.sites:
+            site._disable_adapters = False
 
     def disable_adapter_layers(self) -> None:
         """Be the base until enabled again."""
-        self.enabled = False
+        for site in self.sites:
+            site._disable_adapters = True
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """There is one adapter, and it is the active one."""

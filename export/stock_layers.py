@@ -8,7 +8,9 @@ residual stream x̃ [D] (see `export.widening`),
     x̃ + gain * m / rms(m)                         post_feedforward_layernorm
 
 x̃ holds s·x, and beside it channels that every token's embedding sets to κ, so any affine function
-of x is a row: (w·x + b) / r̃ = row · u (`affine`). Two facts carry the rest.
+of x is a row: (w·x + b) / r̃ = row · u (`affine`). Exempt tokens have 0 there instead: then every
+`up` of layer A is 0, no flag and no reference is written, and layer B writes exactly nothing. Two
+facts carry the rest.
 
 *gelu is exactly 0 below about -6*, in float32 and in bfloat16, and a monotone function above 0.
 *The norm divides.* What stands in m beside a much larger number M arrives as its ratio to M, so
@@ -67,7 +69,7 @@ FLAG_SIZE = 2.0**10
 
 @dataclass(frozen=True)
 class Stream:
-    """The widened residual stream x̃ [D] = [s·x, constants, exempt, each site's flags]."""
+    """The widened residual stream x̃ [D] = [s·x, constants, each site's flags], as a site sees it."""
 
     d: int
     """Width of the base's residual stream."""
@@ -76,11 +78,9 @@ class Stream:
     scale: float
     """s."""
     kappa: float
-    """κ: what every token has in the constant channels, exempt ones also in `exempt`."""
+    """κ: what the constant channels hold."""
     constants: tuple[int, ...]
-    """Channels that always hold κ."""
-    exempt: int | None
-    """Channel that holds κ at exempt tokens, and 0 at all others."""
+    """Channels that hold κ at every token that the site may edit, and 0 at those it may not."""
     round: Callable[[Array], Array]
     """To the nearest number of the weights' dtype."""
 
@@ -229,8 +229,6 @@ class Setting:
     """[f] ζ: how far above its threshold a feature counts as on without doubt."""
     sharpness: float
     """C: the reference's gate is C/r̃."""
-    exempt: tuple[float, ...]
-    """[f] by how many C an exempt token's off signals are raised."""
     gain_a: float
     """1 + w of layer A's norm on its channels: how small flags are written."""
     step: float
@@ -255,8 +253,8 @@ def flag_layer(
     """Layer A: the reference R into `reference` and every flag, minus N_i into flag i."""
     gates = [stream.constant(setting.sharpness)]
     gates += [
-        off_row(site, flag, stream, setting.sharpness, zeta, raised)
-        for flag, zeta, raised in zip(logic.flags, setting.zeta, setting.exempt, strict=True)
+        off_row(site, flag, stream, setting.sharpness, zeta)
+        for flag, zeta in zip(logic.flags, setting.zeta, strict=True)
     ]
     n = len(gates)
     down = np.zeros((stream.width, n))
@@ -267,17 +265,11 @@ def flag_layer(
     return MLP(np.stack(gates), np.stack([stream.constant(1.0)] * n), down, gain)
 
 
-def off_row(
-    site: ClampSite, flag: Flag, stream: Stream, sharpness: float, zeta: float, raised: float
-) -> Array:
-    """The row [D] of C·(1 - z/ζ), raised by `raised`·C at exempt tokens."""
+def off_row(site: ClampSite, flag: Flag, stream: Stream, sharpness: float, zeta: float) -> Array:
+    """The row [D] of C·(1 - z/ζ)."""
     w = site.W_enc[:, flag.feature].astype(np.float64)
     b = float(site.b_enc[flag.feature]) - flag.threshold
-    row = sharpness / zeta * stream.affine(-w, zeta - b)
-    if raised:
-        assert stream.exempt is not None
-        row[stream.exempt] = stream.round(np.asarray(sharpness * raised / stream.kappa))
-    return row
+    return sharpness / zeta * stream.affine(-w, zeta - b)
 
 
 def action_layer(

@@ -37,6 +37,10 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """As config.json and as safetensors write them."""
 N_CONSTANTS = 2
 """Constant channels: what one rounds off, the next holds."""
+ROOT_TOLERANCE = 2.0**-16
+"""Relative error of sqrt(D) that is let be, where it is rounded to two decimals."""
+DTYPE_TOLERANCE = {"float32": 2.0**-22, "bfloat16": 2.0**-11, "float16": 2.0**-13}
+"""The same, where it is rounded to the weights' dtype."""
 BLOCK_BYTES = 8 << 20
 _BITS = {"F32": np.uint32, "BF16": np.uint16, "F16": np.uint16}
 _NO_POST_NORM = ("gemma",)
@@ -78,12 +82,17 @@ def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.float64
 class Widening:
     """How a base is widened, and where everything lies."""
 
-    stream: Stream
-    entry: float
-    """What the embedding holds in a constant channel; times sqrt(D) it is κ."""
-    exempt_token_ids: tuple[int, ...]
+    streams: tuple[Stream, ...]
+    """As every site sees it; they differ in which constant channels they read."""
     places: tuple[Place, ...]
     """Of every site's flags."""
+    entry: float
+    """What the embedding holds in a constant channel; times sqrt(D) it is κ."""
+    exempting: tuple[int, ...]
+    """The constant channels in which exempt tokens have 0."""
+    always: tuple[int, ...]
+    """Those in which every token has κ."""
+    exempt_token_ids: tuple[int, ...]
     mlp: int
     """Width of every MLP: the base's, or more where the two layers need more neurons."""
     eps: float
@@ -96,9 +105,9 @@ class Widening:
     """Whether the head is the embedding."""
 
     @property
-    def pad(self) -> int:
-        """p."""
-        return self.stream.width - self.stream.d
+    def stream(self) -> Stream:
+        """Any site's, for what they share."""
+        return self.streams[0]
 
     @property
     def c(self) -> float:
@@ -128,11 +137,13 @@ def plan_widening(
     """
     config = source.config
     d, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    exempts = any(site.exempt_bos for site in source.sites) and bool(source.exempt_token_ids)
-    taken = N_CONSTANTS + exempts + sum(1 + len(logic.flags) for logic in logics)
+    kinds = sorted({site.exempt_bos for site in source.sites})
+    taken = N_CONSTANTS * len(kinds) + sum(1 + len(logic.flags) for logic in logics)
     width = choose_width(d, taken, math.lcm(8, heads), heads, dtype, pad)
-    first = d + N_CONSTANTS + exempts
-    places = []
+    first, places, constants = d, [], {}
+    for kind in kinds:
+        constants[kind] = tuple(range(first, first + N_CONSTANTS))
+        first += N_CONSTANTS
     for logic in logics:
         places.append(Place(first, tuple(range(first + 1, first + 1 + len(logic.flags)))))
         first += 1 + len(logic.flags)
@@ -141,21 +152,25 @@ def plan_widening(
     entry = 2.0 ** round(math.log2(math.sqrt((width - d) * eps / N_CONSTANTS / width)))
     stored = DTYPES[dtype]
     multiplier = float(rounded(np.asarray(math.sqrt(width)), stored))
-    stream = Stream(
-        d=d,
-        width=width,
-        scale=math.sqrt(width / d) if post_norm else 1.0,
-        kappa=entry * multiplier,
-        constants=tuple(range(d, d + N_CONSTANTS)),
-        exempt=d + N_CONSTANTS if exempts else None,
-        round=lambda values: rounded(values, stored),
-    )
+    streams = [
+        Stream(
+            d=d,
+            width=width,
+            scale=math.sqrt(width / d) if post_norm else 1.0,
+            kappa=entry * multiplier,
+            constants=constants[site.exempt_bos],
+            round=lambda values: rounded(values, stored),
+        )
+        for site in source.sites
+    ]
     mlp = int(config["intermediate_size"])
     return Widening(
-        stream=stream,
-        entry=entry,
-        exempt_token_ids=source.exempt_token_ids if exempts else (),
+        streams=tuple(streams),
         places=tuple(places),
+        entry=entry,
+        exempting=constants.get(True, ()),
+        always=constants.get(False, ()),
+        exempt_token_ids=source.exempt_token_ids,
         mlp=mlp if n_neurons <= mlp else -(-n_neurons // 8) * 8,
         eps=eps * d / width,
         dtype=dtype,
@@ -167,17 +182,18 @@ def plan_widening(
 def choose_width(
     d: int, taken: int, multiple: int, heads: int, dtype: str, pad: int | None
 ) -> int:
-    """D: the least multiple that holds `taken` channels beside d.
+    """D: the least multiple that holds `taken` channels beside d, and whose root is short.
 
-    In bfloat16, embeddings are multiplied by sqrt(D) rounded to bfloat16. Of the widths up to 2 %
-    larger, or the next eight, the first is taken whose root is within 2⁻¹¹ of such a number, or
-    else the best.
+    Embeddings are multiplied by sqrt(D), which transformers rounds to the weights' dtype and some
+    builders to two decimals: of the widths up to 2 % larger, or the next eight, the first is taken
+    that neither harms, or else the best.
     """
+    least = -(-(d + taken) // multiple) * multiple
     if pad is not None:
         if pad < taken:
             raise ExportError(
                 f"--pad {pad}: holds {pad} channels, the clamp's flags need {taken}; "
-                f"pass --pad {-(-(d + taken) // multiple) * multiple - d} or none"
+                f"pass --pad {least - d} or none"
             )
         if (d + pad) % heads:
             raise ExportError(
@@ -185,17 +201,16 @@ def choose_width(
                 f"not divide; pass --pad {-(-(d + pad) // multiple) * multiple - d}"
             )
         return d + pad
-    least = -(-(d + taken) // multiple) * multiple
-    if dtype == "float32":
-        return least
     last = max(least + 7 * multiple, least + d // 50)
     widths = range(least, last + 1, multiple)
 
-    def off(width: int) -> float:
+    def harm(width: int) -> float:  # 1 and less is none
         root = math.sqrt(width)
-        return abs(float(rounded(np.asarray(root), DTYPES[dtype])) / root - 1)
+        stored = float(rounded(np.asarray(root), DTYPES[dtype]))
+        decimals = abs(round(root, 2) / root - 1) / ROOT_TOLERANCE
+        return max(decimals, abs(stored / root - 1) / DTYPE_TOLERANCE[dtype])
 
-    return next((width for width in widths if off(width) <= 2.0**-11), min(widths, key=off))
+    return next((width for width in widths if harm(width) <= 1), min(widths, key=harm))
 
 
 # --------------------------------------------------------------------------- tensor by tensor
@@ -284,10 +299,10 @@ def widened_blocks(
         out = np.full((len(raw), columns), fill, _BITS[target])
         out[:, : raw.shape[1]] = convert(raw)
         if change.embedding:
-            out[:, list(plan.stream.constants)] = constant
+            out[:, [*plan.exempting, *plan.always]] = constant
             for token in plan.exempt_token_ids:
                 if done <= token < done + len(raw):
-                    out[token - done, plan.stream.exempt] = constant
+                    out[token - done, list(plan.exempting)] = fill
         done += len(raw)
         yield out.tobytes()
     per_block = max(1, BLOCK_BYTES // (columns * fill.itemsize))
