@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ def plan_compiled(
     parts = zip(source.sites, logics, widening.streams, widening.places, measured, strict=True)
     sites = []
     for site, logic, stream, place, seen in parts:
+        stream = replace(stream, mean=seen.x.mean(axis=0))
         setting = choose_setting(site, logic, stream, seen, dtype)
         arguments = (site, logic, stream, place, setting)
         layers = (flag_layer(*arguments), action_layer(*arguments))

@@ -83,6 +83,8 @@ class Stream:
     """Channels that hold κ at every token that the site may edit, and 0 at those it may not."""
     round: Callable[[Array], Array]
     """To the nearest number of the weights' dtype."""
+    mean: Array
+    """[d] x on average; what rounding w takes from w·mean is given back with the constant part."""
 
     def affine(self, w: Array, b: float) -> Array:
         """The row [D] with row · x̃ = w·x + b for every token.
@@ -91,8 +93,8 @@ class Stream:
         had to round off. Rows may be multiplied by powers of two afterwards, and by nothing else.
         """
         row = np.zeros(self.width)
-        row[: self.d] = w / self.scale
-        left = b / self.kappa
+        row[: self.d] = self.round(w / self.scale)
+        left = (b + (w - row[: self.d] * self.scale) @ self.mean) / self.kappa
         for channel in self.constants:
             row[channel] = self.round(np.asarray(left))
             left -= row[channel]

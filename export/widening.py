@@ -160,6 +160,7 @@ def plan_widening(
             kappa=entry * multiplier,
             constants=constants[site.exempt_bos],
             round=lambda values: rounded(values, stored),
+            mean=np.zeros(d),
         )
         for site in source.sites
     ]
