@@ -1,4 +1,4 @@
-"""The clamp as two ordinary decoder layers: a stock Gemma 2 or 3 folder, no custom code, no training.
+"""The clamp as two ordinary decoder layers: a stock Gemma folder, no custom code, no training.
 
 From a clamped checkpoint. The residual stream grows by a few channels (`export.widening`), and
 behind every clamped layer stand two more decoder layers whose attention writes nothing and whose
@@ -10,7 +10,8 @@ model (`export.compiled_rule`, `export.measuring`). In short, for x̃ = [s·x, �
     action  m   = gelu(K·φ_i/r̃)·(v_j + (s_j - 1)·pre_j)/r̃ · W_dec_j  and  gelu(K·ρ/r̃)·M/r̃ aside
             m / rms(m) · gain = Δ                    everything but Δ's own factors cancels
 
-The base's matrices are copied with zeros beside them; only the norms before a block change, by
+Gemma, the first, has no norm after its MLP; there flags are written r̃² large (`unnormed_layers`),
+and any-of several triggers is refused. The base's matrices are copied with zeros beside them; only the norms before a block change, by
 sqrt(d/D). Everything is streamed: no more than a few megabytes of the base are held, and of the new
 layers one matrix.
 """
@@ -28,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+import export.unnormed_layers as unnormed
 from bake.base import INDEX
 from bake.errors import ExportError
 from export.checkpoint import companions
@@ -49,7 +51,6 @@ from export.widening import (
     widened_blocks,
 )
 
-FAMILIES = ("gemma2", "gemma3_text")
 LAYERS_SHARD = "model-compiled-layers.safetensors"
 ACTIVATION = "gelu_pytorch_tanh"
 PER_SITE = 2
@@ -111,16 +112,21 @@ def plan_compiled(
     if dtype not in DTYPES:
         raise ExportError(f"--dtype {dtype}: expected float32 or bfloat16")
     logics = [logic_of(site) for site in source.sites]
-    needed = max(_neurons(logic) for logic in logics)
+    needed = max(_neurons(logic, source.model_type) for logic in logics)
     widening = plan_widening(source, logics, n_neurons=needed, dtype=dtype, pad=pad)
     measured = measure(source, random_tokens(source))
     parts = zip(source.sites, logics, widening.streams, widening.places, measured, strict=True)
     sites = []
     for site, logic, stream, place, seen in parts:
         stream = replace(stream, mean=seen.x.mean(axis=0))
-        setting = choose_setting(site, logic, stream, seen, dtype)
+        normed = widening.post_norm
+        setting = choose_setting(site, logic, stream, seen, dtype, post_norm=normed)
         arguments = (site, logic, stream, place, setting)
-        layers = (flag_layer(*arguments), action_layer(*arguments))
+        if normed:
+            layers = (flag_layer(*arguments), action_layer(*arguments))
+        else:
+            reach = (seen.rms[0] / unnormed.REACH, seen.rms[1] * unnormed.REACH)
+            layers = (unnormed.flag_layer(*arguments, reach), unnormed.action_layer(*arguments))
         distance = measure_distance(source, site, logic, layers, widening, stream, seen)
         bound = error_bound(site, logic, setting, stream, distance.tried, dtype)
         share = float((distance.error / bound).max())
@@ -223,7 +229,7 @@ def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
     config = dict(source.config)
     n = int(config["num_hidden_layers"])
     types = _layer_types(config, n)
-    for site in reversed(source.sites):
+    for site in reversed(source.sites) if types else ():
         # Gemma 2 goes on alternating, also for runtimes that count layers instead of reading this.
         after = site.layer + 1
         types[after:after] = (
@@ -239,7 +245,7 @@ def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
         "hidden_size": plan.stream.width,
         "intermediate_size": plan.mlp,
         "num_hidden_layers": n + PER_SITE * len(source.sites),
-        "layer_types": types,
+        **({"layer_types": types} if types else {}),
         "head_dim": source.tensors[any_q].shape[0] // heads,
         "rms_norm_eps": plan.eps,
         "dtype": plan.dtype,
@@ -247,6 +253,8 @@ def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
 
 
 def _layer_types(config: dict[str, Any], n: int) -> list[str]:
+    if config["model_type"] == "gemma":
+        return []
     if config.get("layer_types"):
         return list(config["layer_types"])
     every = 2 if config["model_type"] == "gemma2" else int(config.get("sliding_window_pattern", 6))
@@ -267,12 +275,8 @@ def _check_family(source: ClampedSource) -> None:
             f"{name}: is a Gemma 3 that takes images; only text models are compiled. Use the "
             "clamped checkpoint, or its text model alone"
         )
-    if model_type not in FAMILIES:
-        raise ExportError(
-            f"{name}: is of model_type {model_type}, which has no norm after its MLP; two stock "
-            f"layers hold the clamp in {' and '.join(FAMILIES)}. Use the checkpoint or the adapter"
-        )
-    activation = source.config.get("hidden_activation") or ACTIVATION
+    field = "hidden_act" if model_type == "gemma" else "hidden_activation"
+    activation = source.config.get(field) or ACTIVATION
     if activation != ACTIVATION:
         raise ExportError(
             f"{name}: its activation is {activation}; expected {ACTIVATION}, which the two layers "
@@ -289,8 +293,10 @@ def _stored_dtype(source: ClampedSource) -> str:
     return {value: key for key, value in DTYPES.items()}[source.tensors[name].dtype]
 
 
-def _neurons(logic: Logic) -> int:
-    return max(1 + len(logic.flags), len(logic.terms) + 1 + len(logic.counted))
+def _neurons(logic: Logic, model_type: str) -> int:
+    """What the larger of a site's two layers needs, at most."""
+    references = unnormed.MOST_NODES if model_type == "gemma" else 1
+    return max(references + len(logic.flags), len(logic.terms) + 1 + len(logic.counted))
 
 
 def _relative(distance: Distance) -> np.ndarray[Any, Any]:
@@ -355,6 +361,7 @@ def _new_tensor(
             case "mlp.down_proj.weight":
                 values[:, :n] = mlp.down
             case "post_feedforward_layernorm.weight":
+                assert mlp.gain is not None
                 values[:] = mlp.gain - 1
         data = memoryview(to_bits(values, stored)).cast("B")
         for start in range(0, len(data), BLOCK_BYTES):

@@ -9,6 +9,7 @@ r = |x| / sqrt(d) what the layers' norm sees, w_i an encoder column, b_i its bia
 | C | 16 · r_max | gelu's bend is narrower than ζ/3 |
 | gain_a | 2⁻¹⁶ · r_min in float32, 2⁻⁸ in bfloat16 | what flags add to later norms: (gain_a/r)²/2; 2⁻⁸ is the smallest 1 + w of bfloat16 |
 | K | 256 · r_max / ρ_min | gelu's bend again, and any-of's floor; ρ_min = gain_a·sqrt(D/f)·2⁻²³ |
+| without norms: gain_a (γ) | 2⁻¹⁷ · r_min³/r_max⁴ · 2⁻²² / sqrt(f) | flags disturb later norms by at most 2⁻³³; K = 2⁸/γ |
 | gain_b | 2¹⁰ · rms(Δ)_max, Δ by its own bound | the norm divides by M up to (rms(Δ)/gain_b)²/2 |
 
 All are rounded to powers of two (gain_b to one more than such), so that multiplying by them rounds
@@ -26,6 +27,7 @@ import numpy as np
 from bake.errors import ExportError
 from export.clamped_source import ClampSite
 from export.stock_layers import FLOOR, Array, Logic, Setting, Stream, wanted_change
+from export.unnormed_layers import REACH, STEP_SIZE
 
 FINEST = 2.0**-22
 """ζ against the largest pre-activation."""
@@ -63,9 +65,22 @@ def power(value: float) -> float:
 
 
 def choose_setting(
-    site: ClampSite, logic: Logic, stream: Stream, measured: Measured, dtype: str
+    site: ClampSite,
+    logic: Logic,
+    stream: Stream,
+    measured: Measured,
+    dtype: str,
+    *,
+    post_norm: bool = True,
 ) -> Setting:
     """The rule of this module.
+
+    Args:
+        site: the clamp, and `logic` its terms.
+        stream: what it reads and writes.
+        measured: on what the numbers rest.
+        dtype: of weights and activations.
+        post_norm: whether the family norms what an MLP writes.
 
     Raises:
         ExportError: the dtype cannot hold the numbers, or the residual stream is too small.
@@ -84,6 +99,13 @@ def choose_setting(
             f"layer {site.layer}: float16 ends at {FLOAT16_MAX:.0f}, and the flags need "
             f"{largest:.1e}; pass --dtype bfloat16 or --dtype float32"
         )
+    if not post_norm:
+        # The largest flag is 2·gain_a·(REACH·r_max)⁴/r_min² / FINEST.
+        small = 2.0**-17 * r_min**3 / (REACH * r_max) ** 4 * FINEST / math.sqrt(len(features))
+        gain_a = power(small) / 2
+        return Setting(
+            tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, disturbance=2.0**-33
+        )
     gain_a = 2.0**-8 if dtype == "bfloat16" else max(power(r_min / 2) * 2.0**-16, 2.0**-24)
     if gain_a > r_min / 32:
         raise ExportError(
@@ -98,6 +120,7 @@ def choose_setting(
         gain_a=gain_a,
         step=power(STEP * r_max / smallest),
         gain_b=1 + power(max(2.0**10 * stream.scale * change / math.sqrt(stream.width), 16.0)),
+        disturbance=(gain_a / r_min) ** 2 / 2,
     )
 
 
@@ -135,6 +158,7 @@ def error_bound(
     Returns:
         [n] bounds of |h'_compiled - h'|, in the units of x.
     """
+    amplitude = 12 if math.isfinite(setting.gain_b) else 32  # without norm flags carry a size
     u = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
     inner = 2.0**-24 * math.sqrt(stream.width)
     x_norm = np.linalg.norm(x, axis=-1)
@@ -156,7 +180,7 @@ def error_bound(
         maybe = ((z > [logic.flags[f].threshold for f in flags]) | doubtful[:, flags]).all(-1)
         size = np.abs(term.constant + term.slope * pre[:, term.target])
         slope_error = abs(term.slope) * pre_error[:, term.target]
-        rounding = (8 * u + 4 * inner) * (size + abs(term.constant)) + slope_error
+        rounding = (amplitude * u + 4 * inner) * (size + abs(term.constant)) + slope_error
         doubt = doubtful[:, flags].any(-1)
         error = np.where(doubt, size + rounding, rounding) * np.linalg.norm(site.W_dec[term.target])
         total += np.where(maybe, error, 0) / np.maximum(count, 1)
@@ -174,5 +198,4 @@ def summary(setting: Setting, measured: Measured) -> dict[str, Any]:
         **numbers,
         "zeta": [min(setting.zeta), max(setting.zeta)],
         "residual_rms": [r_min, r_max],
-        "norm_disturbance": (setting.gain_a / r_min) ** 2 / 2,
     }

@@ -212,9 +212,11 @@ def stock_block(source: ClampedSource, mlp: MLP, plan: Widening) -> tuple[Any, A
         "down_proj.weight": mlp.down,
     }
     layer.mlp.load_state_dict({k: weight(v) for k, v in state.items()}, assign=True)
-    before = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
-    after = getattr(layer, "post_feedforward_layernorm", torch.nn.Identity())
+    after: torch.nn.Module = torch.nn.Identity()
+    before = layer.post_attention_layernorm
+    if mlp.gain is not None:
+        before, after = layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
     before.load_state_dict({"weight": weight(np.zeros(plan.stream.width))}, assign=True)
-    if plan.post_norm:
+    if mlp.gain is not None:
         after.load_state_dict({"weight": weight(mlp.gain - 1)}, assign=True)
     return before, layer.mlp, after

@@ -115,8 +115,8 @@ class MLP:
     """[n, D]."""
     down: Array
     """[D, n]."""
-    gain: Array
-    """[D]: 1 + w of post_feedforward_layernorm."""
+    gain: Array | None
+    """[D]: 1 + w of post_feedforward_layernorm; None where the family has none."""
 
 
 def gelu(x: Array) -> Array:
@@ -134,7 +134,7 @@ def run_mlp(x: Array, mlp: MLP, eps: float) -> Array:
     """A stock layer in float64: x̃ [..., D] → x̃ [..., D]."""
     u = x / np.sqrt(rms(x) ** 2 + eps)
     m = (gelu(u @ mlp.gate.T) * (u @ mlp.up.T)) @ mlp.down.T
-    return x + mlp.gain * m / np.sqrt(rms(m) ** 2 + eps)
+    return x + (m if mlp.gain is None else mlp.gain * m / np.sqrt(rms(m) ** 2 + eps))
 
 
 # --------------------------------------------------------------------------- what is to be computed
@@ -232,11 +232,13 @@ class Setting:
     sharpness: float
     """C: the reference's gate is C/r̃."""
     gain_a: float
-    """1 + w of layer A's norm on its channels: how small flags are written."""
+    """1 + w of layer A's norm on its channels: how small flags are written. Without norm: γ."""
     step: float
     """K."""
     gain_b: float
-    """1 + w of layer B's norm on the base's channels, far above rms(Δ)."""
+    """1 + w of layer B's norm on the base's channels, far above rms(Δ). Without norm: infinite."""
+    disturbance: float
+    """Relative error that flags bring into later norms."""
 
 
 @dataclass(frozen=True)
