@@ -90,7 +90,9 @@ def compiled(
     """Compile the clamp into two stock decoder layers: no custom code."""
     from bakeout.exporting import export_compiled
 
-    typer.echo(f"{export_compiled(folder, out, pad=pad, dtype=dtype, force=force)}\nwritten to {out}")
+    typer.echo(
+        f"{export_compiled(folder, out, pad=pad, dtype=dtype, force=force)}\nwritten to {out}"
+    )
 
 
 @export_app.command()

@@ -40,7 +40,7 @@ def write_adapter(source: ClampedSource, out: Path, *, card: str, force: bool = 
         ExportError: the checkpoint's manifest does not name the base's weight files.
     """
     tensors = {
-        f"base_model.model.{_module(source)}{site.layer}.sae_clamp_site.{name}": np.ascontiguousarray(
+        f"{_module(source)}{site.layer}.sae_clamp_site.{name}": np.ascontiguousarray(
             getattr(site, name)
         )
         for site in source.sites
@@ -131,4 +131,5 @@ def _fingerprint(source: ClampedSource) -> str:
 
 def _module(source: ClampedSource) -> str:
     """What stands before a decoder layer's number in the module names of transformers' class."""
-    return "model.language_model.layers." if source.model_type == "gemma3" else "model.layers."
+    inner = "language_model." if source.model_type == "gemma3" else ""
+    return f"base_model.model.model.{inner}layers."

@@ -200,4 +200,3 @@ def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
 
 def _shard_name(shard: str) -> str:
     return RENAMED_WEIGHTS if shard == WEIGHTS else shard
-

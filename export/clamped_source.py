@@ -157,9 +157,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _read_site(
-    folder: Path, tensors: dict[str, StoredTensor], site: dict[str, Any]
-) -> ClampSite:
+def _read_site(folder: Path, tensors: dict[str, StoredTensor], site: dict[str, Any]) -> ClampSite:
     layer = int(site["layer"])
     mark = f"layers.{layer}.sae_clamp."
     found = {name.rpartition(".")[2]: name for name in tensors if mark in name}
@@ -196,7 +194,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
             "as `bakeout bake` writes it"
         ) from error
     except ValueError as error:
-        raise FolderError(f"{folder / name}: is no JSON ({error}); bake the folder again") from error
+        raise FolderError(
+            f"{folder / name}: is no JSON ({error}); bake the folder again"
+        ) from error
     if not isinstance(data, dict):
         raise FolderError(f"{folder / name}: holds no JSON object; bake the folder again")
     return data

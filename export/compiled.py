@@ -11,17 +11,14 @@ model (`export.compiled_rule`, `export.measuring`). In short, for x̃ = [s·x, �
             m / rms(m) · gain = Δ                    everything but Δ's own factors cancels
 
 Gemma, the first, has no norm after its MLP; there flags are written r̃² large (`unnormed_layers`),
-and any-of several triggers is refused. The base's matrices are copied with zeros beside them; only the norms before a block change, by
-sqrt(d/D). Everything is streamed: no more than a few megabytes of the base are held, and of the new
-layers one matrix.
+and any-of several triggers is refused. The base's matrices are copied with zeros beside them; only
+the norms before a block change, by sqrt(d/D). Everything is streamed: no more than a few megabytes
+of the base are held, one layer of it while it is measured, and of the new layers one matrix.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,25 +30,16 @@ import export.unnormed_layers as unnormed
 from bake.base import INDEX
 from bake.errors import ExportError
 from export.checkpoint import companions
-from export.clamped_source import ClampedSource, ClampSite, StoredTensor, open_clamped
-from export.compiled_rule import Measured, Setting, choose_setting, error_bound, summary
+from export.clamped_source import ClampedSource, ClampSite, open_clamped
+from export.compiled_files import NewLayer, index_of, n_bytes, tensor_files, write_tensors
+from export.compiled_rule import Measured, choose_setting, error_bound, summary
 from export.copying import copy_hashed, hash_new
 from export.manifest import derived_manifest, json_text, write_manifest
 from export.measuring import Distance, measure, measure_distance, random_tokens
 from export.new_folder import MANIFEST, check_output, new_folder
-from export.stock_layers import MLP, Logic, action_layer, flag_layer, logic_of
-from export.widening import (
-    BLOCK_BYTES,
-    DTYPES,
-    Blocks,
-    Widening,
-    plan_widening,
-    to_bits,
-    widened,
-    widened_blocks,
-)
+from export.stock_layers import MLP, Array, Logic, Setting, action_layer, flag_layer, logic_of
+from export.widening import DTYPES, Widening, plan_widening
 
-LAYERS_SHARD = "model-compiled-layers.safetensors"
 ACTIVATION = "gelu_pytorch_tanh"
 PER_SITE = 2
 """Decoder layers that a clamp becomes."""
@@ -81,6 +69,15 @@ class CompiledPlan:
     sites: tuple[CompiledSite, ...]
 
     @property
+    def layers(self) -> list[NewLayer]:
+        """The layers that are added."""
+        return [
+            NewLayer(first + i, compiled.site.layer, mlp)
+            for compiled, first in zip(self.sites, added_layers(self.source), strict=True)
+            for i, mlp in enumerate(compiled.layers)
+        ]
+
+    @property
     def config(self) -> dict[str, Any]:
         """config.json of the compiled folder."""
         return compiled_config(self.source, self.widening)
@@ -88,9 +85,9 @@ class CompiledPlan:
     @property
     def size(self) -> int:
         """Bytes that the folder will take, within a few kilobytes."""
-        files = [*_tensor_files(self).values()]
+        files = [*tensor_files(self.source, self.widening, self.layers).values()]
         stay = sum(path.stat().st_size for path, _ in companions(self.source.folder))
-        return stay + sum(_bytes(shape, dtype) for f in files for dtype, shape, _ in f.values())
+        return stay + sum(n_bytes(shape, dtype) for f in files for dtype, shape, _ in f.values())
 
 
 def plan_compiled(
@@ -163,7 +160,7 @@ def write_compiled(
     source = plan.source
     check_output(out, inputs=[source.folder], size=plan.size, force=force)
     with new_folder(out) as folder:
-        files = _tensor_files(plan)
+        files = tensor_files(plan.source, plan.widening, plan.layers)
         with ThreadPoolExecutor(2) as pool:
             jobs = {
                 name: pool.submit(write_tensors, folder / name, tensors, advance)
@@ -175,7 +172,7 @@ def write_compiled(
             hashes[name] = copy_hashed(path, folder / name, advance)
         recipe = (source.folder / "recipe.toml").read_text(encoding="utf-8")
         texts = {
-            INDEX: json_text(_index(files)),
+            INDEX: json_text(index_of(files)),
             "config.json": json_text(plan.config),
             "recipe.toml": recipe,
             "README.md": card,
@@ -299,112 +296,8 @@ def _neurons(logic: Logic, model_type: str) -> int:
     return max(references + len(logic.flags), len(logic.terms) + 1 + len(logic.counted))
 
 
-def _relative(distance: Distance) -> np.ndarray[Any, Any]:
-    return distance.error / np.maximum(np.linalg.norm(distance.tried, axis=-1), distance.change)
-
-
-# --------------------------------------------------------------------------- files
-
-Tensors = dict[str, tuple[str, tuple[int, ...], Blocks]]
-"""Of a file: dtype, shape and bytes by name."""
-
-
-def _tensor_files(plan: CompiledPlan) -> dict[str, Tensors]:
-    """Every weight file of the compiled folder: the base's, widened, and the new layers'."""
-    source, wide = plan.source, plan.widening
-    files: dict[str, Tensors] = {name: {} for name in source.base_files}
-    stored = DTYPES[wide.dtype]
-    layers = [site.layer for site in source.sites]
-    for name, tensor in source.tensors.items():
-        files[tensor.file][_renumbered(name, layers)] = (
-            stored,
-            widened(name, tensor.shape, wide).shape,
-            lambda name=name, tensor=tensor: widened_blocks(source.folder, name, tensor, wide),
-        )
-    added: Tensors = {}
-    for site, first in zip(plan.sites, added_layers(source), strict=True):
-        mark = f"layers.{site.site.layer}."
-        for name, tensor in source.tensors.items():
-            if mark not in name:
-                continue
-            for number, mlp in enumerate(site.layers, first):
-                new = name.replace(mark, f"layers.{number}.")
-                added[new] = _new_tensor(name, tensor, mlp, wide)
-    return files | {LAYERS_SHARD: added}
-
-
-def _renumbered(name: str, layers: list[int]) -> str:
-    """A base tensor's name, its layer moved behind the layers added before it."""
-    before, mark, after = name.partition("layers.")
-    if not mark:
-        return name
-    number, _, rest = after.partition(".")
-    moved = int(number) + PER_SITE * sum(layer < int(number) for layer in layers)
-    return f"{before}layers.{moved}.{rest}"
-
-
-def _new_tensor(
-    name: str, tensor: StoredTensor, mlp: MLP, plan: Widening
-) -> tuple[str, tuple[int, ...], Blocks]:
-    """A tensor of a new layer, zeros wherever the layer does nothing, shaped like the base's."""
-    shape, stored = widened(name, tensor.shape, plan).shape, DTYPES[plan.dtype]
-    kind = name.rpartition("layers.")[2].partition(".")[2]
-    n = len(mlp.gate)
-
-    def blocks() -> Iterator[bytes]:
-        values = np.zeros(shape, np.float32)
-        match kind:
-            case "mlp.gate_proj.weight":
-                values[:n] = mlp.gate
-            case "mlp.up_proj.weight":
-                values[:n] = mlp.up
-            case "mlp.down_proj.weight":
-                values[:, :n] = mlp.down
-            case "post_feedforward_layernorm.weight":
-                assert mlp.gain is not None
-                values[:] = mlp.gain - 1
-        data = memoryview(to_bits(values, stored)).cast("B")
-        for start in range(0, len(data), BLOCK_BYTES):
-            yield bytes(data[start : start + BLOCK_BYTES])
-
-    return stored, shape, blocks
-
-
-def write_tensors(path: Path, tensors: Tensors, advance: Callable[[int], None]) -> str:
-    """Write a safetensors file block by block; returns its sha256. It is on disk when this ends."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape, _) in tensors.items():
-        end = offset + _bytes(shape, dtype)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
-        hashed = hasher.submit(digest.update, (head := len(text).to_bytes(8, "little") + text))
-        file.write(head)
-        for name, (_, _, blocks) in tensors.items():
-            start = file.tell()
-            for block in blocks():
-                hashed.result()
-                hashed = hasher.submit(digest.update, block)
-                file.write(block)
-                advance(len(block))
-            low, high = header[name]["data_offsets"]
-            assert file.tell() - start == high - low, name
-        hashed.result()
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return int(np.prod(shape)) * (4 if dtype == "F32" else 2)
-
-
-def _index(files: dict[str, Tensors]) -> dict[str, Any]:
-    total = sum(_bytes(shape, dtype) for f in files.values() for dtype, shape, _ in f.values())
-    weight_map = {name: file for file, tensors in files.items() for name in tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
+def _relative(distance: Distance) -> Array:
+    relative: Array = distance.error / np.maximum(
+        np.linalg.norm(distance.tried, axis=-1), distance.change
+    )
+    return relative

@@ -3,14 +3,17 @@
 Measured: residual streams x [n, d] at the hook point, exempt tokens apart. X is the largest |x|,
 r = |x| / sqrt(d) what the layers' norm sees, w_i an encoder column, b_i its bias less threshold.
 
-| number | rule | why |
-|---|---|---|
-| ζ_i | 2⁻²² · (abs(w_i)·X + abs(b_i)) | some times float32's own rounding of pre; a feature between 0 and ζ_i above its threshold is clamped in part |
-| C | 16 · r_max | gelu's bend is narrower than ζ/3 |
-| gain_a | 2⁻¹⁶ · r_min in float32, 2⁻⁸ in bfloat16 | what flags add to later norms: (gain_a/r)²/2; 2⁻⁸ is the smallest 1 + w of bfloat16 |
-| K | 256 · r_max / ρ_min | gelu's bend again, and any-of's floor; ρ_min = gain_a·sqrt(D/f)·2⁻²³ |
-| without norms: gain_a (γ) | 2⁻¹⁷ · r_min³/r_max⁴ · 2⁻²² / sqrt(f) | flags disturb later norms by at most 2⁻³³; K = 2⁸/γ |
-| gain_b | 2¹⁰ · rms(Δ)_max, Δ by its own bound | the norm divides by M up to (rms(Δ)/gain_b)²/2 |
+    ζ_i     2⁻²² · (|w_i|·X + |b_i|)        a few times float32's own rounding of pre; a feature
+                                            less than ζ_i above its threshold is clamped in part
+    C       16 · r_max                      gelu's bend is narrower than ζ/3
+    gain_a  2⁻¹⁶ · r_min in float32         what flags add to later norms: (gain_a/r)²/2;
+            2⁻⁸ in bfloat16                 there the smallest 1 + w that is no 0
+    K       256 · r_max / ρ_min             gelu's bend again, and any-of's floor;
+                                            ρ_min = gain_a·sqrt(D/f)·2⁻²³
+    gain_b  2¹⁰ · rms(Δ), Δ by its bound    the norm divides by M up to (rms(Δ)/gain_b)²/2
+
+Without a norm after the MLP: gain_a = γ = 2⁻¹⁷ · r_min³/(4·r_max)⁴ · 2⁻²² / sqrt(f), so that flags
+disturb later norms by at most 2⁻³³, and K = 2⁸/γ.
 
 All are rounded to powers of two (gain_b to one more than such), so that multiplying by them rounds
 nothing. A token beyond what was measured costs accuracy gradually: no step depends on a maximum.
@@ -76,7 +79,8 @@ def choose_setting(
     """The rule of this module.
 
     Args:
-        site: the clamp, and `logic` its terms.
+        site: the clamp.
+        logic: its terms.
         stream: what it reads and writes.
         measured: on what the numbers rest.
         dtype: of weights and activations.
@@ -126,8 +130,7 @@ def choose_setting(
 
 def largest_change(site: ClampSite, logic: Logic, x_norm: float) -> float:
     """A bound of |Δ| [d], by the triangle inequality over every term at once."""
-    counted = max(len(logic.counted), 1)
-    return (
+    return float(
         sum(
             np.linalg.norm(site.W_dec[t.target])
             * (
@@ -137,7 +140,7 @@ def largest_change(site: ClampSite, logic: Logic, x_norm: float) -> float:
             )
             for t in logic.terms
         )
-        / counted
+        / max(len(logic.counted), 1)
     )
 
 
@@ -152,6 +155,10 @@ def error_bound(
     its terms counts. To first order in u.
 
     Args:
+        site: the clamp.
+        logic: its terms.
+        setting: the layers' numbers.
+        stream: what they read and write.
         x: [n, d], float64, none of them exempt.
         dtype: of weights and activations.
 
@@ -187,7 +194,8 @@ def error_bound(
     change = np.linalg.norm(wanted_change(site, x), axis=-1)
     ratio = stream.scale * change / (math.sqrt(stream.width) * setting.gain_b)
     floor = len(logic.counted) > 0 and FLOOR**2
-    return total + change * (ratio**2 + floor) + 2 * u * (x_norm + change)
+    bound: Array = total + change * (ratio**2 + floor) + 2 * u * (x_norm + change)
+    return bound
 
 
 def summary(setting: Setting, measured: Measured) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from peft import PeftConfig
@@ -62,16 +62,27 @@ class SAEClampConfig(PeftConfig):  # type: ignore[misc]
 class ClampSite(SAEClamp, BaseTunerLayer):  # type: ignore[misc]
     """The clamp as PEFT counts and switches it; it wraps no layer and has nothing to train."""
 
+    _active_adapter: str
+    _disable_adapters: bool = False
+
 
 class SAEClampModel(BaseTuner):  # type: ignore[misc]
     """Hooks clamps onto the decoder layers of a stock Gemma. The base's modules stay in place."""
 
+    model: Any
+    active_adapter: Any
+    checked: bool
     prefix = PREFIX
     tuner_layer_cls = ClampSite
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(
-        self, model: nn.Module, adapter_name: str, *_: Any, low_cpu_mem_usage: bool = False, **__: Any
+        self,
+        model: Any,
+        adapter_name: str,
+        *_: Any,
+        low_cpu_mem_usage: bool = False,
+        **__: Any,
     ) -> None:
         """Add an adapter's clamps to the model's layers. Changes `model`.
 
@@ -84,7 +95,9 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         self._mark_only_adapters_as_trainable(model)
         rows = [first_row(parameter) for parameter in model.parameters()]
         if not all(row.is_floating_point() and not row.is_meta for row in rows):
-            raise ValueError("the base is quantised or not loaded; a clamp adapter needs it as it is")
+            raise ValueError(
+                "the base is quantised or not loaded; a clamp adapter needs it as it is"
+            )
         if fingerprint(rows) != config.base_fingerprint:
             raise ValueError(
                 f"this model is not the base that the adapter belongs to "
@@ -149,7 +162,7 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         if adapter_name not in (self.active_adapter, [self.active_adapter]):
             raise ValueError(f"no adapter {adapter_name!r}; expected {self.active_adapter!r}")
 
-    def unload(self) -> nn.Module:
+    def unload(self) -> Any:
         """Take the clamps off and give the base back. Changes the model."""
         for hook in self.hooks:
             hook.remove()

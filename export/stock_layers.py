@@ -69,7 +69,7 @@ FLAG_SIZE = 2.0**10
 
 @dataclass(frozen=True)
 class Stream:
-    """The widened residual stream x̃ [D] = [s·x, constants, each site's flags], as a site sees it."""
+    """The widened residual stream x̃ [D] = [s·x, constants, every site's flags], for one site."""
 
     d: int
     """Width of the base's residual stream."""
@@ -122,12 +122,14 @@ class MLP:
 def gelu(x: Array) -> Array:
     """Tanh form, as `gelu_pytorch_tanh`."""
     with np.errstate(over="ignore"):
-        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        y: Array = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return y
 
 
 def rms(x: Array) -> Array:
     """[..., D] → [..., 1]."""
-    return np.sqrt((x**2).mean(-1, keepdims=True))
+    found: Array = np.sqrt((x**2).mean(-1, keepdims=True))
+    return found
 
 
 def run_mlp(x: Array, mlp: MLP, eps: float) -> Array:
@@ -196,7 +198,7 @@ def logic_of(site: ClampSite) -> Logic:
                 f"layer {site.layer}: its features are triggered by several different sets of "
                 "features; two stock layers hold one such set"
             )
-        gates = [(i,) for i in found]
+        gates: list[tuple[int, ...]] = [(i,) for i in found]
         if counted and found != counted:
             gates = [tuple(dict.fromkeys((found[0], i))) for i in counted]
         for gate in gates:
@@ -225,7 +227,7 @@ def wanted_change(site: ClampSite, x: Array) -> Array:
 
 @dataclass(frozen=True)
 class Setting:
-    """The numbers that `export.compiled_rule` chooses for one site; all powers of two but gain_b."""
+    """The numbers that `export.compiled_rule` chooses for one site."""
 
     zeta: tuple[float, ...]
     """[f] ζ: how far above its threshold a feature counts as on without doubt."""
@@ -290,7 +292,8 @@ def action_layer(
         b = term.slope * float(site.b_enc[term.target]) + term.constant
         neurons.append((and_row(term.flags, place, stream, setting.step), (w, b), column))
     one = (np.zeros(stream.d), 1.0)
-    for flags in [(flag,) for flag in logic.counted] or [()]:
+    divisors: list[tuple[int, ...]] = [(flag,) for flag in logic.counted] or [()]
+    for flags in divisors:
         gate = and_row(flags, place, stream, setting.step)
         neurons.append((gate, one, unit(stream.width, divisor, DIVISOR)))
     if logic.counted:

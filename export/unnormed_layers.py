@@ -9,9 +9,9 @@ r̃² is no function of a stock neuron, but a sum of some: with q = 1/r̃ and ge
 
     ∫ b³·Φ(-b·q) db = I / q⁴       hence   q² · Σ_k h·b_k⁴·Φ(-b_k·q) / I = q⁻² = r̃²
 
-for b_k = exp(h·k): the trapezoidal rule in log b, whose error falls exponentially in 1/h (`square`). All
-its terms have one sign, so nothing cancels in bfloat16 either. What cannot be had without a norm is
-any-of several triggers, for nothing divides by their number.
+for b_k = exp(h·k): the trapezoidal rule in log b, whose error falls exponentially in 1/h
+(`square`). All its terms have one sign, so nothing cancels in bfloat16 either. What cannot be had
+without a norm is any-of several triggers, for nothing divides by their number.
 """
 
 from __future__ import annotations
@@ -55,11 +55,18 @@ def flag_layer(
     """Layer A: γ·r̃² into `reference` and every flag, minus the off signal into flag i.
 
     Args:
-        site: the clamp, and `logic`, `stream`, `place`, `setting`: as `stock_layers.flag_layer`.
+        site: the clamp.
+        logic: its terms.
+        stream: what it reads and writes.
+        place: where its flags lie.
+        setting: the layer's numbers.
         rms: (smallest, largest) r̃ for which the square holds.
     """
     b, a = square(*rms)
-    off = [off_row(site, f, stream, setting.sharpness, z) for f, z in zip(logic.flags, setting.zeta, strict=True)]
+    off = [
+        off_row(site, f, stream, setting.sharpness, z)
+        for f, z in zip(logic.flags, setting.zeta, strict=True)
+    ]
     gates = [*(stream.constant(-float(each)) for each in b), *off]
     down = np.zeros((stream.width, len(gates)))
     # gelu(-b·q) is negative, and so is its weight.

@@ -2,7 +2,7 @@
 
 The stream grows from d to D = d + p channels, x̃ = [s·x, κ, κ, …], with c = sqrt(D/d):
 
-    norms before a block    x̃ / rms(x̃) = c · x / rms(x), so their 1 + w is divided by c; 0 on padding
+    norms before a block    x̃ / rms(x̃) = c · x / rms(x): 1 + w is divided by c; 0 on padding
     norms after a block     see [m, 0]: m / rms([m, 0]) = c · m / rms(m); with s = c this is s times
                             what it was: 1 + w stays
     embeddings              are multiplied by sqrt(D) = c·sqrt(d): with s = c they stay
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,10 @@ def to_bits(values: NDArray[np.floating[Any]], dtype: str) -> Raw:
 
 def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.float64]:
     """To the nearest numbers of F32, BF16 or F16."""
-    return to_float32(to_bits(np.atleast_1d(values), dtype), dtype).astype(np.float64).reshape(
-        np.shape(values)
+    return (
+        to_float32(to_bits(np.atleast_1d(values), dtype), dtype)
+        .astype(np.float64)
+        .reshape(np.shape(values))
     )
 
 
@@ -180,9 +182,7 @@ def plan_widening(
     )
 
 
-def choose_width(
-    d: int, taken: int, multiple: int, heads: int, dtype: str, pad: int | None
-) -> int:
+def choose_width(d: int, taken: int, multiple: int, heads: int, dtype: str, pad: int | None) -> int:
     """D: the least multiple that holds `taken` channels beside d, and whose root is short.
 
     Embeddings are multiplied by sqrt(D), which transformers rounds to the weights' dtype and some
@@ -233,7 +233,7 @@ class Widened:
 
 def widened(name: str, shape: tuple[int, ...], plan: Widening) -> Widened:
     """The rule of this module for a tensor, by its name in the base."""
-    d, D, c = plan.stream.d, plan.stream.width, plan.c
+    D, c = plan.stream.width, plan.c
     kind = re.sub(r"^.*?(?=embed_tokens|lm_head|layers|norm\.)", "", name)
     kind = re.sub(r"^layers\.\d+\.", "", kind)
     match kind:
@@ -288,7 +288,8 @@ def widened_blocks(
             return raw
         values = to_float32(raw, tensor.dtype)
         if change.gain_factor != 1.0:
-            values = (1.0 + values.astype(np.float64)) * change.gain_factor - 1.0
+            gains = (1.0 + values.astype(np.float64)) * change.gain_factor
+            return to_bits(gains - 1.0, target)
         return to_bits(values * change.factor, target)
 
     columns = change.shape[-1]
@@ -328,6 +329,3 @@ def _raw_rows(folder: Path, tensor: StoredTensor) -> Iterator[Raw]:
             n = min(per_block, rows - start)
             data = file.read(n * columns * bits.itemsize)
             yield np.frombuffer(data, bits).reshape(n, columns)
-
-
-Blocks = Callable[[], Iterator[bytes]]

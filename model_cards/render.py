@@ -79,7 +79,10 @@ def _render(
         tags=["unlearning", "sparse-autoencoder", "bakeout"],
     )
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_source)
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_source),
     )
     environment.filters["text"] = _as_text
     body = environment.get_template(template).render(

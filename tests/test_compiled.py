@@ -17,13 +17,18 @@ from test_exactness import FEATURES, METHODS
 from bake.errors import BakeoutError, ExportError, FolderError, OutputError
 from bake.recipe import Recipe
 from bakeout.baking import bake_recipe
-from export.compiled import LAYERS_SHARD, plan_compiled, write_compiled
+from export.compiled import plan_compiled, write_compiled
+from export.compiled_files import LAYERS_SHARD
 from verify.parity import kl_nats
 from verify.reference import Oracle
 from verify.stock import load_base
 from verify.whole_sae import load_sites
 
-STOCK = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+STOCK = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 
 
 def prompts() -> torch.Tensor:
@@ -136,7 +141,7 @@ def test_bfloat16_is_as_near_as_the_hook_in_bfloat16(
 ) -> None:
     tiny_base(tmp_path / "base", family, dtype="bfloat16")
     tables = sae_tables(tmp_path, method, FEATURES, hook_points)
-    before, hooked, found, fired = compare(tmp_path, write_recipe, tables)
+    _, hooked, found, fired = compare(tmp_path, write_recipe, tables)
     recipe = Recipe.load(write_recipe(*tables, base={"dtype": "float32"}))
     oracle = Oracle(load_base(recipe), load_sites(recipe))
     with oracle.applied() as model:

@@ -18,7 +18,11 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Fields of a config in which base and checkpoint must agree."""
 
 
-CONFIG_FILES = {"layer": "config.json", "compiled": "manifest.json", "adapter": "adapter_config.json"}
+CONFIG_FILES = {
+    "layer": "config.json",
+    "compiled": "manifest.json",
+    "adapter": "adapter_config.json",
+}
 """Which file of a folder says where its clamps sit and how large the base is, by carrier."""
 
 

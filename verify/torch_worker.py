@@ -1,4 +1,4 @@
-"""A folder that bakeout wrote, loaded by plain transformers in a process that cannot import bakeout.
+"""A folder that bakeout wrote, loaded by transformers in a process that cannot import bakeout.
 
 A second argument names the one package of bakeout that an adapter needs; then nothing is kept away.
 Started by path with `python -I`; needs torch, transformers and safetensors only. Requests come on
