@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 SEQUENCES, LENGTH = 4, 16
+FARTHEST = 3.0
+"""Largest norm of a stream that is tried, against the largest that was measured."""
 _MARGIN = 0.05
 """How far above and below its threshold a feature is pushed, against |w|·|x|."""
 
@@ -127,14 +129,17 @@ class Distance:
 
 
 def trial_streams(site: ClampSite, logic: Logic, measured: Measured) -> Array:
-    """[n, d]: what was measured, and for every flag a stream that raises and one that lowers it."""
+    """[n, d]: what was measured, and for every flag a stream that raises and one that lowers it,
+    unless that would take one far larger than any that was measured.
+    """
     rows = [measured.x]
     for i, flag in enumerate(logic.flags):
         w = site.W_enc[:, flag.feature].astype(np.float64)
         x = measured.x[i % len(measured.x)]
         z = x @ w + site.b_enc[flag.feature] - flag.threshold
         reach = _MARGIN * np.linalg.norm(w) * measured.largest
-        rows += [(x + (goal - z) / max(w @ w, 1e-30) * w)[None] for goal in (reach, -reach)]
+        pushed = [x + (goal - z) / max(w @ w, 1e-30) * w for goal in (reach, -reach)]
+        rows += [row[None] for row in pushed if np.linalg.norm(row) <= FARTHEST * measured.largest]
     return np.concatenate(rows)
 
 

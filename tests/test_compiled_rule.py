@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from test_stock_layers import D, EPS, a_site, a_stream, compiled, tokens, widened
+from test_stock_layers import EPS, D, a_site, a_stream, compiled, tokens, widened
 
 from bake.errors import ExportError
 from export.compiled_rule import (

@@ -147,11 +147,9 @@ def test_flags_equal_the_reference_where_on_and_are_negative_where_off() -> None
     sure = np.abs(z) > 1e-4
     phi = after[:, list(place.flags)]
     assert (rho > 0).all()
-    assert np.array_equal(phi == rho[:, None], z > 0) or np.array_equal(
-        (phi == rho[:, None])[sure], (z > 0)[sure]
-    )
+    assert np.array_equal((phi == rho[:, None])[sure], (z > 0)[sure])
     assert (phi[sure & (z < 0)] < 0).all()
-    assert np.abs(after[:, D:]).max() < 1e-3  # flags are small beside x
+    assert np.abs(after[:, D + 2 :]).max() < 1e-3  # flags are small beside x
 
 
 @pytest.mark.parametrize("on", [(True, True), (True, False), (False, True), (False, False)])
@@ -186,7 +184,7 @@ def test_two_layers_are_the_clamp(kind: str, k: int) -> None:
     after = run_mlp(run_mlp(widened(x, stream), layer_a, EPS), layer_b, EPS)
     change, expected = after[:, :D] / stream.scale - x, wanted_change(site, x)
     error = np.linalg.norm(change - expected, axis=-1)
-    assert 0.2 < (np.abs(expected) > 0).any(axis=-1).mean()
+    assert (np.abs(expected) > 0).any(axis=-1).mean() > 0.2
     assert np.sort(error)[-3] < 1e-5  # one token in 1000 may lie on a threshold
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_stock_layers import D, EPS, a_site, a_stream, tokens, widened
+from test_stock_layers import EPS, D, a_site, a_stream, tokens, widened
 
 from bake.errors import ExportError
 from export.compiled_rule import Measured, choose_setting
