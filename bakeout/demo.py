@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bakeout
 from bake.recipe import Recipe
 from bakeout.baking import bake_recipe
 from bakeout.cli import write_json
+from bakeout.exporting import export_adapter, export_compiled
 from bakeout.showing import console, progress, show_report
+from verify.report import VerifyReport
 from verify.suite import verify_folder
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
 
 
 def run_demo(out: Path) -> int:
-    """Bake, verify, print one table; leaves `checkpoint/` and `report.json` below `out`."""
+    """Bake, export, verify, print one table; leaves a folder per carrier, and `report.json`."""
     start = time.monotonic()
     folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
     bake_recipe(recipe_file, folder, force=True)
+    export_compiled(folder, out / "compiled", pad=None, dtype=None, force=True)
+    export_adapter(folder, out / "adapter", force=True)
     recipe = Recipe.load(recipe_file)
-    with progress("verify") as advance:
-        report = verify_folder(folder, recipe, progress=advance)
+    reports = []
+    for carrier in (folder, out / "compiled", out / "adapter"):
+        with progress(f"verify {carrier.name}") as advance:
+            reports.append(verify_folder(carrier, recipe, progress=advance))
+    report = side_by_side(reports)
     write_json(report, out / "report.json")
     show_report(report)
     console().print(
@@ -33,3 +42,14 @@ def run_demo(out: Path) -> int:
         markup=False,
     )
     return report.exit_code
+
+
+def side_by_side(reports: Sequence[VerifyReport]) -> VerifyReport:
+    """The first report, with the engines and failures that only the others have."""
+    first, *others = reports
+    engines = {engine.name: engine for report in reports for engine in report.engines}
+    return replace(
+        first,
+        engines=(*first.engines, *(e for n, e in engines.items() if first.engine(n) is None)),
+        failures=first.failures + tuple(f for report in others for f in report.failures),
+    )

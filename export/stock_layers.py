@@ -56,12 +56,10 @@ from export.clamped_source import ClampSite
 
 Array = NDArray[np.float64]
 
-DIVISOR = 2.0**10
-"""M: what the dividing neuron writes."""
+DIVISOR = 2.0**6
+"""M: what the dividing neuron writes; large against the norm's eps, small for gradients' sake."""
 FLOOR = 2.0**-11
 """Any-of: size of the divisor's floor beside one trigger's gate."""
-FLAG_SIZE = 2.0**10
-"""Size of what layer A writes before its norm: large against the norm's eps."""
 
 
 # --------------------------------------------------------------------------- the stream
@@ -264,8 +262,8 @@ def flag_layer(
     ]
     n = len(gates)
     down = np.zeros((stream.width, n))
-    down[[place.reference, *place.flags], 0] = FLAG_SIZE
-    down[list(place.flags), np.arange(1, n)] = -FLAG_SIZE
+    down[[place.reference, *place.flags], 0] = 1
+    down[list(place.flags), np.arange(1, n)] = -1
     gain = np.zeros(stream.width)
     gain[[place.reference, *place.flags]] = setting.gain_a
     return MLP(np.stack(gates), np.stack([stream.constant(1.0)] * n), down, gain)

@@ -46,9 +46,9 @@ def test_what_a_dtype_cannot_hold_is_refused() -> None:
     site, x = a_site(3), tokens(50)
     logic = logic_of(site)
     stream, _ = a_stream(3)
-    with pytest.raises(ExportError, match="float16 ends at 65504.*--dtype bfloat16"):
+    with pytest.raises(ExportError, match=r"float16 ends at 65504.*--dtype bfloat16"):
         choose_setting(site, logic, stream, Measured(x, x[:0]), "float16")
-    with pytest.raises(ExportError, match="as small as .*--dtype float32"):
+    with pytest.raises(ExportError, match=r"as small as .*--dtype float32"):
         choose_setting(site, logic, stream, Measured(x / 100, x[:0]), "bfloat16")
 
 

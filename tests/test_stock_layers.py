@@ -222,5 +222,5 @@ def test_logic_shares_flags_and_refuses_two_sets_of_triggers() -> None:
     route = np.zeros((4, 4), bool)
     route[0, [1, 2]] = route[3, [0, 1]] = True
     broken = ClampSite(**{**vars(a_site(4)), "route": route})
-    with pytest.raises(ExportError, match="layer 1: .*several different sets"):
+    with pytest.raises(ExportError, match=r"layer 1: .*several different sets"):
         logic_of(broken)

@@ -49,5 +49,5 @@ def test_any_of_several_triggers_is_refused() -> None:
     logic = logic_of(site)
     stream, place = a_stream(len(logic.flags))
     setting = choose_setting(site, logic, stream, Measured(x, x[:0]), "float32", post_norm=False)
-    with pytest.raises(ExportError, match="any of 3, .*this family has none"):
+    with pytest.raises(ExportError, match=r"any of 3, .*this family has none"):
         action_layer(site, logic, stream, place, setting)
