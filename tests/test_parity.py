@@ -150,6 +150,25 @@ def test_bars() -> None:
     assert what("float16", mean_kl=math.inf) == [("mean_kl", math.inf, 1e-3)]
 
 
+def test_bars_of_a_carrier_that_is_exact_but_for_rounding() -> None:
+    flip = Flip("forget", "chat", 1, "?", "A", "B", "A")
+
+    def what(dtype: str, n_answers: int = 100, **values: Any) -> list[tuple[Any, ...]]:
+        fine = {"max_abs_logit": 9.0, "mean_kl": 1e-5, "top1_agreement": 1.0, "flips": ()}
+        parity = Parity(
+            **{**fine, "tokens_compared": 9, "tokens_fired": 9, "worst": None, **values}
+        )
+        failures = parity_failures("compiled", parity, dtype, exact=False, n_answers=n_answers)
+        return [(f.what, f.measured, f.bar) for f in failures]
+
+    assert what("float32") == what("bfloat16", mean_kl=2e-2, flips=(flip, flip)) == []
+    assert what("float32", mean_kl=1.1e-5) == [("mean_kl", 1.1e-5, 1e-5)]
+    assert what("float32", flips=(flip,)) == [("answer_flips", 1, 0)]
+    assert what("bfloat16", mean_kl=math.inf) == [("mean_kl", math.inf, 2e-2)]
+    assert what("bfloat16", flips=(flip,) * 3) == [("answer_flips", 3, 2)]
+    assert what("bfloat16", n_answers=10, flips=(flip,)) == []
+
+
 def test_a_clamp_that_never_fired_is_a_failure() -> None:
     failures = silent_clamps([(3, 12), (5, 0)])
     assert [(f.kind, f.what, f.measured) for f in failures] == [
