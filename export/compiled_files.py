@@ -19,7 +19,7 @@ from export.stock_layers import MLP
 from export.widening import BLOCK_BYTES, DTYPES, Widening, to_bits, widened, widened_blocks
 
 LAYERS_SHARD = "model-compiled-layers.safetensors"
-Blocks = Callable[[], Iterator[bytes]]
+Blocks = Callable[[], Iterator[bytes | memoryview]]
 Tensors = dict[str, tuple[str, tuple[int, ...], Blocks]]
 """Of a file: dtype, shape and bytes by name."""
 
@@ -75,7 +75,7 @@ def _new_tensor(
     kind = name.rpartition("layers.")[2].partition(".")[2]
     n = len(mlp.gate)
 
-    def blocks() -> Iterator[bytes]:
+    def blocks() -> Iterator[bytes | memoryview]:
         values = np.zeros(shape, np.float32)
         match kind:
             case "mlp.gate_proj.weight":

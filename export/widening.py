@@ -277,7 +277,7 @@ def widened(name: str, shape: tuple[int, ...], plan: Widening) -> Widened:
 
 def widened_blocks(
     folder: Path, name: str, tensor: StoredTensor, plan: Widening
-) -> Iterator[bytes]:
+) -> Iterator[bytes | memoryview]:
     """The bytes of a widened tensor in the plan's dtype, a few megabytes at a time."""
     change = widened(name, tensor.shape, plan)
     target = DTYPES[plan.dtype]
@@ -306,11 +306,11 @@ def widened_blocks(
                 if done <= token < done + len(raw):
                     out[token - done, list(plan.exempting)] = fill
         done += len(raw)
-        yield out.tobytes()
+        yield memoryview(out).cast("B")
     per_block = max(1, BLOCK_BYTES // (columns * fill.itemsize))
     while done < rows:
         n = min(per_block, rows - done)
-        yield np.full((n, columns), fill, _BITS[target]).tobytes()
+        yield memoryview(np.full((n, columns), fill, _BITS[target])).cast("B")
         done += n
 
 
