@@ -306,11 +306,11 @@ def widened_blocks(
                 if done <= token < done + len(raw):
                     out[token - done, list(plan.exempting)] = fill
         done += len(raw)
-        yield memoryview(out).cast("B")
+        yield out.data.cast("B")
     per_block = max(1, BLOCK_BYTES // (columns * fill.itemsize))
     while done < rows:
         n = min(per_block, rows - done)
-        yield memoryview(np.full((n, columns), fill, _BITS[target])).cast("B")
+        yield np.full((n, columns), fill, _BITS[target]).data.cast("B")
         done += n
 
 
