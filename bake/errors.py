@@ -29,3 +29,7 @@ class FolderError(BakeoutError):
 
 class DataError(BakeoutError):
     """Questions or texts that cannot be read."""
+
+
+class ExportError(BakeoutError):
+    """A clamp that cannot be carried in the form that was asked for."""

@@ -26,6 +26,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+export_app = typer.Typer(
+    help="Carry a clamped checkpoint's clamp in another form.", no_args_is_help=True
+)
+app.add_typer(export_app, name="export")
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (TOML).")]
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that bakeout wrote.")]
 JsonFile = Annotated[
@@ -75,10 +80,6 @@ def bake(
     typer.echo(f"{describe_plan(plan)}\nwritten to {out}")
 
 
-export_app = typer.Typer(help="Write a clamped folder in another form.", no_args_is_help=True)
-app.add_typer(export_app, name="export")
-
-
 @export_app.command("onnx")
 def export_onnx(
     folder: FolderPath,
@@ -108,6 +109,38 @@ def export_onnx(
         f"{done.difference:.1e}, of which the clamp moves {done.effect:.1e}\n"
         f"written to {done.graph}"
     )
+
+
+@export_app.command()
+def compiled(
+    folder: FolderPath,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    pad: Annotated[
+        int | None, typer.Option(help="Channels to add to the residual stream; else the least.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; else the checkpoint's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what bakeout wrote.")] = False,
+) -> None:
+    """Compile the clamp into two stock decoder layers: no custom code."""
+    from bakeout.exporting import export_compiled
+
+    typer.echo(
+        f"{export_compiled(folder, out, pad=pad, dtype=dtype, force=force)}\nwritten to {out}"
+    )
+
+
+@export_app.command()
+def adapter(
+    folder: FolderPath,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what bakeout wrote.")] = False,
+) -> None:
+    """Write the clamp as a PEFT adapter: no weights of the base."""
+    from bakeout.exporting import export_adapter
+
+    typer.echo(f"{export_adapter(folder, out, force=force)}\nwritten to {out}")
 
 
 @app.command()

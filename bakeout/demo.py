@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import bakeout
 from bake.recipe import Recipe
 from bakeout.baking import bake_recipe
 from bakeout.cli import write_json
+from bakeout.exporting import export_adapter, export_compiled
 from bakeout.showing import console, progress, show_report
 from export.onnx_folder import export_onnx
 from export.onnx_weights import PRECISIONS
+from verify.report import VerifyReport
 from verify.suite import verify_folder
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
 
 
 def run_demo(out: Path) -> int:
-    """Select, bake, verify, print one table; leaves `checkpoint/`, `statistics/` and
+    """Select, bake, export, verify, print one table; leaves a folder per carrier, `statistics/` and
     `report.json` below `out`.
     """
     start = time.monotonic()
@@ -27,12 +31,17 @@ def run_demo(out: Path) -> int:
     for precision in PRECISIONS:
         with progress(f"export onnx {precision}") as advance:
             export_onnx(folder, precision=precision, progress=advance)
+    export_compiled(folder, out / "compiled", pad=None, dtype=None, force=True)
+    export_adapter(folder, out / "adapter", force=True)
     recipe = Recipe.load(recipe_file)
     assert recipe.select is not None
     n_selected = sum(len(clamp.clamp.features) for clamp in plan.clamps)
     console().print(f"{n_selected} features selected by {recipe.select.by}, baked, now compared\n")
-    with progress("verify") as advance:
-        report = verify_folder(folder, recipe, progress=advance)
+    reports = []
+    for carrier in (folder, out / "compiled", out / "adapter"):
+        with progress(f"verify {carrier.name}") as advance:
+            reports.append(verify_folder(carrier, recipe, progress=advance))
+    report = side_by_side(reports)
     write_json(report.to_dict(), out / "report.json")
     show_report(report)
     console().print(
@@ -43,3 +52,14 @@ def run_demo(out: Path) -> int:
         markup=False,
     )
     return report.exit_code
+
+
+def side_by_side(reports: Sequence[VerifyReport]) -> VerifyReport:
+    """The first report, with the engines and failures that only the others have."""
+    first, *others = reports
+    engines = {engine.name: engine for report in reports for engine in report.engines}
+    return replace(
+        first,
+        engines=(*first.engines, *(e for n, e in engines.items() if first.engine(n) is None)),
+        failures=first.failures + tuple(f for report in others for f in report.failures),
+    )

@@ -1,7 +1,8 @@
-"""Registers the clamped classes with transformers' Auto classes, as late as can be."""
+"""Registers the clamped classes with transformers, and the adapter with peft, as late as can be."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -28,12 +29,21 @@ def register() -> None:
             auto.register(config, getattr(clamped, family.clamped), exist_ok=True)
 
 
+def register_adapter() -> None:
+    """Make the clamp a method of peft."""
+    importlib.import_module("export.peft_clamp")
+
+
 def register_when_imported() -> None:
-    """Register now if transformers' Auto classes are there, else once they have been imported."""
+    """Register what there is to register with now, and the rest once it has been imported."""
     if _MODELS in sys.modules:
         register()
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+    elif not any(type(finder) is _Watcher for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
+    if "peft" in sys.modules:
+        register_adapter()
+    elif not any(isinstance(finder, _PeftWatcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftWatcher())
 
 
 class _Watcher(MetaPathFinder):
@@ -49,7 +59,7 @@ class _Watcher(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if not name.startswith("transformers.") and name != _CLAMPED:
+        if not self.watches(name):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -59,11 +69,28 @@ class _Watcher(MetaPathFinder):
                 return spec
         return None
 
+    def watches(self, name: str) -> bool:
+        """Whether a module belongs to what is waited for."""
+        return name.startswith("transformers.") or name == _CLAMPED
+
     def look(self) -> None:
         """After an import of transformers: register if this was the outermost."""
         if self.depth == 0 and _CONFIGS in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
             register()
+
+
+class _PeftWatcher(_Watcher):
+    """Registers the adapter once peft is there as a whole."""
+
+    def watches(self, name: str) -> bool:
+        return name == "peft"
+
+    def look(self) -> None:
+        """After the import of peft."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            register_adapter()
 
 
 class _Watched(Loader):

@@ -60,7 +60,7 @@ def show_report(report: VerifyReport) -> None:
     for line in flip_lines(report):
         out.print(escape(printable(line)))
     colour = "green" if report.verdict == "pass" else "red"
-    exact = "exact" if report.exact else "an approximation"
+    exact = exactness(report.carrier, report.exact)
     out.print(
         f"[{colour}]{report.verdict}[/{colour}]  {escape(printable(report.folder))}: "
         f"{report.carrier}, {exact}; scope {report.scope}"
@@ -128,6 +128,13 @@ def flip_lines(report: VerifyReport, most: int = 10) -> list[str]:
     return lines[:most] + more
 
 
+def exactness(carrier: str, exact: bool) -> str:
+    """What a carrier claims."""
+    if exact:
+        return "exact"
+    return "exact to rounding" if carrier == "compiled" else "an approximation"
+
+
 def show_folder(folder: Path) -> None:
     """Print what a folder says it is. Nothing in it is run or checked."""
     try:
@@ -135,10 +142,11 @@ def show_folder(folder: Path) -> None:
         rows = [
             (
                 "carrier",
-                f"{manifest['carrier']}, {'exact' if manifest['exact'] else 'approximate'}",
+                f"{manifest['carrier']}, {exactness(manifest['carrier'], manifest['exact'])}",
             ),
             ("base", " at ".join(filter(None, manifest["base"].values()))),
             *((f"clamp, layer {c['layer']}", _clamp_text(c)) for c in manifest["clamps"]),
+            *compiled_lines(manifest.get("compiled")),
             ("recipe sha256", manifest["recipe_sha256"]),
             ("made with", ", ".join(f"{k} {v}" for k, v in manifest["tools"].items())),
             ("files", f"{len(manifest['files'])}, checked by `bakeout verify`, not by this"),
@@ -158,6 +166,26 @@ def show_folder(folder: Path) -> None:
     for name, text in rows:
         table.add_row(name, escape(printable(text)))
     console().print(table)
+
+
+def compiled_lines(compiled: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """What a compiled folder's manifest says about its layers; nothing for other folders."""
+    if compiled is None:
+        return []
+    narrow, wide = compiled["hidden_size"]
+    lines = [("compiled", f"hidden size {narrow} to {wide}, {compiled['dtype']}")]
+    for site in compiled["sites"]:
+        distance = site["distance"]
+        lines.append(
+            (
+                "layers " + " and ".join(str(layer) for layer in site["layers"]),
+                f"{site['flags']} flags, {max(site['neurons'])} neurons; off by "
+                f"{distance['median']:.1e} of the residual stream (median; at most "
+                f"{distance['largest_share_of_bound']:.2g} of the bound) on "
+                f"{distance['tokens']} random tokens",
+            )
+        )
+    return lines
 
 
 def _clamp_text(clamp: dict[str, Any]) -> str:

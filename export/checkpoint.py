@@ -5,7 +5,6 @@ Nothing of the model is held in memory: files are copied block by block and hash
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps
 from bake.recipe import Recipe
 from export.copying import copy_all, hash_new
-from export.manifest import manifest, write_manifest
+from export.manifest import json_text, manifest, write_manifest
 from export.new_folder import check_output, new_folder
 
 CLAMP_SHARD = "model-sae-clamp.safetensors"
@@ -60,14 +59,8 @@ class CheckpointPlan:
     def copies(self) -> list[tuple[Path, str]]:
         """Files of the base that are copied, and their names in the checkpoint."""
         folder = self.base.folder
-        names = {shard: _shard_name(shard) for shard in self.base.shards}
-        for pattern in _COMPANIONS:
-            names |= {
-                (name := path.relative_to(folder).as_posix()): name
-                for path in sorted(folder.glob(pattern))
-                if path.is_file()
-            }
-        return [(folder / name, new) for name, new in names.items()]
+        shards = [(folder / shard, _shard_name(shard)) for shard in self.base.shards]
+        return shards + companions(folder)
 
     @property
     def clamp_size(self) -> int:
@@ -83,6 +76,17 @@ class CheckpointPlan:
     def inputs(self) -> list[Path]:
         """Folders and files that are read."""
         return [self.base.folder, *self.recipe.local_sources]
+
+
+def companions(folder: Path) -> list[tuple[Path, str]]:
+    """Files of a model folder that go along with its weights and config, and their names."""
+    names = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in _COMPANIONS
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+    return [(path, name) for name, path in names.items()]
 
 
 def plan_checkpoint(recipe: Recipe) -> CheckpointPlan:
@@ -150,8 +154,8 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
     (folder / CLAMP_SHARD).chmod(0o644)  # it is made readable by its owner alone
     shutil.copyfile(Path(bake.__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     texts = {
-        INDEX: _json(_index(plan.base, tensors)),
-        "config.json": _json(clamped_config(plan.recipe, plan.base, plan.clamps)),
+        INDEX: json_text(_index(plan.base, tensors)),
+        "config.json": json_text(clamped_config(plan.recipe, plan.base, plan.clamps)),
         "recipe.toml": plan.recipe.shareable().to_toml(),
         "README.md": card,
     }
@@ -211,7 +215,3 @@ def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
 
 def _shard_name(shard: str) -> str:
     return RENAMED_WEIGHTS if shard == WEIGHTS else shard
-
-
-def _json(data: dict[str, Any]) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -49,6 +49,27 @@ def manifest(
     }
 
 
+def derived_manifest(
+    source: dict[str, Any], files: dict[str, str], *, carrier: str, **more: Any
+) -> dict[str, Any]:
+    """The manifest of a folder that was made from a clamped checkpoint.
+
+    Args:
+        source: the checkpoint's manifest; base, clamps, recipe and sources stay.
+        files: sha256 of every other file, by its path in the folder.
+        carrier: adapter (exact) | compiled | merged.
+        more: what this carrier has to say about itself.
+    """
+    return source | {
+        "bakeout": version("bakeout"),
+        "carrier": carrier,
+        "exact": carrier == "adapter",
+        "tools": {tool: version(tool) for tool in _TOOLS},
+        "files": dict(sorted(files.items())),
+        **more,
+    }
+
+
 def _clamp_entry(clamp: ClampWeights) -> dict[str, Any]:
     return {
         "layer": clamp.layer,
@@ -71,10 +92,14 @@ def _local_files(recipe: Recipe) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def json_text(data: dict[str, Any]) -> str:
+    """JSON as bakeout writes it into a folder."""
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
     """Write the manifest into a folder, as its last file, and bring it to disk."""
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(contents, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(json_text(contents))
         file.flush()
         os.fsync(file.fileno())

@@ -66,6 +66,12 @@ def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0 <= checkpoint["loss_added"] <= 0.05
     assert checkpoint["parity"]["answer_flips"] == 0
     assert checkpoint["parity"]["tokens_fired"] > 0
+    compiled, adapter = (report["engines"][name] for name in ("compiled", "adapter"))
+    assert compiled["parity"]["mean_kl"] <= 1e-5 and compiled["parity"]["answer_flips"] == 0
+    assert compiled["forget"] == adapter["forget"] == reference["forget"]
+    assert adapter["parity"]["max_abs_logit"] <= 1e-4
+    sizes = [path.stat().st_size for path in (tmp_path / "demo" / "adapter").iterdir()]
+    assert sum(sizes) <= 1_000_000
 
 
 def test_recipe_is_what_the_folder_next_to_it_holds() -> None:

@@ -133,7 +133,7 @@ def test_logits_that_are_not_finite_fail(bad: float) -> None:
 def test_bars() -> None:
     def measured(**values: Any) -> Parity:
         fine = {"max_abs_logit": 1e-4, "mean_kl": 1e-3, "top1_agreement": 1.0, "flips": ()}
-        rest = {"largest_logit": 30.0, "tokens_compared": 9, "tokens_fired": 9, "worst": None}
+        rest = {"largest_logit": 5.0, "tokens_compared": 9, "tokens_fired": 9, "worst": None}
         return Parity(**{**fine, **rest, **values})
 
     flip = Flip("forget", "chat", 1, "?", "A", "B", "A")
@@ -150,14 +150,28 @@ def test_bars() -> None:
     assert what("bfloat16", mean_kl=1.1e-3) == [("mean_kl", 1.1e-3, 1e-3)]
     assert what("float16", mean_kl=math.inf) == [("mean_kl", math.inf, 1e-3)]
 
-    def elsewhere(**values: Any) -> list[Any]:
-        found = parity_failures("onnx", measured(**values), "float32", other_arithmetic=True)
-        return [failure.bar for failure in found]
+    assert what("float32", max_abs_logit=2.9e-4, largest_logit=30.0) == []
+    (large,) = what("float32", max_abs_logit=3.1e-4, largest_logit=30.0)
+    assert large == ("max_abs_logit", 3.1e-4, pytest.approx(3e-4))
 
-    assert elsewhere(max_abs_logit=2.9e-4) == []
-    assert elsewhere(max_abs_logit=3.1e-4) == [pytest.approx(3e-4)]
-    assert elsewhere(max_abs_logit=1.1e-4, largest_logit=5.0) == [1e-4]
-    assert elsewhere(flips=(flip,)) == [0]
+
+def test_bars_of_a_carrier_that_is_exact_but_for_rounding() -> None:
+    flip = Flip("forget", "chat", 1, "?", "A", "B", "A")
+
+    def what(dtype: str, n_answers: int = 100, **values: Any) -> list[tuple[Any, ...]]:
+        fine = {"max_abs_logit": 9.0, "mean_kl": 1e-5, "top1_agreement": 1.0, "flips": ()}
+        parity = Parity(
+            **{**fine, "tokens_compared": 9, "tokens_fired": 9, "worst": None, **values}
+        )
+        failures = parity_failures("compiled", parity, dtype, exact=False, n_answers=n_answers)
+        return [(f.what, f.measured, f.bar) for f in failures]
+
+    assert what("float32") == what("bfloat16", mean_kl=2e-2, flips=(flip, flip)) == []
+    assert what("float32", mean_kl=1.1e-5) == [("mean_kl", 1.1e-5, 1e-5)]
+    assert what("float32", flips=(flip,)) == [("answer_flips", 1, 0)]
+    assert what("bfloat16", mean_kl=math.inf) == [("mean_kl", math.inf, 2e-2)]
+    assert what("bfloat16", flips=(flip,) * 3) == [("answer_flips", 3, 2)]
+    assert what("bfloat16", n_answers=10, flips=(flip,)) == []
 
 
 def test_a_clamp_that_never_fired_is_a_failure() -> None:

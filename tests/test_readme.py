@@ -50,7 +50,7 @@ def test_every_command_and_method_that_is_named_exists() -> None:
     verbs = {
         command.name or (command.callback.__name__ if command.callback else "")
         for command in app.registered_commands
-    }
+    } | {group.name or "" for group in app.registered_groups}
     named = set(re.findall(r"bakeout ([a-z-]+) ", "\n".join(blocks("sh"))))
     assert named and named <= verbs
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHOD_FIELDS)

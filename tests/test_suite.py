@@ -134,7 +134,7 @@ def test_json_has_both_prompt_forms_and_no_path(report: VerifyReport, work: Path
 class InProcess(HookedRunner):
     """The checkpoint in this process, for what does not depend on where it runs."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, needs: str | None = None) -> None:
         super().__init__(name, None)
         self.folder = folder
 
@@ -279,15 +279,15 @@ def test_without_a_recipe_local_sources_leave_integrity_alone(work: Path) -> Non
 def test_bad_requests_are_one_line(work: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(work / "recipe.toml")
     two = variant(work, "two", lambda data: data["clamp"].append(data["clamp"][0]))
-    compiled = tmp_path / "compiled"
-    shutil.copytree(work / "checkpoint", compiled)
-    manifest = json.loads((compiled / "manifest.json").read_text())
-    (compiled / "manifest.json").write_text(json.dumps({**manifest, "carrier": "compiled"}))
+    merged = tmp_path / "merged"
+    shutil.copytree(work / "checkpoint", merged)
+    manifest = json.loads((merged / "manifest.json").read_text())
+    (merged / "manifest.json").write_text(json.dumps({**manifest, "carrier": "merged"}))
     cases: list[tuple[type[BakeoutError], str, Path, Recipe, set[str]]] = [
         (KindError, '"parties"; expected .* did you mean parity?', work, recipe, {"parties"}),
         (FolderError, "has no manifest.json", work, recipe, set()),
         (RecipeError, "the recipe has 2 clamps", work / "checkpoint", two, set()),
-        (FolderError, "carries the clamp as compiled", compiled, recipe, {"parity"}),
+        (FolderError, "carries the clamp as merged", merged, recipe, {"parity"}),
     ]
     for kind, message, folder, given, only in cases:
         with pytest.raises(kind, match=message) as caught:

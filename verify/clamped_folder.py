@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import QuestionSource, Recipe, TextSource
 
@@ -16,15 +18,25 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Fields of a config in which base and checkpoint must agree."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`.
+CONFIG_FILES = {
+    "layer": "config.json",
+    "compiled": "manifest.json",
+    "adapter": "adapter_config.json",
+}
+"""Which file of a folder says where its clamps sit and how large the base is, by carrier."""
+
+
+def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
+    """Where a folder's clamps sit in the base (`sae_clamp.sites`), and the base's sizes.
 
     Raises:
-        FolderError: it is missing, not readable, or of no clamped checkpoint.
+        FolderError: the file that says so is missing, not readable, or does not say it.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG_FILES[carrier]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if carrier == "compiled":
+            config = _compiled_config(folder, config)
         sites = config["sae_clamp"]["sites"]
         if not sites or not all(type(site["layer"]) is int for site in sites):
             raise ValueError("no sites")
@@ -37,6 +49,22 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: does not say where its clamps sit; expected sae_clamp.sites"
         ) from error
     return dict(config)
+
+
+def _compiled_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a compiled folder says of its base: its own config.json less what was added."""
+    config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    added = manifest["compiled"]
+    narrow, wide = added["hidden_size"]
+    if config["hidden_size"] != wide:
+        raise ValueError("hidden_size is not the manifest's")
+    return {
+        "hidden_size": narrow,
+        "num_hidden_layers": config["num_hidden_layers"] - added["layers_added"],
+        "vocab_size": config["vocab_size"],
+        "dtype": added["dtype"],
+        "sae_clamp": {"sites": [{"layer": clamp["layer"]} for clamp in manifest["clamps"]]},
+    }
 
 
 def clamped_layers(config: dict[str, Any]) -> list[int]:
@@ -125,6 +153,22 @@ def check_shape(base_config: Any, folder: Path, config: dict[str, Any]) -> None:
                 f"the recipe's base model has {field} {getattr(base, field)}, {folder.name} has "
                 f"{ours[field]}; expected the recipe that it was baked from"
             )
+
+
+def check_base(recipe: Recipe, folder: Path, config: dict[str, Any]) -> None:
+    """Raise RecipeError unless the recipe's base is the one that an adapter belongs to, by hash."""
+    base = find_base(recipe)
+    found = sorted(_sha256(base.folder / shard) for shard in base.shards)
+    if found != sorted(config.get("base_sha256") or ()):
+        raise RecipeError(
+            f"the recipe's base model {base.name} has other weights than those that "
+            f"{folder.name} was made for (by sha256); expected the recipe that it was baked from"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stored_recipe(folder: Path) -> Recipe | None:

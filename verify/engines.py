@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from verify.onnx_files import Graph
 from verify.onnx_runner import OnnxRunner
 from verify.runners import TorchRunner
 
+NAMES = {"layer": "checkpoint", "compiled": "compiled", "adapter": "adapter"}
+"""What the engine that loads a folder in torch is called, by the folder's carrier."""
+
 
 @dataclass(frozen=True)
 class Engines:
-    """A folder's own engines; none of them knows the base model or the SAE."""
+    """A folder's own engines; none of them knows the SAE."""
 
-    checkpoint: TorchRunner | None
+    carrier: str
+    """How the folder carries the clamp."""
+    torch: TorchRunner | None
     """None where the folder holds ONNX files only."""
     graphs: list[Graph]
     device: str
@@ -36,3 +42,14 @@ class Engines:
         n = self.threads if threads is None else threads
         with OnnxRunner(graph, device=self.device, threads=n, clamped=clamped) as runner:
             yield runner
+
+
+@contextmanager
+def open_engines(folder: Path, carrier: str, graphs: list[Graph], device: str) -> Iterator[Engines]:
+    """Start what a folder can be run in; nothing is loaded yet."""
+    with ExitStack() as stack:
+        runner = None
+        if carrier != "layer" or (folder / "model.safetensors.index.json").is_file():
+            needs = "bakeout" if carrier == "adapter" else None
+            runner = stack.enter_context(TorchRunner(folder, NAMES[carrier], needs))
+        yield Engines(carrier, runner, graphs, device)

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
     from verify.reference import Oracle
 
-BASE, REFERENCE, CHECKPOINT = "base", "reference", "checkpoint"
+BASE, REFERENCE = "base", "reference"
 REFERENCE_32 = "reference-float32"
 """The reference of engines that compute in float32, where the recipe's dtype is another."""
+REFERENCES = (BASE, REFERENCE, REFERENCE_32)
+"""Engines that are no part of a folder."""
 Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
 
@@ -66,7 +68,7 @@ def gather(
     """Run base, reference and the folder's engines side by side.
 
     Args:
-        folder: a clamped checkpoint.
+        folder: what bakeout wrote.
         recipe: what to rebuild the reference from, with features named.
         kinds: parity, choices, loss, or several of them.
         progress: told how far it is.
@@ -75,7 +77,7 @@ def gather(
     Raises:
         BakeoutError: anything that is named cannot be loaded or does not fit.
     """
-    config = read_config(folder)
+    config = read_config(folder, engines.carrier)
     progress("load", 0.0)
     assert recipe.verify is not None
     asks = kinds & {"parity", "choices"}
@@ -86,7 +88,7 @@ def gather(
     texts = load_texts(recipe.verify.text, recipe) if kinds & {"parity", "loss"} else []
 
     from verify.reference import Oracle
-    from verify.stock import load_base, load_tokenizer
+    from verify.stock import load_base, load_tokenizer, location
     from verify.whole_sae import load_sites
 
     sites = load_sites(recipe)
@@ -114,9 +116,10 @@ def gather(
         against = dict.fromkeys((graph.name for graph in engines.graphs), REFERENCE_32)
     with _half_the_threads() as threads, ExitStack() as stack:
         elsewhere: list[Runner] = []
-        if engines.checkpoint is not None:
-            engines.checkpoint.load(dtype, device=engines.device, threads=threads)
-            elsewhere.append(engines.checkpoint)
+        if engines.torch is not None:
+            base = location(recipe) if engines.carrier == "adapter" else None
+            engines.torch.load(dtype, device=engines.device, threads=threads, base=base)
+            elsewhere.append(engines.torch)
         for graph in engines.graphs:
             elsewhere.append(stack.enter_context(engines.open(graph, threads=threads)))
         progress("load", 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -91,16 +92,17 @@ class HookedRunner:
 
 
 class TorchRunner:
-    """A checkpoint folder in a process of its own that cannot import bakeout.
+    """A folder in a process of its own that cannot import bakeout, unless it needs to.
 
     The process starts at once and imports what it needs; `load` loads the folder into it.
 
     Args:
         folder: the checkpoint.
         name: of the engine.
+        needs: a package of bakeout that the process imports first, where the folder wants it.
     """
 
-    def __init__(self, folder: Path, name: str = "checkpoint") -> None:
+    def __init__(self, folder: Path, name: str = "checkpoint", needs: str | None = None) -> None:
         self.name = name
         self._folder = folder
         self._scratch = tempfile.TemporaryDirectory(prefix="bakeout-verify-")
@@ -109,7 +111,10 @@ class TorchRunner:
         # A fresh modules cache: the folder's own code is read, not an older copy of it.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", torch_worker.__file__, str(folder.resolve())],
+            [
+                *(sys.executable, "-I", torch_worker.__file__, str(folder.resolve())),
+                *([] if needs is None else [needs]),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -117,13 +122,21 @@ class TorchRunner:
             cwd=scratch,
         )
 
-    def load(self, dtype: str, *, device: str = "cpu", threads: int = 1) -> str:
+    def load(
+        self,
+        dtype: str,
+        *,
+        device: str = "cpu",
+        threads: int = 1,
+        base: dict[str, str] | None = None,
+    ) -> str:
         """Load the folder.
 
         Args:
             dtype: float32, bfloat16 or float16.
             device: as torch names it.
             threads: of the process.
+            base: for an adapter: what `from_pretrained` takes to load the base.
 
         Returns:
             The class that transformers made of it.
@@ -132,6 +145,7 @@ class TorchRunner:
             FolderError: it does not load; the message is transformers' own.
         """
         asked = {"op": "load", "dtype": dtype, "device": device, "threads": str(threads)}
+        asked |= {"base": json.dumps(base)} if base is not None else {}
         found, _ = self._ask(asked)
         if found["dtype"] != dtype:
             raise FolderError(

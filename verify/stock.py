@@ -29,7 +29,7 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
     import torch
     import transformers
 
-    where = _location(recipe)
+    where = location(recipe)
     dtype = dtype or recipe.base.dtype
     try:
         config = transformers.AutoConfig.from_pretrained(**where)
@@ -68,7 +68,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_location(recipe))
+        tokenizer = AutoTokenizer.from_pretrained(**location(recipe))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"base model {recipe.base.model}: its tokenizer cannot be loaded ({_reason(error)}); "
@@ -91,8 +91,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def _location(recipe: Recipe) -> dict[str, str]:
-    """What to give `from_pretrained`."""
+def location(recipe: Recipe) -> dict[str, str]:
+    """What to give `from_pretrained` for a recipe's base."""
     local = recipe.local(recipe.base.model)
     if local.is_dir():
         return {"pretrained_model_name_or_path": str(local)}

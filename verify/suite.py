@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
-from verify.clamped_folder import clamped_layers, fitted_recipe, own_recipe, read_config
-from verify.engines import Engines
-from verify.evidence import CHECKPOINT, Evidence, Progress, gather
+from verify.clamped_folder import (
+    check_base,
+    clamped_layers,
+    fitted_recipe,
+    own_recipe,
+    read_config,
+)
+from verify.engines import NAMES, open_engines
+from verify.evidence import REFERENCE, REFERENCES, Evidence, Progress, gather
 from verify.integrity import Manifest, check_integrity, read_manifest
 from verify.onnx_files import EXACT, find_graphs, graph_failures
 from verify.parity import parity_failures, silent_clamps, unlearning_failures
 from verify.prompts import TEXT_TOKENS
 from verify.report import Failure, VerifyReport
-from verify.runners import TorchRunner
 from verify.witnesses import load_witnesses, with_witnesses
 
 KINDS = ("integrity", "witnesses", "parity", "choices", "loss")
@@ -43,7 +48,7 @@ def verify_folder(
     nothing from the folder is executed.
 
     Args:
-        folder: a clamped checkpoint.
+        folder: a clamped checkpoint, or what was exported from one.
         recipe: what the reference is rebuilt from. Without one, the folder's own recipe is taken
             where everything in it can be had from the hub; else only integrity is checked, and
             the report's scope says so.
@@ -60,25 +65,26 @@ def verify_folder(
     kinds = _kinds(only)
     tell = progress or _say_nothing
     manifest = read_manifest(folder)
+    layered = manifest.carrier == "layer"
     graphs = None
     if "integrity" in kinds:
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
-        if not broken and manifest.carrier == "layer":
+        if not broken and layered:
             graphs = find_graphs(folder)
             layers = clamped_layers(read_config(folder))
             broken = graph_failures(graphs, layers, manifest.files)
         if broken or kinds == {"integrity"}:
             return _report(folder, manifest, {"integrity"}, broken)
     recipe = recipe or own_recipe(folder)
-    if recipe is None and (measured := only - {"integrity", "witnesses"}):
+    if recipe is None and (asked := only - {"integrity", "witnesses"}):
         raise RecipeError(
-            f"{', '.join(sorted(measured))}: the reference is rebuilt from a recipe, and "
+            f"{', '.join(sorted(asked))}: the reference is rebuilt from a recipe, and "
             f"{folder.name} names local sources; give the recipe with --recipe"
         )
-    if manifest.carrier != "layer" and recipe is not None:
+    if manifest.carrier not in NAMES and recipe is not None:
         raise FolderError(
             f"{folder.name}: carries the clamp as {manifest.carrier}; parity, choices and loss "
-            "are measured for `layer`. Use --only integrity"
+            f"are measured for {', '.join(NAMES)}. Use --only integrity"
         )
     witnesses = load_witnesses(folder) if "witnesses" in kinds else None
     if witnesses is None and "witnesses" in only:
@@ -90,16 +96,16 @@ def verify_folder(
         kinds &= {"integrity", "witnesses"} if witnesses else {"integrity"}
     measured = kinds & {"parity", "choices", "loss"}
     if recipe is not None and measured:
-        recipe = fitted_recipe(recipe, folder, read_config(folder))
+        config = read_config(folder, manifest.carrier)
+        recipe = fitted_recipe(recipe, folder, config)
+        if manifest.carrier == "adapter":
+            check_base(recipe, folder, config)
     report = _report(folder, manifest, kinds)
     if not measured and witnesses is None:
         return report
-    with ExitStack() as stack:
-        engines = Engines(
-            stack.enter_context(TorchRunner(folder, CHECKPOINT)) if _has_weights(folder) else None,
-            find_graphs(folder) if graphs is None else graphs,
-            device,
-        )
+    if graphs is None:
+        graphs = find_graphs(folder) if layered else []
+    with open_engines(folder, manifest.carrier, graphs, device) as engines:
         if witnesses is not None:
             tell("witnesses", 0.0)
             report = with_witnesses(report, witnesses, engines)
@@ -107,13 +113,17 @@ def verify_folder(
             return report
         evidence = gather(folder, recipe, measured, tell, engines)
     witnessed = {engine.name: engine.witnessed for engine in report.engines}
+    failures = report.failures
+    if "parity" in kinds:
+        failures += tuple(silent_clamps(evidence.fired_by_layer))
+        failures += tuple(_engine_failures(evidence, manifest, config))
     assert recipe.verify is not None
     return replace(
         report,
         engines=tuple(
             replace(engine, witnessed=witnessed.get(engine.name)) for engine in evidence.engines
         ),
-        failures=report.failures + _evidence_failures(evidence, kinds),
+        failures=failures,
         dtype=evidence.dtype,
         prompt=recipe.verify.prompt,
         items=evidence.items,
@@ -122,29 +132,27 @@ def verify_folder(
     )
 
 
-def _has_weights(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint, or rounded ONNX files alone."""
-    return (folder / "model.safetensors.index.json").is_file()
-
-
-def _evidence_failures(evidence: Evidence, kinds: frozenset[str]) -> tuple[Failure, ...]:
+def _engine_failures(
+    evidence: Evidence, manifest: Manifest, config: dict[str, Any]
+) -> Iterator[Failure]:
     """What is out of tolerance, engine by engine."""
-    failures: list[Failure] = []
-    if "parity" in kinds:
-        failures += silent_clamps(evidence.fired_by_layer)
-    reference = next(engine for engine in evidence.engines if engine.name == "reference")
-    for engine in evidence.engines:
-        if engine.name in (CHECKPOINT, EXACT) and engine.parity is not None:
-            here = engine.name == CHECKPOINT
-            failures += parity_failures(
-                engine.name,
-                engine.parity,
-                evidence.dtype if here else "float32",
-                other_arithmetic=not here,
+    found = {engine.name: engine for engine in evidence.engines}
+    items = evidence.items
+    n_answers = 2 * (items.forget_questions + items.retain_questions)  # in both prompt forms
+    for name, engine in found.items():
+        if engine.parity is None or name in REFERENCES:
+            continue
+        if name == NAMES[manifest.carrier]:
+            # A folder of 16-bit weights is held to 16 bits, whatever it is run in.
+            stored = config.get("dtype") if manifest.carrier == "compiled" else None
+            dtype = stored if evidence.dtype == "float32" and stored else evidence.dtype
+            yield from parity_failures(
+                name, engine.parity, dtype, exact=manifest.exact, n_answers=n_answers
             )
-        elif engine.name.startswith("onnx-"):
-            failures += unlearning_failures(engine, reference)
-    return tuple(failures)
+        elif name == EXACT:
+            yield from parity_failures(name, engine.parity, "float32")
+        else:
+            yield from unlearning_failures(engine, found[REFERENCE])
 
 
 def _kinds(only: frozenset[str]) -> frozenset[str]:

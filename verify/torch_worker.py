@@ -1,5 +1,6 @@
-"""A clamped checkpoint, loaded by plain transformers in a process that cannot import bakeout.
+"""A folder that bakeout wrote, loaded by transformers in a process that cannot import bakeout.
 
+A second argument names the one package of bakeout that an adapter needs; then nothing is kept away.
 Started by path with `python -I`; needs torch, transformers and safetensors only. Requests come on
 stdin, answers go to stdout, each as eight bytes of length (little endian) and that many bytes of
 safetensors; what a message says besides tensors stands in the safetensors' metadata:
@@ -12,6 +13,7 @@ A request that fails is answered by {"error": one line}. The process ends when s
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -76,16 +78,24 @@ def load_model(folder: Path, asked: dict[str, str]) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = (config.get("architectures") or [""])[0]
+    base = json.loads(asked.get("base", "null"))
+    where = base or {"pretrained_model_name_or_path": str(folder)}
+    # Only a folder with code of its own is trusted to run any.
+    trust = base is None and b'"auto_map"' in (folder / "config.json").read_bytes()
+    config = transformers.AutoConfig.from_pretrained(**where, trust_remote_code=trust)
+    name = (config.architectures or [""])[0]
     images = name.endswith("ForConditionalGeneration")
     auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(
-        folder,
-        trust_remote_code=True,
+        **where,
+        trust_remote_code=trust,
         dtype=getattr(torch, asked["dtype"]),
         attn_implementation="eager",
     )
+    if base is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
     return model.to(asked["device"]).eval()
 
 
@@ -147,7 +157,11 @@ def main() -> None:
         write_message(answers, pack({"error": f"{loaded[0]} is imported already"}))
         return
     blocker = Blocker()
-    sys.meta_path.insert(0, blocker)
+    if len(sys.argv) > 2:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        importlib.import_module(sys.argv[2])
+    else:
+        sys.meta_path.insert(0, blocker)
     serve(Path(sys.argv[1]), sys.stdin.buffer, answers, blocker)
 
 

@@ -129,9 +129,9 @@ def with_witnesses(report: VerifyReport, witnesses: Witnesses, engines: Engines)
     float32.
     """
     found: dict[str, Witnessed] = {}
-    if engines.checkpoint is not None:
-        engines.checkpoint.load("float32", device=engines.device, threads=engines.threads)
-        found[engines.checkpoint.name] = _compare(witnesses, witnesses.seen(engines.checkpoint))
+    if engines.torch is not None:
+        engines.torch.load("float32", device=engines.device, threads=engines.threads)
+        found[engines.torch.name] = _compare(witnesses, witnesses.seen(engines.torch))
     for graph in engines.graphs:
         with engines.open(graph) as runner:
             seen = witnesses.seen(runner)
