@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bakeout.showing import compiled_lines, progress
 from export.adapter import write_adapter
-from export.clamped_source import ClampedSource, open_clamped
+from export.clamped_source import ClampedSource, open_source
 from export.compiled import describe, plan_compiled, write_compiled
 from export.new_folder import check_output
 from model_cards.render import render_export_card
@@ -38,7 +38,7 @@ def export_compiled(
 
 def export_adapter(folder: Path, out: Path, *, force: bool) -> str:
     """Write a clamped checkpoint's adapter; returns what was written, in a line."""
-    source = open_clamped(folder)
+    source = open_source(folder)
     card = render_export_card(source.manifest, "adapter", _license(source))
     write_adapter(source, out, card=card, force=force)
     size = sum(path.stat().st_size for path in out.iterdir())

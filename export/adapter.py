@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bake.errors import ExportError
-from export.clamped_source import CLAMP_TENSORS, ClampedSource
+from export.clamped import CLAMP_TENSORS
+from export.clamped_source import ClampedSource
 from export.copying import hash_new
 from export.manifest import derived_manifest, json_text, write_manifest
 from export.new_folder import MANIFEST, check_output, new_folder

@@ -20,6 +20,8 @@ from export.copying import BLOCK_BYTES
 from export.new_folder import MANIFEST
 
 AGAIN = "bake or download the folder again"
+CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
+"""What a clamp's tensors are called, in the order of the operator's inputs."""
 _NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
 _ROW_BYTES = 32 << 20
 """Bytes of float32 that `StoredTensor.blocks` gives at once, about."""

@@ -30,7 +30,7 @@ import export.unnormed_layers as unnormed
 from bake.base import INDEX
 from bake.errors import ExportError
 from export.checkpoint import companions
-from export.clamped_source import ClampedSource, ClampSite, open_clamped
+from export.clamped_source import ClampedSource, ClampSite, open_source
 from export.compiled_files import NewLayer, index_of, n_bytes, tensor_files, write_tensors
 from export.compiled_rule import Measured, choose_setting, error_bound, summary
 from export.copying import copy_hashed, hash_new
@@ -103,7 +103,7 @@ def plan_compiled(
     Raises:
         BakeoutError: the folder is none, or its clamp cannot be compiled; the line says why.
     """
-    source = open_clamped(folder)
+    source = open_source(folder)
     _check_family(source)
     dtype = dtype or _stored_dtype(source)
     if dtype not in DTYPES:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from export.clamped_source import ClampedSource, StoredTensor
+from export.clamped import StoredTensor
+from export.clamped_source import ClampedSource
 from export.stock_layers import MLP
 from export.widening import BLOCK_BYTES, DTYPES, Widening, to_bits, widened, widened_blocks
 
@@ -42,7 +43,7 @@ def tensor_files(
     files: dict[str, Tensors] = {name: {} for name in source.base_files}
     sites = [layer.behind for layer in layers]
     for name, tensor in source.tensors.items():
-        files[tensor.file][_renumbered(name, sites)] = (
+        files[tensor.file.name][_renumbered(name, sites)] = (
             DTYPES[plan.dtype],
             widened(name, tensor.shape, plan).shape,
             partial(widened_blocks, source.folder, name, tensor, plan),

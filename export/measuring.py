@@ -97,14 +97,14 @@ def measure(source: ClampedSource, ids: NDArray[np.int64]) -> list[Measured]:
 
 
 def _tensor(source: ClampedSource, name: str) -> torch.Tensor:
-    with safe_open(source.folder / source.tensors[name].file, framework="pt") as file:
+    with safe_open(source.tensors[name].file, framework="pt") as file:
         tensor: torch.Tensor = file.get_tensor(name).float()
         return tensor
 
 
 def _embedded(source: ClampedSource, name: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """[batch, seq, d] embeddings as Gemma scales them; only rows that are asked for are read."""
-    with safe_open(source.folder / source.tensors[name].file, framework="pt") as file:
+    with safe_open(source.tensors[name].file, framework="pt") as file:
         table = file.get_slice(name)
         rows = {int(i): table[int(i) : int(i) + 1].float().numpy()[0] for i in np.unique(ids)}
     d = int(source.config["hidden_size"])

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper
 
 from bake.errors import ModelError
+from export.clamped import CLAMP_TENSORS
 from export.onnx_builder import Builder
-from export.onnx_op import CLAMP_TENSORS, DOMAIN, NAME
+from export.onnx_op import DOMAIN, NAME
 from export.onnx_weights import Weights
 
 INT64, FLOAT, FLOAT16 = TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT16

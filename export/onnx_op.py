@@ -23,9 +23,6 @@ VERSION = 1
 OPSET = 20
 """Of the standard operators, in the function's body and in the graphs that hold it."""
 
-CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
-"""Inputs 2 to 9, by the names that the checkpoint's tensors end in."""
-
 DOC = """\
 Sets a few features of a sparse autoencoder (SAE) in the residual stream of a language model.
 

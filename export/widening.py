@@ -30,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.errors import ExportError
-from export.clamped_source import ClampedSource, StoredTensor
+from export.clamped import StoredTensor
+from export.clamped_source import ClampedSource
 from export.stock_layers import Logic, Place, Stream
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -318,12 +319,12 @@ def _raw_rows(folder: Path, tensor: StoredTensor) -> Iterator[Raw]:
     """A tensor's bits, [rows, columns], block by block; a vector is one row."""
     if tensor.dtype not in _BITS:
         raise ExportError(
-            f"{tensor.file}: holds {tensor.dtype} numbers; expected one of {', '.join(_BITS)}"
+            f"{tensor.file.name}: holds {tensor.dtype} numbers; expected one of {', '.join(_BITS)}"
         )
     bits = np.dtype(_BITS[tensor.dtype])
     rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
     per_block = max(1, BLOCK_BYTES // (columns * bits.itemsize))
-    with (folder / tensor.file).open("rb") as file:
+    with tensor.file.open("rb") as file:
         file.seek(tensor.offset)
         for start in range(0, rows, per_block):
             n = min(per_block, rows - start)

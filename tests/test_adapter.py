@@ -16,7 +16,7 @@ from bake.errors import ExportError, OutputError
 from bakeout.baking import bake_recipe
 from bakeout.exporting import export_adapter
 from export.adapter import adapter_config, fingerprint, first_row, write_adapter
-from export.clamped_source import open_clamped
+from export.clamped_source import open_source
 
 
 def make(folder: Path, family: str = "gemma2", dtype: str = "float32") -> Path:
@@ -71,7 +71,7 @@ def test_a_fingerprint_survives_another_dtype_and_no_change(tmp_path: Path) -> N
 
 def test_output_is_checked_and_a_base_without_hash_is_refused(tmp_path: Path) -> None:
     make(tmp_path)
-    source = open_clamped(tmp_path / "checkpoint")
+    source = open_source(tmp_path / "checkpoint")
     with pytest.raises(OutputError, match="exists"):
         write_adapter(source, tmp_path / "adapter", card="")
     with pytest.raises(OutputError, match="overlaps"):

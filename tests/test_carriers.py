@@ -82,7 +82,7 @@ class InProcess(HookedRunner):
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verify.evidence.TorchRunner", InProcess)
+    monkeypatch.setattr("verify.engines.TorchRunner", InProcess)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from bake.errors import FolderError
 from bakeout.baking import bake_recipe
-from export.clamped_source import open_clamped
+from export.clamped_source import open_source
 
 SHARD = "model-sae-clamp.safetensors"
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_reads_the_base_and_the_clamp(checkpoint: Path) -> None:
-    source = open_clamped(checkpoint)
+    source = open_source(checkpoint)
     base = json.loads((checkpoint.parent / "base" / "config.json").read_text())
     assert source.model_type == "gemma2" and source.name == "checkpoint"
     assert source.config["hidden_activation"] == base["hidden_activation"]
@@ -44,11 +44,11 @@ def test_it_reads_the_base_and_the_clamp(checkpoint: Path) -> None:
     for name in ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale"):
         assert np.array_equal(getattr(site, name), stored[f"model.layers.1.sae_clamp.{name}"])
     first = next(iter(source.tensors.values()))
-    with (checkpoint / first.file).open("rb") as file:
+    with first.file.open("rb") as file:
         file.seek(first.offset)
         data = np.frombuffer(file.read(4 * int(np.prod(first.shape))), "<f4")
     name = next(iter(source.tensors))
-    assert np.array_equal(data.reshape(first.shape), load_file(checkpoint / first.file)[name])
+    assert np.array_equal(data.reshape(first.shape), load_file(first.file)[name])
     assert source.size == sum((checkpoint / name).stat().st_size for name in source.base_files)
 
 
@@ -85,5 +85,5 @@ def test_a_damaged_folder_is_refused_in_one_line(
     folder = shutil.copytree(checkpoint, tmp_path / "folder")
     damage(folder)
     with pytest.raises(FolderError, match=match) as caught:
-        open_clamped(folder)
+        open_source(folder)
     assert "\n" not in str(caught.value)

@@ -12,7 +12,7 @@ from conftest import save_sae_lens, tiny_base, tiny_sae
 from test_compiled import STOCK
 
 from bakeout.baking import bake_recipe
-from export.clamped_source import ClampedSource, open_clamped
+from export.clamped_source import ClampedSource, open_source
 from export.measuring import LENGTH, SEQUENCES, measure, random_tokens, trial_streams
 from export.stock_layers import logic_of
 
@@ -31,7 +31,7 @@ def source_of(folder: Path, family: str) -> ClampedSource:
         f'schema = 1\n[base]\nmodel = "base"\nlicense = "apache-2.0"\n{tables}'
     )
     bake_recipe(folder / "recipe.toml", folder / "checkpoint", force=False)
-    return open_clamped(folder / "checkpoint")
+    return open_source(folder / "checkpoint")
 
 
 @pytest.mark.parametrize("family", STOCK)

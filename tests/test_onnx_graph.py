@@ -22,10 +22,10 @@ from test_exactness import FEATURES, METHODS
 from bake.errors import ModelError
 from bake.recipe import Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
-from export.clamped import Clamped, StoredTensor, open_clamped
+from export.clamped import CLAMP_TENSORS, Clamped, StoredTensor, open_clamped
 from export.onnx_folder import write_graph
 from export.onnx_graph import FLOAT, FLOAT16, Architecture, GraphWriter
-from export.onnx_op import CLAMP_TENSORS, DOMAIN, NAME
+from export.onnx_op import DOMAIN, NAME
 from export.onnx_weights import SharedWeights
 from verify.onnx_files import open_graph
 from verify.onnx_runner import open_session
@@ -116,7 +116,7 @@ class Engine:
 
     def __init__(self, export: Export) -> None:
         proto = open_graph("onnx", export.path).model
-        self.session = open_session(proto, export.path.parent, threads=1)
+        self.session = open_session(proto, export.path, threads=1)
         self.past = [i for i in self.session.get_inputs() if i.name.startswith("past_key_values")]
 
     def empty(self, batch: int) -> list[np.ndarray]:
@@ -560,7 +560,7 @@ def test_a_cache_of_halves_stays_near(workshop: Workshop, export: Export) -> Non
     assert kinds == {TensorProto.FLOAT16}
     proto = export.proto
     proto.graph.CopyFrom(halves)
-    session = open_session(proto, export.path.parent, threads=1)
+    session = open_session(proto, export.path, threads=1)
     ids, mask = prompts([20, 17])
     feed = {
         "input_ids": ids.numpy(),

@@ -15,8 +15,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+from export.clamped import CLAMP_TENSORS
 from export.onnx_op import (
-    CLAMP_TENSORS,
     DOC,
     DOMAIN,
     NAME,

@@ -239,7 +239,7 @@ def test_what_onnx_runtime_refuses_is_one_line(folder: Path) -> None:
     broken.CopyFrom(graph.model)
     broken.graph.node[3].op_type = "NoSuchOperator"
     with pytest.raises(FolderError, match=r"ONNX Runtime cannot run it: .*NoSuchOp") as caught:
-        open_session(broken, folder)
+        open_session(broken, folder / "model.onnx")
     assert "\n" not in str(caught.value)
 
 

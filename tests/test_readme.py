@@ -13,6 +13,7 @@ from conftest import RecipeWriter, save_sae_lens, tiny_base, tiny_sae, tiny_toke
 from bake.recipe import METHOD_FIELDS, Recipe
 from bakeout.baking import bake_recipe
 from bakeout.cli import app
+from export.onnx_folder import export_onnx
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -36,14 +37,19 @@ def test_the_python_loads_a_checkpoint(
     base = tiny_base(tmp_path / "base")
     tiny_tokenizer(base)
     save_sae_lens(tmp_path / "sae", tiny_sae())
-    table = {"sae": {"path": "sae"}, "method": "zero", "features": [1]}
-    bake_recipe(write_recipe(table), tmp_path / "gemma-2-2b-clamped", force=False)
+    table = {"sae": {"path": "sae"}, "method": "clamp", "features": [1, 5, 9], "value": -6.0}
+    folder = tmp_path / "gemma-2-2b-clamped"
+    bake_recipe(write_recipe(table), folder, force=False)
+    export_onnx(folder)
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    in_torch, in_onnx, *others = blocks("python")
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(in_torch, names)
     assert type(names["model"]).__name__ == "ClampedGemma2ForCausalLM"
     assert names["tokenizer"].bos_token == "<bos>"
+    exec(in_onnx, names)
+    assert len(names["tokens"]) == 8 and type(names["model"]).__module__.startswith("onnxruntime")
+    assert not others
 
 
 def test_every_command_and_method_that_is_named_exists() -> None:

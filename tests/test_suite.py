@@ -149,7 +149,7 @@ class InProcess(HookedRunner):
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verify.suite.TorchRunner", InProcess)
+    monkeypatch.setattr("verify.engines.TorchRunner", InProcess)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -253,7 +253,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing from the folder may run")
 
-    monkeypatch.setattr("verify.suite.TorchRunner", refuse)
+    monkeypatch.setattr("verify.engines.TorchRunner", refuse)
 
 
 @pytest.mark.usefixtures("nothing_runs")

@@ -14,7 +14,7 @@ from conftest import save_sae_lens, tiny_base, tiny_config, tiny_sae
 from test_compiled import STOCK, compile_recipe, logits_of, prompts
 
 from bake.errors import ExportError
-from export.clamped_source import open_clamped
+from export.clamped_source import open_source
 from export.stock_layers import logic_of
 from export.widening import choose_width, plan_widening, rounded, to_bits, to_float32, widened
 
@@ -92,7 +92,7 @@ def plan_of(tmp_path: Path, **site: Any) -> Any:
         '[[clamp]]\nsae = { path = "two" }\nmethod = "zero"\nfeatures = [3]\nexempt_bos = false\n'
     )
     bake_recipe(tmp_path / "recipe.toml", tmp_path / "checkpoint", force=False)
-    source = open_clamped(tmp_path / "checkpoint")
+    source = open_source(tmp_path / "checkpoint")
     logics = [logic_of(site) for site in source.sites]
     return plan_widening(source, logics, n_neurons=60, dtype="float32", pad=None)
 

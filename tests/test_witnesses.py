@@ -97,7 +97,7 @@ def folder(work: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verify.suite.TorchRunner", InProcess)
+    monkeypatch.setattr("verify.engines.TorchRunner", InProcess)
 
 
 def hash_again(folder: Path, *names: str) -> None:
