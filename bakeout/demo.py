@@ -12,13 +12,14 @@ from bakeout.cli import write_json
 from bakeout.showing import console, progress, show_report
 from export.onnx_folder import export_onnx
 from export.onnx_weights import PRECISIONS
+from verify.html import write_html
 from verify.suite import verify_folder
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
 
 
 def run_demo(out: Path) -> int:
-    """Bake, verify, print one table; leaves `checkpoint/` and `report.json` below `out`."""
+    """Bake, verify, print one table; leaves the folder and its report, twice, below `out`."""
     start = time.monotonic()
     folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
     bake_recipe(recipe_file, folder, force=True)
@@ -29,9 +30,10 @@ def run_demo(out: Path) -> int:
     with progress("verify") as advance:
         report = verify_folder(folder, recipe, progress=advance)
     write_json(report, out / "report.json")
+    write_html(report, folder, out / "report.html")
     show_report(report)
     console().print(
-        f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.json'})\n\n"
+        f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.html'})\n\n"
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'    model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n'
         f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")\n',

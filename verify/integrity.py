@@ -16,6 +16,9 @@ from bake.errors import FolderError
 from verify.report import Failure
 
 MANIFEST = "manifest.json"
+CARD = "README.md"
+SCHEMA = 1
+"""Newest version of the manifest that is understood here."""
 BLOCK_BYTES = 4 << 20
 """How much of a file is hashed between two reports of progress, in bytes."""
 THREADS = 4
@@ -34,6 +37,8 @@ class Manifest:
     """layer | adapter | compiled | merged."""
     exact: bool
     """Whether the carrier computes the clamp itself rather than an approximation."""
+    sha256: str
+    """Of manifest.json itself."""
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -46,7 +51,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise FolderError(f"{folder}: is no folder; expected a folder that bakeout wrote")
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        data = json.loads(raw)
     except FileNotFoundError as error:
         raise FolderError(
             f"{folder}: has no {MANIFEST}; expected a folder that bakeout wrote"
@@ -55,6 +61,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise FolderError(
             f"{path}: cannot be read ({error}); expected JSON; bake or download it again"
         ) from error
+    _check_schema(path, data)
     files = data.get("files") if isinstance(data, dict) else None
     if not isinstance(files, dict) or not files:
         raise FolderError(f'{path}: has no "files"; expected file names with their sha256')
@@ -66,7 +73,18 @@ def read_manifest(folder: Path) -> Manifest:
             f'{path}: "carrier" is {carrier!r} and "exact" is {exact!r}; expected a name and a '
             "boolean"
         )
-    return Manifest(files, carrier, exact)
+    return Manifest(files, carrier, exact, hashlib.sha256(raw).hexdigest())
+
+
+def _check_schema(manifest: Path, data: Any) -> None:
+    schema = data.get("schema", SCHEMA) if isinstance(data, dict) else SCHEMA
+    if type(schema) is not int or schema < 1:
+        raise FolderError(f'{manifest}: "schema" is {schema!r}; expected {SCHEMA}')
+    if schema > SCHEMA:
+        raise FolderError(
+            f'{manifest}: "schema" is {schema}, and this bakeout knows up to {SCHEMA}; update '
+            "bakeout"
+        )
 
 
 def _check_entry(manifest: Path, name: str, digest: Any) -> None:

@@ -140,6 +140,11 @@ def answer_flips(
     ]
 
 
+def logit_bar(parity: Parity, *, other_arithmetic: bool) -> float:
+    """Largest |Δlogit| that an exact engine may show in float32."""
+    return max(MAX_ABS_LOGIT, OTHER_ARITHMETIC * parity.largest_logit * other_arithmetic)
+
+
 def parity_failures(
     engine: str, parity: Parity, dtype: str, *, other_arithmetic: bool = False
 ) -> list[Failure]:
@@ -151,9 +156,7 @@ def parity_failures(
         dtype: what both ran in: float32, bfloat16 or float16.
         other_arithmetic: whether the engine's is not torch's.
     """
-    bar = MAX_ABS_LOGIT
-    if other_arithmetic:
-        bar = max(bar, OTHER_ARITHMETIC * parity.largest_logit)
+    bar = logit_bar(parity, other_arithmetic=other_arithmetic)
     worst = None if parity.worst is None else str(parity.worst)
     if dtype == "float32":
         first = None

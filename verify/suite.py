@@ -13,7 +13,7 @@ from bake.recipe import Recipe
 from verify.clamped_folder import clamped_layers, fitted_recipe, own_recipe, read_config
 from verify.engines import Engines
 from verify.evidence import CHECKPOINT, Evidence, Progress, gather
-from verify.integrity import Manifest, check_integrity, read_manifest
+from verify.integrity import CARD, Manifest, check_integrity, read_manifest
 from verify.onnx_files import EXACT, find_graphs, graph_failures
 from verify.parity import parity_failures, silent_clamps, unlearning_failures
 from verify.prompts import TEXT_TOKENS
@@ -119,6 +119,7 @@ def verify_folder(
         items=evidence.items,
         fired_by_layer=evidence.fired_by_layer,
         warnings=_silent_features(evidence.never_active),
+        examples=evidence.examples,
     )
 
 
@@ -167,6 +168,8 @@ def _report(
         exact=manifest.exact,
         scope="full" if set(kinds) == set(KINDS) else "+".join(k for k in KINDS if k in kinds),
         failures=tuple(failures),
+        manifest_sha256=manifest.sha256,
+        card_sha256=manifest.files.get(CARD),
     )
 
 
