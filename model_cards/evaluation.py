@@ -91,7 +91,7 @@ def _result(
     value: float,
 ) -> EvalResult:
     hub = source.dataset is not None
-    name = source.dataset or source.path or ""
+    name = one_line(source.dataset or source.path or "")
     return EvalResult(
         task_type=task,
         dataset_type=name,
@@ -104,3 +104,8 @@ def _result(
         source_name=QUESTIONS_FROM if metric == "accuracy" else "Farrell et al.",
         source_url=PROTOCOL,
     )
+
+
+def one_line(text: str) -> str:
+    """Text without line ends and control characters, for a value of the front matter."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())

@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from bake.base import BaseModel
 from bake.clamp import ClampWeights
 from bake.recipe import Recipe
-from model_cards.evaluation import Figures, eval_results
+from model_cards.evaluation import Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
 from verify.report import VerifyReport
 
@@ -39,14 +39,14 @@ def render(
     """
     hub_id = facts.revision is not None
     data = ModelCardData(
-        base_model=facts.base if hub_id else None,
+        base_model=one_line(facts.base) if hub_id else None,
         base_model_relation=_RELATIONS.get(facts.carrier, "finetune") if hub_id else None,
-        license=facts.license,
+        license=one_line(facts.license),
         library_name="peft" if facts.carrier == "adapter" else "transformers",
         pipeline_tag="text-generation",
         tags=[tag for tag in TAGS if tag != "custom_code" or facts.carrier == "layer"],
         eval_results=eval_results(facts.verify, report) or None,
-        model_name=None if report is None else report.folder,
+        model_name=None if report is None else one_line(report.folder),
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"text": as_text, "number": _number}
@@ -60,9 +60,8 @@ def render(
 
 def as_text(value: object) -> str:
     """A value inside Markdown: no markup, no HTML, no control character, one line."""
-    line = " ".join(str(value).split())
     return "".join(
-        f"\\{c}" if c in "\\`*_{}[]()#|!~$" else escape(c) for c in line if c.isprintable()
+        f"\\{c}" if c in "\\`*_{}[]()#|!~$" else escape(c) for c in one_line(str(value))
     )
 
 

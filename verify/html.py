@@ -162,6 +162,8 @@ def _token(token: str) -> str:
 def _number(value: float | int | str | None) -> str:
     if value is None:
         return "–"
+    if value == 0:
+        return "0"
     if isinstance(value, float):
         return f"{value:.1e}" if math.isfinite(value) else "not finite"
     return shown(value)
