@@ -60,9 +60,7 @@ def render(
 
 def as_text(value: object) -> str:
     """A value inside Markdown: no markup, no HTML, no control character, one line."""
-    return "".join(
-        f"\\{c}" if c in "\\`*_{}[]()#|!~$" else escape(c) for c in one_line(str(value))
-    )
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#|!~$" else escape(c) for c in one_line(str(value)))
 
 
 def _number(value: float) -> str:

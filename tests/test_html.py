@@ -171,7 +171,7 @@ def browse(page: str, tmp_path: Path, width: int = 390, *flags: str) -> tuple[di
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [390, 1100])
+@pytest.mark.parametrize("width", [390, 700, 1100])
 def test_a_browser_shows_the_verdict_first_and_hostile_text_as_text(
     width: int, tmp_path: Path
 ) -> None:
