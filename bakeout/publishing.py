@@ -18,10 +18,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from bake.errors import BakeoutError, FolderError, OutputError, ReportError
 from export.manifest import write_manifest
-from export.new_folder import disk_full
+from export.new_folder import MANIFEST, disk_full
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
-from verify.integrity import CARD, MANIFEST, check_integrity, read_manifest
+from verify.integrity import CARD, check_integrity, read_manifest
 from verify.reading import check_fresh, read_report
 from verify.report import VerifyReport
 

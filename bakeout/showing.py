@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from bake.errors import FolderError
+from verify.integrity import read_manifest
 from verify.report import ENGINE_TITLES, EngineReport, VerifyReport
 
 
@@ -127,6 +128,7 @@ def show_folder(folder: Path) -> None:
     """Print what a folder says it is. Nothing in it is run or checked."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        read_manifest(folder)  # refuses what is none, or of a newer schema
         rows = [
             (
                 "carrier",

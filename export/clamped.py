@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from bake.base import FAMILIES, INDEX
 from bake.errors import FolderError
 from export.copying import BLOCK_BYTES
-from export.new_folder import MANIFEST
+from export.new_folder import MANIFEST, check_schema
 
 AGAIN = "bake or download the folder again"
 _NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
@@ -126,6 +126,7 @@ def open_clamped(folder: Path) -> Clamped:
     if not folder.is_dir():
         raise FolderError(f"{folder}: is no folder; expected one that `bakeout bake` wrote")
     manifest = _read_json(folder / MANIFEST)
+    check_schema(folder / MANIFEST, manifest)
     if not isinstance(manifest.get("files"), dict):
         raise FolderError(f'{folder / MANIFEST}: has no "files"; {AGAIN}')
     if manifest.get("carrier") != "layer":

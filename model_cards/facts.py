@@ -13,7 +13,8 @@ from bake.base import BaseModel
 from bake.clamp import ClampWeights, parameters, sae_name
 from bake.errors import FolderError
 from bake.recipe import Clamp, Recipe, Verify, layer_of
-from verify.integrity import MANIFEST, read_manifest
+from export.new_folder import MANIFEST
+from verify.integrity import read_manifest
 
 GEMMA_SCOPE = (
     "Gemma Scope, by Google DeepMind (Lieberum et al., arXiv 2408.05147), licensed CC BY 4.0"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bake.errors import FolderError
-from verify.integrity import MANIFEST, check_integrity, read_manifest
+from export.new_folder import MANIFEST
+from verify.integrity import check_integrity, read_manifest
 from verify.report import Failure
 
 FILES = {"a.safetensors": b"x" * 9000, "config.json": b"{}", "onnx/model.onnx": b"graph"}

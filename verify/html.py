@@ -11,7 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from verify.integrity import MANIFEST, read_manifest
+from export.new_folder import MANIFEST
+from verify.integrity import read_manifest
 from verify.plots import accuracy_plots, fired_plot, parity_plots, title_of
 from verify.report import Flip, VerifyReport
 

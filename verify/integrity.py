@@ -13,12 +13,10 @@ from threading import Lock
 from typing import Any
 
 from bake.errors import FolderError
+from export.new_folder import MANIFEST, check_schema
 from verify.report import Failure
 
-MANIFEST = "manifest.json"
 CARD = "README.md"
-SCHEMA = 1
-"""Newest version of the manifest that is understood here."""
 BLOCK_BYTES = 4 << 20
 """How much of a file is hashed between two reports of progress, in bytes."""
 THREADS = 4
@@ -61,7 +59,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise FolderError(
             f"{path}: cannot be read ({error}); expected JSON; bake or download it again"
         ) from error
-    _check_schema(path, data)
+    check_schema(path, data)
     files = data.get("files") if isinstance(data, dict) else None
     if not isinstance(files, dict) or not files:
         raise FolderError(f'{path}: has no "files"; expected file names with their sha256')
@@ -74,17 +72,6 @@ def read_manifest(folder: Path) -> Manifest:
             "boolean"
         )
     return Manifest(files, carrier, exact, hashlib.sha256(raw).hexdigest())
-
-
-def _check_schema(manifest: Path, data: Any) -> None:
-    schema = data.get("schema", SCHEMA) if isinstance(data, dict) else SCHEMA
-    if type(schema) is not int or schema < 1:
-        raise FolderError(f'{manifest}: "schema" is {schema!r}; expected {SCHEMA}')
-    if schema > SCHEMA:
-        raise FolderError(
-            f'{manifest}: "schema" is {schema}, and this bakeout knows up to {SCHEMA}; update '
-            "bakeout"
-        )
 
 
 def _check_entry(manifest: Path, name: str, digest: Any) -> None:

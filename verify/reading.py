@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import ReportError
-from verify.integrity import CARD, MANIFEST, check_integrity, read_manifest
+from export.new_folder import MANIFEST
+from verify.integrity import CARD, check_integrity, read_manifest
 from verify.report import SCHEMA, VerifyReport
 
 _AGAIN = "run `bakeout verify FOLDER --json FILE` again"
