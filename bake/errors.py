@@ -27,6 +27,10 @@ class FolderError(BakeoutError):
     """A folder that was expected to be a clamped checkpoint and is not."""
 
 
+class ReportError(BakeoutError):
+    """A report that cannot be read, is of a newer schema, or is of another state of the folder."""
+
+
 class DataError(BakeoutError):
     """Questions or texts that cannot be read."""
 

@@ -154,6 +154,9 @@ def verify(
     ] = None,
     device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
     json_file: JsonFile = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
+    ] = None,
 ) -> None:
     """Compare a folder with the hooked reference. Exit code 1 when it does not hold."""
     from bake.recipe import Recipe
@@ -168,6 +171,10 @@ def verify(
         show_report(report)
     if json_file is not None:
         write_json(report.to_dict(), json_file)
+    if html_file is not None:
+        from verify.html import write_html
+
+        write_html(report, folder, html_file)
     raise typer.Exit(report.exit_code)
 
 
@@ -284,6 +291,63 @@ def chat(
 
     manner = Manner(max_new_tokens, temperature)
     run_chat(folder, engine=engine, beside=beside, device=device, manner=manner)
+
+
+@app.command()
+def card(
+    folder: FolderPath,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="What `bakeout verify FOLDER --json FILE` wrote.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the folder's README.md anew: what was removed, what was measured, what remains."""
+    from bakeout.publishing import card_folder
+    from bakeout.showing import progress
+
+    with progress("card") as advance:
+        written = card_folder(folder, report, lambda share: advance("hash", share))
+    typer.echo(f"written to {written}")
+
+
+@app.command()
+def push(
+    folder: FolderPath,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id: user/name.")],
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `bakeout verify FOLDER --json FILE` wrote: pass, and in full.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create it as private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be uploaded; change nothing.")
+    ] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Without a passing report; the card says so.")
+    ] = False,
+) -> None:
+    """Upload a folder that passed its verification to the hub, with a card that shows it."""
+    from bakeout.publishing import push_folder
+    from bakeout.showing import printable, progress
+
+    with progress("push") as advance:
+        upload = push_folder(
+            folder,
+            repo,
+            report_file=report,
+            unverified=unverified,
+            private=private,
+            dry_run=dry_run,
+            advance=lambda share: advance("hash", share),
+        )
+    for name, size in upload.files:
+        typer.echo(printable(f"{size / 1e6:>12,.3f} MB  {name}"))
+    kind = "private" if upload.private else "public"
+    total = f"{len(upload.files)} files, {upload.size / 1e6:,.1f} MB, {kind}: {upload.repo}"
+    typer.echo(f"would upload {total}\nnothing sent (--dry-run)" if dry_run else f"sent {total}")
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:

@@ -15,6 +15,7 @@ from bakeout.exporting import export_adapter, export_compiled
 from bakeout.showing import console, progress, show_report
 from export.onnx_folder import export_onnx
 from export.onnx_weights import PRECISIONS
+from verify.html import write_html
 from verify.report import VerifyReport
 from verify.suite import verify_folder
 
@@ -23,7 +24,7 @@ MINIATURE = Path(bakeout.__file__).parent / "miniature"
 
 def run_demo(out: Path) -> int:
     """Select, bake, export, verify, print one table; leaves a folder per carrier, `statistics/` and
-    `report.json` below `out`.
+    the report, as JSON and as a page, below `out`.
     """
     start = time.monotonic()
     folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
@@ -43,9 +44,10 @@ def run_demo(out: Path) -> int:
             reports.append(verify_folder(carrier, recipe, progress=advance))
     report = side_by_side(reports)
     write_json(report.to_dict(), out / "report.json")
+    write_html(report, folder, out / "report.html")
     show_report(report)
     console().print(
-        f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.json'})\n\n"
+        f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.html'})\n\n"
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'    model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n'
         f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")\n',

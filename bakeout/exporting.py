@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
+from typing import Any
 
+from bake.recipe import Recipe
 from bakeout.showing import compiled_lines, progress
 from export.adapter import write_adapter
 from export.clamped_source import ClampedSource, open_source
 from export.compiled import describe, plan_compiled, write_compiled
 from export.new_folder import check_output
-from model_cards.render import render_export_card
+from model_cards.facts import facts_of_manifest
+from model_cards.render import render
 
 
 def export_compiled(
@@ -23,9 +25,7 @@ def export_compiled(
         size, done = plan.size, 0
         check_output(out, inputs=[folder], size=size, force=force)
         compiled = describe(plan)
-        card = render_export_card(
-            plan.source.manifest | {"compiled": compiled}, "compiled", _license(plan.source)
-        )
+        card = _card(plan.source, carrier="compiled", exact=False, compiled=compiled)
 
         def written(n: int) -> None:
             nonlocal done
@@ -39,13 +39,13 @@ def export_compiled(
 def export_adapter(folder: Path, out: Path, *, force: bool) -> str:
     """Write a clamped checkpoint's adapter; returns what was written, in a line."""
     source = open_source(folder)
-    card = render_export_card(source.manifest, "adapter", _license(source))
+    card = _card(source, carrier="adapter", exact=True)
     write_adapter(source, out, card=card, force=force)
     size = sum(path.stat().st_size for path in out.iterdir())
     return f"adapter      {size / 1e3:,.1f} kB, for {source.manifest['base']['model']}"
 
 
-def _license(source: ClampedSource) -> str:
-    """As the folder's recipe states it."""
-    recipe = tomllib.loads((source.folder / "recipe.toml").read_text(encoding="utf-8"))
-    return str(recipe["base"].get("license", "gemma"))
+def _card(source: ClampedSource, **more: Any) -> str:
+    """The card of what is about to be exported, whose manifest says `more` than the source's."""
+    recipe = Recipe.load(source.folder / "recipe.toml")
+    return render(facts_of_manifest(source.manifest | more, recipe))

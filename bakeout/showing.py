@@ -15,12 +15,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from bake.errors import FolderError
-from verify.report import EngineReport, VerifyReport
-
-ENGINE_NAMES = {
-    "reference": "hooked reference",
-    "reference-float32": "hooked reference, float32",
-}
+from verify.integrity import read_manifest
+from verify.report import ENGINE_TITLES, EngineReport, VerifyReport
 
 
 def console() -> Console:
@@ -91,7 +87,7 @@ def _engine_row(engine: EngineReport, form: str) -> list[str]:
     def accuracy(of: Any) -> str:
         return "–" if of is None else f"{getattr(of, form):.3f}"
 
-    row = [ENGINE_NAMES.get(engine.name, engine.name), accuracy(engine.forget)]
+    row = [ENGINE_TITLES.get(engine.name, engine.name), accuracy(engine.forget)]
     row += [accuracy(engine.retain)]
     row += ["–" if engine.loss_added is None else f"{engine.loss_added:+.4f}"]
     if (parity := engine.parity) is None:
@@ -139,6 +135,7 @@ def show_folder(folder: Path) -> None:
     """Print what a folder says it is. Nothing in it is run or checked."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        read_manifest(folder)  # refuses what is none, or of a newer schema
         rows = [
             (
                 "carrier",

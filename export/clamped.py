@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from bake.base import FAMILIES, INDEX
 from bake.errors import FolderError
 from export.copying import BLOCK_BYTES
-from export.new_folder import MANIFEST
+from export.new_folder import MANIFEST, check_schema
 
+WITNESSES = "witnesses.npz"
+"""Prompts that fire the clamp, and what was seen then; see `export/witnesses.py`."""
 AGAIN = "bake or download the folder again"
 CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
 """What a clamp's tensors are called, in the order of the operator's inputs."""
@@ -128,6 +130,7 @@ def open_clamped(folder: Path) -> Clamped:
     if not folder.is_dir():
         raise FolderError(f"{folder}: is no folder; expected one that `bakeout bake` wrote")
     manifest = _read_json(folder / MANIFEST)
+    check_schema(folder / MANIFEST, manifest)
     if not isinstance(manifest.get("files"), dict):
         raise FolderError(f'{folder / MANIFEST}: has no "files"; {AGAIN}')
     if manifest.get("carrier") != "layer":

@@ -30,6 +30,7 @@ import export.unnormed_layers as unnormed
 from bake.base import INDEX
 from bake.errors import ExportError
 from export.checkpoint import companions
+from export.clamped import WITNESSES
 from export.clamped_source import ClampedSource, ClampSite, open_source
 from export.compiled_files import NewLayer, index_of, n_bytes, tensor_files, write_tensors
 from export.compiled_rule import Measured, choose_setting, error_bound, summary
@@ -167,7 +168,9 @@ def write_compiled(
                 for name, tensors in files.items()
             }
             hashes = {name: job.result() for name, job in jobs.items()}
-        for path, name in companions(source.folder):
+        witnesses = source.folder / WITNESSES
+        kept = [(witnesses, WITNESSES)] if witnesses.exists() else []
+        for path, name in [*companions(source.folder), *kept]:
             (folder / name).parent.mkdir(exist_ok=True)
             hashes[name] = copy_hashed(path, folder / name, advance)
         recipe = (source.folder / "recipe.toml").read_text(encoding="utf-8")

@@ -12,9 +12,8 @@ from typing import Any
 from bake.base import BaseModel
 from bake.clamp import ClampWeights, parameters, sae_name
 from bake.recipe import Recipe
-from export.new_folder import MANIFEST
+from export.new_folder import MANIFEST, SCHEMA
 
-SCHEMA = 1
 _TOOLS = ("bakeout", "sae-lens", "safetensors", "torch", "transformers")
 
 

@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bake.errors import OutputError
+from bake.errors import FolderError, OutputError
 
 MANIFEST = "manifest.json"
+SCHEMA = 1
+"""Newest version of the manifest that is known here."""
 _LOCK = ".lock"
 _MARGIN = 1 << 20
 """Bytes that must stay free beside the output."""
@@ -160,3 +162,23 @@ def _fsync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_schema(manifest: Path, data: object) -> None:
+    """Refuse a manifest that a newer bakeout wrote; one that names no version is of the first.
+
+    Args:
+        manifest: the file, for the message.
+        data: what it holds.
+
+    Raises:
+        FolderError: says which version came and which are known.
+    """
+    schema = data.get("schema", 1) if isinstance(data, dict) else 1
+    if type(schema) is not int or schema < 1:
+        raise FolderError(f'{manifest}: "schema" is {schema!r}; expected {SCHEMA}')
+    if schema > SCHEMA:
+        raise FolderError(
+            f'{manifest}: "schema" is {schema}, and this bakeout knows up to {SCHEMA}; update '
+            "bakeout"
+        )

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from bake.errors import FolderError
-from export.clamped import AGAIN, Clamped
+from export.clamped import AGAIN, WITNESSES, Clamped
 from export.streamed import Run, StreamedModel
 
-WITNESSES = "witnesses.npz"
 MOST, FEWEST = 6, 3
 """Prompts that become witnesses, where so many fire."""
 LENGTH = 32

@@ -1,103 +1,67 @@
-"""Renders a folder's card from what was baked into it."""
+"""The card (`README.md`) that goes with a folder: Markdown behind YAML front matter."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any
 
-from huggingface_hub import ModelCardData
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
 from bake.base import BaseModel
-from bake.clamp import ClampWeights, parameters, sae_name
+from bake.clamp import ClampWeights
 from bake.recipe import Recipe
+from model_cards.evaluation import Figures, eval_results, one_line
+from model_cards.facts import CardFacts, facts_at_bake
+from verify.report import VerifyReport
+
+TAGS = ("unlearning", "sparse-autoencoder", "custom_code", "bakeout")
+_RELATIONS = {"adapter": "adapter"}
+"""How a carrier relates to the base, in the hub's words, where that is not `finetune`."""
 
 
-def render_card(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) -> str:
-    """The card of a clamped checkpoint: Markdown behind YAML front matter.
-
-    Names that come from outside are escaped, so that they show as text.
-    """
-    rows = [
-        {
-            "layer": clamp.layer,
-            "hook_point": clamp.hook_point,
-            "method": clamp.clamp.method,
-            "parameters": ", ".join(f"{k} {v}" for k, v in parameters(clamp.clamp).items()),
-            "features": ", ".join(map(str, clamp.rows.features)),
-            "sae": sae_name(clamp.clamp),
-        }
-        for clamp in clamps
-    ]
-    return _render(
-        "card",
-        "transformers",
-        recipe.base.license,
-        base=base.name,
-        revision=base.revision,
-        clamps=rows,
-    )
+def render_card(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> str:
+    """The card of a checkpoint that is about to be written: nothing is measured yet."""
+    return render(facts_at_bake(recipe, base, clamps))
 
 
-def render_export_card(manifest: dict[str, Any], carrier: str, license_id: str) -> str:
-    """The card of what was exported from a clamped checkpoint.
+def render(
+    facts: CardFacts, report: VerifyReport | None = None, *, unverified: bool = False
+) -> str:
+    """A card. Values that come from outside are escaped, so that they show as text.
 
     Args:
-        manifest: the checkpoint's, with what the export adds to it.
-        carrier: compiled | adapter.
-        license_id: as the recipe states it.
+        facts: what was baked.
+        report: what was measured; "not measured" stands where it says nothing.
+        unverified: say that the folder is published without a verification that passed.
     """
-    rows = [
-        {
-            **{key: clamp[key] for key in ("layer", "hook_point", "method")},
-            "parameters": ", ".join(f"{k} {v}" for k, v in clamp["parameters"].items()),
-            "features": ", ".join(map(str, clamp["features"])),
-            "sae": clamp["sae"]["name"],
-        }
-        for clamp in manifest["clamps"]
-    ]
-    return _render(
-        carrier,
-        "peft" if carrier == "adapter" else "transformers",
-        license_id,
-        base=manifest["base"]["model"],
-        revision=manifest["base"]["revision"],
-        clamps=rows,
-        **{key: manifest[key] for key in ("compiled",) if key in manifest},
-    )
-
-
-def _render(
-    template: str, library: str, license_id: str, *, base: str, revision: str | None, **more: Any
-) -> str:
+    hub_id = facts.revision is not None
     data = ModelCardData(
-        license=license_id,
-        library_name=library,
-        base_model=None if revision is None else base,
+        base_model=one_line(facts.base) if hub_id else None,
+        base_model_relation=_RELATIONS.get(facts.carrier, "finetune") if hub_id else None,
+        license=one_line(facts.license),
+        library_name="peft" if facts.carrier == "adapter" else "transformers",
         pipeline_tag="text-generation",
-        tags=["unlearning", "sparse-autoencoder", "bakeout"],
+        tags=[tag for tag in TAGS if tag != "custom_code" or facts.carrier == "layer"],
+        eval_results=eval_results(facts.verify, report) or None,
+        model_name=None if report is None else one_line(report.folder),
     )
-    environment = Environment(
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(_source),
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"text": as_text, "number": _number}
+    template = environment.from_string(
+        files("model_cards").joinpath("card.md.j2").read_text(encoding="utf-8")
     )
-    environment.filters["text"] = _as_text
-    body = environment.get_template(template).render(
-        base=base, revision=revision, gemma=license_id == "gemma", **more
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+    figures = None if report is None else Figures.of(report)
+    body = template.render(facts=facts, report=report, figures=figures, unverified=unverified)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 
-def _source(name: str) -> str:
-    return files("model_cards").joinpath(f"{name}.md.j2").read_text(encoding="utf-8")
+def as_text(value: object) -> str:
+    """A value inside Markdown: no markup, no HTML, no control character, one line."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#|!~$" else escape(c) for c in one_line(str(value)))
 
 
-def _as_text(value: object) -> str:
-    """A value inside Markdown: no markup, no HTML, one line."""
-    line = " ".join(str(value).split())
-    return "".join(
-        f"\\{c}" if c in "\\`*_{}[]()#|!" else escape(c) for c in line if c.isprintable()
-    )
+def _number(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else "not finite"

@@ -68,6 +68,34 @@ def test_integrity_failure_is_exit_code_1_and_json(
     assert run(["verify", str(out), "--json", str(tmp_path / "no" / "r.json")]) == 2
 
 
+def test_the_report_as_a_page(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "report.html"
+    run(["bake", str(recipe), "--out", str(out)])
+    assert run(["verify", str(out), "--only", "integrity", "--html", str(page)]) == 0
+    assert "Nothing was run" in page.read_text(encoding="utf-8")
+    (out / "config.json").write_text("{}")
+    assert run(["verify", str(out), "--html", str(page)]) == 1
+    assert "config.json: changed" in page.read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert run(["verify", str(out), "--json", "-", "--html", str(tmp_path / "no" / "r.html")]) == 2
+    assert "r.html: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["show"], ["verify"], ["card"], ["export", "onnx"]])
+def test_a_folder_of_a_newer_schema_is_refused(
+    verb: list[str], recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(["bake", str(recipe), "--out", str(out)])
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"schema": 2}))
+    capsys.readouterr()
+    assert run([*verb, str(out)]) == 2
+    assert '"schema" is 2, and this bakeout knows up to 1; update' in error_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

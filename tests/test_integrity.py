@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bake.errors import FolderError
-from verify.integrity import MANIFEST, check_integrity, read_manifest
+from export.new_folder import MANIFEST
+from verify.integrity import check_integrity, read_manifest
 from verify.report import Failure
 
 FILES = {"a.safetensors": b"x" * 9000, "config.json": b"{}", "onnx/model.onnx": b"graph"}
@@ -117,3 +118,13 @@ def test_a_folder_without_a_readable_manifest_is_no_folder_of_ours(
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="nowhere: is no folder"):
         read_manifest(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("schema", "match"),
+    [(2, "is 2, and this bakeout knows up to 1; update"), ("1", "'1'; expected 1"), (0, "is 0")],
+)
+def test_a_manifest_of_another_schema_is_refused(schema: Any, match: str, folder: Path) -> None:
+    write_manifest(folder, {"schema": schema, "files": {"config.json": "0" * 64}})
+    with pytest.raises(FolderError, match=match):
+        read_manifest(folder)

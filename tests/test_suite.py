@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
+from verify.reading import check_fresh, report_from_dict
 from verify.report import EngineReport, VerifyReport
 from verify.runners import HookedRunner
 from verify.suite import KindError, verify_folder
@@ -119,6 +120,21 @@ def test_the_clamp_fired_and_moved_the_model(report: VerifyReport) -> None:
     assert reference.loss_added == pytest.approx(checkpoint.loss_added, abs=1e-6)
     assert reference.loss_added != 0.0
     assert reference.forget == checkpoint.forget
+
+
+def test_it_names_the_manifest_and_shows_where_the_clamp_fired(
+    report: VerifyReport, work: Path
+) -> None:
+    manifest = (work / "checkpoint" / "manifest.json").read_bytes()
+    assert report.manifest_sha256 == hashlib.sha256(manifest).hexdigest()
+    check_fresh(report, work / "checkpoint")
+    assert report_from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert {example.source for example in report.examples} == {"forget", "retain", "text"}
+    for example in report.examples:
+        assert example.tokens[0] == "<bos>" and 0 not in example.fired
+        assert example.form == ("text" if example.source == "text" else "plain")
+        assert set(example.fired) <= set(range(len(example.tokens)))
+    assert report.examples[0].fired
 
 
 def test_json_has_both_prompt_forms_and_no_path(report: VerifyReport, work: Path) -> None:

@@ -13,11 +13,12 @@ from bake.recipe import Recipe
 from verify.choices import Answers, LetterTokens, letter_tokens
 from verify.clamped_folder import check_layers, check_shape, read_config
 from verify.engines import Engines
+from verify.firing import FiredExamples
 from verify.loss import LossSum
 from verify.parity import ParitySum, answer_flips
 from verify.prompts import Batch, Prompt, batches, question_prompts, text_prompts
 from verify.questions import Question, load_questions, load_texts
-from verify.report import EngineReport, Items, Parity
+from verify.report import EngineReport, FiredText, Items, Parity
 from verify.runners import HookedRunner, Runner
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class Evidence:
     dtype: str
     """float32, bfloat16 or float16."""
     items: Items
+    examples: tuple[FiredText, ...]
+    """Of every source, the sequences on which the clamp fired most."""
 
 
 def gather(
@@ -124,8 +127,14 @@ def gather(
             elsewhere.append(stack.enter_context(engines.open(graph, threads=threads)))
         progress("load", 1.0)
         watch = FeatureWatch(oracle)
+        examples = FiredExamples(oracle, recipe.verify.prompt)
+
+        def look(batch: Batch) -> None:
+            watch(batch)
+            examples(batch)
+
         found = compare(
-            here, elsewhere, material, progress, watch, parity="parity" in kinds, against=against
+            here, elsewhere, material, progress, look, parity="parity" in kinds, against=against
         )
         fired = {name: oracle.tokens_fired for name, oracle in oracles.items()}
         reports = tuple(found.reports(kinds, fired))
@@ -143,6 +152,7 @@ def gather(
             retain_questions=len(questions["retain"]),
             text_tokens=found.losses[REFERENCE].n_tokens,
         ),
+        examples=examples.result(tokenizer),
     )
 
 

@@ -13,9 +13,10 @@ from threading import Lock
 from typing import Any
 
 from bake.errors import FolderError
+from export.new_folder import MANIFEST, check_schema
 from verify.report import Failure
 
-MANIFEST = "manifest.json"
+CARD = "README.md"
 BLOCK_BYTES = 4 << 20
 """How much of a file is hashed between two reports of progress, in bytes."""
 THREADS = 4
@@ -34,6 +35,8 @@ class Manifest:
     """layer | adapter | compiled | merged."""
     exact: bool
     """Whether the carrier computes the clamp itself rather than an approximation."""
+    sha256: str
+    """Of manifest.json itself."""
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -46,7 +49,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise FolderError(f"{folder}: is no folder; expected a folder that bakeout wrote")
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        data = json.loads(raw)
     except FileNotFoundError as error:
         raise FolderError(
             f"{folder}: has no {MANIFEST}; expected a folder that bakeout wrote"
@@ -55,6 +59,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise FolderError(
             f"{path}: cannot be read ({error}); expected JSON; bake or download it again"
         ) from error
+    check_schema(path, data)
     files = data.get("files") if isinstance(data, dict) else None
     if not isinstance(files, dict) or not files:
         raise FolderError(f'{path}: has no "files"; expected file names with their sha256')
@@ -66,7 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
             f'{path}: "carrier" is {carrier!r} and "exact" is {exact!r}; expected a name and a '
             "boolean"
         )
-    return Manifest(files, carrier, exact)
+    return Manifest(files, carrier, exact, hashlib.sha256(raw).hexdigest())
 
 
 def _check_entry(manifest: Path, name: str, digest: Any) -> None:

@@ -145,6 +145,11 @@ def answer_flips(
     ]
 
 
+def logit_bar(parity: Parity) -> float:
+    """Largest |Δlogit| that an exact engine may show in float32."""
+    return max(MAX_ABS_LOGIT, ROUNDING * parity.largest_logit)
+
+
 def parity_failures(
     engine: str, parity: Parity, dtype: str, *, exact: bool = True, n_answers: int = 0
 ) -> list[Failure]:
@@ -157,7 +162,7 @@ def parity_failures(
         exact: it claims to compute the clamp itself; else, to do so but for rounding.
         n_answers: how many answers were compared.
     """
-    bar = max(MAX_ABS_LOGIT, ROUNDING * parity.largest_logit)
+    bar = logit_bar(parity)
     worst = None if parity.worst is None else str(parity.worst)
     first = None
     if parity.flips:

@@ -210,6 +210,9 @@ class Oracle:
         self.last_active: dict[int, Tensor] = {}
         """[batch, k] bool for each layer: which of its features were active anywhere in which
         sequence of the last forward, padding left out."""
+        self.last_fired: Tensor | None = None
+        """[batch, seq] bool: the tokens of the last forward on which any clamp changed the code,
+        padding left out."""
         self._input_ids: Tensor | None = None
         self._real: Tensor | None = None
         self._fired: Tensor | None = None
@@ -260,3 +263,4 @@ class Oracle:
         """After the whole forward: a token on which two clamps fired counts once."""
         assert self._fired is not None
         self.tokens_fired += int(self._fired.sum())
+        self.last_fired = self._fired

@@ -8,6 +8,11 @@ from typing import Any, Literal
 
 SCHEMA = 1
 """Version of the JSON."""
+ENGINE_TITLES = {
+    "reference": "hooked reference",
+    "reference-float32": "hooked reference, float32",
+}
+"""How engines are called where their own name does not say it."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,22 @@ class Items:
 
 
 @dataclass(frozen=True)
+class FiredText:
+    """One example sequence, and the tokens of it on which the clamp fired."""
+
+    source: str
+    """forget | retain | text."""
+    form: str
+    """chat | plain | text."""
+    row: int
+    """Row of the source, from 1."""
+    tokens: tuple[str, ...]
+    """As the tokenizer writes them, BOS first."""
+    fired: tuple[int, ...]
+    """Positions in `tokens`, from 0."""
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """The result of one verification."""
 
@@ -168,6 +189,13 @@ class VerifyReport:
     """(layer, tokens on which its clamp fired)."""
     warnings: tuple[str, ...] = ()
     """What is within tolerance and still worth a look."""
+    examples: tuple[FiredText, ...] = ()
+    """Of every source, the sequences on which the clamp fired most."""
+    manifest_sha256: str | None = None
+    """Of the folder's `manifest.json` as it was: of another manifest this says nothing."""
+    card_sha256: str | None = None
+    """Of README.md as the manifest listed it. The card is written from this report, and that
+    alone does not make the report stale."""
 
     @property
     def verdict(self) -> Literal["pass", "fail"]:
@@ -192,6 +220,8 @@ class VerifyReport:
             "folder": self.folder,
             "carrier": self.carrier,
             "exact": self.exact,
+            "manifest_sha256": self.manifest_sha256,
+            "card_sha256": self.card_sha256,
             "failures": [_plain(vars(failure)) for failure in self.failures],
             "warnings": list(self.warnings),
             "engines": {engine.name: _engine_dict(engine) for engine in self.engines},
@@ -202,6 +232,7 @@ class VerifyReport:
                 "prompt": self.prompt,
                 "items": vars(self.items),
                 "tokens_fired_by_layer": {str(layer): n for layer, n in self.fired_by_layer},
+                "examples": [vars(example) for example in self.examples],
             }
         return report
 

@@ -19,7 +19,7 @@ from verify.clamped_folder import (
 )
 from verify.engines import NAMES, open_engines
 from verify.evidence import REFERENCE, REFERENCES, Evidence, Progress, gather
-from verify.integrity import Manifest, check_integrity, read_manifest
+from verify.integrity import CARD, Manifest, check_integrity, read_manifest
 from verify.onnx_files import EXACT, find_graphs, graph_failures
 from verify.parity import parity_failures, silent_clamps, unlearning_failures
 from verify.prompts import TEXT_TOKENS
@@ -129,6 +129,7 @@ def verify_folder(
         items=evidence.items,
         fired_by_layer=evidence.fired_by_layer,
         warnings=_silent_features(evidence.never_active),
+        examples=evidence.examples,
     )
 
 
@@ -175,6 +176,8 @@ def _report(
         exact=manifest.exact,
         scope="full" if set(kinds) == set(KINDS) else "+".join(k for k in KINDS if k in kinds),
         failures=tuple(failures),
+        manifest_sha256=manifest.sha256,
+        card_sha256=manifest.files.get(CARD),
     )
 
 

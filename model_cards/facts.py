@@ -1,0 +1,152 @@
+"""What a card says about a folder, whether it is read from the folder or known before it exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bake.base import BaseModel
+from bake.clamp import ClampWeights, parameters, sae_name
+from bake.errors import FolderError
+from bake.recipe import Clamp, Recipe, Verify, layer_of
+from export.new_folder import MANIFEST
+from verify.integrity import read_manifest
+
+GEMMA_SCOPE = (
+    "Gemma Scope, by Google DeepMind (Lieberum et al., arXiv 2408.05147), licensed CC BY 4.0"
+)
+ATTRIBUTIONS = (
+    (re.compile(r"gemma-scope-(2b|9b|27b)-"), GEMMA_SCOPE),
+    (re.compile(r"gemma-2b-(it-)?res-jb/"), "by Joseph Bloom, released through SAELens"),
+)
+"""Whose an SAE is, by the beginning of its name."""
+
+
+@dataclass(frozen=True)
+class ClampFacts:
+    """One clamped layer."""
+
+    layer: int
+    hook_point: str
+    method: str
+    parameters: Mapping[str, Any]
+    """By their names in the recipe."""
+    features: Sequence[int]
+    sae: str
+
+    @property
+    def attribution(self) -> str:
+        """Whose SAE it is, where that is known from its name."""
+        known = (text for pattern, text in ATTRIBUTIONS if pattern.match(self.sae))
+        return next(known, "by whoever published it; see there for its terms")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything but measurements."""
+
+    base: str
+    """Hub id, or the base folder's own name."""
+    revision: str | None
+    """None where the base was a local folder."""
+    license: str
+    """Hub licence id."""
+    carrier: str
+    """layer | adapter | compiled | merged."""
+    exact: bool
+    clamps: tuple[ClampFacts, ...]
+    verify: Verify | None
+    """The recipe's questions and texts."""
+    unmeasured: str
+    """What stands in place of a figure that there is not."""
+    compiled: Mapping[str, Any] | None = None
+    """What a compiled folder's manifest says of its layers."""
+
+
+def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> CardFacts:
+    """Before a checkpoint is written."""
+    return CardFacts(
+        base=base.name,
+        revision=base.revision,
+        license=recipe.base.license,
+        carrier="layer",
+        exact=True,
+        clamps=tuple(_clamp_facts(clamp.clamp, clamp.hook_point) for clamp in clamps),
+        verify=recipe.verify,
+        unmeasured="not measured yet",
+    )
+
+
+def facts_of_recipe(recipe: Recipe) -> CardFacts:
+    """Of a recipe that names hub ids and hook points, with nothing baked."""
+    return CardFacts(
+        base=recipe.base.model,
+        revision=recipe.base.revision,
+        license=recipe.base.license,
+        carrier="layer",
+        exact=True,
+        clamps=tuple(_clamp_facts(clamp, str(clamp.hook_point)) for clamp in recipe.clamp),
+        verify=recipe.verify,
+        unmeasured="not measured here",
+    )
+
+
+def facts_of_folder(folder: Path) -> CardFacts:
+    """Of a folder, from its manifest and recipe.
+
+    Raises:
+        FolderError: one of them is missing or does not say what a card needs.
+        RecipeError: the recipe cannot be read.
+    """
+    read_manifest(folder)
+    found = json.loads((folder / MANIFEST).read_bytes())
+    try:
+        return facts_of_manifest(found, Recipe.load(folder / "recipe.toml"), "not measured")
+    except (KeyError, TypeError, ValueError) as error:
+        raise FolderError(
+            f"{folder}: {MANIFEST} does not say what a card needs ({type(error).__name__}: "
+            f"{error}); bake or download the folder again"
+        ) from error
+
+
+def facts_of_manifest(
+    found: Mapping[str, Any], recipe: Recipe, unmeasured: str = "not measured yet"
+) -> CardFacts:
+    """Of a folder whose manifest is known, perhaps not written yet."""
+    return CardFacts(
+        base=str(found["base"]["model"]),
+        revision=found["base"]["revision"],
+        license=recipe.base.license,
+        carrier=str(found["carrier"]),
+        exact=bool(found["exact"]),
+        clamps=tuple(
+            ClampFacts(
+                int(clamp["layer"]),
+                str(clamp["hook_point"]),
+                str(clamp["method"]),
+                dict(clamp["parameters"]),
+                list(clamp["features"]),
+                str(clamp["sae"]["name"]),
+            )
+            for clamp in found["clamps"]
+        ),
+        verify=recipe.verify,
+        unmeasured=unmeasured,
+        compiled=found.get("compiled"),
+    )
+
+
+def _clamp_facts(clamp: Clamp, hook_point: str) -> ClampFacts:
+    assert isinstance(clamp.features, list)
+    return ClampFacts(
+        layer_of(hook_point),
+        hook_point,
+        clamp.method,
+        parameters(clamp),
+        clamp.features,
+        sae_name(clamp),
+    )

@@ -1,0 +1,204 @@
+"""The page: what it says, in what order, that text stays text, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import html as html_
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_reading import rich_report
+from test_report import FAILURE, FLIP, PARITY, full_report
+
+from verify.html import provenance, render_html, shown, write_html
+from verify.report import FiredText, VerifyReport, WorstItem
+
+HOSTILE = (
+    "</p></main><script>document.title='taken'</script><img src=x onerror=alert(1)>"
+    "\"'>`${7*7}` {{ 7*7 }} [a](javascript:alert(1)) \x1b[31m\x07\u202etxt.exe & so on"
+)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
+
+
+def hostile_report() -> VerifyReport:
+    parity = replace(
+        PARITY,
+        worst=WorstItem("retain", "plain", 7, 12, HOSTILE, 2e-4),
+        flips=(replace(FLIP, question=HOSTILE), replace(FLIP, question="a" * 400)),
+    )
+    base, engine = full_report(parity=parity).engines
+    return rich_report(
+        folder=HOSTILE,
+        failures=(replace(FAILURE, where=HOSTILE),),
+        warnings=(HOSTILE, "b" * 300),
+        engines=(base, replace(engine, name=HOSTILE), replace(engine, name="checkpoint")),
+        examples=(FiredText("forget", "chat", 3, ("<bos>", HOSTILE, "c" * 300), (1,)),),
+    )
+
+
+def words(page: str) -> str:
+    """The page's text, without markup."""
+    body = page[page.index("<body>") :]
+    return " ".join(html_.unescape(re.sub(r"<[^>]*>", " ", body)).split())
+
+
+def test_the_verdict_comes_first_and_says_why() -> None:
+    passed = words(render_html(rich_report()))
+    assert passed.index("pass") < passed.index("Scope: full") < passed.index("Engines")
+    failed = words(render_html(rich_report(failures=(FAILURE,))))
+    assert "fail 1 measurement is out of tolerance. parity: checkpoint: max_abs_logit" in failed
+    assert failed.index("max_abs_logit is") < failed.index("Scope: full")
+
+
+def test_every_section_that_has_data_is_there() -> None:
+    text = words(render_html(rich_report(), (("base", "google/gemma-2-2b"),)))
+    for part in (
+        "forget accuracy 0.500 → 0.500",
+        "retained accuracy 1.000 → 1.000",
+        "something",
+        "To be forgotten",
+        "0.500 [0.15, 0.85]",
+        "checkpoint",
+        "+0.2500",
+        "Largest |Δlogit|",
+        'retain row 7 (plain), token 12 "▁the"',
+        "layer 0",
+        "100.0 %",
+        "forget, row 3, chat form: fired on 1 of 3 tokens",
+        "Which?",
+        "google/gemma-2-2b",
+        "packaging, not erasure",
+    ):
+        assert part in text, part
+    assert "<mark" in render_html(rich_report())
+
+
+def test_sections_without_data_are_left_out() -> None:
+    report = VerifyReport("folder", "layer", True, "integrity", ())
+    text = words(render_html(report))
+    assert "Nothing was run" in text and "not gathered" in text
+    for part in ("Engines", "Witnesses", "Warnings", "fires", "Provenance", "differ"):
+        assert part not in text, part
+
+
+def test_nothing_is_loaded_and_nothing_runs() -> None:
+    page = render_html(hostile_report(), ((HOSTILE, HOSTILE),))
+    assert "default-src 'none'" in page
+    assert not re.search(r"<(script|img|link|iframe|object|a)\b", page)
+    assert not re.search(r"\b(src|href|onerror|onload)=[\"']", page)
+    assert "49" not in words(page)  # a template in the text is not run
+    assert "\x1b" not in page and "\x07" not in page and "\u202e" not in page
+
+
+def test_control_and_direction_characters_show_as_such() -> None:
+    assert shown("a\x1b[0m\u202eb\nc\td") == "a�[0m�b c d"
+
+
+def test_flips_beyond_the_shown_are_counted() -> None:
+    parity = replace(PARITY, flips=(FLIP,) * 45)
+    assert "… and 5 more" in words(render_html(full_report(parity=parity)))
+
+
+def test_provenance_comes_from_the_manifest(tmp_path: Path) -> None:
+    clamp = {"layer": 7, "method": "clamp", "features": [3], "sae": {"name": "s"}}
+    manifest = {
+        "files": {"a": "0" * 64},
+        "base": {"model": "google/gemma-2-2b", "revision": "abc"},
+        "clamps": [clamp],
+        "tools": {"torch": "2"},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    found = dict(provenance(tmp_path))
+    assert found["base"] == "google/gemma-2-2b at abc"
+    assert "features 3; SAE s" in found["clamp, layer 7"]
+    write_html(rich_report(), tmp_path, tmp_path / "report.html")
+    assert "google/gemma-2-2b at abc" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- in a browser
+
+PROBE = """
+<!doctype html><title>probe</title>
+<iframe id="page" style="border:0;width:%dpx;height:844px" srcdoc="%s"></iframe>
+<pre id="result"></pre>
+<script>addEventListener("load", () => {
+  const page = document.getElementById("page"), seen = page.contentDocument
+  const box = seen.getElementById("verdict")?.getBoundingClientRect()
+  document.getElementById("result").textContent = JSON.stringify({
+    title: seen.title, width: seen.documentElement.scrollWidth,
+    top: box?.top, bottom: box?.bottom, verdict: seen.getElementById("verdict")?.innerText,
+    active: seen.querySelectorAll("script,img,iframe,a,object").length,
+    text: seen.body.innerText, background: getComputedStyle(seen.body).backgroundColor,
+    circles: seen.querySelectorAll("svg circle").length })
+})</script>
+"""
+
+
+def browse(page: str, tmp_path: Path, width: int = 390, *flags: str) -> tuple[dict[str, Any], str]:
+    """What a headless browser shows of a page: measurements, and what it logs on its console."""
+    (tmp_path / "probe.html").write_text(PROBE % (width, html_.escape(page)), encoding="utf-8")
+    done = subprocess.run(
+        [
+            BROWSER,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--window-size=1200,900",
+            "--enable-logging=stderr",
+            *flags,
+            "--dump-dom",
+            (tmp_path / "probe.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    result = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert result is not None, done.stderr
+    logged = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return json.loads(html_.unescape(result[1])), logged
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 700, 1100])
+def test_a_browser_shows_the_verdict_first_and_hostile_text_as_text(
+    width: int, tmp_path: Path
+) -> None:
+    seen, logged = browse(render_html(hostile_report(), ((HOSTILE, HOSTILE),)), tmp_path, width)
+    assert logged == ""
+    assert seen["width"] <= width
+    assert "FAIL" in seen["verdict"] and 0 <= seen["top"] < 844
+    assert seen["active"] == 0 and seen["title"].startswith("fail: </p>")
+    assert shown(HOSTILE) in seen["text"]
+    assert seen["circles"] >= 8
+
+
+@needs_browser
+def test_a_browser_shows_a_pass_in_the_first_screen_light_and_dark(tmp_path: Path) -> None:
+    page = render_html(rich_report())
+    light, logged = browse(page, tmp_path)
+    assert logged == "" and light["width"] <= 390
+    assert "PASS" in light["verdict"] and light["bottom"] < 844
+    dark, _ = browse(page, tmp_path, 390, "--blink-settings=preferredColorScheme=0")
+    assert (light["background"], dark["background"]) == ("rgb(255, 255, 255)", "rgb(18, 22, 27)")
+
+
+@needs_browser
+def test_the_browser_would_have_told(tmp_path: Path) -> None:
+    broken = render_html(rich_report()).replace(
+        "</main>", "</main><div style='width:900px'>x</div><script>alert(1)</script>"
+    )
+    seen, logged = browse(broken, tmp_path)
+    assert seen["width"] >= 900 and seen["active"] == 1
+    assert "Content Security Policy" in logged

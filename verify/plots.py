@@ -1,0 +1,160 @@
+"""The report's plots as numbers: rows of marks on a common scale. The template draws them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from verify.intervals import wilson
+from verify.onnx_files import EXACT
+from verify.parity import MEAN_KL, logit_bar
+from verify.report import ENGINE_TITLES, EngineReport, Parity, VerifyReport
+
+CHANCE = 0.25
+"""Of four choices."""
+SMALLEST = 1e-15
+"""Left end of a log scale: where 0 and anything smaller is drawn."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a plot. Places are shares of its width, 0 to 1."""
+
+    label: str
+    value: str
+    """The number, as text."""
+    at: float
+    """Where the mark stands; where a bar ends."""
+    tone: Literal["before", "after", "bad"]
+    low: float | None = None
+    """Left end of the interval."""
+    high: float | None = None
+    """Right end of the interval."""
+    bar: float | None = None
+    """Where this row's limit stands."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Rows above one axis."""
+
+    title: str
+    note: str
+    """What is drawn, in a sentence."""
+    rows: tuple[Row, ...]
+    ticks: tuple[tuple[float, str], ...] = ()
+    """(place, label)."""
+    line: float | None = None
+    """Where one line crosses all rows."""
+    filled: bool = False
+    """Bars from the left end, in place of marks."""
+
+
+def title_of(engine: EngineReport) -> str:
+    """An engine's name for people."""
+    return ENGINE_TITLES.get(engine.name, engine.name)
+
+
+def accuracy_plots(report: VerifyReport) -> tuple[Plot, ...]:
+    """Accuracy on what is to be forgotten and to be kept, every engine, with 95 % intervals."""
+    if report.items is None:
+        return ()
+    form = report.prompt or "chat"
+    sizes = {"forget": report.items.forget_questions, "retain": report.items.retain_questions}
+    titles = {"forget": "To be forgotten", "retain": "To be kept"}
+    plots = []
+    for source, n in sizes.items():
+        rows = []
+        for engine in report.engines:
+            if (accuracy := getattr(engine, source)) is None or not n:
+                continue
+            share = getattr(accuracy, form)
+            low, high = wilson(round(share * n), n)
+            tone: Literal["before", "after"] = "before" if engine.name == "base" else "after"
+            text = f"{share:.3f}  [{low:.2f}, {high:.2f}]"
+            rows.append(Row(title_of(engine), text, share, tone, low, high))
+        if rows:
+            note = (
+                f"Share of {n} questions answered right, {form} form, with 95 % Wilson intervals. "
+                f"The dashed line is chance, {CHANCE}."
+            )
+            ticks = tuple((i / 4, f"{i / 4:g}") for i in range(5))
+            plots.append(Plot(titles[source], note, tuple(rows), ticks, line=CHANCE))
+    return tuple(plots)
+
+
+def parity_plots(report: VerifyReport) -> tuple[Plot, ...]:
+    """Distance of every engine from the hooked reference, and its limit where it has one."""
+    compared = [
+        (engine, engine.parity)
+        for engine in report.engines
+        if engine.parity is not None and engine.name not in ENGINE_TITLES
+    ]
+    if not compared:
+        return ()
+    logits = [(e, p.max_abs_logit, _logit_limit(e.name, p, report.dtype)) for e, p in compared]
+    kl = [(e, p.mean_kl, _kl_limit(e.name, report.dtype)) for e, p in compared]
+    return (
+        _log_plot("Largest |Δlogit|", "Largest difference of any logit at any token", logits),
+        _log_plot("Mean KL", "KL(reference ‖ engine), mean over tokens, in nats", kl),
+    )
+
+
+def _logit_limit(engine: str, parity: Parity, dtype: str | None) -> float | None:
+    here = engine in ("checkpoint", "adapter") and dtype == "float32"
+    return logit_bar(parity) if here or engine == EXACT else None
+
+
+def _kl_limit(engine: str, dtype: str | None) -> float | None:
+    return MEAN_KL if engine == "checkpoint" and dtype not in (None, "float32") else None
+
+
+def _log_plot(
+    title: str, note: str, found: Iterable[tuple[EngineReport, float, float | None]]
+) -> Plot:
+    found = list(found)
+    numbers = [x for _, value, limit in found for x in (value, limit) if x is not None]
+    positive = [max(x, SMALLEST) for x in numbers if math.isfinite(x)] or [1.0]
+    first = math.floor(math.log10(min(positive)))
+    last = max(first + 1, math.ceil(math.log10(max(positive))))
+
+    def place(x: float) -> float:
+        if not math.isfinite(x):
+            return 1.0
+        return min(1.0, max(0.0, (math.log10(max(x, SMALLEST)) - first) / (last - first)))
+
+    rows = []
+    for engine, value, limit in found:
+        within = limit is None or value <= limit
+        tone: Literal["before", "after", "bad"] = (
+            "before" if engine.name == "base" else "after" if within else "bad"
+        )
+        text = f"{value:.1e}" + ("" if limit is None else f"  limit {limit:.1e}")
+        bar = None if limit is None else place(limit)
+        rows.append(Row(title_of(engine), text, place(value), tone, bar=bar))
+    step = max(1, math.ceil((last - first) / 5))
+    ticks = tuple((place(10.0**e), f"1e{e}") for e in range(first, last + 1, step))
+    limits = " The upright bar is the limit." if any(row.bar is not None for row in rows) else ""
+    base = " The base shows how far the clamp moves the model."
+    return Plot(title, f"{note}, on a log scale.{base}{limits}", tuple(rows), ticks)
+
+
+def fired_plot(report: VerifyReport) -> Plot | None:
+    """On how many tokens each layer's clamp fired."""
+    if not report.fired_by_layer:
+        return None
+    most = max(1, *(n for _, n in report.fired_by_layer))
+    reference = report.engine("reference")
+    parity = None if reference is None else reference.parity
+    of = "" if parity is None else f" {parity.tokens_compared:,} of them were compared."
+    return Plot(
+        "Tokens on which the clamp fired",
+        f"By layer, over every token that was run.{of} None is a failure, not a pass.",
+        tuple(
+            Row(f"layer {layer}", f"{n:,}", n / most, "after" if n else "bad")
+            for layer, n in report.fired_by_layer
+        ),
+        filled=True,
+    )
