@@ -135,8 +135,8 @@ def open_clamped(folder: Path) -> Clamped:
         raise FolderError(f'{folder / MANIFEST}: has no "files"; {AGAIN}')
     if manifest.get("carrier") != "layer":
         raise FolderError(
-            f"{folder}: carries the clamp as {manifest.get('carrier')}; expected a folder with "
-            "the clamp as a layer, as `bakeout bake` writes it"
+            f"{folder}: is an export already (carrier {manifest.get('carrier')}); expected a "
+            "clamped checkpoint, as `bakeout bake` writes it"
         )
     clamped = open_unlisted(folder, manifest)
     if unlisted := [name for name in clamped.shards if name not in manifest["files"]]:

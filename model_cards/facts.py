@@ -35,7 +35,8 @@ class ClampFacts:
     method: str
     parameters: Mapping[str, Any]
     """By their names in the recipe."""
-    features: Sequence[int]
+    features: Sequence[int | str]
+    """Their numbers; or that the recipe selects them, where nothing was baked."""
     sae: str
 
     @property
@@ -141,12 +142,12 @@ def facts_of_manifest(
 
 
 def _clamp_facts(clamp: Clamp, hook_point: str) -> ClampFacts:
-    assert isinstance(clamp.features, list)
+    features = ["those that the recipe selects"] if clamp.features == "select" else clamp.features
     return ClampFacts(
         layer_of(hook_point),
         hook_point,
         clamp.method,
         parameters(clamp),
-        clamp.features,
+        features,
         sae_name(clamp),
     )

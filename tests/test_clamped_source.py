@@ -66,14 +66,17 @@ def spoil(folder: Path) -> None:
 
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: edit(f, "manifest.json", lambda m: m.update(carrier="merged")), "carrier merged"),
-    (lambda f: edit(f, "config.json", lambda c: c.pop("sae_clamp")), "is no clamped checkpoint"),
-    (lambda f: edit(f, "config.json", lambda c: c.update(model_type="llama")), "'llama'"),
-    (lambda f: edit(f, "config.json", lambda c: c["sae_clamp"].pop("sites")), "KeyError"),
+    (lambda f: edit(f, "config.json", lambda c: c.pop("sae_clamp")), "has no clamp"),
+    (
+        lambda f: edit(f, "config.json", lambda c: c.update(model_type="llama")),
+        "type is llama",
+    ),
+    (lambda f: edit(f, "config.json", lambda c: c["sae_clamp"].pop("sites")), "has no clamp"),
     (lambda f: edit(f, "config.json", lambda c: c["sae_clamp"]["sites"][0].update(k=9)), "shapes"),
-    (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
-    (lambda f: (f / "config.json").write_text("{"), "is no JSON"),
-    (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
-    (lambda f: cut(f / SHARD, 300), "is missing or damaged"),
+    (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
+    (lambda f: (f / "config.json").write_text("[]"), "is no JSON object"),
+    (lambda f: cut(f / SHARD, 300), "cannot be read"),
     (spoil, "is not finite"),
 ]
 

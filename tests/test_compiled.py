@@ -249,7 +249,7 @@ def test_bad_input_is_refused_in_one_line(work: Path, tmp_path: Path) -> None:
         (checkpoint, {"dtype": "float16"}, ExportError, "float16 ends at 65504.*bfloat16"),
         (checkpoint, {"dtype": "int8"}, ExportError, "--dtype int8: expected float32 or bfloat16"),
         (work / "compiled", {}, FolderError, "is an export already .carrier compiled."),
-        (work / "base", {}, FolderError, r"manifest\.json cannot be read"),
+        (work / "base", {}, FolderError, r"has no manifest.json"),
         (work / "nowhere", {}, FolderError, "cannot be read"),
     ]
     gelu = changed(work, tmp_path / "gelu", hidden_activation="gelu")

@@ -6,14 +6,14 @@ and the logits that were seen at export, with the clamp and without it.
 
 from __future__ import annotations
 
+import json
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 from bake.errors import FolderError
-from verify.clamped_folder import read_config
 from verify.engines import Engines
 from verify.onnx_files import EXACT
 from verify.report import EngineReport, Failure, VerifyReport, Witnessed
@@ -79,7 +79,7 @@ def load_witnesses(folder: Path) -> Witnesses | None:
             f"{', '.join(sorted(_LAYOUT))}"
         )
     witnesses = Witnesses(**tensors)
-    if not _fits(witnesses, _vocab_size(read_config(folder))):
+    if not _fits(witnesses, _vocab_size(folder)):
         raise FolderError(
             f"{path}: its arrays do not fit each other or the model's vocabulary; expected what "
             "`bakeout bake` wrote. Download it again"
@@ -87,8 +87,13 @@ def load_witnesses(folder: Path) -> Witnesses | None:
     return witnesses
 
 
-def _vocab_size(config: dict[str, Any]) -> int:
+def _vocab_size(folder: Path) -> int:
     """Of the model; where config.json leaves it to its class, more than any model has."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}); download it again") from error
     return int({**config, **(config.get("text_config") or {})}.get("vocab_size", 1 << 31))
 
 
