@@ -26,7 +26,6 @@ from verify.known import (
     ORDERS,
     in_order,
     known_questions,
-    letter_log_likelihoods,
     model_digest,
     questions_digest,
     score_orders,
@@ -107,7 +106,7 @@ def separately(runner: Runner, question: Question, world: World) -> np.ndarray:
 def test_orders_score_as_separate_prompts(
     world: World, tree_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("verify.known.TREE_TOKENS", tree_tokens)
+    monkeypatch.setattr("verify.scoring.TREE_TOKENS", tree_tokens)
     scored: dict[str, np.ndarray] = {}
     for runner in (world.base, world.reference, PlainOnly(world.reference)):
         found = list(score_orders(runner, world.questions, world.tokenizer, world.letters))
@@ -124,18 +123,6 @@ def test_orders_score_as_separate_prompts(
             assert scores.known is all(right)
     assert np.abs(scored["base"] - scored["reference"]).max() > 1e-2
     np.testing.assert_allclose(scored["onnx"], scored["reference"], rtol=0, atol=1e-4)
-
-
-def test_likelihoods_of_letters() -> None:
-    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    letters = LetterTokens(
-        chat=((10, 20), (11, 21), (12, 22), (23,)), plain=((20,), (21,), (22,), (23,))
-    )
-    found = letter_log_likelihoods(logits, letters)
-    expected = logits.double().softmax(-1).log().numpy()
-    np.testing.assert_allclose(found[:, :3, 0], expected[:, 10:13])
-    np.testing.assert_allclose(found[..., 1], expected[:, 20:24])
-    assert (found[:, 3, 0] == -np.inf).all()
 
 
 class Knows:

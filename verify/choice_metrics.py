@@ -143,7 +143,7 @@ def calibration(log_likelihoods: np.ndarray) -> Calibration | None:
 
     Args:
         log_likelihoods: [questions, 4, 2], bare and spaced, as
-            `verify.known.letter_log_likelihoods` gives them.
+            `verify.scoring.letter_log_likelihoods` gives them.
 
     Returns:
         None where there is no question, or where the tokenizer has one of the two only.

@@ -16,26 +16,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from bake.errors import ModelError, OutputError
 from verify.choices import LetterTokens
-from verify.prompts import Prompt, batches, bos_id, chat_text
+from verify.prompts import chat_text
 from verify.questions import LETTERS, Question
-from verify.runners import Runner, TreeRunner
-from verify.token_tree import merge
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from verify.runners import Runner
+from verify.scoring import last_logits, letter_log_likelihoods, token_ids
 
 ORDERS = tuple(itertools.permutations(range(len(LETTERS))))
 """Per order, which choice stands at A, at B, at C and at D; the first is as written."""
 PROTOCOL = "chat form, 24 orders, better of bare and spaced letter, 1"
 """Part of every cache key: known questions of another protocol are not these."""
-TREE_TOKENS = 2048
-"""Most tokens of one tree; larger ones are read in parts."""
 
 
 def in_order(question: Question, order: Sequence[int]) -> Question:
@@ -84,71 +79,13 @@ def score_orders(
     """
     for question in questions:
         orders = [in_order(question, order) for order in ORDERS]
-        sequences = _token_ids(orders, tokenizer)
-        if isinstance(runner, TreeRunner):
-            logits = _through_trees(runner, sequences)
-        else:
-            logits = _in_batches(runner, sequences, tokenizer)
+        sequences = token_ids([chat_text(order) for order in orders], tokenizer)
+        logits = last_logits(runner, sequences, tokenizer)
         yield OrderScores(
             row=question.row,
             log_likelihoods=letter_log_likelihoods(logits, letters),
             answers=tuple(order.answer for order in orders),
         )
-
-
-def letter_log_likelihoods(logits: Tensor, letters: LetterTokens) -> np.ndarray:
-    """Log-likelihoods of each letter as the next token, bare and after a space.
-
-    Args:
-        logits: [n, vocab].
-        letters: of the tokenizer.
-
-    Returns:
-        [n, 4, 2] float64, nats; -inf where the tokenizer has no such token.
-    """
-    normaliser = logits.double().logsumexp(dim=-1)
-    found = np.full((len(logits), len(LETTERS), 2), -np.inf)
-    for letter, (spaced,) in enumerate(letters.plain):
-        for token in letters.chat[letter]:
-            likelihood = logits[:, token].double() - normaliser
-            found[:, letter, int(token == spaced)] = likelihood.numpy()
-    return found
-
-
-def _token_ids(questions: Sequence[Question], tokenizer: Any) -> list[tuple[int, ...]]:
-    """Each question's chat form as tokens, BOS first."""
-    texts = [chat_text(question) for question in questions]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [(bos_id(tokenizer), *ids) for ids in encoded]
-
-
-def _through_trees(runner: TreeRunner, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """[sequences, vocab]. Neighbours share most: a tree that is too large is halved."""
-    import torch
-
-    tree = merge(sequences)
-    if len(tree.ids) <= TREE_TOKENS or len(sequences) == 1:
-        return runner.tree_logits(tree)
-    middle = len(sequences) // 2
-    return torch.cat(
-        [_through_trees(runner, part) for part in (sequences[:middle], sequences[middle:])]
-    )
-
-
-def _in_batches(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:
-    """[sequences, vocab], for an engine that reads plain batches only."""
-    import torch
-
-    prompts = [
-        Prompt("known", "chat", 0, tuple(ids), every_token=False, item=item)
-        for item, ids in enumerate(sequences)
-    ]
-    found: dict[int, Tensor] = {}
-    pad_id = tokenizer.pad_token_id or 0
-    for batch in batches(prompts, pad_id=pad_id, vocab_size=len(tokenizer)):
-        logits = runner.logits(batch.input_ids, batch.attention_mask, True)[:, -1]
-        found |= {prompt.item: row for prompt, row in zip(batch.prompts, logits, strict=True)}
-    return torch.stack([found[item] for item in range(len(sequences))])
 
 
 # --------------------------------------------------------------------------- kept on disk
