@@ -14,6 +14,9 @@ from bake.recipe import QuestionSource, Recipe, TextSource
 
 LETTERS = "ABCD"
 
+LONGEST_SHOWN = 200
+"""Most characters of a wrong value that an error shows."""
+
 KNOWN_TOPICS = {
     "wmdp-bio": "biology",
     "wmdp-chem": "chemistry",
@@ -72,8 +75,9 @@ def load_texts(source: TextSource, recipe: Recipe) -> list[Text]:
         text = _field(name, number, row, source.field)
         if not isinstance(text, str):
             raise DataError(
-                f"{name}, row {number}: `{source.field}` is {text!r}; expected a string"
+                f"{name}, row {number}: `{source.field}` is {_shown(text)}; expected a string"
             )
+        _check_whole(f"{name}, row {number}", source.field, text)
         if text.strip():
             texts.append(Text(text, number))
     if not texts:
@@ -90,16 +94,24 @@ def _question(name: str, number: int, row: Any, topic: str | None) -> Question:
     answer = _field(name, number, row, "answer")
     where = f"{name}, row {number}"
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: `question` is {question!r}; expected a string that is not empty")
+        raise DataError(
+            f"{where}: `question` is {_shown(question)}; expected a string that is not empty"
+        )
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where}: `choices` is {choices!r}; expected a list of four strings")
+        raise DataError(f"{where}: `choices` is {_shown(choices)}; expected a list of four strings")
     if len(choices) != len(LETTERS):
         raise DataError(f"{where}: `choices` has {len(choices)} entries; expected four")
     if type(answer) is not int or not 0 <= answer < len(LETTERS):
-        raise DataError(f"{where}: `answer` is {answer!r}; expected an index from 0 to 3")
+        raise DataError(f"{where}: `answer` is {_shown(answer)}; expected an index from 0 to 3")
     subject = row.get("subject")
     if subject is not None and not isinstance(subject, str):
-        raise DataError(f"{where}: `subject` is {subject!r}; expected a string")
+        raise DataError(f"{where}: `subject` is {_shown(subject)}; expected a string")
+    for key, texts in (
+        ("question", [question]),
+        ("choices", choices),
+        ("subject", [subject or ""]),
+    ):
+        _check_whole(where, key, *texts)
     a, b, c, d = choices
     return Question(
         question=question,
@@ -112,11 +124,37 @@ def _question(name: str, number: int, row: Any, topic: str | None) -> Question:
 
 def _field(name: str, number: int, row: Any, field: str) -> Any:
     if not isinstance(row, dict):
-        raise DataError(f"{name}, row {number}: is {row!r}; expected a JSON object")
+        raise DataError(f"{name}, row {number}: is {_shown(row)}; expected a JSON object")
     if field not in row:
-        keys = ", ".join(f"`{key}`" for key in row) or "no keys"
-        raise DataError(f"{name}, row {number}: has no `{field}`; it has {keys}")
+        keys = ", ".join(f"`{printable(key)}`" for key in row) or "no keys"
+        raise DataError(f"{name}, row {number}: has no `{field}`; it has {_short(keys)}")
     return row[field]
+
+
+def _check_whole(where: str, key: str, *texts: str) -> None:
+    """Raise for half a character, which JSON can spell and no tokenizer can read."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: `{key}` holds {_shown(text[error.start])}, half of a surrogate pair; "
+                "expected text"
+            ) from error
+
+
+def printable(text: str) -> str:
+    """A text on one line, with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _shown(value: Any) -> str:
+    """What came, for an error's one line."""
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
 
 
 def _known_topic(source: QuestionSource) -> str | None:
@@ -135,9 +173,11 @@ Rows = Iterator[tuple[int, Any]]
 def _rows(source: QuestionSource | TextSource, recipe: Recipe) -> tuple[str, Rows]:
     """(what to call the source, its rows)."""
     if source.path is not None:
-        return source.path, _jsonl_rows(source.path, recipe.local(source.path))
+        name = printable(source.path)
+        return name, _jsonl_rows(name, recipe.local(source.path))
     assert source.dataset is not None
-    name = " ".join(part for part in (source.dataset, source.config, source.split) if part)
+    parts = (source.dataset, source.config, source.split)
+    name = " ".join(printable(part) for part in parts if part)
     return name, _dataset_rows(name, source.dataset, source.config, source.split, recipe)
 
 
@@ -160,6 +200,8 @@ def _json_row(name: str, number: int, line: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise DataError(f"{name}, row {number}: is no JSON ({error}); expected JSONL") from error
+    except RecursionError as error:
+        raise DataError(f"{name}, row {number}: is nested too deep; expected JSONL") from error
 
 
 def _dataset_rows(name: str, dataset: str, config: str | None, split: str, recipe: Recipe) -> Rows:
@@ -175,7 +217,7 @@ def _dataset_rows(name: str, dataset: str, config: str | None, split: str, recip
     try:
         yield from enumerate(datasets.load_dataset(path, config, split=split), 1)
     except Exception as error:  # datasets raises many kinds, network errors among them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
         raise DataError(
             f"{name}: cannot be loaded ({reason}); check the name, the split and the network, "
             "or name a local file with `path`"
