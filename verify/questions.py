@@ -106,12 +106,9 @@ def _question(name: str, number: int, row: Any, topic: str | None) -> Question:
     subject = row.get("subject")
     if subject is not None and not isinstance(subject, str):
         raise DataError(f"{where}: `subject` is {_shown(subject)}; expected a string")
-    for key, texts in (
-        ("question", [question]),
-        ("choices", choices),
-        ("subject", [subject or ""]),
-    ):
-        _check_whole(where, key, *texts)
+    _check_whole(where, "question", question)
+    _check_whole(where, "choices", *choices)
+    _check_whole(where, "subject", subject or "")
     a, b, c, d = choices
     return Question(
         question=question,
