@@ -5,7 +5,7 @@ proportions (depth, width and vocabulary each smaller, the head's share of the w
 questions of the miniature's words at given lengths. Variants run in turn within each round, so that
 a ratio compares neighbours in time. Ends with exit code 1 where two ways do not say the same.
 
-    python benchmarks/choices.py [--rounds 5] [--width 768] [--layers 8] [--threads 1]
+    python benchmarks/choices.py [--rounds 5] [--width 768] [--layers 8] [--only plain]
 """
 
 from __future__ import annotations
@@ -229,13 +229,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("orders", "plain"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"float32, {options.threads} threads, torch {torch.__version__}")
     for case in cases(options):
         print(f"{case.name}; {len(case.questions)} questions")
-        orders(case, options.rounds)
-        plain(case, options.rounds)
+        if options.only != "plain":
+            orders(case, options.rounds)
+        if options.only != "orders":
+            plain(case, options.rounds)
 
 
 if __name__ == "__main__":

@@ -72,3 +72,32 @@ def test_plain_form_is_one_prompt_after_another(
     sequences = token_ids([plain_text(question) for question in questions], tokenizer)
     both = [last_logits(engine, sequences, tokenizer) for engine in (runner, PlainOnly(runner))]
     torch.testing.assert_close(*both, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("shared", "trees"), [(0, 0), (2, 0), (12, 1)])
+def test_a_tree_is_read_where_it_saves_enough(shared: int, trees: int) -> None:
+    read: list[str] = []
+
+    class Watched:
+        name = "base"
+
+        def logits(self, ids: torch.Tensor, mask: torch.Tensor, last_only: bool) -> torch.Tensor:
+            read.append("batch")
+            return torch.zeros(len(ids), 1, 9)
+
+        def tree_logits(self, tree: Any) -> torch.Tensor:
+            read.append("tree")
+            return torch.zeros(len(tree.ends), 9)
+
+        def close(self) -> None: ...
+
+    class Nine:
+        pad_token_id = 0
+
+        def __len__(self) -> int:
+            return 9
+
+    start = tuple(range(shared))
+    sequences = [(*start, 50 + n, *range(20)) for n in range(3)]
+    assert last_logits(Watched(), sequences, Nine()).shape == (3, 9)
+    assert read == (["tree"] if trees else ["batch"])

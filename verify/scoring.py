@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 TREE_TOKENS = 2048
 """Most tokens of one tree; larger ones are read in parts."""
+LEAST_SHARED = 0.15
+"""Share of the tokens that a tree must save: attention pays for sequences that see nothing of one
+another, so that one which saves less is slower than batches."""
 AT_ONCE = 16
 """Questions in one tree: what they share is the line that names the subject."""
 
@@ -81,7 +84,7 @@ def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: A
     """Next-token logits after each of several sequences; no other logits are formed.
 
     Args:
-        runner: an engine; one that reads trees is given one, another batches.
+        runner: an engine. One that reads trees is given one where that saves enough; else batches.
         sequences: token ids, BOS first. Neighbours should share their beginnings.
         tokenizer: the base model's.
 
@@ -89,7 +92,9 @@ def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: A
         [sequences, vocab] float32.
     """
     if isinstance(runner, TreeRunner):
-        return _through_trees(runner, sequences)
+        whole = sum(len(ids) for ids in sequences)
+        if len(merge(sequences).ids) <= (1 - LEAST_SHARED) * whole:
+            return _through_trees(runner, sequences)
     return _in_batches(runner, sequences, tokenizer)
 
 
