@@ -14,6 +14,8 @@ from bake.recipe import QuestionSource, Recipe, TextSource
 
 Rows = Iterator[tuple[int, Any]]
 """(number from 1, row); of a file of lines, the number is that of the line."""
+LONGEST_SHOWN = 200
+"""Most characters of a wrong value that an error shows."""
 
 
 def rows_of(
@@ -30,13 +32,14 @@ def rows_of(
         DataError: while rows are taken, when the source cannot be read.
     """
     if source.path is not None:
-        path, name = recipe.local(source.path), source.path
+        path, name = recipe.local(source.path), printable(source.path)
         if path.suffix == ".parquet":
             return name, _parquet_rows(name, path)
         field = getattr(source, "field", None) if path.suffix == ".txt" else None
         return name, _line_rows(name, path, field)
     assert source.dataset is not None
-    name = " ".join(part for part in (source.dataset, source.config, source.split) if part)
+    parts = (source.dataset, source.config, source.split)
+    name = " ".join(printable(part) for part in parts if part)
     return name, _dataset_rows(name, source, recipe, streaming)
 
 
@@ -47,11 +50,37 @@ def field_of(name: str, number: int, row: Any, field: str) -> Any:
         DataError: the row is no object, or lacks the field.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{name}, row {number}: is {row!r}; expected a JSON object")
+        raise DataError(f"{name}, row {number}: is {shown(row)}; expected a JSON object")
     if field not in row:
-        keys = ", ".join(f"`{key}`" for key in row) or "no keys"
-        raise DataError(f"{name}, row {number}: has no `{field}`; it has {keys}")
+        keys = ", ".join(f"`{printable(key)}`" for key in row) or "no keys"
+        raise DataError(f"{name}, row {number}: has no `{field}`; it has {_short(keys)}")
     return row[field]
+
+
+def check_whole(where: str, key: str, *texts: str) -> None:
+    """Raise for half a character, which JSON can spell and no tokenizer can read."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: `{key}` holds {shown(text[error.start])}, half of a surrogate pair; "
+                "expected text"
+            ) from error
+
+
+def printable(text: str) -> str:
+    """A text on one line, with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def shown(value: Any) -> str:
+    """What came, for an error's one line."""
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
 
 
 def _line_rows(name: str, path: Path, field: str | None) -> Rows:
@@ -74,6 +103,8 @@ def _json(name: str, number: int, line: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise DataError(f"{name}, row {number}: is no JSON ({error}); expected JSONL") from error
+    except RecursionError as error:
+        raise DataError(f"{name}, row {number}: is nested too deep; expected JSONL") from error
 
 
 def _parquet_rows(name: str, path: Path) -> Rows:
@@ -115,7 +146,7 @@ def _dataset_rows(
         rows = datasets.load_dataset(path, source.config, split=source.split, **options)
         yield from enumerate(rows, 1)
     except Exception as error:  # datasets raises many kinds, network errors among them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
         if "gated" in f"{type(error).__name__} {error}".lower():
             raise DataError(
                 f"{name}: is gated; ask for access on its page on the hub (datasets/{dataset}), "

@@ -250,7 +250,7 @@ def test_bad_input_is_refused_in_one_line(work: Path, tmp_path: Path) -> None:
         (checkpoint, {"dtype": "int8"}, ExportError, "--dtype int8: expected float32 or bfloat16"),
         (work / "compiled", {}, FolderError, "is an export already .carrier compiled."),
         (work / "base", {}, FolderError, r"has no manifest.json"),
-        (work / "nowhere", {}, FolderError, "cannot be read"),
+        (work / "nowhere", {}, FolderError, "is no folder"),
     ]
     gelu = changed(work, tmp_path / "gelu", hidden_activation="gelu")
     cases.append((gelu, {}, ExportError, "activation is gelu; expected gelu_pytorch_tanh"))

@@ -56,6 +56,8 @@ def test_topic_is_the_rows_subject_else_the_sources_else_known_by_name(recipe: R
         ({**ROW, "answer": "C"}, "`answer` is 'C'"),
         ({**ROW, "answer": True}, "`answer` is True"),
         ({**ROW, "answer": 2.0}, r"`answer` is 2\.0"),
+        ({**ROW, "answer": None}, "`answer` is None"),
+        ({**ROW, "choices": ["v", "w", "x", "y", "z"]}, "`choices` has 5 entries; expected four"),
         ({**ROW, "choices": ["w", "x", "y"]}, "`choices` has 3 entries; expected four"),
         ({**ROW, "choices": ["w", "x", "y", 1]}, "expected a list of four strings"),
         ({**ROW, "choices": "wxyz"}, "expected a list of four strings"),
@@ -67,6 +69,42 @@ def test_topic_is_the_rows_subject_else_the_sources_else_known_by_name(recipe: R
 def test_a_bad_row_is_named_by_file_and_number(row: Any, message: str, recipe: Recipe) -> None:
     with pytest.raises(DataError, match=rf"q\.jsonl, row 2: .*{message}"):
         load(recipe, ROW, row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"\x1b[31mred\n": 1}, r"has no `question`; it has `\\x1b\[31mred\\n`"),
+        ({**ROW, "choices": "\x1b]0;title\x07"}, r"`choices` is '\\x1b\]0;title\\x07'"),
+        ({**ROW, "answer": "\u202e\u2028"}, r"`answer` is '\\u202e\\u2028'"),
+        ({**ROW, "question": "a\ud800"}, r"`question` holds '\\ud800', half of a surrogate pair"),
+        ({**ROW, "choices": ["w", "x", "y", "\udc00"]}, r"`choices` holds '\\udc00'"),
+        ({**ROW, "answer": "x" * 9000}, "`answer` is 'xxx.*…; expected an index"),
+        ({f"key{i}": i for i in range(999)}, "has no `question`; it has `key0`, .*…$"),
+    ],
+)
+def test_a_hostile_row_is_shown_as_one_short_line(row: Any, message: str, recipe: Recipe) -> None:
+    with pytest.raises(DataError, match=rf"q\.jsonl, row 2: {message}") as caught:
+        load(recipe, ROW, row)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_hostile_text_in_a_question_is_text(recipe: Recipe) -> None:
+    row = {**ROW, "question": "<b>{{x}}\x1b[31m\n# |", "choices": ["<script>", "%}", "'\"", "\\"]}
+    (question,) = load(recipe, row)
+    assert (question.question, list(question.choices)) == (row["question"], row["choices"])
+
+
+def test_a_hostile_file_is_one_line(recipe: Recipe) -> None:
+    recipe.local("q.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"q\.jsonl, row 1: is nested too deep"):
+        load_questions(QuestionSource(path="q.jsonl"), recipe)
+    with pytest.raises(DataError, match=r"^q\\x1b\[31m\\n\.jsonl: cannot be read"):
+        load_questions(QuestionSource(path="q\x1b[31m\n.jsonl"), recipe)
+    write_jsonl(recipe.local("t.jsonl"), [{"text": "\ud800"}])
+    with pytest.raises(DataError, match=r"t\.jsonl, row 1: `text` holds '\\ud800'"):
+        load_texts(TextSource(path="t.jsonl"), recipe)
 
 
 def test_row_numbers_are_those_of_the_lines(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bake.errors import DataError
 from bake.recipe import QuestionSource, Recipe, TextSource
-from bake.rows import field_of, rows_of
+from bake.rows import check_whole, field_of, rows_of, shown
 
 LETTERS = "ABCD"
 
@@ -72,8 +72,9 @@ def load_texts(source: TextSource, recipe: Recipe) -> list[Text]:
             text = "\n".join(str(message["content"]) for message in text)
         if not isinstance(text, str):
             raise DataError(
-                f"{name}, row {number}: `{source.field}` is {text!r}; expected a string"
+                f"{name}, row {number}: `{source.field}` is {shown(text)}; expected a string"
             )
+        check_whole(f"{name}, row {number}", source.field, text)
         if text.strip():
             texts.append(Text(text, number))
     if not texts:
@@ -90,16 +91,21 @@ def _question(name: str, number: int, row: Any, topic: str | None) -> Question:
     answer = field_of(name, number, row, "answer")
     where = f"{name}, row {number}"
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: `question` is {question!r}; expected a string that is not empty")
+        raise DataError(
+            f"{where}: `question` is {shown(question)}; expected a string that is not empty"
+        )
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{where}: `choices` is {choices!r}; expected a list of four strings")
+        raise DataError(f"{where}: `choices` is {shown(choices)}; expected a list of four strings")
     if len(choices) != len(LETTERS):
         raise DataError(f"{where}: `choices` has {len(choices)} entries; expected four")
     if type(answer) is not int or not 0 <= answer < len(LETTERS):
-        raise DataError(f"{where}: `answer` is {answer!r}; expected an index from 0 to 3")
+        raise DataError(f"{where}: `answer` is {shown(answer)}; expected an index from 0 to 3")
     subject = row.get("subject")
     if subject is not None and not isinstance(subject, str):
-        raise DataError(f"{where}: `subject` is {subject!r}; expected a string")
+        raise DataError(f"{where}: `subject` is {shown(subject)}; expected a string")
+    check_whole(where, "question", question)
+    check_whole(where, "choices", *choices)
+    check_whole(where, "subject", subject or "")
     a, b, c, d = choices
     return Question(
         question=question,

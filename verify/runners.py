@@ -10,7 +10,7 @@ import tempfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from bake.errors import FolderError
 from verify import torch_worker
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from verify.reference import Oracle
+    from verify.token_tree import TokenTree
 
 CLOSING_SECONDS = 10
 """How long a worker process may take to end by itself."""
@@ -45,6 +46,19 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Let go of the model."""
+        ...
+
+
+@runtime_checkable
+class TreeRunner(Runner, Protocol):
+    """An engine that reads many prompts with a common beginning in one forward pass."""
+
+    def tree_logits(self, tree: TokenTree) -> Tensor:
+        """Next-token logits at the end of each of a tree's sequences.
+
+        Returns:
+            [sequences, vocab], float32 on the CPU.
+        """
         ...
 
 
@@ -78,6 +92,13 @@ class HookedRunner:
                 logits_to_keep=1 if last_only else 0,
             )
         logits: Tensor = output.logits.float().cpu()
+        return logits
+
+    def tree_logits(self, tree: TokenTree) -> Tensor:
+        """See `TreeRunner.tree_logits`."""
+        hooks = nullcontext() if self._oracle is None else self._oracle.applied()
+        with hooks:
+            logits: Tensor = torch_worker.tree_logits(self._model, tree.tensors())
         return logits
 
     def close(self) -> None:
@@ -158,6 +179,12 @@ class TorchRunner:
         check_padding(attention_mask, last_only)
         asked = {"op": "logits", "last_only": "true" if last_only else "false"}
         _, tensors = self._ask(asked, input_ids=input_ids, attention_mask=attention_mask)
+        logits: Tensor = tensors["logits"]
+        return logits
+
+    def tree_logits(self, tree: TokenTree) -> Tensor:
+        """See `TreeRunner.tree_logits`."""
+        _, tensors = self._ask({"op": "tree"}, **tree.tensors())
         logits: Tensor = tensors["logits"]
         return logits
 

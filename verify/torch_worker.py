@@ -7,6 +7,7 @@ safetensors; what a message says besides tensors stands in the safetensors' meta
 
     {"op": "load", "dtype", "device", "threads"}                   -> {"dtype", "class"}
     {"op": "logits", "last_only"}, input_ids, attention_mask       -> logits, float32
+    {"op": "tree"}, what verify.token_tree.TokenTree.tensors gives -> logits, float32
 
 A request that fails is answered by {"error": one line}. The process ends when stdin does.
 """
@@ -115,6 +116,49 @@ def logits(model: Any, tensors: dict[str, Any], last_only: bool) -> Any:
     return output.logits.float().cpu().contiguous()
 
 
+def tree_logits(model: Any, tensors: dict[str, Any]) -> Any:
+    """Logits at the ends of a tree of tokens: [ends, vocab] float32, on the CPU.
+
+    Args:
+        model: a Gemma with eager attention; hooks on it see a plain attention mask of ones.
+        tensors: input_ids and position_ids [1, nodes], visible [nodes, nodes], ends [ends].
+    """
+    import torch
+
+    here = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    config = model.config.get_text_config()
+    hidden = torch.finfo(model.dtype).min
+
+    def additive(seen: Any) -> Any:
+        blank = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+        return blank.masked_fill(~seen, hidden)[None, None]
+
+    mask = additive(here["visible"])
+    if getattr(config, "layer_types", None):
+        position = here["position_ids"][0]
+        near = position[:, None] - position[None, :] < config.sliding_window
+        windowed = additive(here["visible"] & near)
+        mask = {"full_attention": mask, "sliding_attention": windowed}
+
+    def see_the_tree(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": mask}
+
+    # Registered last: hooks before it are given token ids and a mask that they understand.
+    handle = model.register_forward_pre_hook(see_the_tree, with_kwargs=True)
+    try:
+        with torch.inference_mode():
+            output = model(
+                input_ids=here["input_ids"],
+                attention_mask=torch.ones_like(here["input_ids"]),
+                position_ids=here["position_ids"],
+                use_cache=False,
+                logits_to_keep=here["ends"],
+            )
+    finally:
+        handle.remove()
+    return output.logits[0].float().cpu().contiguous()
+
+
 def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker) -> None:
     """Answer requests until there are no more."""
     model: Any = None
@@ -136,6 +180,8 @@ def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker)
                     loaded = (asked["dtype"], asked["device"])
                 dtype = str(model.dtype).removeprefix("torch.")
                 answer = pack({"dtype": dtype, "class": type(model).__name__})
+            elif asked["op"] == "tree":
+                answer = pack({}, {"logits": tree_logits(model, tensors)})
             else:
                 found = logits(model, tensors, asked["last_only"] == "true")
                 answer = pack({}, {"logits": found})

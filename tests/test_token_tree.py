@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, save_sae_lens, tiny_base, tiny_sae
+
+from bake.recipe import Recipe
+from verify.prompts import Prompt, left_padded
+from verify.reference import Oracle
+from verify.runners import HookedRunner, Runner, TorchRunner, TreeRunner
+from verify.stock import load_base
+from verify.token_tree import merge
+from verify.whole_sae import load_sites
+
+# Longer than the tiny models' sliding window of 8, and of unequal parts.
+PARTS = ((10, 11, 12), (20,), (30, 31, 32, 33, 34), (40, 41))
+SEQUENCES = [
+    (2, 5, 6, 7, *itertools.chain(*order), 8, 9) for order in itertools.permutations(PARTS)
+]
+
+
+def test_sequences_come_back_out_of_the_tree() -> None:
+    sequences = [*SEQUENCES, (2, 5), SEQUENCES[3], (9,)]
+    tree = merge(sequences)
+    for sequence, node in zip(sequences, tree.ends, strict=True):
+        path: list[int] = []
+        while node >= 0:
+            path.insert(0, tree.ids[node])
+            node = tree.parents[node]
+        assert tuple(path) == sequence
+    prefixes = {sequence[:n] for sequence in sequences for n in range(1, len(sequence) + 1)}
+    assert len(tree.ids) == len(prefixes)
+
+
+def test_a_token_sees_its_own_sequence_only() -> None:
+    tree = merge([(1, 2, 3), (1, 4), (1, 2, 5)])
+    tensors = tree.tensors()
+    assert tensors["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert tensors["position_ids"].tolist() == [[0, 1, 2, 1, 2]]
+    assert tensors["ends"].tolist() == [2, 3, 4]
+    assert tensors["visible"].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
+    with pytest.raises(ValueError, match="empty sequence"):
+        merge([(1, 2), ()])
+
+
+@pytest.fixture(params=FAMILIES)
+def oracle(
+    request: pytest.FixtureRequest, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> Iterator[Oracle]:
+    tiny_base(tmp_path / "base", request.param)
+    save_sae_lens(tmp_path / "sae", tiny_sae())
+    table = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -5.0}
+    recipe = Recipe.load(write_recipe(table))
+    yield Oracle(load_base(recipe), load_sites(recipe))
+
+
+def alone(runner: Runner, ids: tuple[int, ...]) -> torch.Tensor:
+    batch = left_padded([Prompt("x", "x", 1, ids, False)], pad_id=0, last_only=True)
+    return runner.logits(batch.input_ids, batch.attention_mask, True)[0, 0]
+
+
+def test_the_tree_gives_the_logits_of_every_sequence_alone(oracle: Oracle, tmp_path: Path) -> None:
+    base = HookedRunner("base", oracle.model)
+    reference = HookedRunner("reference", oracle.model, oracle)
+    with TorchRunner(tmp_path / "base") as worker:
+        worker.load("float32")
+        tree = merge(SEQUENCES)
+        found = {runner.name: runner.tree_logits(tree) for runner in (base, reference, worker)}
+    for runner in (base, reference):
+        expected = torch.stack([alone(runner, ids) for ids in SEQUENCES])
+        assert found[runner.name].dtype == torch.float32
+        torch.testing.assert_close(found[runner.name], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found["checkpoint"], found["base"], rtol=0, atol=2e-5)
+    assert oracle.tokens_fired > 0
+    assert not torch.allclose(found["base"], found["reference"], atol=1e-2)
+    # The sequences differ from one another, and the tree left nothing on the model.
+    assert len({row.argmax().item() for row in found["base"]} | {-1}) > 2
+    assert not oracle.model._forward_pre_hooks
+
+
+def test_which_engines_read_trees() -> None:
+    assert isinstance(HookedRunner("base", None), TreeRunner)
+
+    class Plain:
+        name = "onnx"
+
+        def logits(self, input_ids: object, attention_mask: object, last_only: bool) -> None: ...
+
+        def close(self) -> None: ...
+
+    assert not isinstance(Plain(), TreeRunner)

@@ -1,0 +1,195 @@
+"""Questions through lm-evaluation-harness: its tasks, its prompts, its arithmetic, our engines."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bake.errors import BakeoutError
+from verify.questions import LETTERS, Question
+from verify.runners import Runner
+
+TASK_NAME = re.compile(r"[a-z0-9_]+")
+TEMPLATE = (
+    "The following are multiple choice questions (with answers)"
+    "{% if topic %} about {{topic}}{% endif %}.\n\n"
+    "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
+    "D. {{choices[3]}}\nAnswer:"
+)
+"""What a local question looks like. Source: the harness's own tasks `wmdp_bio` and `mmlu`."""
+
+
+class HarnessError(BakeoutError):
+    """lm-evaluation-harness is not installed, or a task cannot be loaded or scored."""
+
+
+@dataclass(frozen=True)
+class ItemAnswer:
+    """One question, as the harness scored it."""
+
+    task: str
+    item: int
+    """Its place in the task's data, from 0."""
+    log_likelihoods: tuple[float, ...]
+    """Per choice, nats."""
+    greedy: tuple[bool, ...]
+    """Per choice, whether it is what the model would say."""
+    answer: int
+    """Index of the right choice."""
+
+    @property
+    def chosen(self) -> int:
+        """Index of the choice with the largest log-likelihood; the first of several."""
+        return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """What the harness found."""
+
+    results: dict[str, Any]
+    """The harness's own result JSON, unchanged. It names paths of this machine."""
+    answers: tuple[ItemAnswer, ...]
+    """Every multiple-choice question, task by task in the harness's order."""
+
+    def accuracy(self, task: str) -> float:
+        """The harness's own figure for a task or a group, 0 to 1."""
+        found = self.results["results"].get(task) or self.results["groups"][task]
+        return float(found["acc,none"])
+
+
+def write_tasks(folder: Path, tasks: Mapping[str, Sequence[Question]]) -> None:
+    """Task files for local questions, which `lm_eval --include_path FOLDER` takes too.
+
+    Args:
+        folder: an existing folder; one `.yaml` and one `.jsonl` per task are written into it, and
+            the harness keeps what it makes of them there.
+        tasks: per name, its questions.
+
+    Raises:
+        HarnessError: a name is not made of a to z, 0 to 9 and _.
+    """
+    for name, questions in tasks.items():
+        if not TASK_NAME.fullmatch(name):
+            raise HarnessError(f"task {name!r}: expected a name of a to z, 0 to 9 and _")
+        data = folder.resolve() / f"{name}.jsonl"
+        rows = [
+            {
+                "question": question.question,
+                "choices": question.choices,
+                "answer": question.answer,
+                "topic": question.topic or "",
+                "row": question.row,
+            }
+            for question in questions
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        config = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": str(data)},
+                "cache_dir": str(data.with_suffix("")),
+            },
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": TEMPLATE,
+            "doc_to_choice": list(LETTERS),
+            "doc_to_target": "answer",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+        # JSON is YAML, and quotes whatever a path may hold.
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        data.with_suffix(".yaml").write_text(text, encoding="utf-8")
+
+
+def run_harness(
+    runner: Runner,
+    tokenizer: Any,
+    tasks: Sequence[str] | Mapping[str, Sequence[Question]],
+    *,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+) -> HarnessResult:
+    """Score an engine with lm-evaluation-harness.
+
+    Args:
+        runner: the engine.
+        tokenizer: the base model's.
+        tasks: names of the harness's own tasks or groups (`wmdp_bio`, `mmlu`, `mmlu_anatomy`),
+            which come from the hub; or local questions by a name for each set.
+        batch_size: prompts at once; by number of tokens when None.
+        max_length: longest prompt, in tokens; no limit when None.
+        limit: so many questions of each task; all when None.
+
+    Raises:
+        HarnessError: the harness is not installed, or a task is unknown, cannot be loaded, or is
+            not scored by likelihood.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HarnessError(
+            "lm-evaluation-harness is not installed; pip install 'bakeout[eval]'"
+        ) from error
+    from verify.harness_lm import RunnerLM
+
+    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder:
+        if isinstance(tasks, Mapping):
+            write_tasks(Path(folder), tasks)
+            manager = TaskManager(include_path=folder, include_defaults=False)
+        else:
+            manager = TaskManager()
+        found = simple_evaluate(
+            model=RunnerLM(runner, tokenizer, batch_size=batch_size, max_length=max_length),
+            tasks=_loaded(manager, list(tasks)),
+            task_manager=manager,
+            batch_size=batch_size,
+            limit=limit,
+        )
+    return _result(found)
+
+
+def _loaded(manager: Any, names: Sequence[str]) -> list[Any]:
+    """The tasks and groups of these names, their data at hand."""
+    built: list[Any] = []
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # datasets raises many kinds, network errors among them
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise HarnessError(
+                f"lm-eval task {name}: cannot be loaded ({reason}); check the name and the "
+                "network, or use local questions"
+            ) from error
+        group = loaded["groups"].get(name)
+        built += [group] if group is not None else loaded["tasks"].values()
+    return built
+
+
+def _result(found: dict[str, Any]) -> HarnessResult:
+    """The harness's dictionary as JSON has it, and its samples as answers."""
+    from lm_eval.utils import handle_non_serializable
+
+    answers = [
+        ItemAnswer(
+            task=task,
+            item=sample["doc_id"],
+            log_likelihoods=tuple(float(pair[0]) for pair in sample["filtered_resps"]),
+            greedy=tuple(bool(pair[1]) for pair in sample["filtered_resps"]),
+            answer=int(sample["target"]),
+        )
+        for task, samples in found.pop("samples").items()
+        for sample in samples
+        if len(sample["filtered_resps"]) > 1
+    ]
+    results = json.loads(json.dumps(found, default=handle_non_serializable))
+    return HarnessResult(results, tuple(answers))

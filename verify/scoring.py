@@ -1,0 +1,126 @@
+"""How likely each letter is after a prompt: what prompts share is computed once where that goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from verify.choices import LetterTokens
+from verify.prompts import Prompt, batches, bos_id, plain_text
+from verify.questions import LETTERS, Question
+from verify.runners import Runner, TreeRunner
+from verify.token_tree import merge
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TREE_TOKENS = 2048
+"""Most tokens of one tree; larger ones are read in parts."""
+LEAST_SHARED = 0.15
+"""Share of the tokens that a tree must save: attention pays for sequences that see nothing of one
+another, so that one which saves less is slower than batches."""
+AT_ONCE = 16
+"""Questions in one tree: what they share is the line that names the subject."""
+
+
+def score_plain(
+    runner: Runner,
+    questions: Sequence[Question],
+    tokenizer: Any,
+    letters: LetterTokens,
+    *,
+    at_once: int = AT_ONCE,
+) -> np.ndarray:
+    """Every question in plain form.
+
+    Args:
+        runner: an engine.
+        questions: any; neighbours of one subject share most.
+        tokenizer: the base model's.
+        letters: of that tokenizer.
+        at_once: how many questions a forward pass has at most.
+
+    Returns:
+        [questions, 4] float64, nats: log-likelihoods of " A" to " D".
+
+    Source: lm-evaluation-harness, tasks `wmdp_bio` and `mmlu`.
+    """
+    found = []
+    for start in range(0, len(questions), at_once):
+        texts = [plain_text(question) for question in questions[start : start + at_once]]
+        logits = last_logits(runner, token_ids(texts, tokenizer), tokenizer)
+        found.append(letter_log_likelihoods(logits, letters)[..., 1])
+    return np.concatenate(found) if found else np.zeros((0, len(LETTERS)))
+
+
+def letter_log_likelihoods(logits: Tensor, letters: LetterTokens) -> np.ndarray:
+    """Log-likelihoods of each letter as the next token, bare and after a space.
+
+    Args:
+        logits: [n, vocab].
+        letters: of the tokenizer.
+
+    Returns:
+        [n, 4, 2] float64, nats; -inf where the tokenizer has no such token.
+    """
+    normaliser = logits.double().logsumexp(dim=-1)
+    found = np.full((len(logits), len(LETTERS), 2), -np.inf)
+    for letter, (spaced,) in enumerate(letters.plain):
+        for token in letters.chat[letter]:
+            likelihood = logits[:, token].double() - normaliser
+            found[:, letter, int(token == spaced)] = likelihood.numpy()
+    return found
+
+
+def token_ids(texts: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
+    """Each text as tokens, BOS first."""
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [(bos_id(tokenizer), *ids) for ids in encoded]
+
+
+def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:
+    """Next-token logits after each of several sequences; no other logits are formed.
+
+    Args:
+        runner: an engine. One that reads trees is given one where that saves enough; else batches.
+        sequences: token ids, BOS first. Neighbours should share their beginnings.
+        tokenizer: the base model's.
+
+    Returns:
+        [sequences, vocab] float32.
+    """
+    if isinstance(runner, TreeRunner):
+        whole = sum(len(ids) for ids in sequences)
+        if len(merge(sequences).ids) <= (1 - LEAST_SHARED) * whole:
+            return _through_trees(runner, sequences)
+    return _in_batches(runner, sequences, tokenizer)
+
+
+def _through_trees(runner: TreeRunner, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """One tree; one that is too large is halved, since neighbours share most."""
+    import torch
+
+    tree = merge(sequences)
+    if len(tree.ids) <= TREE_TOKENS or len(sequences) == 1:
+        return runner.tree_logits(tree)
+    middle = len(sequences) // 2
+    halves = (sequences[:middle], sequences[middle:])
+    return torch.cat([_through_trees(runner, half) for half in halves])
+
+
+def _in_batches(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:
+    """Whole sequences, those of like length together."""
+    import torch
+
+    prompts = [
+        Prompt("questions", "chat", 0, tuple(ids), every_token=False, item=item)
+        for item, ids in enumerate(sequences)
+    ]
+    found: dict[int, Tensor] = {}
+    pad_id = tokenizer.pad_token_id or 0
+    for batch in batches(prompts, pad_id=pad_id, vocab_size=len(tokenizer)):
+        logits = runner.logits(batch.input_ids, batch.attention_mask, True)[:, -1]
+        found |= {prompt.item: row for prompt, row in zip(batch.prompts, logits, strict=True)}
+    return torch.stack([found[item] for item in range(len(sequences))])
