@@ -27,6 +27,7 @@ from bake.recipe import Recipe
 from bakeout.exporting import export_adapter, export_compiled
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from export.compiled_files import LAYERS_SHARD
+from verify import torch_worker
 from verify.runners import HookedRunner
 from verify.suite import verify_folder
 
@@ -78,6 +79,13 @@ class InProcess(HookedRunner):
         self._model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
+
+    def decoded(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_last: int
+    ) -> torch.Tensor:
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
+        found: torch.Tensor = torch_worker.decoded(self._model, tensors, n_last)
+        return found
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
+from verify import torch_worker
 from verify.reading import check_fresh, report_from_dict
 from verify.report import EngineReport, VerifyReport
 from verify.runners import HookedRunner
@@ -161,6 +162,13 @@ class InProcess(HookedRunner):
             dtype=getattr(torch, dtype),
             attn_implementation="eager",
         )
+
+    def decoded(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_last: int
+    ) -> torch.Tensor:
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
+        found: torch.Tensor = torch_worker.decoded(self._model, tensors, n_last)
+        return found
 
 
 @pytest.fixture

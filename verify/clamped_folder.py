@@ -6,14 +6,20 @@ import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import QuestionSource, Recipe, TextSource
+from verify.report import Failure
 
 RECIPE = "recipe.toml"
+_REWRITTEN = ("config.json", "model.safetensors.index.json", "README.md", "manifest.json", "NOTICE")
+"""Files that a checkpoint has in a form of its own."""
+_TEXT_FILES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens")
+"""Beginnings of the names of files that decide how text becomes tokens."""
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Fields of a config in which base and checkpoint must agree."""
 
@@ -164,6 +170,35 @@ def check_base(recipe: Recipe, folder: Path, config: dict[str, Any]) -> None:
             f"the recipe's base model {base.name} has other weights than those that "
             f"{folder.name} was made for (by sha256); expected the recipe that it was baked from"
         )
+
+
+def base_failures(recipe: Recipe, files: Mapping[str, str]) -> tuple[Failure, ...]:
+    """What of a checkpoint is not the recipe's base, byte for byte: weights, tokenizer, templates.
+
+    Args:
+        recipe: names the base.
+        files: sha256 of the checkpoint's files, as its manifest states them.
+
+    Returns:
+        One failure of kind `integrity` for each file of the base that the checkpoint has otherwise,
+        or does not have though the model needs it.
+    """
+    base = find_base(recipe)
+    failures = []
+    for path in sorted(path for path in base.folder.rglob("*") if path.is_file()):
+        name = path.relative_to(base.folder).as_posix()
+        copy = "model-00001-of-00001.safetensors" if name == "model.safetensors" else name
+        needed = name in base.shards or name.startswith(_TEXT_FILES)
+        if name in _REWRITTEN or (copy not in files and not needed):
+            continue
+        if files.get(copy) != (digest := _sha256(path)):
+            what = f"{copy}: is not the base's {name}, byte for byte"
+            failures.append(Failure("integrity", "checkpoint", what, files.get(copy), digest))
+    for name in sorted(files):
+        if name.startswith(_TEXT_FILES) and not (base.folder / name).is_file():
+            what = f"{name}: the base has none"
+            failures.append(Failure("integrity", "checkpoint", what, files[name], None))
+    return tuple(failures)
 
 
 def _sha256(path: Path) -> str:

@@ -16,10 +16,18 @@ from verify.engines import Engines
 from verify.firing import FiredExamples
 from verify.loss import LossSum
 from verify.parity import ParitySum, answer_flips
-from verify.prompts import Batch, Prompt, batches, question_prompts, text_prompts
+from verify.prompts import (
+    QUESTION_FORMS,
+    Batch,
+    Prompt,
+    batches,
+    left_padded,
+    question_prompts,
+    text_prompts,
+)
 from verify.questions import Question, load_questions, load_texts
 from verify.report import EngineReport, FiredText, Items, Parity
-from verify.runners import HookedRunner, Runner
+from verify.runners import DecodingRunner, HookedRunner, Runner
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +37,9 @@ if TYPE_CHECKING:
 BASE, REFERENCE = "base", "reference"
 REFERENCE_32 = "reference-float32"
 """The reference of engines that compute in float32, where the recipe's dtype is another."""
+DECODED_PROMPTS, DECODED_TOKENS = 4, 64
+"""How many forget prompts of each form, the shortest, are read token by token, and how many of
+their last tokens."""
 REFERENCES = (BASE, REFERENCE, REFERENCE_32)
 """Engines that are no part of a folder."""
 Progress = Callable[[str, float], None]
@@ -118,7 +129,7 @@ def gather(
         here.append(HookedRunner(REFERENCE_32, model_32, oracles[REFERENCE_32]))
         against = dict.fromkeys((graph.name for graph in engines.graphs), REFERENCE_32)
     with _half_the_threads() as threads, ExitStack() as stack:
-        elsewhere: list[Runner] = []
+        elsewhere: list[DecodingRunner] = []
         if engines.torch is not None:
             base = location(recipe) if engines.carrier == "adapter" else None
             engines.torch.load(dtype, device=engines.device, threads=threads, base=base)
@@ -290,7 +301,7 @@ class Comparison:
 
 def compare(
     here: Sequence[Runner],
-    elsewhere: Sequence[Runner],
+    elsewhere: Sequence[DecodingRunner],
     material: Material,
     progress: Progress,
     watch: Callable[[Batch], None],
@@ -330,4 +341,44 @@ def compare(
             progress("compare", done / total)
         if counting is not None:
             counting.result()
+        if parity:
+            _compare_decoding(comparison, here, elsewhere, pad_id)
     return comparison
+
+
+def _compare_decoding(
+    comparison: Comparison,
+    here: Sequence[Runner],
+    elsewhere: Sequence[DecodingRunner],
+    pad_id: int,
+) -> None:
+    """Let the folder's engines read some forget prompts token by token, from a cache.
+
+    The references read them at once: what a token's logits are does not depend on that. Changes
+    `comparison`.
+    """
+    asked = [p for p in comparison.material.prompts if p.source == "forget" and p.every_token]
+    asked.sort(key=lambda prompt: len(prompt.ids))
+    chosen = [
+        prompt
+        for form in QUESTION_FORMS
+        for prompt in [p for p in asked if p.form == form][:DECODED_PROMPTS]
+    ]
+    if not chosen:
+        return
+    batch = left_padded(chosen, pad_id=pad_id, last_only=False)
+    n_last = min(DECODED_TOKENS, batch.input_ids.shape[1] - 1)
+    whole = {
+        runner.name: runner.logits(batch.input_ids, batch.attention_mask, last_only=False)
+        for runner in here
+        if runner.name != BASE
+    }
+    tail = replace(
+        batch,
+        input_ids=batch.input_ids[:, -n_last:],
+        attention_mask=batch.attention_mask[:, -n_last:],
+    )
+    for runner in elsewhere:
+        logits = runner.decoded(batch.input_ids, batch.attention_mask, n_last)
+        reference = whole[comparison.reference_of(runner.name)][:, -n_last:]
+        comparison.parities[runner.name].add(tail, reference, logits)

@@ -166,6 +166,21 @@ class OnnxRunner:
             parts.append(torch.from_numpy(found[:, -1:] if last_only else found))
         return torch.cat(parts)
 
+    def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
+        """See `verify.runners.DecodingRunner.decoded`."""
+        import torch
+
+        check_padding(attention_mask, last_only=True)
+        seq = input_ids.shape[1]
+        begin, mask = seq - n_last, attention_mask
+        _, cache = self._read(input_ids[:, :begin], mask[:, :begin], self._first_cache(len(mask)))
+        found = []
+        for column in range(begin, seq):
+            feed = _feed(input_ids[:, column : column + 1], mask[:, : column + 1])
+            last, cache = self._step(feed, cache)
+            found.append(last.clone())
+        return torch.stack(found, dim=1)
+
     def generate(
         self,
         input_ids: Tensor,

@@ -49,6 +49,23 @@ class Runner(Protocol):
         ...
 
 
+class DecodingRunner(Runner, Protocol):
+    """An engine that is used to generate, and so is looked at while it does."""
+
+    def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
+        """Logits of the last columns, each fed alone after everything before it was cached.
+
+        Args:
+            input_ids: [batch, seq], padded on the left.
+            attention_mask: [batch, seq], 1 at real tokens.
+            n_last: how many columns; less than seq.
+
+        Returns:
+            [batch, n_last, vocab], float32 on the CPU.
+        """
+        ...
+
+
 @runtime_checkable
 class TreeRunner(Runner, Protocol):
     """An engine that reads many prompts with a common beginning in one forward pass."""
@@ -185,6 +202,14 @@ class TorchRunner:
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""
         _, tensors = self._ask({"op": "tree"}, **tree.tensors())
+        logits: Tensor = tensors["logits"]
+        return logits
+
+    def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
+        """See `DecodingRunner.decoded`."""
+        check_padding(attention_mask, last_only=True)
+        asked = {"op": "decoded", "n_last": str(n_last)}
+        _, tensors = self._ask(asked, input_ids=input_ids, attention_mask=attention_mask)
         logits: Tensor = tensors["logits"]
         return logits
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bake.base import INDEX
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from verify.clamped_folder import (
+    base_failures,
     check_base,
     clamped_layers,
     fitted_recipe,
@@ -100,6 +102,9 @@ def verify_folder(
         recipe = fitted_recipe(recipe, folder, config)
         if manifest.carrier == "adapter":
             check_base(recipe, folder, config)
+        own = layered and "integrity" in kinds and INDEX in manifest.files
+        if own and (broken := base_failures(recipe, manifest.files)):
+            return _report(folder, manifest, {"integrity"}, broken)
     report = _report(folder, manifest, kinds)
     if not measured and witnesses is None:
         return report

@@ -7,6 +7,7 @@ safetensors; what a message says besides tensors stands in the safetensors' meta
 
     {"op": "load", "dtype", "device", "threads"}                   -> {"dtype", "class"}
     {"op": "logits", "last_only"}, input_ids, attention_mask       -> logits, float32
+    {"op": "decoded", "n_last"}, input_ids, attention_mask         -> logits, float32
     {"op": "tree"}, what verify.token_tree.TokenTree.tensors gives -> logits, float32
 
 A request that fails is answered by {"error": one line}. The process ends when stdin does.
@@ -159,6 +160,29 @@ def tree_logits(model: Any, tensors: dict[str, Any]) -> Any:
     return output.logits[0].float().cpu().contiguous()
 
 
+def decoded(model: Any, tensors: dict[str, Any], n_last: int) -> Any:
+    """[batch, n_last, vocab] float32, on the CPU: the last columns one by one, the rest cached."""
+    import torch
+
+    ids, mask = (tensors[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    begin = ids.shape[1] - n_last
+    cache, found = None, []
+    for start, stop in [(0, begin), *((c, c + 1) for c in range(begin, ids.shape[1]))]:
+        with torch.inference_mode():
+            output = model(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache = output.past_key_values
+        found.append(output.logits.float().cpu())
+    return torch.cat(found[1:], dim=1).contiguous()
+
+
 def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker) -> None:
     """Answer requests until there are no more."""
     model: Any = None
@@ -180,6 +204,8 @@ def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker)
                     loaded = (asked["dtype"], asked["device"])
                 dtype = str(model.dtype).removeprefix("torch.")
                 answer = pack({"dtype": dtype, "class": type(model).__name__})
+            elif asked["op"] == "decoded":
+                answer = pack({}, {"logits": decoded(model, tensors, int(asked["n_last"]))})
             elif asked["op"] == "tree":
                 answer = pack({}, {"logits": tree_logits(model, tensors)})
             else:
