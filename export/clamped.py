@@ -96,8 +96,14 @@ class Clamped:
 
     @property
     def sites(self) -> list[dict[str, Any]]:
-        """The config's: layer, k, exempt_bos."""
-        return list(self.config.sae_clamp["sites"])
+        """The config's: layer, k, exempt_bos. None where the clamp is compiled in."""
+        return list((getattr(self.config, "sae_clamp", None) or {"sites": []})["sites"])
+
+    @property
+    def compiled_layers(self) -> list[int]:
+        """Layers that hold a compiled clamp."""
+        compiled = self.manifest.get("compiled") or {"sites": []}
+        return [layer for site in compiled["sites"] for layer in site["layers"]]
 
     @property
     def shards(self) -> list[str]:
@@ -121,8 +127,12 @@ def weights_sha256(files: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def open_clamped(folder: Path) -> Clamped:
+def open_clamped(folder: Path, carriers: Sequence[str] = ("layer",)) -> Clamped:
     """Open a folder that `bakeout bake` wrote; its code is not run.
+
+    Args:
+        folder: what to open.
+        carriers: layer, or compiled too.
 
     Raises:
         FolderError: it is no clamped checkpoint, or damaged.
@@ -133,7 +143,7 @@ def open_clamped(folder: Path) -> Clamped:
     check_schema(folder / MANIFEST, manifest)
     if not isinstance(manifest.get("files"), dict):
         raise FolderError(f'{folder / MANIFEST}: has no "files"; {AGAIN}')
-    if manifest.get("carrier") != "layer":
+    if manifest.get("carrier") not in carriers:
         raise FolderError(
             f"{folder}: is an export already (carrier {manifest.get('carrier')}); expected a "
             "clamped checkpoint, as `bakeout bake` writes it"
@@ -146,23 +156,7 @@ def open_clamped(folder: Path) -> Clamped:
 
 def open_unlisted(folder: Path, manifest: dict[str, Any]) -> Clamped:
     """Open a folder whose manifest is still to be written."""
-    data = _read_json(folder / "config.json")
-    if not isinstance(data.get("sae_clamp"), dict) or not data["sae_clamp"].get("sites"):
-        raise FolderError(
-            f"{folder}: has no clamp (config.json without sae_clamp.sites); expected a folder "
-            "that `bakeout bake` wrote"
-        )
-    model_type = str(data.get("model_type"))
-    family = FAMILIES.get(model_type.removeprefix("clamped_"))
-    if family is None or family.model_type != model_type:
-        known = ", ".join(family.model_type for family in FAMILIES.values())
-        raise FolderError(f"{folder}: model_type is {model_type}; expected one of {known}")
-    import bake.modeling_clamped_gemma as modeling
-
-    try:
-        config = getattr(modeling, family.config).from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise FolderError(f"{folder / 'config.json'}: {error}; {AGAIN}") from error
+    config, model_class = _open_config(folder, compiled=manifest.get("carrier") == "compiled")
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FolderError(f'{folder / INDEX}: has no "weight_map"; {AGAIN}')
@@ -171,7 +165,35 @@ def open_unlisted(folder: Path, manifest: dict[str, Any]) -> Clamped:
     found = [match[1] for name in tensors if (match := prefix.fullmatch(name))]
     if not found:
         raise FolderError(f"{folder}: has no decoder layers among its tensors; {AGAIN}")
-    return Clamped(folder, manifest, config, family.clamped, tensors, found[0])
+    return Clamped(folder, manifest, config, model_class, tensors, found[0])
+
+
+def _open_config(folder: Path, *, compiled: bool) -> tuple[Any, str]:
+    """(config object, name of the model class): stock ones where the clamp is compiled in."""
+    data = _read_json(folder / "config.json")
+    section = data.get("sae_clamp")
+    if not compiled and not (isinstance(section, dict) and section.get("sites")):
+        raise FolderError(
+            f"{folder}: has no clamp (config.json without sae_clamp.sites); expected a folder "
+            "that `bakeout bake` wrote"
+        )
+    model_type = str(data.get("model_type"))
+    known = {(name if compiled else family.model_type): family for name, family in FAMILIES.items()}
+    if model_type not in known:
+        raise FolderError(
+            f"{folder}: model_type is {model_type}; expected one of {', '.join(known)}"
+        )
+    family = known[model_type]
+    import transformers
+
+    import bake.modeling_clamped_gemma as modeling
+
+    kind = transformers.AutoConfig if compiled else getattr(modeling, family.config)
+    try:
+        config = kind.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise FolderError(f"{folder / 'config.json'}: {error}; {AGAIN}") from error
+    return config, family.architecture if compiled else family.clamped
 
 
 def _stored_tensors(folder: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:

@@ -25,7 +25,8 @@ from export.copying import hash_new
 from export.genai_config import GENAI_CONFIG, genai_config
 from export.manifest import write_manifest
 from export.new_folder import MANIFEST, check_output, check_space, disk_full, new_folder
-from export.onnx_graph import FLOAT, FLOAT16, Architecture, GraphWriter
+from export.onnx_architecture import Architecture
+from export.onnx_graph import FLOAT, FLOAT16, GraphWriter
 from export.onnx_op import function, opset_imports
 from export.onnx_weights import PackedWeights, Precision, SharedWeights, Weights, packed_size
 from export.witnesses import Witnesses, find_witnesses
@@ -76,7 +77,7 @@ def export_onnx(
     """Write a clamped checkpoint's graph, whole or not at all.
 
     Args:
-        folder: a clamped checkpoint of Gemma, Gemma 2 or Gemma 3 (text).
+        folder: a clamped checkpoint of Gemma, Gemma 2 or Gemma 3 (text), or one compiled from it.
         precision: shared points into the checkpoint's own files; the others write rounded copies.
         out: a folder of its own for a rounded graph; default: beside the checkpoint.
         force: replace a graph that is there.
@@ -88,7 +89,7 @@ def export_onnx(
         OutputError: the graph exists, or does not fit on the disk.
         CheckError: the graph does not say what the checkpoint says.
     """
-    clamped = open_clamped(folder)
+    clamped = open_clamped(folder, carriers=("layer", "compiled"))
     architecture = Architecture.of(clamped.config)
     _check_target(clamped, precision, out, force)
     check_files(clamped, clamped.shards, lambda share: progress("hash", share))
@@ -96,6 +97,11 @@ def export_onnx(
     stored = WITNESSES in clamped.manifest["files"]
     if stored:
         check_files(clamped, [WITNESSES])
+    if not stored and not clamped.sites:
+        raise FolderError(
+            f"{folder}: has no witnesses, so a graph cannot be checked; compile it from a "
+            "checkpoint that has some (`bakeout bake --witnesses`)"
+        )
     witnesses = Witnesses.load(folder) if stored else find_witnesses(clamped, [])
     if witnesses is None:
         raise FolderError(
@@ -108,7 +114,10 @@ def export_onnx(
             progress("write", 0.0)
             write_graph(clamped, architecture, precision, graph)
         progress("check", 0.0)
-        exported = check_graph(witnesses, graph, precision)
+        # What is compiled with 16-bit weights is rounded once more than the checkpoint.
+        rounded = not clamped.sites and clamped.manifest["compiled"]["dtype"] != "float32"
+        exact = precision == "shared" and not rounded
+        exported = check_graph(witnesses, graph, n_clamps=len(clamped.sites), exact=exact)
         new = _keep(graph, root / NAMES[precision])
         if out is not None:
             new += _copy_companions(clamped, root)
@@ -165,7 +174,8 @@ def write_graph(
     else:
         data = graph.with_name(f"{graph.name}_data")
         with data.open("wb") as file:
-            weights = PackedWeights(clamped.tensors, precision, file, data.name)
+            logic = tuple(f"{clamped.layer_prefix}{i}.mlp." for i in clamped.compiled_layers)
+            weights = PackedWeights(clamped.tensors, precision, file, data.name, logic)
             model = _model(clamped, architecture, precision, weights)
     graph.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -185,8 +195,9 @@ def _model(
     imports = opset_imports()
     if precision in ("int8", "int4"):
         imports.append(make_opsetid("com.microsoft", 1))
+    functions = [function()] if clamped.sites else []
     model = make_model(
-        writer.write(), functions=[function()], opset_imports=imports, ir_version=IR_VERSION
+        writer.write(), functions=functions, opset_imports=imports, ir_version=IR_VERSION
     )
     model.producer_name, model.producer_version = "bakeout", version("bakeout")
     provenance = {
@@ -204,9 +215,15 @@ def _model(
 
 
 def check_graph(
-    witnesses: Witnesses, graph: Path, precision: Precision
+    witnesses: Witnesses, graph: Path, *, n_clamps: int, exact: bool
 ) -> tuple[int, float, float]:
     """Check and run a graph in a fresh process that knows nothing of bakeout.
+
+    Args:
+        witnesses: what to run it on.
+        graph: where it lies, and its data beside it.
+        n_clamps: how many SAEClamp nodes it must hold; none where the clamp is compiled in.
+        exact: whether its logits must be the checkpoint's.
 
     Returns:
         (clamps in the graph, largest |Δlogit| to the checkpoint, largest |Δlogit| that the clamp
@@ -242,20 +259,22 @@ def check_graph(
             last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise CheckError(f"the graph was not kept: a fresh process refuses it: {last[-1]}")
         with np.load(answered) as found:
-            n_clamps = int(found["n_clamps"])
+            n_found = int(found["n_clamps"])
             logits, unclamped = found["logits"], found["unclamped"]
+    if not n_clamps:  # nothing can be taken out of the graph; the checkpoint without its clamp is
+        unclamped = witnesses.unclamped.numpy()
     expected, effect = witnesses.logits.numpy(), logits - unclamped
     difference = float(np.abs(logits - expected).max())
     true_effect = expected - witnesses.unclamped.numpy()
     shown = float((effect * true_effect).sum() / (true_effect * true_effect).sum())
-    bar = MAX_ABS_LOGIT if precision == "shared" else np.inf
-    if not n_clamps or not difference <= bar or not shown >= MIN_EFFECT:
+    bar = MAX_ABS_LOGIT if exact else np.inf
+    if n_found != n_clamps or not difference <= bar or not shown >= MIN_EFFECT:
         raise CheckError(
-            f"the graph was not kept: it holds {n_clamps} SAEClamp nodes, its logits differ "
-            f"from the checkpoint's by {difference:.1e} (bar {bar:.0e}), and it shows {shown:.2f} "
-            f"of the clamp's effect (bar {MIN_EFFECT}); please report this"
+            f"the graph was not kept: it holds {n_found} of {n_clamps} SAEClamp nodes, its logits "
+            f"differ from the checkpoint's by {difference:.1e} (bar {bar:.0e}), and it shows "
+            f"{shown:.2f} of the clamp's effect (bar {MIN_EFFECT}); please report this"
         )
-    return n_clamps, difference, float(np.abs(effect).max())
+    return n_found, difference, float(np.abs(effect).max())
 
 
 # --------------------------------------------------------------------------- files around it

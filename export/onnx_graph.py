@@ -11,14 +11,13 @@ padding on either side; ONNX Runtime fuses what it can when it loads the graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, TensorProto, ValueInfoProto, helper
 
-from bake.errors import ModelError
 from export.clamped import CLAMP_TENSORS
+from export.onnx_architecture import Architecture
 from export.onnx_builder import Builder
 from export.onnx_op import DOMAIN, NAME
 from export.onnx_weights import Weights
@@ -28,112 +27,6 @@ BATCH, SEQ = "batch_size", "sequence_length"
 PAST, TOTAL = "past_sequence_length", "total_sequence_length"
 HIDDEN = float(np.finfo(np.float32).min)
 """Added to the score of what a token must not see, as transformers' eager attention does."""
-_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu", "silu", "relu")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What of a config decides how the graph is wired."""
-
-    n_layers: int
-    d_in: int
-    vocab: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    norm_eps: float
-    activation: str
-    attention_scale: float
-    attention_softcap: float | None
-    final_softcap: float | None
-    windows: tuple[int | None, ...]
-    """Per layer: how many tokens back it sees, itself included; None sees all."""
-    ropes: tuple[str, ...]
-    """Per layer: which of `inv_freqs` turns its queries and keys."""
-    inv_freqs: dict[str, tuple[NDArray[np.float32], float]]
-    """Rotary frequencies [head_dim / 2] and the factor on sine and cosine, by name."""
-    norms_after: bool
-    """Gemma 2 and 3: a block's output has a norm of its own before it is added."""
-    head_norms: bool
-    """Gemma 3: queries and keys have a norm of their own."""
-    exempt_token_ids: tuple[int, ...]
-    sites: dict[int, bool]
-    """Clamped layers, and whether they spare the exempt tokens."""
-
-    @classmethod
-    def of(cls, config: Any) -> Architecture:
-        """Read a clamped model's config object.
-
-        Raises:
-            ModelError: the family, or something that its config asks for, is not supported.
-        """
-        family = config.model_type.removeprefix("clamped_")
-        if family not in ("gemma", "gemma2", "gemma3_text"):
-            raise ModelError(
-                f"family {family}: cannot be exported to ONNX; expected gemma, gemma2 or "
-                "gemma3_text (text only)"
-            )
-        if getattr(config, "use_bidirectional_attention", None):
-            raise ModelError(
-                "config.use_bidirectional_attention: true cannot be exported to ONNX; expected a "
-                "model that generates text"
-            )
-        activation = config.hidden_act if family == "gemma" else config.hidden_activation
-        if activation not in _ACTIVATIONS:
-            raise ModelError(
-                f"activation {activation}: cannot be exported to ONNX; expected one of "
-                f"{', '.join(_ACTIVATIONS)}"
-            )
-        n_layers = config.num_hidden_layers
-        types = getattr(config, "layer_types", None) or ["full_attention"] * n_layers
-        sliding = [kind == "sliding_attention" for kind in types]
-        return cls(
-            n_layers=n_layers,
-            d_in=config.hidden_size,
-            vocab=config.vocab_size,
-            n_heads=config.num_attention_heads,
-            n_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            norm_eps=config.rms_norm_eps,
-            activation=activation,
-            attention_scale=getattr(config, "query_pre_attn_scalar", config.head_dim) ** -0.5,
-            attention_softcap=getattr(config, "attn_logit_softcapping", None),
-            final_softcap=getattr(config, "final_logit_softcapping", None),
-            windows=tuple(config.sliding_window if slides else None for slides in sliding),
-            ropes=tuple(types) if family == "gemma3_text" else ("all",) * n_layers,
-            inv_freqs=_inv_freqs(config, family),
-            norms_after=family != "gemma",
-            head_norms=family == "gemma3_text",
-            exempt_token_ids=tuple(config.sae_clamp["exempt_token_ids"]),
-            sites={site["layer"]: site["exempt_bos"] for site in config.sae_clamp["sites"]},
-        )
-
-
-def _inv_freqs(config: Any, family: str) -> dict[str, tuple[NDArray[np.float32], float]]:
-    """As transformers' own rotary embedding computes them."""
-    from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-
-    if family == "gemma3_text":
-        rope = Gemma3RotaryEmbedding(config)
-        kinds = {name: (f"{name}_", rope.rope_type[name]) for name in rope.rope_type}
-    else:
-        rope = (GemmaRotaryEmbedding if family == "gemma" else Gemma2RotaryEmbedding)(config)
-        kinds = {"all": ("", rope.rope_type)}
-    for _, kind in kinds.values():
-        if kind in ("dynamic", "longrope"):
-            raise ModelError(
-                f"rope type {kind}: changes with the prompt's length and cannot be exported to "
-                "ONNX; expected default, linear, llama3 or yarn"
-            )
-    return {
-        name: (
-            getattr(rope, f"{prefix}inv_freq").numpy(),
-            float(getattr(rope, f"{prefix}attention_scaling")),
-        )
-        for name, (prefix, _) in kinds.items()
-    }
 
 
 @dataclass(frozen=True)

@@ -130,19 +130,27 @@ class PackedWeights:
 
     fp16: matrices as float16. int8, int4: matrices in blocks of 32 along a row with one float32
     scale each (`com.microsoft::MatMulNBits`), a tied embedding table in 8 bits in both. Vectors
-    and the clamp's tensors stay float32.
+    and the clamp's tensors stay float32, and so do the matrices of a compiled clamp: they compare
+    numbers.
 
     Args:
         tensors: of the checkpoint.
         precision: fp16, int8 or int4.
         data: the data file, open for writing.
         name: of the data file, as the graph will find it.
+        unrounded: beginnings of the names of matrices that stay float32.
     """
 
     def __init__(
-        self, tensors: Mapping[str, StoredTensor], precision: Precision, data: IO[bytes], name: str
+        self,
+        tensors: Mapping[str, StoredTensor],
+        precision: Precision,
+        data: IO[bytes],
+        name: str,
+        unrounded: tuple[str, ...] = (),
     ) -> None:
         self.tensors = tensors
+        self._unrounded = unrounded
         self._bits = {"int8": 8, "int4": 4}.get(precision)
         self._data = data
         self._file = name
@@ -150,7 +158,12 @@ class PackedWeights:
 
     def linear(self, g: Builder, x: str, name: str, bias: str | None = None) -> str:
         """See `Weights`."""
-        y = self._half_product(g, x, name) if self._bits is None else self._product(g, x, name)
+        if name.startswith(self._unrounded):
+            y = g.op("Gemm", x, self.exact(g, name), transB=1)
+        elif self._bits is None:
+            y = self._half_product(g, x, name)
+        else:
+            y = self._product(g, x, name)
         return y if bias is None else g.op("Add", y, self.exact(g, bias))
 
     def lookup(self, g: Builder, name: str, ids: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from conftest import (
@@ -27,6 +28,8 @@ from bake.recipe import Recipe
 from bakeout.exporting import export_adapter, export_compiled
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from export.compiled_files import LAYERS_SHARD
+from export.onnx_folder import export_onnx
+from export.onnx_weights import PRECISIONS
 from verify import torch_worker
 from verify.runners import HookedRunner
 from verify.suite import verify_folder
@@ -66,6 +69,28 @@ def test_a_good_export_passes_in_full(work: Path, carrier: str) -> None:
     assert engine.parity.tokens_fired > 0 and base.parity.mean_kl > 0.1
     assert engine.parity.mean_kl < 1e-9
     assert set(report.to_dict()["engines"]) == {"base", "reference", carrier}
+
+
+def test_onnx_takes_a_compiled_folder_as_it_is(work: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(work / "recipe.toml")
+    checkpoint = tmp_path / "checkpoint"
+    write_checkpoint(plan_checkpoint(recipe), checkpoint, card="", witness_prompts=[])
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        export_compiled(checkpoint, folder, pad=None, dtype=dtype, force=False)
+        for precision in PRECISIONS:
+            assert export_onnx(folder, precision=precision).n_clamps == 0
+        graph = onnx.load(folder / "model.onnx", load_external_data=False)
+        assert not graph.functions and {o.domain for o in graph.opset_import} <= {"", "ai.bakeout"}
+        # Five made-up questions say nothing of what rounded weights remember.
+        report = verify_folder(folder, recipe, only=frozenset({"integrity", "witnesses", "parity"}))
+        assert report.verdict == "pass", report.failures
+        shared = report.engine("onnx")
+        assert shared is not None and shared.parity is not None
+        assert shared.parity.mean_kl < (1e-9 if dtype == "float32" else 2e-2)
+        assert {"onnx-fp16", "onnx-int8", "onnx-int4"} <= {e.name for e in report.engines}
+    with pytest.raises(FolderError, match="has no witnesses"):
+        export_onnx(work / "compiled")
 
 
 class InProcess(HookedRunner):

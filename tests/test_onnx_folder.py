@@ -364,7 +364,7 @@ def no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 DEFECTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
-    "no clamp": (unclamped, "it holds 0 SAEClamp nodes"),
+    "no clamp": (unclamped, "it holds 0 of 1 SAEClamp nodes"),
     "a clamp that spares every token": (bos_everywhere, "it shows -?0.00 of the clamp's effect"),
     "weights swapped": (swapped_weights, "its logits differ from the checkpoint's by"),
     "attention to nothing else": (no_attention, "its logits differ from the checkpoint's by"),

@@ -23,8 +23,9 @@ from bake.errors import ModelError
 from bake.recipe import Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from export.clamped import CLAMP_TENSORS, Clamped, StoredTensor, open_clamped
+from export.onnx_architecture import Architecture
 from export.onnx_folder import write_graph
-from export.onnx_graph import FLOAT, FLOAT16, Architecture, GraphWriter
+from export.onnx_graph import FLOAT, FLOAT16, GraphWriter
 from export.onnx_op import DOMAIN, NAME
 from export.onnx_weights import SharedWeights
 from verify.onnx_files import open_graph

@@ -116,7 +116,8 @@ def test_the_clamp_fired_and_moved_the_model(report: VerifyReport) -> None:
     assert base.parity.tokens_fired == 0
     assert base.parity.max_abs_logit > 1000 * checkpoint.parity.max_abs_logit
     assert checkpoint.parity.max_abs_logit <= 1e-4
-    assert checkpoint.parity.tokens_compared == base.parity.tokens_compared > 1000
+    # What is read token by token comes on top.
+    assert checkpoint.parity.tokens_compared > base.parity.tokens_compared > 1000
     assert base.loss_added == 0.0
     assert reference.loss_added == pytest.approx(checkpoint.loss_added, abs=1e-6)
     assert reference.loss_added != 0.0
@@ -227,7 +228,7 @@ def test_a_clamp_that_never_fires_is_a_failure_not_a_pass(work: Path) -> None:
     reference, checkpoint = found.engine("reference"), found.engine("checkpoint")
     assert reference is not None and checkpoint is not None and checkpoint.parity is not None
     assert reference.loss_added == 0.0
-    assert checkpoint.parity.max_abs_logit <= 1e-6
+    assert checkpoint.parity.max_abs_logit <= 1e-5
     assert found.warnings == (
         "layer 1: never active on the forget questions, nor in the first 16,384 tokens of the "
         "forget corpus: feature 1, 5, 9",

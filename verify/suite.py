@@ -71,9 +71,9 @@ def verify_folder(
     graphs = None
     if "integrity" in kinds:
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
-        if not broken and layered:
+        if not broken and manifest.carrier in ("layer", "compiled"):
             graphs = find_graphs(folder)
-            layers = clamped_layers(read_config(folder))
+            layers = clamped_layers(read_config(folder)) if layered else []
             broken = graph_failures(graphs, layers, manifest.files)
         if broken or kinds == {"integrity"}:
             return _report(folder, manifest, {"integrity"}, broken)
@@ -109,7 +109,7 @@ def verify_folder(
     if not measured and witnesses is None:
         return report
     if graphs is None:
-        graphs = find_graphs(folder) if layered else []
+        graphs = find_graphs(folder)
     with open_engines(folder, manifest.carrier, graphs, device) as engines:
         if witnesses is not None:
             tell("witnesses", 0.0)
@@ -148,15 +148,17 @@ def _engine_failures(
     for name, engine in found.items():
         if engine.parity is None or name in REFERENCES:
             continue
-        if name == NAMES[manifest.carrier]:
-            # A folder of 16-bit weights is held to 16 bits, whatever it is run in.
+        if name in (NAMES[manifest.carrier], EXACT):
+            dtype = "float32" if name == EXACT else evidence.dtype
+            # A compiled folder of 16-bit weights is held to 16 bits, whatever it is run in.
             stored = config.get("dtype") if manifest.carrier == "compiled" else None
-            dtype = stored if evidence.dtype == "float32" and stored else evidence.dtype
             yield from parity_failures(
-                name, engine.parity, dtype, exact=manifest.exact, n_answers=n_answers
+                name,
+                engine.parity,
+                stored if dtype == "float32" and stored else dtype,
+                exact=manifest.exact,
+                n_answers=n_answers,
             )
-        elif name == EXACT:
-            yield from parity_failures(name, engine.parity, "float32")
         else:
             yield from unlearning_failures(engine, found[REFERENCE])
 
