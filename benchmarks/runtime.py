@@ -106,6 +106,20 @@ def seconds(steps: Steps, prompt: torch.Tensor, n: int) -> tuple[float, float]:
     return first - start, (time.perf_counter() - first) / (n - 1)
 
 
+def clamp_cost(clamped: OnnxRunner, bare: OnnxRunner, n_tokens: int, pairs: int) -> list[float]:
+    """Time of a forward with the clamp over the time without, one right after the other."""
+    ids = torch.randint(3, SHAPE["vocab_size"], (1, n_tokens))
+    mask, ratios = torch.ones_like(ids), []
+    for pair in range(pairs + 2):
+        took = {}
+        for runner in (clamped, bare) if pair % 2 else (bare, clamped):
+            start = time.perf_counter()
+            runner.logits(ids, mask, last_only=True)
+            took[runner] = time.perf_counter() - start
+        ratios.append(took[clamped] / took[bare])
+    return ratios[2:]
+
+
 def quartiles(ratios: list[float]) -> str:
     low, middle, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
@@ -129,7 +143,6 @@ def main() -> None:
         engines: dict[str, Steps] = {
             "torch": torch_steps(model),
             "onnx float32": onnx_steps(OnnxRunner(shared, threads=threads)),
-            "onnx without clamp": onnx_steps(OnnxRunner(shared, threads=threads, clamped=False)),
             "onnx int4": onnx_steps(OnnxRunner(rounded, threads=threads)),
         }
         times: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
@@ -137,14 +150,17 @@ def main() -> None:
             prompt = torch.randint(3, SHAPE["vocab_size"], (1, options.prompt))
             for engine, steps in engines.items():
                 times[engine].append(seconds(steps, prompt, options.tokens))
+        # One thread each: idle threads of a session spin for a while beside the other's.
+        pair = [OnnxRunner(shared, threads=1, clamped=clamped) for clamped in (True, False)]
+        costs = {n: clamp_cost(pair[0], pair[1], n, 150 if n == 1 else 16) for n in (1, 256)}
     print(f"{millions:.0f} M parameters, {threads} threads, prompt of {options.prompt} tokens")
     for part, what in enumerate(("prefill", "decode")):
         of = {engine: [pair[part] for pair in pairs[1:]] for engine, pairs in times.items()}
         for engine in ("onnx float32", "onnx int4"):
             ratios = [t / o for t, o in zip(of["torch"], of[engine], strict=True)]
             print(f"{what}: {engine} is {quartiles(ratios)} x as fast as torch eager")
-        bare = zip(of["onnx float32"], of["onnx without clamp"], strict=True)
-        print(f"{what}: with the clamp {quartiles([c / b for c, b in bare])} x the time without")
+    for n_tokens, ratios in costs.items():
+        print(f"forward of {n_tokens} tokens: {quartiles(ratios)} x the time without the clamp")
 
 
 if __name__ == "__main__":
