@@ -95,13 +95,19 @@ def export_onnx(
     force: Annotated[bool, typer.Option("--force", help="Replace a graph that is there.")] = False,
 ) -> None:
     """Write a graph for ONNX Runtime that holds the clamp as a custom operator, and check it."""
+    from bakeout.exporting import rounded_card
     from bakeout.showing import progress
     from export.onnx_folder import export_onnx as write
     from export.onnx_weights import as_precision
 
     with progress("export onnx") as advance:
         done = write(
-            folder, precision=as_precision(precision), out=out, force=force, progress=advance
+            folder,
+            precision=as_precision(precision),
+            out=out,
+            force=force,
+            card="" if out is None else rounded_card(folder),
+            progress=advance,
         )
     typer.echo(
         f"clamps {done.n_clamps}\n"

@@ -72,6 +72,7 @@ def export_onnx(
     precision: Precision = "shared",
     out: Path | None = None,
     force: bool = False,
+    card: str = "",
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> Exported:
     """Write a clamped checkpoint's graph, whole or not at all.
@@ -81,6 +82,7 @@ def export_onnx(
         precision: shared points into the checkpoint's own files; the others write rounded copies.
         out: a folder of its own for a rounded graph; default: beside the checkpoint.
         force: replace a graph that is there.
+        card: text of README.md, in a folder of its own.
         progress: told what is being done, and the share of it that is done, 0 to 1.
 
     Raises:
@@ -121,6 +123,8 @@ def export_onnx(
         new = _keep(graph, root / NAMES[precision])
         if out is not None:
             new += _copy_companions(clamped, root)
+            (root / "README.md").write_text(card, encoding="utf-8")
+            new.append(root / "README.md")
         if not stored:
             new.append(witnesses.save(root))
         if precision == "shared" or not (root / NAMES["shared"]).exists():
@@ -294,7 +298,7 @@ def _keep(graph: Path, target: Path) -> list[Path]:
 
 def _copy_companions(clamped: Clamped, root: Path) -> list[Path]:
     """Everything of the folder but its weights and what is made of them."""
-    left_out = {*clamped.shards, "model.safetensors.index.json", GENAI_CONFIG}
+    left_out = {*clamped.shards, "model.safetensors.index.json", GENAI_CONFIG, "README.md"}
     copies = []
     for name in clamped.manifest["files"]:
         if name not in left_out and not name.endswith((".py", ".onnx", ".onnx_data")):
@@ -318,7 +322,9 @@ def _list_files(clamped: Clamped, root: Path, new: list[Path], *, keep: bool) ->
     files |= {path.relative_to(root).as_posix(): hash_new(path) for path in new}
     partial = root / _PARTIAL
     partial.mkdir(exist_ok=True)
-    write_manifest(partial, clamped.manifest | {"files": dict(sorted(files.items()))})
+    # What holds rounded weights alone is not exact.
+    said = {"files": dict(sorted(files.items())), "exact": keep and clamped.manifest["exact"]}
+    write_manifest(partial, clamped.manifest | said)
     (partial / MANIFEST).replace(root / MANIFEST)
     descriptor = os.open(root, os.O_RDONLY)
     try:

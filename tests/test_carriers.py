@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
+from bakeout.cli import run
 from bakeout.exporting import export_adapter, export_compiled
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from export.compiled_files import LAYERS_SHARD
@@ -84,6 +85,9 @@ def test_onnx_takes_a_compiled_folder_as_it_is(work: Path, tmp_path: Path) -> No
         assert not graph.functions and {o.domain for o in graph.opset_import} <= {"", "ai.bakeout"}
         # Five made-up questions say nothing of what rounded weights remember.
         report = verify_folder(folder, recipe, only=frozenset({"integrity", "witnesses", "parity"}))
+        alone = tmp_path / f"{dtype}-int4"
+        assert run(["export", "onnx", str(folder), "--precision", "int4", "--out", str(alone)]) == 0
+        assert [e.name for e in verify_folder(alone).engines] == ["onnx-int4"]
         assert report.verdict == "pass", report.failures
         shared = report.engine("onnx")
         assert shared is not None and shared.parity is not None

@@ -49,7 +49,7 @@ def open_engines(folder: Path, carrier: str, graphs: list[Graph], device: str) -
     """Start what a folder can be run in; nothing is loaded yet."""
     with ExitStack() as stack:
         runner = None
-        if carrier != "layer" or (folder / "model.safetensors.index.json").is_file():
+        if carrier == "adapter" or (folder / "model.safetensors.index.json").is_file():
             needs = "bakeout" if carrier == "adapter" else None
             runner = stack.enter_context(TorchRunner(folder, NAMES[carrier], needs))
         yield Engines(carrier, runner, graphs, device)
