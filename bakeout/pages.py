@@ -26,6 +26,7 @@ from bakeout.charts import (
 )
 from bakeout.measuring import Measured, SiteStatistics, measure
 from bakeout.selecting import Selection, selected_recipe
+from bakeout.selection_view import write_whole
 from bakeout.showing import progress
 
 AROUND = 18
@@ -100,7 +101,7 @@ def features_page(file: Path, html: Path, sweep: Path | None, *, force: bool) ->
         sweep=None if report is None else sweep_scatter(report),
         report=report,
     )
-    _write(html, text)
+    write_whole(html, text, option=f"--html {html}")
 
 
 def sweep_page(report: dict[str, Any]) -> str:
@@ -240,15 +241,3 @@ def _render(**contents: Any) -> str:
     )
     source = files("bakeout").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(**contents)
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OutputError(
-            f"--html {path}: cannot be written ({error.strerror}); choose another place"
-        ) from error

@@ -134,12 +134,21 @@ def write_recipe(recipe: Recipe, file: Path, *, force: bool) -> None:
     check_new_file(recipe, file, force=force)
     there = file.resolve()
     text = recipe.at(there.parent).to_toml()
-    new = there.with_name(f".{there.name}.new")
+    write_whole(there, text, option=f"--write {file}")
+
+
+def write_whole(file: Path, text: str, *, option: str) -> None:
+    """Write a file whole or not at all; `option` leads the error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    new = file.with_name(f".{file.name}.new")
     try:
         new.write_text(text, encoding="utf-8")
-        new.replace(there)
+        new.replace(file)
     except OSError as error:
         new.unlink(missing_ok=True)
         raise OutputError(
-            f"--write {file}: cannot be written ({error.strerror}); choose another place"
+            f"{option}: cannot be written ({error.strerror}); choose another place"
         ) from error
