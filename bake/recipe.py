@@ -110,8 +110,8 @@ class Corpus(TextSource):
     """Put each text (or list of messages) through the tokenizer's chat template first."""
 
 
-class QuestionSource(Table):
-    """Multiple-choice questions (`question`, `choices`, `answer`, optional `subject`)."""
+class RowSource(Table):
+    """Rows of a local file (`path`), or of a hub data set (`dataset`, `split`)."""
 
     path: str | None = None
     """A JSONL or Parquet file, relative to the recipe file."""
@@ -121,13 +121,18 @@ class QuestionSource(Table):
     """Configuration of the data set."""
     split: str = "test"
     """Split of the data set."""
-    topic: str | None = None
-    """Named in the prompt where a row has no `subject`."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         _check_path_or_dataset(self)
         return self
+
+
+class QuestionSource(RowSource):
+    """Multiple-choice questions (`question`, `choices`, `answer`, optional `subject`)."""
+
+    topic: str | None = None
+    """Named in the prompt where a row has no `subject`."""
 
 
 class Clamp(Table):
@@ -224,6 +229,21 @@ class Select(Table):
     """Take the texts in an order drawn from this seed; without one, in their own."""
 
 
+class Completions(Table):
+    """Prompts that base and unlearned model go on with, side by side."""
+
+    prompts: RowSource
+    """Prompts on the topic: `prompt`, and `answers`, any of which is right."""
+    generic: RowSource | None = None
+    """Prompts on anything else, whose continuations should stay; `answers` may be left out."""
+    trivia: RowSource | None = None
+    """Two-choice questions (`question`, `right`, `wrong`); else made of the forget questions."""
+    topic_words: list[str] = []
+    """Words that count as a reference to the topic, besides the expected answers."""
+    instruction: str | None = None
+    """What the base is told in front of a prompt, the fourth variant; else made of the topic."""
+
+
 class Verify(Table):
     """What the exported model is measured on."""
 
@@ -235,6 +255,20 @@ class Verify(Table):
     """Texts for the loss that the clamp adds."""
     prompt: Literal["chat", "plain"] = "chat"
     """The prompt form that leads the report; both are always measured."""
+    reworded: dict[str, QuestionSource] = {}
+    """Sets of questions, by name, that ask for what is to be forgotten in other words, another
+    language or script."""
+    completions: Completions | None = None
+    """Prompts to go on with; without it no text is compared."""
+
+    @property
+    def sources(self) -> list[TextSource | RowSource]:
+        """Everything that is read."""
+        named: list[TextSource | RowSource] = [self.forget_questions, self.retain_questions]
+        named += [self.text, *self.reworded.values()]
+        if (c := self.completions) is not None:
+            named += [s for s in (c.prompts, c.generic, c.trivia) if s is not None]
+        return named
 
 
 class Recipe(Table):
@@ -311,10 +345,9 @@ class Recipe(Table):
     @property
     def local_sources(self) -> list[Path]:
         """Every local file or folder that the recipe names, and its own file, where they exist."""
-        sources: list[TextSource | QuestionSource] = []
+        sources: list[TextSource | RowSource] = []
         if self.verify is not None:
-            v = self.verify
-            sources += [v.forget_questions, v.retain_questions, v.text]
+            sources += self.verify.sources
         if self.select is not None:
             s = self.select
             sources += [s.forget, s.retain]
@@ -378,7 +411,7 @@ def layer_of(hook_point: str) -> int:
     return layer
 
 
-def _check_path_or_dataset(source: TextSource | QuestionSource) -> None:
+def _check_path_or_dataset(source: TextSource | RowSource) -> None:
     if (source.path is None) == (source.dataset is None):
         raise ValueError("expected either `path` or `dataset`")
     if source.path is not None and {"config", "split"} & source.model_fields_set:
@@ -430,5 +463,5 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _all_keys(table: type[BaseModel]) -> set[str]:
     """Every key that any table of the recipe knows."""
-    tables = (table, Base, SAESource, Corpus, QuestionSource, Clamp, Select, Verify)
+    tables = (table, Base, SAESource, Corpus, QuestionSource, Clamp, Select, Verify, Completions)
     return {field.alias or name for t in tables for name, field in t.model_fields.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import DataError
-from bake.recipe import QuestionSource, Recipe, TextSource
+from bake.recipe import Recipe, RowSource, TextSource
 
 Rows = Iterator[tuple[int, Any]]
 """(number from 1, row); of a file of lines, the number is that of the line."""
@@ -19,7 +19,7 @@ LONGEST_SHOWN = 200
 
 
 def rows_of(
-    source: QuestionSource | TextSource, recipe: Recipe, *, streaming: bool = False
+    source: RowSource | TextSource, recipe: Recipe, *, streaming: bool = False
 ) -> tuple[str, Rows]:
     """What to call a source, and its rows in order.
 
@@ -126,7 +126,7 @@ def _parquet_rows(name: str, path: Path) -> Rows:
 
 
 def _dataset_rows(
-    name: str, source: QuestionSource | TextSource, recipe: Recipe, streaming: bool
+    name: str, source: RowSource | TextSource, recipe: Recipe, streaming: bool
 ) -> Rows:
     """Rows of a hub data set, or of a local folder in any layout that `datasets` reads."""
     dataset = source.dataset

@@ -5,9 +5,7 @@ import pytest
 
 from verify.choice_metrics import (
     Setting,
-    Share,
     accuracy,
-    alignment,
     by_subject,
     calibration,
     constant_letter,
@@ -15,6 +13,7 @@ from verify.choice_metrics import (
     unlearning_score,
 )
 from verify.intervals import wilson
+from verify.measures import Share
 from verify.questions import Question
 
 
@@ -62,23 +61,6 @@ def test_subjects_in_order() -> None:
 )
 def test_unlearning_score(settings: list[Setting], score: float) -> None:
     assert unlearning_score(settings) == pytest.approx(score)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "expected"),
-    [
-        # gemma-2-2b with the refusal clamp, as METHODS.md gives it.
-        (Setting(0.5860, 0.574), Setting(0.2718, 0.535), 0.8226),
-        (Setting(0.9, 0.9), Setting(0.9, 0.9), 0.0),  # nothing changed
-        (Setting(0.9, 0.9), Setting(0.1, 0.9), 1.0),  # worse than chance is no better than it
-        (Setting(0.9, 0.8), Setting(0.25, 0.9), 1.0),  # nor is better than before
-        (Setting(0.9, 0.8), Setting(0.25, 0.25), 0.0),
-        (Setting(0.75, 0.75), Setting(0.5, 0.5), 0.25),
-        (Setting(0.2, 0.8), Setting(0.2, 0.8), 0.0),  # nothing there to forget
-    ],
-)
-def test_alignment(before: Setting, after: Setting, expected: float) -> None:
-    assert alignment(before, after) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_model_that_says_one_letter_is_named() -> None:

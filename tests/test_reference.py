@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from bake.errors import SAEError
 from bake.recipe import Clamp, Recipe
-from verify.reference import Oracle, edit_code, edit_residual
+from verify.reference import Oracle, edit_code, edit_residual, reconstruct_residual
 from verify.stock import decoder_layers, load_base
 from verify.whole_sae import Site, load_sites
 
@@ -150,6 +150,22 @@ def test_residual_is_that_of_the_loops(
         fired += int((edited != acts).any())
     assert site.layer == 1
     assert 0 < fired < h.shape[1]
+
+
+def test_the_bare_reconstruction_edits_nothing_and_drops_the_error(
+    tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    save("jumprelu", tmp_path)
+    (site,) = sites_of(write_recipe, {"sae": {"path": "layer_1/sae"}, **METHODS["zero"]})
+    h = residual()
+    exempt = torch.zeros(h.shape[:-1], dtype=torch.bool)
+    exempt[0, 0] = True
+    found = reconstruct_residual(h, site, exempt)
+    assert torch.equal(found.h[0, 0], h[0, 0])
+    rest = site.sae.decode(site.sae.encode(h[0, 1:]))
+    assert torch.allclose(found.h[0, 1:], rest, atol=1e-6)
+    assert (found.h - h)[0, 1:].abs().amax(-1).min() > 1e-3
+    assert torch.equal(found.changed, ~exempt)
 
 
 def test_a_value_equal_to_the_activation_gives_h_bit_for_bit() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
-from bake.recipe import QuestionSource, Recipe, TextSource
+from bake.recipe import Recipe, RowSource, TextSource
 from verify.report import Failure
 
 RECIPE = "recipe.toml"
@@ -86,9 +86,8 @@ def own_recipe(folder: Path) -> Recipe | None:
     recipe = _stored_recipe(folder)
     if recipe is None or recipe.verify is None or not _is_hub_id(recipe.base.model):
         return None
-    sources = (recipe.verify.forget_questions, recipe.verify.retain_questions, recipe.verify.text)
     hub = all(clamp.sae.path is None for clamp in recipe.clamp) and all(
-        _is_hub_source(source) for source in sources
+        _is_hub_source(source) for source in recipe.verify.sources
     )
     return recipe if hub else None
 
@@ -221,7 +220,7 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
-def _is_hub_source(source: QuestionSource | TextSource) -> bool:
+def _is_hub_source(source: RowSource | TextSource) -> bool:
     return source.dataset is not None and _is_hub_id(source.dataset)
 
 

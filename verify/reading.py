@@ -81,6 +81,12 @@ def _engine(name: str, found: dict[str, Any]) -> dict[str, Any]:
             engine["parity"]["worst"] = _finite(parity["worst"], "abs_logit")
     if engine["witnessed"] is not None:
         engine["witnessed"] = _finite(engine["witnessed"], "max_abs_logit", "effect")
+    if (detail := found.get("loss_detail")) is not None:
+        parts = {
+            when: {k: math.nan if v is None else v for k, v in part.items()}
+            for when, part in detail["split"].items()
+        }
+        engine["loss_detail"] = detail | {"split": parts}
     for loss in ("loss", "loss_added"):
         if loss in found and found[loss] is None:
             engine[loss] = math.inf

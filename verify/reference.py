@@ -172,6 +172,23 @@ def edit_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
     return Edited(out.reshape(h.shape), changed.reshape(shape), active.reshape(*shape, -1))
 
 
+def reconstruct_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
+    """Encode and decode, nothing edited and the error dropped: what the SAE alone costs.
+
+    Arguments and result as in `edit_residual`; every position that is not exempt is changed.
+    Source: Farrell et al., arXiv 2410.19278.
+    """
+    edited = edit_residual(h, site, exempt)
+    tokens, spared = h.reshape(-1, h.shape[-1]), exempt.reshape(-1)
+    out = tokens.clone()
+    part = max(1, CODE_BYTES // (4 * site.sae.cfg.d_sae))
+    for start in range(0, len(tokens), part):
+        rows = slice(start, start + part)
+        out[rows] = site.sae.decode(site.sae.encode(tokens[rows].float())).to(h.dtype)
+    out[spared] = tokens[spared]
+    return Edited(out.reshape(h.shape), ~exempt, edited.active)
+
+
 class Oracle:
     """A stock model, and the hooks that make it the reference.
 
@@ -180,14 +197,21 @@ class Oracle:
     Args:
         model: a stock Gemma, Gemma 2 or Gemma 3.
         sites: one per clamp.
+        edit: what the hooks make of the residual stream; `reconstruct_residual` is a control.
 
     Raises:
         SAEError: an SAE does not fit the model.
     """
 
-    def __init__(self, model: Any, sites: Sequence[Site]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        sites: Sequence[Site],
+        edit: Callable[[Tensor, Site, Tensor], Edited] = edit_residual,
+    ) -> None:
         self.model = model
         self.sites = tuple(sites)
+        self._edit_residual = edit
         self.layers = decoder_layers(model)
         text_config = model.config.get_text_config()
         self.bos_id: int | None = text_config.bos_token_id
@@ -250,7 +274,7 @@ class Oracle:
             exempt = torch.zeros_like(self._real)
             if site.clamp.exempt_bos and self.bos_id is not None:
                 exempt = self._input_ids == self.bos_id
-            edited = edit_residual(h, site, exempt)
+            edited = self._edit_residual(h, site, exempt)
             fired = edited.changed & self._real
             self.fired_by_layer[site.layer] += int(fired.sum())
             self._fired = fired if self._fired is None else self._fired | fired

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
+
+from verify.measures import (
+    AnswerSet,
+    Completions,
+    Control,
+    HarnessScore,
+    KnownSet,
+    LossAdded,
+    Robustness,
+)
 
 SCHEMA = 1
 """Version of the JSON."""
@@ -138,6 +148,16 @@ class EngineReport:
     parity: Parity | None = None
     """Against the reference. The base's says how far the clamp moves the model."""
     witnessed: Witnessed | None = None
+    answers: tuple[AnswerSet, ...] = ()
+    """Both sets of questions in both prompt forms."""
+    loss_detail: LossAdded | None = None
+    alignment: float | None = None
+    """How much was forgotten and kept at once, 0 to 1, in the prompt form that leads."""
+    unlearning_score: float | None = None
+    """1 - accuracy on known forget questions where 0.99 of the known retained ones are kept, else
+    0. None where known questions were not asked for, or there are none."""
+    harness: tuple[HarnessScore, ...] = ()
+    """Tasks of lm-evaluation-harness, as it scores them."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +211,11 @@ class VerifyReport:
     """What is within tolerance and still worth a look."""
     examples: tuple[FiredText, ...] = ()
     """Of every source, the sequences on which the clamp fired most."""
+    known: tuple[KnownSet, ...] = ()
+    """Forget and retain questions under the 24 orders of their choices."""
+    controls: tuple[Control, ...] = ()
+    completions: Completions | None = None
+    robustness: Robustness | None = None
     manifest_sha256: str | None = None
     """Of the folder's `manifest.json` as it was: of another manifest this says nothing."""
     card_sha256: str | None = None
@@ -234,6 +259,9 @@ class VerifyReport:
                 "tokens_fired_by_layer": {str(layer): n for layer, n in self.fired_by_layer},
                 "examples": [vars(example) for example in self.examples],
             }
+        for name in ("known", "controls", "completions", "robustness"):
+            if found := getattr(self, name):
+                report[name] = _json(found)
         return report
 
 
@@ -245,6 +273,12 @@ def _engine_dict(engine: EngineReport) -> dict[str, Any]:
     if engine.loss is not None:
         found["loss"] = engine.loss
         found["loss_added"] = engine.loss_added
+    for name in ("alignment", "unlearning_score"):
+        if (value := getattr(engine, name)) is not None:
+            found[name] = value
+    for name in ("answers", "loss_detail", "harness"):
+        if measured := getattr(engine, name):
+            found[name] = _json(measured)
     if (parity := engine.parity) is not None:
         found["parity"] = {
             "max_abs_logit": parity.max_abs_logit,
@@ -261,6 +295,15 @@ def _engine_dict(engine: EngineReport) -> dict[str, Any]:
     if engine.witnessed is not None:
         found["witnesses"] = _plain(vars(engine.witnessed))
     return _plain(found)
+
+
+def _json(found: Any) -> Any:
+    """A typed result as JSON data; numbers that JSON does not know become null."""
+    if is_dataclass(found):
+        return {of.name: _json(getattr(found, of.name)) for of in fields(found)}
+    if isinstance(found, tuple):
+        return [_json(one) for one in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _short(value: float | int | str | None) -> str:

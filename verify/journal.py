@@ -1,0 +1,130 @@
+"""What a verification has found so far, so that one that was interrupted goes on where it was.
+
+A journal is a file of lines, one for each piece of work: its name, and what was found, as JSON.
+Whoever needs a piece asks for it by name; what is in the file is not computed again. Floats are
+written so that the same bits come back, hence a report does not depend on interruptions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from filelock import FileLock, Timeout
+
+from bake.errors import OutputError
+
+
+class Journal:
+    """Pieces of work by name.
+
+    Args:
+        path: the file, which need not exist; None keeps nothing. Where another process has it
+            open, nothing is kept either.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._found: dict[str, Any] = {}
+        self._file: IO[bytes] | None = None
+        self._lock: FileLock | None = None
+        self._path = path
+        if path is not None:
+            self._open(path)
+
+    def has(self, name: str) -> bool:
+        """Whether a piece was done before."""
+        return name in self._found
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A piece of work: from the journal, or computed and written there.
+
+        Args:
+            name: of the piece; the same name always means the same work.
+            compute: gives JSON data.
+
+        Returns:
+            The data as JSON gives it back, lists for tuples, whether it was there or not.
+        """
+        if name not in self._found:
+            line = json.dumps({"name": name, "found": compute()})
+            if self._file is not None:
+                try:
+                    self._file.write(line.encode() + b"\n")
+                    self._file.flush()
+                except OSError as error:
+                    raise self._unwritable(error) from error
+            self._found[name] = json.loads(line)["found"]
+        return self._found[name]
+
+    def remove(self) -> None:
+        """Forget everything: the verification is complete."""
+        if self._file is not None and self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let others have the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._lock is not None:
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.remove()
+        self.close()
+
+    def _open(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path.with_suffix(".lock"))
+            lock.acquire(timeout=0)
+        except Timeout:
+            return
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._lock = lock
+        try:
+            whole = _read(path, self._found)
+            self._file = path.open("r+b" if path.exists() else "w+b")
+            self._file.truncate(whole)  # a line that was cut off is written anew
+            self._file.seek(whole)
+        except OSError as error:
+            self.close()
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        folder = None if self._path is None else self._path.parent
+        return OutputError(
+            f"{folder}: what verify has found cannot be kept there ({error.strerror}); set "
+            "BAKEOUT_CACHE to a folder that can be written"
+        )
+
+
+def _read(path: Path, found: dict[str, Any]) -> int:
+    """Take whole lines into `found`; returns where they end, in bytes."""
+    end = 0
+    if not path.exists():
+        return end
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                piece = json.loads(line) if line.endswith(b"\n") else None
+                found[piece["name"]] = piece["found"]  # type: ignore[index]
+            except (ValueError, TypeError, KeyError):
+                break
+            end += len(line)
+    return end
