@@ -14,9 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from bake.errors import BakeoutError
+from verify.kinds import BUDGET, KINDS
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
-KINDS = ("integrity", "witnesses", "parity", "choices", "loss")
+_GOES_ON = "the same command goes on where it was"
+_KEPT = {"verify": _GOES_ON, "select": _GOES_ON, "features": _GOES_ON, "sweep": _GOES_ON}
+"""By verb, what an interruption leaves, where it leaves something."""
 
 app = typer.Typer(
     help="Bake SAE-based unlearning into a Gemma checkpoint's files, and prove that it holds.",
@@ -159,12 +162,19 @@ def verify(
         list[str] | None, typer.Option(metavar="KIND…", help=f"Only {', '.join(KINDS)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    budget: Annotated[
+        int, typer.Option(help="Steps of the suffix search; 0 leaves it out.", min=0)
+    ] = BUDGET,
     json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
     ] = None,
 ) -> None:
-    """Compare a folder with the hooked reference. Exit code 1 when it does not hold."""
+    """Compare a folder with the hooked reference. Exit code 1 when it does not hold.
+
+    Interrupted, the same command goes on where it was.
+    """
+    from bake.feature_files import cache_folder
     from bake.recipe import Recipe
     from bakeout.showing import progress, show_report
     from verify.suite import verify_folder
@@ -172,7 +182,15 @@ def verify(
     chosen = frozenset(only or ())
     loaded = Recipe.load(recipe) if recipe is not None else None
     with progress("verify") as advance:
-        report = verify_folder(folder, loaded, only=chosen, progress=advance, device=device)
+        report = verify_folder(
+            folder,
+            loaded,
+            only=chosen,
+            progress=advance,
+            device=device,
+            cache=cache_folder(),
+            budget=budget,
+        )
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:
@@ -386,7 +404,9 @@ def run(arguments: list[str]) -> int:
         code = app(arguments, prog_name="bakeout", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was kept", INTERRUPTED, debug)
+        return _fail(
+            f"interrupted; {_KEPT.get(arguments[0], 'nothing was kept')}", INTERRUPTED, debug
+        )
     except BakeoutError as error:
         return _fail(str(error), BAD_INPUT, debug)
     except Exception as error:

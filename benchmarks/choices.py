@@ -28,12 +28,13 @@ import transformers as tf
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.recipe import QuestionSource, Recipe
-from verify.choices import letter_tokens
+from verify.choices import letter_log_likelihoods, letter_tokens
 from verify.known import ORDERS, in_order, score_orders
+from verify.material import Material
 from verify.prompts import chat_text, plain_text
 from verify.questions import Question, load_questions
 from verify.runners import HookedRunner
-from verify.scoring import letter_log_likelihoods, score_plain
+from verify.scoring import score_plain
 from verify.stock import load_base, load_tokenizer
 from verify.token_tree import merge
 
@@ -139,7 +140,8 @@ def orders(case: Case, rounds: int) -> None:
         return run
 
     def tree() -> np.ndarray:
-        scored = score_orders(runner, case.questions, case.tokenizer, letters)
+        material = Material({}, [], letters, case.tokenizer)
+        scored = [score_orders(runner, question, material) for question in case.questions]
         return np.stack([scores.log_likelihoods for scores in scored])
 
     tokens = [prompts(question) for question in case.questions]

@@ -22,9 +22,12 @@ from conftest import (
 from bake.recipe import QuestionSource, Recipe, TextSource
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from verify.choices import letter_tokens
-from verify.evidence import Comparison, FeatureWatch, Material, compare
+from verify.comparison import Comparison, compare
+from verify.firing import FeatureWatch, FiredExamples
+from verify.journal import Journal
+from verify.material import Material
 from verify.parity import MAX_ABS_LOGIT, parity_failures
-from verify.prompts import question_prompts, text_prompts
+from verify.prompts import text_prompts
 from verify.questions import load_questions, load_texts
 from verify.reference import Oracle
 from verify.report import EngineReport
@@ -62,12 +65,12 @@ def material_of(recipe: Recipe, n: int = 3) -> Material:
     retain = write_questions(recipe.local("retain.jsonl"), n, seed=2)
     text = write_texts(recipe.local("text.jsonl"), n)
     tokenizer = load_tokenizer(recipe)
-    prompts = text_prompts(load_texts(TextSource(path=text.name), recipe), tokenizer)
-    questions = {}
-    for name, path in (("forget", forget), ("retain", retain)):
-        questions[name] = load_questions(QuestionSource(path=path.name), recipe)
-        prompts += question_prompts(name, questions[name], tokenizer, compared=True)
-    return Material(questions, prompts, letter_tokens(tokenizer), tokenizer)
+    windows = text_prompts(load_texts(TextSource(path=text.name), recipe), tokenizer)
+    questions = {
+        name: load_questions(QuestionSource(path=path.name), recipe)
+        for name, path in (("forget", forget), ("retain", retain))
+    }
+    return Material(questions, windows, letter_tokens(tokenizer), tokenizer)
 
 
 def recipe_of(
@@ -87,11 +90,23 @@ def run(oracle: Oracle, checkpoint: Runner, recipe: Recipe) -> dict[str, EngineR
         HookedRunner("reference", oracle.model, oracle),
         checkpoint,
     ]
-    material, watch = material_of(recipe), FeatureWatch(oracle)
-    found: Comparison = compare(here, [], material, lambda *_: None, watch, parity=True)
-    return {
-        engine.name: engine for engine in found.reports(KINDS, {"reference": oracle.tokens_fired})
-    }
+    found = compared(oracle, here, recipe)
+    return {engine.name: engine for engine in found.reports(KINDS, "chat", {})}
+
+
+def compared(oracle: Oracle, here: list[Runner], recipe: Recipe, parity: bool = True) -> Comparison:
+    material = material_of(recipe)
+    found = Comparison(
+        material,
+        material.prompts(KINDS),
+        tuple(runner.name for runner in here),
+        parity,
+        {},
+        FiredExamples("chat"),
+        FeatureWatch({site.layer: site.features for site in oracle.sites}),
+    )
+    compare(here, [], {"reference": oracle}, found, Journal(), lambda *_: None)
+    return found
 
 
 def load_clamped(folder: Path) -> Any:
@@ -187,7 +202,6 @@ def test_features_that_were_never_active_are_named(
     table = {"sae": {"path": "sae"}, "method": "zero", "features": [1, 9, 2, 30]}
     recipe = Recipe.load(write_recipe(table, base={"model": str(bases["gemma2"])}))
     oracle = Oracle(load_base(recipe), load_sites(recipe))
-    watch = FeatureWatch(oracle)
     reference = HookedRunner("reference", oracle.model, oracle)
-    compare([reference], [], material_of(recipe), lambda *_: None, watch, parity=False)
-    assert list(watch.never_active()) == [(1, 9), (1, 30)]
+    found = compared(oracle, [reference], recipe, parity=False)
+    assert list(found.watch.never_active()) == [(1, 9), (1, 30)]

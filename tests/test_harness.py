@@ -22,13 +22,13 @@ from conftest import (
 
 from bake.recipe import QuestionSource, Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
-from verify.choices import best_letters, letter_tokens
+from verify.choices import best_letters, letter_log_likelihoods, letter_tokens
 from verify.harness import HarnessError, HarnessResult, run_harness, write_tasks
 from verify.prompts import batches, question_prompts
 from verify.questions import Question, load_questions
 from verify.reference import Oracle
 from verify.runners import HookedRunner, Runner, TorchRunner
-from verify.scoring import letter_log_likelihoods, score_plain
+from verify.scoring import score_plain
 from verify.stock import load_base, load_tokenizer
 from verify.whole_sae import load_sites
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -21,15 +22,11 @@ from conftest import (
 
 from bake.errors import ModelError, OutputError
 from bake.recipe import QuestionSource, Recipe
-from verify.choices import LetterTokens, letter_tokens
-from verify.known import (
-    ORDERS,
-    in_order,
-    known_questions,
-    model_digest,
-    questions_digest,
-    score_orders,
-)
+from verify.choices import letter_tokens
+from verify.journal import Journal
+from verify.known import ORDERS, in_order, measure_known, model_digest, score_orders
+from verify.material import Material
+from verify.measures import KnownSet, Share
 from verify.prompts import chat_text
 from verify.questions import Question, load_questions
 from verify.reference import Oracle
@@ -65,7 +62,8 @@ class World:
         self.base = HookedRunner("base", self.oracle.model)
         self.reference = HookedRunner("reference", self.oracle.model, self.oracle)
         self.tokenizer: Any = load_tokenizer(recipe)
-        self.letters: LetterTokens = letter_tokens(self.tokenizer)
+        letters = letter_tokens(self.tokenizer)
+        self.material = Material({"forget": self.questions}, [], letters, self.tokenizer)
 
 
 @pytest.fixture
@@ -109,7 +107,7 @@ def test_orders_score_as_separate_prompts(
     monkeypatch.setattr("verify.scoring.TREE_TOKENS", tree_tokens)
     scored: dict[str, np.ndarray] = {}
     for runner in (world.base, world.reference, PlainOnly(world.reference)):
-        found = list(score_orders(runner, world.questions, world.tokenizer, world.letters))
+        found = [score_orders(runner, question, world.material) for question in world.questions]
         assert [scores.row for scores in found] == [1, 2, 3]
         scored[runner.name] = np.stack([scores.log_likelihoods for scores in found])
         whole = world.base if runner is world.base else world.reference
@@ -167,17 +165,73 @@ def engine(tmp_path: Path) -> Iterator[Knows]:
     yield Knows(tokenizer, known={"second", "fourth"}, sometimes={"third"})
 
 
-def find(engine: Knows, asked: list[Question], cache: Path | None, model: str = "m", **more: Any):
-    letters = letter_tokens(engine.tokenizer)
-    return known_questions(
-        engine, asked, engine.tokenizer, letters, model=model, cache=cache, **more
+def find(
+    engine: Knows,
+    asked: list[Question],
+    cache: Path | None,
+    model: str = "m",
+    unlearned: Runner | None = None,
+    journal: Journal | None = None,
+) -> tuple[tuple[int, ...], KnownSet]:
+    material = Material({"forget": asked}, [], letter_tokens(engine.tokenizer), engine.tokenizer)
+    rows, (known,) = measure_known(
+        engine,
+        unlearned or Nothing(engine.tokenizer),
+        material,
+        model=model,
+        cache=cache,
+        journal=journal or Journal(),
+        progress=lambda *_: None,
     )
+    assert known.known == len(rows["forget"])
+    return rows["forget"], known
+
+
+class Nothing(Knows):
+    """An engine that knows nothing and always says A."""
+
+    name = "checkpoint"
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, set(), set())
 
 
 def test_known_is_right_under_every_order(engine: Knows, asked: list[Question]) -> None:
-    shares: list[float] = []
-    assert find(engine, asked, None, progress=shares.append) == (11, 13)
-    assert shares == [0.25, 0.5, 0.75, 1.0]
+    rows, known = find(engine, asked, None)
+    assert rows == (11, 13)
+    assert engine.asked == 4 * 24
+    # Who always says A is right under a quarter of the orders, and knows nothing.
+    expected = KnownSet("forget", 4, 2, "checkpoint", Share(0, 2), Share(12, 48))
+    assert known == expected
+    still = Knows(engine.tokenizer, {"first", "second"}, {"fourth"})
+    still.name = "checkpoint"
+    _, known = find(engine, asked, None, unlearned=still)
+    assert (known.still_known, known.orders) == (Share(1, 2), Share(24 + 18, 48))
+    assert still.asked == 2 * 24  # only what the base knows
+
+
+def test_an_interrupted_run_asks_no_question_twice(
+    engine: Knows, asked: list[Question], tmp_path: Path
+) -> None:
+    whole = find(engine, asked, None)
+    engine.asked, path = 0, tmp_path / "journal.jsonl"
+    found = None
+    while found is None:
+        journal = Journal(path)
+        pieces, once = 0, journal.once
+
+        def interrupted(name: str, compute: Callable[[], Any]) -> Any:
+            nonlocal pieces
+            pieces += not journal.has(name)  # noqa: B023
+            if pieces > 1:
+                raise KeyboardInterrupt
+            return once(name, compute)  # noqa: B023
+
+        journal.once = interrupted  # type: ignore[method-assign]
+        with contextlib.suppress(KeyboardInterrupt):
+            found = find(engine, asked, None, journal=journal)
+        journal.close()
+    assert found == whole
     assert engine.asked == 4 * 24
 
 
@@ -185,11 +239,14 @@ def test_known_questions_are_kept_per_model_and_questions(
     engine: Knows, asked: list[Question], tmp_path: Path
 ) -> None:
     cache = tmp_path / "new" / "cache"
-    assert find(engine, asked, cache) == (11, 13)
+    assert find(engine, asked, cache)[0] == (11, 13)
     before = engine.asked
-    assert find(engine, asked, cache) == (11, 13)
+    assert find(engine, asked, cache)[0] == (11, 13)
     assert engine.asked == before
-    others = ([replace(asked[0], topic="bells"), *asked[1:]], asked[:-1], asked[::-1])
+    others = (
+        *([replace(asked[0], topic="bells"), *asked[1:]], asked[:-1], asked[::-1]),
+        *([replace(asked[0], answer=1), *asked[1:]], [replace(asked[0], question="?"), *asked[1:]]),
+    )
     for number, questions in enumerate(others, 1):
         find(engine, questions, cache)
         assert engine.asked > before
@@ -209,7 +266,7 @@ def test_a_damaged_cache_is_made_anew(
     wrong = json.loads(whole) | {"known": ["11"]}
     for damaged in (text, json.dumps(wrong)):
         path.write_text(damaged)
-        assert find(engine, asked, tmp_path / "cache") == (11, 13)
+        assert find(engine, asked, tmp_path / "cache")[0] == (11, 13)
         assert path.read_bytes() == whole
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -223,12 +280,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_digests_tell_models_and_questions_apart(asked: list[Question], tmp_path: Path) -> None:
-    seen = {questions_digest(asked), questions_digest(asked[:-1])}
-    for change in ({"answer": 1}, {"topic": "bells"}, {"choices": ("w", "right", "x", "y")}):
-        seen.add(questions_digest([*asked[:-1], replace(asked[-1], **change)]))
-    assert len(seen) == 5
-
+def test_digests_tell_models_apart(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     with pytest.raises(ModelError, match="is no folder with files"):

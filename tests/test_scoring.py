@@ -9,11 +9,11 @@ import torch
 from conftest import tiny_base, tiny_tokenizer
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
-from verify.choices import LetterTokens, letter_tokens
+from verify.choices import LetterTokens, letter_log_likelihoods, letter_tokens
 from verify.prompts import plain_text
 from verify.questions import Question
 from verify.runners import HookedRunner
-from verify.scoring import last_logits, letter_log_likelihoods, score_plain, token_ids
+from verify.scoring import last_logits, score_plain, token_ids
 
 
 def test_likelihoods_of_letters() -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verify.measures import Calibration, Share
+from verify.choices import Answers
+from verify.intervals import mcnemar
+from verify.measures import AnswerSet, Calibration, Share, SubjectShare
 from verify.questions import LETTERS, Question
 
 RETAINED_BAR = 0.99
@@ -108,4 +110,48 @@ def calibration(log_likelihoods: np.ndarray) -> Calibration | None:
         spaced_mass=float(np.exp(spaced).sum(axis=-1).mean()),
         bare_first=float((bare[item, winner] >= spaced[item, winner]).mean()),
         agree=float((bare.argmax(axis=-1) == spaced.argmax(axis=-1)).mean()),
+    )
+
+
+def answer_set(
+    answers: Answers,
+    before: Answers | None,
+    source: str,
+    form: str,
+    questions: Sequence[Question],
+    known: Collection[int] | None,
+) -> AnswerSet:
+    """Everything that one engine's answers to one set in one prompt form say.
+
+    Args:
+        answers: the engine's.
+        before: the base's; None for the base itself.
+        source: forget | retain.
+        form: chat | plain.
+        questions: the set.
+        known: rows of the questions that the base knows; None where that was not asked.
+    """
+    chosen = answers.chosen(source, form, len(questions))
+    change = None
+    if before is not None:
+        was = before.chosen(source, form, len(questions))
+        right = [question.answer for question in questions]
+        change = mcnemar(
+            [a == b for a, b in zip(was, right, strict=True)],
+            [a == b for a, b in zip(chosen, right, strict=True)],
+        )
+    count = Counter(chosen)
+    likelihoods = [answers.likelihoods[source, item] for item in range(len(questions))]
+    return AnswerSet(
+        source=source,
+        form=form,
+        share=accuracy(questions, chosen),
+        known=None if known is None else accuracy(questions, chosen, known),
+        letters=(count[0], count[1], count[2], count[3]),
+        only_letter=constant_letter(chosen),
+        subjects=tuple(
+            SubjectShare(subject, share) for subject, share in by_subject(questions, chosen).items()
+        ),
+        change=change,
+        calibration=calibration(np.array(likelihoods)) if form == "chat" else None,
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from bake.errors import ModelError
 from verify.prompts import QUESTION_FORMS, Batch
@@ -78,6 +80,25 @@ def best_letters(logits: Tensor, letters: Sequence[Sequence[int]]) -> list[int]:
     return [int(letter) for letter in torch.stack(per_letter, dim=-1).argmax(dim=-1)]
 
 
+def letter_log_likelihoods(logits: Tensor, letters: LetterTokens) -> np.ndarray:
+    """Log-likelihoods of each letter as the next token, bare and after a space.
+
+    Args:
+        logits: [n, vocab].
+        letters: of the tokenizer.
+
+    Returns:
+        [n, 4, 2] float64, nats; -inf where the tokenizer has no such token.
+    """
+    normaliser = logits.double().logsumexp(dim=-1)
+    found = np.full((len(logits), len(LETTERS), 2), -np.inf)
+    for letter, (spaced,) in enumerate(letters.plain):
+        for token in letters.chat[letter]:
+            likelihood = logits[:, token].double() - normaliser
+            found[:, letter, int(token == spaced)] = likelihood.numpy()
+    return found
+
+
 @dataclass
 class Answers:
     """What one engine answered, collected batch by batch."""
@@ -85,26 +106,47 @@ class Answers:
     letters: LetterTokens
     given: dict[tuple[str, str, int], int] = field(default_factory=dict)
     """(source, form, item) → index into A to D."""
+    likelihoods: dict[tuple[str, int], list[list[float]]] = field(default_factory=dict)
+    """(source, item) → [4, 2] nats, chat form: each letter as the next token, bare and after a
+    space."""
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Take in a batch's logits: [batch, seq or 1, vocab]; text is passed over."""
+        self.take(batch, self.found(batch, logits))
+
+    def found(self, batch: Batch, logits: Tensor) -> list[Any]:
+        """What a batch's logits say, as JSON data: (row, letter, likelihoods) per question."""
+        found: list[Any] = []
         for form in QUESTION_FORMS:
             rows = [row for row, prompt in enumerate(batch.prompts) if prompt.form == form]
             if not rows:
                 continue
-            chosen = best_letters(logits[rows, -1], getattr(self.letters, form))
-            for row, letter in zip(rows, chosen, strict=True):
-                prompt = batch.prompts[row]
-                self.given[prompt.source, form, prompt.item] = letter
+            last = logits[rows, -1]
+            chosen = best_letters(last, getattr(self.letters, form))
+            likelihoods: list[Any] = [None] * len(rows)
+            if form == "chat":
+                likelihoods = letter_log_likelihoods(last, self.letters).tolist()
+            found += zip(rows, chosen, likelihoods, strict=True)
+        return found
+
+    def take(self, batch: Batch, found: Iterable[Any]) -> None:
+        """Take in what `found` gave for a batch."""
+        for row, letter, likelihoods in found:
+            prompt = batch.prompts[row]
+            self.given[prompt.source, prompt.form, prompt.item] = letter
+            if likelihoods is not None:
+                self.likelihoods[prompt.source, prompt.item] = likelihoods
+
+    def chosen(self, source: str, form: str, n: int) -> list[int]:
+        """The letters given to the n questions of a source, in their order."""
+        return [self.given[source, form, item] for item in range(n)]
 
     def accuracy(self, source: str, questions: Sequence[Question]) -> Accuracy:
         """Share of a source's questions that were answered right."""
 
         def share(form: str) -> float:
-            right = [
-                self.given[source, form, item] == question.answer
-                for item, question in enumerate(questions)
-            ]
+            chosen = self.chosen(source, form, len(questions))
+            right = [a == question.answer for a, question in zip(chosen, questions, strict=True)]
             return sum(right) / len(right)
 
         return Accuracy(plain=share("plain"), chat=share("chat"))

@@ -7,8 +7,10 @@ written so that the same bits come back, hence a report does not depend on inter
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -16,6 +18,11 @@ from typing import IO, Any, Self
 from filelock import FileLock, Timeout
 
 from bake.errors import OutputError
+
+_COMPUTE = ("bakeout", "torch", "transformers", "sae_lens")
+"""Packages of which another version may find another last digit."""
+Progress = Callable[[str, float], None]
+"""Called with what is being done, and the share of it that is done, 0 to 1."""
 
 
 class Journal:
@@ -112,6 +119,29 @@ class Journal:
             f"{folder}: what verify has found cannot be kept there ({error.strerror}); set "
             "BAKEOUT_CACHE to a folder that can be written"
         )
+
+
+def journal_path(cache: Path, work: Any) -> Path:
+    """Where the journal of some work lies.
+
+    Args:
+        cache: the user's folder for what may be lost.
+        work: everything that decides what is found, as JSON data: other work, another journal.
+    """
+    versions = [version(name) for name in _COMPUTE]
+    text = json.dumps([versions, work], sort_keys=True, default=str)
+    return cache / "verify" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+
+
+def files_below(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What tells files from changed ones without reading them: name, size and time of change."""
+    files = {
+        file
+        for path in paths
+        for file in (path.rglob("*") if path.is_dir() else [path])
+        if file.is_file()
+    }
+    return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
 
 
 def _read(path: Path, found: dict[str, Any]) -> int:

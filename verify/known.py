@@ -13,19 +13,22 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bake.errors import ModelError, OutputError
-from verify.choices import LetterTokens
+from verify.choices import letter_log_likelihoods
+from verify.journal import Journal, Progress
+from verify.material import Material
+from verify.measures import KnownSet, Share
 from verify.prompts import chat_text
 from verify.questions import LETTERS, Question
 from verify.runners import Runner
-from verify.scoring import last_logits, letter_log_likelihoods, token_ids
+from verify.scoring import last_logits, token_ids
 
 ORDERS = tuple(itertools.permutations(range(len(LETTERS))))
 """Per order, which choice stands at A, at B, at C and at D; the first is as written."""
@@ -66,75 +69,104 @@ class OrderScores:
         return self.n_right == len(ORDERS)
 
 
-def score_orders(
-    runner: Runner, questions: Sequence[Question], tokenizer: Any, letters: LetterTokens
-) -> Iterator[OrderScores]:
-    """Every question under the 24 orders, one after another.
+def score_orders(runner: Runner, question: Question, material: Material) -> OrderScores:
+    """A question under the 24 orders.
 
     Args:
         runner: an engine. Of a hooked reference, `tokens_fired` counts what is shared once.
-        questions: any.
-        tokenizer: the base model's.
-        letters: of that tokenizer.
+        question: any.
+        material: whose tokenizer and letters are taken.
     """
-    for question in questions:
-        orders = [in_order(question, order) for order in ORDERS]
-        sequences = token_ids([chat_text(order) for order in orders], tokenizer)
-        logits = last_logits(runner, sequences, tokenizer)
-        yield OrderScores(
-            row=question.row,
-            log_likelihoods=letter_log_likelihoods(logits, letters),
-            answers=tuple(order.answer for order in orders),
+    orders = [in_order(question, order) for order in ORDERS]
+    sequences = token_ids([chat_text(order) for order in orders], material.tokenizer)
+    logits = last_logits(runner, sequences, material.tokenizer)
+    return OrderScores(
+        row=question.row,
+        log_likelihoods=letter_log_likelihoods(logits, material.letters),
+        answers=tuple(order.answer for order in orders),
+    )
+
+
+def measure_known(
+    base: Runner,
+    unlearned: Runner,
+    material: Material,
+    *,
+    model: str,
+    cache: Path | None,
+    journal: Journal,
+    progress: Progress,
+) -> tuple[dict[str, tuple[int, ...]], tuple[KnownSet, ...]]:
+    """Which questions the base knows, and which of those an engine still knows.
+
+    Args:
+        base: the base.
+        unlearned: the engine.
+        material: forget and retain questions.
+        model: what tells this base from others: `model_digest` of its folder, and its dtype.
+        cache: folder in which the base's known questions are kept; None keeps nothing.
+        journal: of a run that was interrupted, or empty.
+        progress: told how far it is.
+
+    Returns:
+        By source, the rows of the known questions; and what became of them.
+
+    Raises:
+        OutputError: the cache cannot be written.
+    """
+    rows: dict[str, tuple[int, ...]] = {}
+    sets = []
+    for source, questions in material.questions.items():
+        path = None if cache is None else cache / f"{_key(model, questions)}.json"
+        if path is None or (known := _read(path, questions)) is None:
+            counts = _count_right(base, source, questions, material, journal, progress)
+            known = tuple(q.row for q, n in zip(questions, counts, strict=True) if n == len(ORDERS))
+            if path is not None:
+                _write(path, known)
+        rows[source] = known
+        asked = [question for question in questions if question.row in set(known)]
+        after = _count_right(unlearned, source, asked, material, journal, progress)
+        sets.append(
+            KnownSet(
+                source=source,
+                asked=len(questions),
+                known=len(known),
+                engine=unlearned.name,
+                still_known=Share(sum(n == len(ORDERS) for n in after), len(after)),
+                orders=Share(sum(after), len(ORDERS) * len(after)),
+            )
         )
+    return rows, tuple(sets)
+
+
+def _count_right(
+    runner: Runner,
+    source: str,
+    questions: Sequence[Question],
+    material: Material,
+    journal: Journal,
+    progress: Progress,
+) -> list[int]:
+    """Per question, under how many orders it is answered right."""
+    counts = []
+    for done, question in enumerate(questions, 1):
+        name = f"orders {runner.name} {source} {question.row}"
+        counts.append(int(journal.once(name, partial(_n_right, runner, question, material))))
+        progress("known questions", done / len(questions))
+    return counts
+
+
+def _n_right(runner: Runner, question: Question, material: Material) -> int:
+    return score_orders(runner, question, material).n_right
 
 
 # --------------------------------------------------------------------------- kept on disk
 
 
-def known_questions(
-    runner: Runner,
-    questions: Sequence[Question],
-    tokenizer: Any,
-    letters: LetterTokens,
-    *,
-    model: str,
-    cache: Path | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> tuple[int, ...]:
-    """Rows of the questions that an engine knows, from the cache where they are there.
-
-    Args:
-        runner: the base.
-        questions: any.
-        tokenizer: the base model's.
-        letters: of that tokenizer.
-        model: what tells this model from others: `model_digest` of its folder, and its dtype.
-        cache: a folder, which need not exist; None keeps nothing.
-        progress: called with the share done, 0 to 1.
-
-    Raises:
-        OutputError: the cache cannot be written.
-    """
-    key = hashlib.sha256(
-        json.dumps([PROTOCOL, model, questions_digest(questions)]).encode()
-    ).hexdigest()
-    path = None if cache is None else cache / f"known-{key}.json"
-    if path is not None and (rows := _read(path, key)) is not None:
-        return rows
-    known = []
-    for done, scores in enumerate(score_orders(runner, questions, tokenizer, letters), 1):
-        if scores.known:
-            known.append(scores.row)
-        if progress is not None:
-            progress(done / len(questions))
-    if path is not None:
-        _write(path, key, known)
-    return tuple(known)
-
-
-def questions_digest(questions: Sequence[Question]) -> str:
-    """sha256 over everything of the questions that a prompt shows, and their order."""
-    return hashlib.sha256(json.dumps([astuple(q) for q in questions]).encode()).hexdigest()
+def _key(model: str, questions: Sequence[Question]) -> str:
+    """sha256 over the protocol, the model, and all of the questions that a prompt shows."""
+    asked = [astuple(question) for question in questions]
+    return hashlib.sha256(json.dumps([PROTOCOL, model, asked]).encode()).hexdigest()
 
 
 def model_digest(folder: Path) -> str:
@@ -158,23 +190,22 @@ def model_digest(folder: Path) -> str:
     return hashlib.sha256(json.dumps([told, listing]).encode()).hexdigest()
 
 
-def _read(path: Path, key: str) -> tuple[int, ...] | None:
+def _read(path: Path, questions: Sequence[Question]) -> tuple[int, ...] | None:
     """Rows of an earlier run; None where there was none, or its file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("key") != key:
-        return None
-    rows = found.get("known")
-    if not isinstance(rows, list) or not all(type(row) is int for row in rows):
+    rows = found.get("known") if isinstance(found, dict) else None
+    there = {question.row for question in questions}
+    if not isinstance(rows, list) or not all(type(row) is int and row in there for row in rows):
         return None
     return tuple(rows)
 
 
-def _write(path: Path, key: str, known: Sequence[int]) -> None:
+def _write(path: Path, known: Sequence[int]) -> None:
     """All of the file or nothing: a reader never meets half of it."""
-    text = json.dumps({"schema": 1, "key": key, "protocol": PROTOCOL, "known": list(known)})
+    text = json.dumps({"schema": 1, "protocol": PROTOCOL, "known": list(known)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
@@ -182,6 +213,6 @@ def _write(path: Path, key: str, known: Sequence[int]) -> None:
         part.replace(path)
     except OSError as error:
         raise OutputError(
-            f"{path.parent}: known questions cannot be kept there ({error.strerror}); expected a "
-            "folder that can be written"
+            f"{path.parent}: known questions cannot be kept there ({error.strerror}); set "
+            "BAKEOUT_CACHE to a folder that can be written"
         ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from verify.prompts import Batch
@@ -36,19 +36,33 @@ def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> T
 class LossSum:
     """One engine's loss on text, collected batch by batch."""
 
-    total: float = 0.0
-    """Sum of cross-entropies, in nats."""
-    n_tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Cross-entropy of every token, in nats."""
 
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Take in a batch's logits: [batch, seq, vocab]; questions are passed over."""
-        rows = [row for row, prompt in enumerate(batch.prompts) if prompt.source == "text"]
-        if rows:
-            losses = token_losses(logits[rows], batch.input_ids[rows], batch.attention_mask[rows])
-            self.total += float(losses.sum())
-            self.n_tokens += len(losses)
+        self.losses += self.found(batch, logits)
+
+    @staticmethod
+    def found(batch: Batch, logits: Tensor) -> list[float]:
+        """What a batch's logits say: the loss of every token of its texts."""
+        rows = text_rows(batch)
+        if not rows:
+            return []
+        losses = token_losses(logits[rows], batch.input_ids[rows], batch.attention_mask[rows])
+        return list(losses.tolist())
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens."""
+        return len(self.losses)
 
     @property
     def mean(self) -> float:
         """Nats per token."""
-        return self.total / self.n_tokens if self.n_tokens else math.nan
+        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+
+
+def text_rows(batch: Batch) -> list[int]:
+    """The rows of a batch that hold text rather than questions."""
+    return [row for row, prompt in enumerate(batch.prompts) if prompt.source == "text"]

@@ -83,6 +83,27 @@ class ParitySum:
             rows, columns = part.unbind(-1)
             self._add_tokens(batch, part, reference[rows, columns], engine[rows, columns])
 
+    def found(self, batch: Batch, reference: Tensor, engine: Tensor) -> list[Any]:
+        """What `add` would take in, as JSON data; changes nothing."""
+        part = ParitySum()
+        part.add(batch, reference, engine)
+        worst = None
+        if part.worst is not None:
+            worst = [batch.prompts.index(part.worst[0]), part.worst[1]]
+        numbers = [part.n_tokens, part.total_kl, part.same_top1]
+        return [*numbers, part.max_abs_logit, part.largest_logit, worst]
+
+    def take(self, batch: Batch, found: Sequence[Any]) -> None:
+        """Take in what `found` gave for a batch."""
+        n_tokens, total_kl, same_top1, max_abs_logit, largest_logit, worst = found
+        self.n_tokens += n_tokens
+        self.total_kl += total_kl
+        self.same_top1 += same_top1
+        self.largest_logit = max(self.largest_logit, largest_logit)
+        if worst is not None and max_abs_logit > self.max_abs_logit:
+            self.max_abs_logit = max_abs_logit
+            self.worst = (batch.prompts[worst[0]], worst[1])
+
     def _add_tokens(self, batch: Batch, places: Tensor, reference: Tensor, engine: Tensor) -> None:
         self.n_tokens += len(places)
         self.total_kl += float(kl_nats(reference, engine).sum())

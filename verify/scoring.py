@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from verify.choices import LetterTokens
+from verify.choices import LetterTokens, letter_log_likelihoods
 from verify.prompts import Prompt, batches, bos_id, plain_text
 from verify.questions import LETTERS, Question
 from verify.runners import Runner, TreeRunner
@@ -53,25 +53,6 @@ def score_plain(
         logits = last_logits(runner, token_ids(texts, tokenizer), tokenizer)
         found.append(letter_log_likelihoods(logits, letters)[..., 1])
     return np.concatenate(found) if found else np.zeros((0, len(LETTERS)))
-
-
-def letter_log_likelihoods(logits: Tensor, letters: LetterTokens) -> np.ndarray:
-    """Log-likelihoods of each letter as the next token, bare and after a space.
-
-    Args:
-        logits: [n, vocab].
-        letters: of the tokenizer.
-
-    Returns:
-        [n, 4, 2] float64, nats; -inf where the tokenizer has no such token.
-    """
-    normaliser = logits.double().logsumexp(dim=-1)
-    found = np.full((len(logits), len(LETTERS), 2), -np.inf)
-    for letter, (spaced,) in enumerate(letters.plain):
-        for token in letters.chat[letter]:
-            likelihood = logits[:, token].double() - normaliser
-            found[:, letter, int(token == spaced)] = likelihood.numpy()
-    return found
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:

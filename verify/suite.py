@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bake.base import INDEX
-from bake.errors import BakeoutError, FolderError, RecipeError
+from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from verify.clamped_folder import (
     base_failures,
@@ -19,21 +18,17 @@ from verify.clamped_folder import (
     own_recipe,
     read_config,
 )
+from verify.comparison import REFERENCE
 from verify.engines import NAMES, open_engines
-from verify.evidence import REFERENCE, REFERENCES, Evidence, Progress, gather
+from verify.evidence import REFERENCES, Evidence, gather
 from verify.integrity import CARD, Manifest, check_integrity, read_manifest
+from verify.journal import Journal, Progress, files_below, journal_path
+from verify.kinds import BUDGET, KINDS, chosen_kinds
 from verify.onnx_files import EXACT, find_graphs, graph_failures
 from verify.parity import parity_failures, silent_clamps, unlearning_failures
 from verify.prompts import TEXT_TOKENS
 from verify.report import Failure, VerifyReport
 from verify.witnesses import load_witnesses, with_witnesses
-
-KINDS = ("integrity", "witnesses", "parity", "choices", "loss")
-"""Kinds of evidence, by the names that `only` takes."""
-
-
-class KindError(BakeoutError):
-    """A kind of evidence that there is not."""
 
 
 def verify_folder(
@@ -43,6 +38,8 @@ def verify_folder(
     progress: Progress | None = None,
     *,
     device: str = "cpu",
+    cache: Path | None = None,
+    budget: int = BUDGET,
 ) -> VerifyReport:
     """Gather evidence about a folder that bakeout wrote.
 
@@ -57,6 +54,9 @@ def verify_folder(
         only: kinds of evidence to gather; all when empty.
         progress: called with a stage (hash, load, compare) and the share of it done, 0 to 1.
         device: where base, reference and checkpoint run, as torch names it.
+        cache: folder in which known questions are kept, and what was found until an interruption:
+            the same call goes on from there, to the same report. None keeps nothing.
+        budget: steps of the suffix search; 0 leaves it out.
 
     Returns:
         The report; its `failures` are what is out of tolerance.
@@ -64,7 +64,7 @@ def verify_folder(
     Raises:
         BakeoutError: the folder, the recipe or what it names cannot be used.
     """
-    kinds = _kinds(only)
+    kinds = chosen_kinds(only)
     tell = progress or _say_nothing
     manifest = read_manifest(folder)
     layered = manifest.carrier == "layer"
@@ -96,7 +96,7 @@ def verify_folder(
         )
     if recipe is None:
         kinds &= {"integrity", "witnesses"} if witnesses else {"integrity"}
-    measured = kinds & {"parity", "choices", "loss"}
+    measured = kinds - {"integrity", "witnesses"}
     if recipe is not None and measured:
         config = read_config(folder, manifest.carrier)
         recipe = fitted_recipe(recipe, folder, config)
@@ -116,12 +116,26 @@ def verify_folder(
             report = with_witnesses(report, witnesses, engines)
         if recipe is None or not measured:
             return report
-        evidence = gather(folder, recipe, measured, tell, engines)
+        work = [
+            manifest.sha256,
+            recipe.to_dict(),
+            sorted(measured),
+            device,
+            engines.threads,
+            budget,
+        ]
+        files = files_below([folder, *recipe.local_sources])
+        path = None if cache is None else journal_path(cache, [*work, files])
+        with Journal(path) as journal:
+            evidence = gather(
+                folder, recipe, measured, tell, engines, journal, cache=cache, budget=budget
+            )
     witnessed = {engine.name: engine.witnessed for engine in report.engines}
     failures = report.failures
     if "parity" in kinds:
         failures += tuple(silent_clamps(evidence.fired_by_layer))
         failures += tuple(_engine_failures(evidence, manifest, config))
+    failures += tuple(_loss_failures(evidence))
     assert recipe.verify is not None
     return replace(
         report,
@@ -135,6 +149,10 @@ def verify_folder(
         fired_by_layer=evidence.fired_by_layer,
         warnings=_silent_features(evidence.never_active),
         examples=evidence.examples,
+        known=evidence.known,
+        controls=evidence.controls,
+        completions=evidence.completions,
+        robustness=evidence.robustness,
     )
 
 
@@ -163,15 +181,18 @@ def _engine_failures(
             yield from unlearning_failures(engine, found[REFERENCE])
 
 
-def _kinds(only: frozenset[str]) -> frozenset[str]:
-    for kind in sorted(only):
-        if kind not in KINDS:
-            close = difflib.get_close_matches(kind, KINDS, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise KindError(
-                f'no kind of evidence "{kind}"; expected one of {", ".join(KINDS)}{hint}'
-            )
-    return only or frozenset(KINDS)
+def _loss_failures(evidence: Evidence) -> Iterator[Failure]:
+    """Before a clamp has fired nothing has changed: in float32 and the base's own arithmetic, not
+    a bit.
+    """
+    for engine in evidence.engines:
+        exact = engine.name in (REFERENCE, "checkpoint", "adapter")
+        if engine.loss_detail is None or not exact or evidence.dtype != "float32":
+            continue
+        worst = engine.loss_detail.split.before.max_abs
+        if not worst <= 0:
+            what = "largest loss added before any firing"
+            yield Failure("loss", engine.name, what, worst, 0.0)
 
 
 def _report(

@@ -1,0 +1,329 @@
+"""All engines over the same prompts, batch by batch, and what that shows about each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from verify.alignment import alignment
+from verify.choice_metrics import Setting, answer_set, unlearning_score
+from verify.choices import Answers
+from verify.firing import FeatureWatch, FiredExamples, fired_on
+from verify.journal import Journal, Progress
+from verify.loss import LossSum
+from verify.loss_split import histogram, split
+from verify.material import Material
+from verify.measures import AnswerSet, LossAdded
+from verify.parity import ParitySum, answer_flips
+from verify.prompts import QUESTION_FORMS, Batch, Prompt, left_padded
+from verify.report import EngineReport, Parity
+from verify.runners import DecodingRunner, Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from verify.reference import Oracle
+
+BASE, REFERENCE = "base", "reference"
+DECODED_PROMPTS, DECODED_TOKENS = 4, 64
+"""How many forget prompts of each form, the shortest, are read token by token, and how many of
+their last tokens."""
+
+
+@dataclass
+class Comparison:
+    """What every engine showed, collected batch by batch."""
+
+    material: Material
+    prompts: Sequence[Prompt]
+    """What all of them are shown."""
+    names: tuple[str, ...]
+    """Of the engines."""
+    parity: bool
+    """Whether logits are compared."""
+    against: Mapping[str, str]
+    """The engines that are compared with another reference than `REFERENCE`, and with which."""
+    examples: FiredExamples
+    watch: FeatureWatch
+    answers: dict[str, Answers] = field(init=False)
+    losses: dict[str, LossSum] = field(init=False)
+    parities: dict[str, ParitySum] = field(init=False)
+    after: list[int] = field(default_factory=list)
+    """Per token of text, whether it was predicted at or after a firing in its sequence."""
+    fired: dict[str, int] = field(default_factory=dict)
+    """Per reference, on how many tokens its clamps fired."""
+    fired_by_layer: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.answers = {name: Answers(self.material.letters) for name in self.names}
+        self.losses = {name: LossSum() for name in self.names}
+        self.parities = {name: ParitySum() for name in self.names if not self._refers(name)}
+
+    def _refers(self, name: str) -> bool:
+        """Whether others are compared with this one."""
+        return name == REFERENCE or name in self.against.values()
+
+    def reference_of(self, name: str) -> str:
+        """What an engine is compared with; a reference with itself."""
+        return name if self._refers(name) else self.against.get(name, REFERENCE)
+
+    def found(self, batch: Batch, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What every engine's logits of a batch say, as JSON data; changes nothing."""
+        return {
+            name: {
+                "answers": self.answers[name].found(batch, logits[name]),
+                "losses": LossSum.found(batch, logits[name]),
+                "parity": self.parities[name].found(
+                    batch, logits[self.reference_of(name)], logits[name]
+                )
+                if self.parity and name in self.parities
+                else None,
+            }
+            for name in self.names
+        }
+
+    def take(self, batch: Batch, found: Mapping[str, Any]) -> None:
+        """Take in what was found for a batch: of every engine, and of the clamps."""
+        for name, of in found["engines"].items():
+            self.answers[name].take(batch, of["answers"])
+            self.losses[name].losses += of["losses"]
+            if of["parity"] is not None:
+                self.parities[name].take(batch, of["parity"])
+        for name, n in found["tokens"].items():
+            self.fired[name] = self.fired.get(name, 0) + n
+        for layer, n in found["by_layer"].items():
+            self.fired_by_layer[int(layer)] = self.fired_by_layer.get(int(layer), 0) + n
+        self.after += found["after"]
+        self.examples.add(batch.prompts, found["positions"])
+        self.watch.add(batch.prompts, found["active"])
+
+    # ----------------------------------------------------------------------- results
+
+    def reports(
+        self, kinds: frozenset[str], form: str, known: Mapping[str, Sequence[int]]
+    ) -> Iterator[EngineReport]:
+        """What was asked for, engine by engine.
+
+        Args:
+            kinds: of evidence.
+            form: the prompt form that leads.
+            known: by source, the rows of the questions that the base knows; empty where that was
+                not asked.
+        """
+        for name in self.names:
+            report = EngineReport(name)
+            if "choices" in kinds:
+                report = self._with_choices(report, form, known)
+            if "loss" in kinds:
+                report = self._with_loss(report)
+            if self.parity:
+                report = replace(report, parity=self._parity(name))
+            yield report
+
+    def _with_choices(
+        self, report: EngineReport, form: str, known: Mapping[str, Sequence[int]]
+    ) -> EngineReport:
+        now, before = self.answers[report.name], self.answers[BASE]
+        questions = self.material.questions
+        accuracy = {source: now.accuracy(source, of) for source, of in questions.items()}
+        was = {source: before.accuracy(source, of) for source, of in questions.items()}
+        sets = tuple(
+            answer_set(
+                now, None if report.name == BASE else before, source, each, of, known.get(source)
+            )
+            for source, of in questions.items()
+            for each in QUESTION_FORMS
+        )
+        sides = [
+            getattr(of[source], form) for source in ("forget", "retain") for of in (accuracy, was)
+        ]
+        return replace(
+            report,
+            forget=accuracy["forget"],
+            retain=accuracy["retain"],
+            answers=sets,
+            alignment=None if report.name == BASE else alignment(*sides),
+            unlearning_score=None if report.name == BASE else _score(sets),
+        )
+
+    def _with_loss(self, report: EngineReport) -> EngineReport:
+        import torch
+
+        now, base = self.losses[report.name], self.losses[BASE]
+        report = replace(report, loss=now.mean, loss_added=now.mean - base.mean)
+        if report.name == BASE or not now.losses:
+            return report
+        before, after = torch.tensor(base.losses).double(), torch.tensor(now.losses).double()
+        flags = torch.tensor(self.after, dtype=torch.bool)
+        return replace(
+            report, loss_detail=LossAdded(split(before, after, flags), histogram(before, after))
+        )
+
+    def _parity(self, name: str) -> Parity:
+        if self._refers(name):
+            some = next(iter(self.parities.values()))
+            return Parity(
+                max_abs_logit=0.0,
+                largest_logit=some.largest_logit,
+                mean_kl=0.0,
+                top1_agreement=1.0,
+                tokens_compared=some.n_tokens,
+                tokens_fired=self.fired[name],
+                worst=None,
+                flips=(),
+            )
+        reference = self.reference_of(name)
+        return self.parities[name].result(
+            tokens_fired=0 if name == BASE else self.fired[reference],
+            flips=answer_flips(
+                self.answers[reference], self.answers[name], self.material.questions
+            ),
+            tokenizer=self.material.tokenizer,
+        )
+
+
+def _score(sets: Sequence[AnswerSet]) -> float | None:
+    """The unlearning score of one engine, from the chat form's known questions."""
+    shares = {of.source: of.known for of in sets if of.form == "chat"}
+    forget, retain = shares["forget"], shares["retain"]
+    if forget is None or retain is None or forget.accuracy is None or retain.accuracy is None:
+        return None
+    return unlearning_score([Setting(forget.accuracy, retain.accuracy)])
+
+
+# --------------------------------------------------------------------------- the way through
+
+
+def compare(
+    here: Sequence[Runner],
+    elsewhere: Sequence[DecodingRunner],
+    oracles: Mapping[str, Oracle],
+    comparison: Comparison,
+    journal: Journal,
+    progress: Progress,
+) -> None:
+    """Show every engine the same batches. Changes `comparison`.
+
+    Args:
+        here: engines that share this process's models, run one after another.
+        elsewhere: engines that compute meanwhile, one thread each.
+        oracles: by name, those of the references among `here`; the first is `REFERENCE`'s.
+        comparison: what is collected.
+        journal: holds the batches of a run that was interrupted.
+        progress: told how far it is.
+    """
+    prompts = comparison.prompts
+    total = sum(len(prompt.ids) for prompt in prompts)
+    done = 0
+    waiting: list[tuple[str, Batch, Future[Any]]] = []  # of the batch before, while one is run
+
+    def finish() -> None:
+        for name, batch, counting in waiting:
+            comparison.take(batch, journal.once(name, counting.result))
+        waiting.clear()
+
+    with ThreadPoolExecutor(len(elsewhere) + 1) as pool:
+        for number, batch in enumerate(comparison.material.batches(prompts)):
+            name = f"batch {number}"
+            if journal.has(name):
+                comparison.take(batch, journal.once(name, dict))
+            else:
+                inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
+                pending = {runner.name: pool.submit(runner.logits, *inputs) for runner in elsewhere}
+                firings = _Firings(oracles)
+                logits = {runner.name: runner.logits(*inputs) for runner in here}
+                logits |= {name: answer.result() for name, answer in pending.items()}
+                firing = firings.since(batch)
+                finish()
+                waiting.append(
+                    (name, batch, pool.submit(_found, comparison, batch, logits, firing))
+                )
+            done += sum(len(prompt.ids) for prompt in batch.prompts)
+            progress("compare", done / total)
+        finish()
+    if comparison.parity:
+        _compare_decoding(here, elsewhere, oracles, comparison, journal)
+
+
+def _found(
+    comparison: Comparison, batch: Batch, logits: Mapping[str, Tensor], firing: dict[str, Any]
+) -> dict[str, Any]:
+    return {"engines": comparison.found(batch, logits), **firing}
+
+
+class _Firings:
+    """What oracles do from now on."""
+
+    def __init__(self, oracles: Mapping[str, Oracle]) -> None:
+        self._oracles = oracles
+        self._tokens = {name: oracle.tokens_fired for name, oracle in oracles.items()}
+        self._by_layer = dict(oracles[REFERENCE].fired_by_layer)
+
+    def since(self, batch: Batch) -> dict[str, Any]:
+        """On how many tokens they fired since; and on which of a batch, their last one."""
+        reference = self._oracles[REFERENCE]
+        return {
+            "tokens": {
+                name: oracle.tokens_fired - self._tokens[name]
+                for name, oracle in self._oracles.items()
+            },
+            "by_layer": {
+                str(layer): n - self._by_layer[layer]
+                for layer, n in reference.fired_by_layer.items()
+            },
+            **fired_on(reference, batch),
+        }
+
+
+def _compare_decoding(
+    here: Sequence[Runner],
+    elsewhere: Sequence[DecodingRunner],
+    oracles: Mapping[str, Oracle],
+    comparison: Comparison,
+    journal: Journal,
+) -> None:
+    """Let the folder's engines read some forget prompts token by token, from a cache.
+
+    The references read them at once: what a token's logits are does not depend on that. Changes
+    `comparison`.
+    """
+    asked = [p for p in comparison.prompts if p.source == "forget" and p.every_token]
+    asked.sort(key=lambda prompt: len(prompt.ids))
+    chosen = [
+        prompt
+        for form in QUESTION_FORMS
+        for prompt in [p for p in asked if p.form == form][:DECODED_PROMPTS]
+    ]
+    if not chosen:
+        return
+    batch = left_padded(chosen, pad_id=comparison.material.pad_id, last_only=False)
+    n_last = min(DECODED_TOKENS, batch.input_ids.shape[1] - 1)
+    tail = replace(
+        batch,
+        input_ids=batch.input_ids[:, -n_last:],
+        attention_mask=batch.attention_mask[:, -n_last:],
+    )
+
+    def decode() -> dict[str, Any]:
+        firings = _Firings(oracles)
+        whole = {
+            runner.name: runner.logits(batch.input_ids, batch.attention_mask, last_only=False)
+            for runner in here
+            if runner.name != BASE
+        }
+        parities = {}
+        for runner in elsewhere:
+            logits = runner.decoded(batch.input_ids, batch.attention_mask, n_last)
+            reference = whole[comparison.reference_of(runner.name)][:, -n_last:]
+            parities[runner.name] = comparison.parities[runner.name].found(tail, reference, logits)
+        return {"parities": parities, **firings.since(batch)}
+
+    found = journal.once("decoded", decode)
+    for name, parity in found["parities"].items():
+        comparison.parities[name].take(tail, parity)
+    for name, n in found["tokens"].items():
+        comparison.fired[name] += n
+    for layer, n in found["by_layer"].items():
+        comparison.fired_by_layer[int(layer)] += n
