@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
@@ -238,9 +238,9 @@ class Completions(Table):
     """Prompts on anything else, whose continuations should stay; `answers` may be left out."""
     trivia: RowSource | None = None
     """Two-choice questions (`question`, `right`, `wrong`); else made of the forget questions."""
-    topic_words: list[str] = []
+    topic_words: list[Annotated[str, Field(pattern=r"\S")]] = []
     """Words that count as a reference to the topic, besides the expected answers."""
-    instruction: str | None = None
+    instruction: str | None = Field(default=None, pattern=r"\S")
     """What the base is told in front of a prompt, the fourth variant; else made of the topic."""
 
 
