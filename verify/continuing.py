@@ -26,7 +26,7 @@ def prompt_batches(texts: Sequence[str], tokenizer: Any) -> list[Batch]:
 
 
 def stop_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens after which all is said: EOS, and the end of a turn where there is such a token."""
+    """The tokens after which all is said: EOS, and the end of a turn where there is one."""
     named = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN))
     return frozenset(int(i) for i in named if i is not None and i != tokenizer.unk_token_id)
 
