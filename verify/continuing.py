@@ -17,6 +17,8 @@ END_OF_TURN = "<end_of_turn>"
 
 def prompt_batches(texts: Sequence[str], tokenizer: Any) -> list[Batch]:
     """Texts without BOS in batches that have it, each prompt's `item` its place among them."""
+    if not texts:
+        return []
     prompts = [
         Prompt("prompts", "text", item + 1, ids, every_token=False, item=item)
         for item, ids in enumerate(token_ids(texts, tokenizer))
