@@ -424,6 +424,8 @@ def _cut_paths(table: dict[str, Any], folder: Path) -> None:
         for child in entry if isinstance(entry, list) else [entry]:
             if isinstance(child, dict):
                 _cut_paths(child, folder)
+        if not isinstance(entry, str):  # a table may be called as a key is
+            continue
         hub_key = key in ("model", "dataset")
         if key == "path" or (hub_key and (entry[0] in "./~" or (folder / entry).exists())):
             table[key] = (folder / entry).resolve().name
@@ -435,6 +437,8 @@ def _move_paths(table: dict[str, Any], old: Path, new: Path) -> None:
         for child in entry if isinstance(entry, list) else [entry]:
             if isinstance(child, dict):
                 _move_paths(child, old, new)
+        if not isinstance(entry, str):  # a table may be called as a key is
+            continue
         hub_key = key in ("model", "dataset")
         if key == "path" or (hub_key and (entry[0] in "./~" or (old / entry).exists())):
             table[key] = Path(os.path.relpath(old / entry, new)).as_posix()
