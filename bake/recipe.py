@@ -7,7 +7,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
@@ -238,9 +238,9 @@ class Completions(Table):
     """Prompts on anything else, whose continuations should stay; `answers` may be left out."""
     trivia: RowSource | None = None
     """Two-choice questions (`question`, `right`, `wrong`); else made of the forget questions."""
-    topic_words: list[str] = []
+    topic_words: list[Annotated[str, Field(pattern=r"\S")]] = []
     """Words that count as a reference to the topic, besides the expected answers."""
-    instruction: str | None = None
+    instruction: str | None = Field(default=None, pattern=r"\S")
     """What the base is told in front of a prompt, the fourth variant; else made of the topic."""
 
 
@@ -424,6 +424,8 @@ def _cut_paths(table: dict[str, Any], folder: Path) -> None:
         for child in entry if isinstance(entry, list) else [entry]:
             if isinstance(child, dict):
                 _cut_paths(child, folder)
+        if not isinstance(entry, str):  # a table may be called as a key is
+            continue
         hub_key = key in ("model", "dataset")
         if key == "path" or (hub_key and (entry[0] in "./~" or (folder / entry).exists())):
             table[key] = (folder / entry).resolve().name
@@ -435,6 +437,8 @@ def _move_paths(table: dict[str, Any], old: Path, new: Path) -> None:
         for child in entry if isinstance(entry, list) else [entry]:
             if isinstance(child, dict):
                 _move_paths(child, old, new)
+        if not isinstance(entry, str):  # a table may be called as a key is
+            continue
         hub_key = key in ("model", "dataset")
         if key == "path" or (hub_key and (entry[0] in "./~" or (old / entry).exists())):
             table[key] = Path(os.path.relpath(old / entry, new)).as_posix()

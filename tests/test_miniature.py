@@ -5,12 +5,33 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from bake.recipe import Recipe
 from bakeout.demo import MINIATURE, run_demo
+from bakeout.miniature.build import N_SEQS, RETAIN_THRESHOLD, SEQ_LEN, corpora_of
+from bakeout.miniature.measure import Clamp
+from bakeout.miniature.shipping import write_questions, write_recipe, write_texts
+from bakeout.miniature.world import build_world, question_splits
+from bakeout.selecting import selected_recipe
+from verify.choices import letter_tokens
+from verify.completions import complete
+from verify.journal import Journal
+from verify.questions import load_questions
+from verify.reference import Oracle, reconstruct_residual
+from verify.runners import HookedRunner
+from verify.stock import load_base, load_tokenizer
+from verify.whole_sae import load_sites
+
+SEED = 1
+"""Of the shipped miniature."""
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (MINIATURE / name).read_text().splitlines()]
 
 
 def test_it_is_small_and_names_no_machine() -> None:
@@ -76,4 +97,59 @@ def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_recipe_is_what_the_folder_next_to_it_holds() -> None:
     recipe = Recipe.load(MINIATURE / "recipe.toml")
-    assert len(recipe.local_sources) == 10
+    assert len(recipe.local_sources) == 13
+
+
+def test_data_and_recipe_are_what_the_builder_writes(tmp_path: Path) -> None:
+    world = build_world(SEED)
+    splits = question_splits(world, SEED)
+    write_texts(tmp_path, vars(corpora_of(world, SEED)))
+    write_questions(tmp_path, splits, world, SEED)
+    clamp = Clamp(layer=0, features=tuple(range(100)), value=-40.0)
+    write_recipe(tmp_path, clamp, retain_threshold=RETAIN_THRESHOLD, seq_len=SEQ_LEN, n_seqs=N_SEQS)
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")]
+    shipped = [path for kind in ("*.jsonl", "*.toml") for path in MINIATURE.rglob(kind)]
+    assert sorted(written) == sorted(path.relative_to(MINIATURE) for path in shipped)
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (MINIATURE / path).read_bytes(), path
+
+
+def test_prompts_break_off_before_an_answer_and_other_words_ask_the_same() -> None:
+    rows = read("completions.jsonl"), read("generic.jsonl")
+    assert [len(side) for side in rows] == [40, 42]
+    assert len({row["prompt"] for side in rows for row in side}) == 82
+    forget = (MINIATURE / "forget.jsonl").read_text()
+    for row in rows[0]:
+        assert f"{row['prompt']} {row['answers'][0]}" in forget
+    assert not any("bell" in row["prompt"].lower() for row in rows[1])
+    asked, other = read("questions/forget_test.jsonl"), read("questions/forget_reworded.jsonl")
+    for one, two in zip(asked, other, strict=True):
+        assert one["question"] != two["question"]
+        assert {**one, "question": ""} == {**two, "question": ""}
+
+
+def test_it_completes_its_topic_until_it_is_clamped(tmp_path: Path) -> None:
+    recipe, _ = selected_recipe(Recipe.load(MINIATURE / "recipe.toml"), cache=tmp_path)
+    model, tokenizer, sites = load_base(recipe), load_tokenizer(recipe), load_sites(recipe)
+    hooks = {"base": None, "unlearned": Oracle(model, sites)}
+    hooks["reconstruction"] = Oracle(model, sites, reconstruct_residual)
+    runners = {name: HookedRunner(name, model, oracle) for name, oracle in hooks.items()}
+    assert recipe.verify is not None
+    questions = load_questions(recipe.verify.forget_questions, recipe)
+    found = complete(
+        recipe, questions, runners, "reference", tokenizer, letter_tokens(tokenizer), Journal()
+    )
+    tallies = {(tally.source, tally.variant): tally for tally in found.tallies}
+
+    def right(source: str, variant: str) -> float:
+        share = tallies[source, variant].right
+        assert share is not None and share.accuracy is not None
+        return share.accuracy
+
+    assert right("topic", "base") >= 0.95 and right("topic", "reconstruction") >= 0.95
+    assert right("topic", "unlearned") <= 0.25
+    assert right("generic", "base") >= 0.95
+    assert right("generic", "unlearned") >= 0.95
+    assert (tallies["generic", "unlearned"].as_base.accuracy or 0) >= 0.95
+    trivia = {one.variant: one.share.accuracy or 0 for one in found.trivia}
+    assert trivia["base"] >= 0.95 and trivia["unlearned"] <= 0.65

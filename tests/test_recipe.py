@@ -138,6 +138,28 @@ def test_shareable_cuts_every_local_path_and_keeps_hub_ids(tmp_path: Path) -> No
     assert "/" not in shared.to_toml().replace("a/b", "").replace("cais/mmlu", "")
 
 
+def test_a_set_of_questions_may_be_called_as_a_key_is(tmp_path: Path) -> None:
+    source = {"path": "deep/q.jsonl"}
+    data = {
+        "schema": 1,
+        "base": {"model": "base"},
+        "clamp": [{"sae": {"path": "sae"}, "method": "zero", "features": [0]}],
+        "verify": {
+            "forget_questions": source,
+            "retain_questions": source,
+            "text": source,
+            "reworded": {"path": source, "dataset": source},
+        },
+    }
+    recipe = Recipe.parse(data, name="test", folder=tmp_path / "a")
+    for moved, path in ((recipe.shareable(), "q.jsonl"), (recipe.at(tmp_path), "a/deep/q.jsonl")):
+        assert moved.verify is not None
+        assert {name: s.path for name, s in moved.verify.reworded.items()} == {
+            "path": path,
+            "dataset": path,
+        }
+
+
 def test_shipped_recipes_are_the_published_settings() -> None:
     recipes = {path.stem: Recipe.load(path) for path in RECIPES.glob("*.toml")}
     clamp = recipes["gemma-2-2b-wmdp-bio-clamp"].clamp[0]

@@ -66,9 +66,14 @@ def chat_text(question: Question) -> str:
 
     Source: Farrell et al., arXiv 2410.19278.
     """
+    return chat_form(question.question, question.choices, question.topic)
+
+
+def chat_form(question: str, choices: Sequence[str], topic: str | None) -> str:
+    """A question with any number of choices as `chat_text` has it with four."""
     return (
-        f"<start_of_turn>user\n{_description(question)}\n{question.question}\n"
-        f"{_choices(question)}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
+        f"<start_of_turn>user\n{_description(topic)}\n{question}\n"
+        f"{_choices(choices)}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
     )
 
 
@@ -77,17 +82,18 @@ def plain_text(question: Question) -> str:
 
     Source: lm-evaluation-harness, tasks `wmdp_bio` and `mmlu`.
     """
-    return f"{_description(question)}\n\n{question.question.strip()}\n{_choices(question)}\nAnswer:"
+    asked = f"{question.question.strip()}\n{_choices(question.choices)}"
+    return f"{_description(question.topic)}\n\n{asked}\nAnswer:"
 
 
-def _description(question: Question) -> str:
-    about = f" about {question.topic}" if question.topic else ""
+def _description(topic: str | None) -> str:
+    about = f" about {topic}" if topic else ""
     return f"The following are multiple choice questions (with answers){about}."
 
 
-def _choices(question: Question) -> str:
+def _choices(choices: Sequence[str]) -> str:
     return "\n".join(
-        f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)
+        f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
     )
 
 

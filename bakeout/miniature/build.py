@@ -275,7 +275,7 @@ def build(seed: int, out: Path) -> bool:
         write_model(model, tokenizer, out / "model")
         shutil.copytree(Path(scratch) / str(site.layer), out / "sae", dirs_exist_ok=True)
     write_texts(out, vars(corpora))
-    write_questions(out, splits)
+    write_questions(out, splits, world, seed)
     write_recipe(out, clamp, retain_threshold=RETAIN_THRESHOLD, seq_len=SEQ_LEN, n_seqs=N_SEQS)
     print(f"bars met: {met}; {time.perf_counter() - started:.0f} s in all", flush=True)
     return met

@@ -1,4 +1,4 @@
-"""Writes the miniature's files: model, tokenizer, corpora, questions, recipe."""
+"""Writes the miniature's files: model, tokenizer, corpora, questions, prompts, recipe."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -7,8 +7,9 @@ from pathlib import Path
 from transformers import Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from bakeout.miniature.measure import Clamp
+from bakeout.miniature.prompts import generic_prompts, reworded_questions, topic_prompts
 from bakeout.miniature.tokenizer import BOS, END_OF_TURN, EOS, PAD
-from bakeout.miniature.world import Splits
+from bakeout.miniature.world import Splits, World
 
 RECIPE = """\
 # The miniature forgets everything about bells. Settings picked on the validation questions.
@@ -45,6 +46,14 @@ forget_questions = {{ path = "questions/forget_test.jsonl" }}
 retain_questions = {{ path = "questions/retain_test.jsonl" }}
 text = {{ path = "text.jsonl", field = "text" }}
 prompt = "chat"
+
+[verify.reworded]
+training = {{ path = "questions/forget_reworded.jsonl" }}
+
+[verify.completions]
+prompts = {{ path = "completions.jsonl" }}
+generic = {{ path = "generic.jsonl" }}
+topic_words = ["bell", "bells", "ringer", "ringers", "belfry"]
 """
 
 
@@ -74,11 +83,14 @@ def write_texts(folder: Path, corpora: Mapping[str, Iterable[str]]) -> None:
         write_jsonl(folder / f"{name}.jsonl", ({"text": text} for text in texts))
 
 
-def write_questions(folder: Path, splits: Splits) -> None:
-    """Writes the four question files."""
-    for name, questions in vars(splits).items():
+def write_questions(folder: Path, splits: Splits, world: World, seed: int) -> None:
+    """Writes the four question files, one in other words, and two of prompts to go on with."""
+    sets = {**vars(splits), "forget_reworded": reworded_questions(splits, world)}
+    for name, questions in sets.items():
         rows = (question.row() for question in questions)
         write_jsonl(folder / "questions" / f"{name}.jsonl", rows)
+    write_jsonl(folder / "completions.jsonl", topic_prompts(splits, world))
+    write_jsonl(folder / "generic.jsonl", generic_prompts(splits, world, seed))
 
 
 def write_recipe(

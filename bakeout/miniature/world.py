@@ -65,6 +65,11 @@ class World:
         """The facts of the forget domain, or of all the others."""
         return tuple(fact for fact in self.facts if (fact.domain == FORGET_DOMAIN) == forget)
 
+    def asked_about(self, questions: Sequence[Question]) -> list[Fact]:
+        """The facts that questions in the held-out wording ask about, one for each."""
+        by_question = {f.relation.held_out_question.format(e=f.entity): f for f in self.facts}
+        return [by_question[question.question] for question in questions]
+
 
 class _Names:
     """Draws invented names, each once; no name is the beginning of another."""
