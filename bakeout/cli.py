@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bake.errors import BakeoutError
-from verify.kinds import BUDGET, KINDS
+from verify.kinds import KINDS, Options
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
 _GOES_ON = "the same command goes on where it was"
@@ -164,7 +164,18 @@ def verify(
     device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
     budget: Annotated[
         int, typer.Option(help="Steps of the suffix search; 0 leaves it out.", min=0)
-    ] = BUDGET,
+    ] = Options.budget,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK,…",
+            help="Run lm-evaluation-harness too, on every engine: its own tasks (wmdp_bio, mmlu), "
+            "or local, the recipe's own questions.",
+        ),
+    ] = "",
+    evals: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where --tasks writes the harness's own results.")
+    ] = Options.evals,
     json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
@@ -181,16 +192,10 @@ def verify(
 
     chosen = frozenset(only or ())
     loaded = Recipe.load(recipe) if recipe is not None else None
+    named = tuple(task.strip() for task in tasks.split(",") if task.strip())
+    options = Options(device, cache_folder(), budget, named, evals)
     with progress("verify") as advance:
-        report = verify_folder(
-            folder,
-            loaded,
-            only=chosen,
-            progress=advance,
-            device=device,
-            cache=cache_folder(),
-            budget=budget,
-        )
+        report = verify_folder(folder, loaded, chosen, advance, options)
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:

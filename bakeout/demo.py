@@ -13,13 +13,18 @@ from bakeout.baking import bake_recipe
 from bakeout.cli import write_json
 from bakeout.exporting import export_adapter, export_compiled
 from bakeout.showing import console, progress, show_report
+from export.clamped import WITNESSES
 from export.onnx_folder import export_onnx
 from export.onnx_weights import PRECISIONS
 from verify.html import write_html
+from verify.kinds import SIDE_BY_SIDE, Options
 from verify.report import VerifyReport
 from verify.suite import verify_folder
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
+
+OF_CARRIERS = SIDE_BY_SIDE | {"integrity"}
+"""Kinds of evidence about the other carriers: what the forgetting is worth is the same for all."""
 
 
 def run_demo(out: Path) -> int:
@@ -38,10 +43,13 @@ def run_demo(out: Path) -> int:
     assert recipe.select is not None
     n_selected = sum(len(clamp.clamp.features) for clamp in plan.clamps)
     console().print(f"{n_selected} features selected by {recipe.select.by}, baked, now compared\n")
-    reports = []
-    for carrier in (folder, out / "compiled", out / "adapter"):
+    with progress(f"verify {folder.name}") as advance:
+        options = Options(cache=out, tasks=("local",), evals=out / "lm-eval")
+        reports = [verify_folder(folder, recipe, progress=advance, options=options)]
+    for carrier in (out / "compiled", out / "adapter"):
         with progress(f"verify {carrier.name}") as advance:
-            reports.append(verify_folder(carrier, recipe, progress=advance))
+            more = {"witnesses"} if (carrier / WITNESSES).is_file() else set()
+            reports.append(verify_folder(carrier, recipe, OF_CARRIERS | more, advance))
     report = side_by_side(reports)
     write_json(report.to_dict(), out / "report.json")
     write_html(report, folder, out / "report.html")

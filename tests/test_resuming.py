@@ -26,6 +26,7 @@ from test_suite import InProcess, write_recipe
 from bake.recipe import Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from verify.journal import Journal
+from verify.kinds import Options
 from verify.report import VerifyReport
 from verify.suite import verify_folder
 
@@ -46,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def verified(work: Path, cache: Path | None) -> VerifyReport:
     recipe = Recipe.load(work / "recipe.toml")
-    return verify_folder(work / "checkpoint", recipe, cache=cache)
+    return verify_folder(work / "checkpoint", recipe, options=Options(cache=cache))
 
 
 def as_bytes(report: VerifyReport) -> bytes:
@@ -106,7 +107,7 @@ def test_something_else_does_not_go_on_with_it(
         names.clear()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(Journal, "once", stopping)
-            verify_folder(work / "checkpoint", recipe, only=kinds, cache=tmp_path)
+            verify_folder(work / "checkpoint", recipe, only=kinds, options=Options(cache=tmp_path))
         return list((tmp_path / "verify").glob("*.jsonl"))
 
     assert len(start(recipe)) == 1

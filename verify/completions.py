@@ -4,7 +4,7 @@ Greedy continuations of a few tokens by four variants: the base, the bare recons
 SAE alone costs), the unlearned model, and the base with an instruction in front. Beside them the
 tokens whose probability moved most, and questions with two choices.
 
-Source: the protocol of METHODS, section 3, "completions" and "two-choice trivia".
+Source: the blog report *Sparse Autoencoders for Improving Unlearning in Large Language Models*.
 """
 
 from __future__ import annotations

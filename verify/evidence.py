@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.base import find_base
 from bake.recipe import Recipe
 from verify.clamped_folder import check_layers, check_shape, read_config
 from verify.comparison import BASE, REFERENCE, Comparison, compare
 from verify.engines import Engines
 from verify.firing import FeatureWatch, FiredExamples, fired_on
+from verify.forgetting import REFERENCE_32, Forgetting, Hooked
+from verify.harness import measure_harness
 from verify.journal import Journal, Progress
-from verify.kinds import ASKING, SIDE_BY_SIDE
-from verify.known import measure_known, model_digest
+from verify.kinds import ASKING, Options
 from verify.material import load_material
-from verify.measures import Completions, Control, KnownSet, Robustness
+from verify.measures import Completions, Control, HarnessScore, KnownSet, Robustness
 from verify.prompts import Batch, text_prompts
 from verify.questions import load_texts
 from verify.report import EngineReport, FiredText, Items
@@ -28,8 +28,6 @@ from verify.runners import DecodingRunner, HookedRunner, Runner
 if TYPE_CHECKING:
     from verify.reference import Oracle
 
-REFERENCE_32 = "reference-float32"
-"""The reference of engines that compute in float32, where the recipe's dtype is another."""
 REFERENCES = (BASE, REFERENCE, REFERENCE_32)
 """Engines that are no part of a folder."""
 
@@ -63,9 +61,7 @@ def gather(
     progress: Progress,
     engines: Engines,
     journal: Journal,
-    *,
-    cache: Path | None,
-    budget: int,
+    options: Options,
 ) -> Evidence:
     """Run base, reference and the folder's engines.
 
@@ -76,94 +72,96 @@ def gather(
         progress: told how far it is.
         engines: of the folder; the checkpoint's code is executed in a process of its own.
         journal: of a run of the same that was interrupted, or empty.
-        cache: folder in which known questions are kept; None keeps nothing.
-        budget: steps of the suffix search.
+        options: how it is run.
 
     Raises:
         BakeoutError: anything that is named cannot be loaded or does not fit.
     """
-    config = read_config(folder, engines.carrier)
-    progress("load", 0.0)
     assert recipe.verify is not None
+    hooked = _hooked(folder, recipe, engines, progress)
+    asks, form = bool(kinds & ASKING), recipe.verify.prompt
+    here: list[Runner] = [hooked.base] if kinds & {"choices", "loss"} else []
+    here += hooked.references
+    with _half_the_threads() as threads, ExitStack() as stack:
+        elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
+        progress("load", 1.0)
+        comparison = Comparison(
+            hooked.material,
+            hooked.material.prompts(kinds),
+            tuple(runner.name for runner in (*here, *elsewhere)),
+            "parity" in kinds,
+            hooked.against(engines),
+            FiredExamples(form),
+            FeatureWatch({site.layer: site.features for site in hooked.sites}),
+        )
+        compare(here, elsewhere, hooked.oracles, comparison, journal, progress)
+        if asks and recipe.select is not None and any(comparison.watch.never_active()):
+            _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
+        forgetting = Forgetting(recipe, hooked, elsewhere[0], journal, progress)
+        known, rows = forgetting.known(options.cache) if "known" in kinds else ((), {})
+        reports = tuple(comparison.reports(kinds, form, rows))
+        scores: Mapping[str, tuple[HarnessScore, ...]] = {}
+        if options.tasks:
+            everyone = [hooked.base, *hooked.references, *elsewhere]
+            scores = measure_harness(
+                everyone, options.tasks, hooked.material, options.evals, journal, progress
+            )
+        return Evidence(
+            engines=tuple(replace(of, harness=scores.get(of.name, ())) for of in reports),
+            fired_by_layer=tuple(sorted(comparison.fired_by_layer.items())),
+            never_active=tuple(comparison.watch.never_active()) if asks else (),
+            dtype=hooked.dtype,
+            items=Items(
+                forget_questions=len(hooked.material.questions["forget"]) if asks else 0,
+                retain_questions=len(hooked.material.questions["retain"]) if asks else 0,
+                text_tokens=comparison.losses[REFERENCE].n_tokens,
+            ),
+            examples=comparison.examples.result(hooked.material.tokenizer),
+            known=known,
+            controls=forgetting.controls() if "controls" in kinds else (),
+            completions=forgetting.completions() if "completions" in kinds else None,
+            robustness=forgetting.robustness(options.budget, reports)
+            if "robustness" in kinds
+            else None,
+        )
 
-    from verify.controls import measure_controls
+
+def _hooked(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) -> Hooked:
+    """Load the stock base and the whole SAEs, and check that the folder is of their shape."""
     from verify.reference import Oracle
-    from verify.stock import load_base, load_tokenizer, location
+    from verify.stock import load_base, load_tokenizer
     from verify.whole_sae import load_sites
 
+    config = read_config(folder, engines.carrier)
+    progress("load", 0.0)
     sites = load_sites(recipe)
     check_layers([site.layer for site in sites], folder, config)
-    tokenizer = load_tokenizer(recipe)
-    material = load_material(recipe, tokenizer)
+    material = load_material(recipe, load_tokenizer(recipe))
     progress("load", 0.4)
     model = load_base(recipe, engines.device)
     check_shape(model.config, folder, config)
     progress("load", 0.7)
-    dtype, form = str(model.dtype).removeprefix("torch."), recipe.verify.prompt
-    base = HookedRunner(BASE, model)
     oracles = {REFERENCE: Oracle(model, sites)}
-    here: list[Runner] = [base] if kinds & {"choices", "loss"} else []
-    here.append(HookedRunner(REFERENCE, model, oracles[REFERENCE]))
-    against: dict[str, str] = {}
-    if engines.graphs and dtype != "float32":
+    if engines.graphs and str(model.dtype) != "torch.float32":
         model_32 = load_base(recipe, engines.device, dtype="float32")
         oracles[REFERENCE_32] = Oracle(model_32, sites)
-        here.append(HookedRunner(REFERENCE_32, model_32, oracles[REFERENCE_32]))
-        against = dict.fromkeys((graph.name for graph in engines.graphs), REFERENCE_32)
-    with _half_the_threads() as threads, ExitStack() as stack:
-        elsewhere: list[DecodingRunner] = []
-        if engines.torch is not None:
-            where = location(recipe) if engines.carrier == "adapter" else None
-            engines.torch.load(dtype, device=engines.device, threads=threads, base=where)
-            elsewhere.append(engines.torch)
-        for graph in engines.graphs:
-            elsewhere.append(stack.enter_context(engines.open(graph, threads=threads)))
-        progress("load", 1.0)
-        comparison = Comparison(
-            material,
-            material.prompts(kinds),
-            tuple(runner.name for runner in (*here, *elsewhere)),
-            "parity" in kinds,
-            against,
-            FiredExamples(form),
-            FeatureWatch({site.layer: site.features for site in sites}),
-        )
-        compare(here, elsewhere, oracles, comparison, journal, progress)
-        asks = bool(kinds & ASKING)
-        if asks and recipe.select is not None and any(comparison.watch.never_active()):
-            _watch_corpus(recipe, comparison, oracles[REFERENCE], journal)
-        rows: dict[str, tuple[int, ...]] = {}
-        known: tuple[KnownSet, ...] = ()
-        if "known" in kinds:
-            rows, known = measure_known(
-                base,
-                elsewhere[0],
-                material,
-                model=f"{model_digest(find_base(recipe).folder)} {dtype}",
-                cache=None if cache is None else cache / "known",
-                journal=journal,
-                progress=progress,
-            )
-        reports = tuple(comparison.reports(kinds, form, rows))
-        controls: tuple[Control, ...] = ()
-        if "controls" in kinds:
-            controls = measure_controls(model, sites, material, form, journal, progress)
-    return Evidence(
-        engines=reports if kinds & SIDE_BY_SIDE else (),
-        fired_by_layer=tuple(sorted(comparison.fired_by_layer.items())),
-        never_active=tuple(comparison.watch.never_active()) if asks else (),
-        dtype=dtype,
-        items=Items(
-            forget_questions=len(material.questions["forget"]) if asks else 0,
-            retain_questions=len(material.questions["retain"]) if asks else 0,
-            text_tokens=comparison.losses[REFERENCE].n_tokens,
-        ),
-        examples=comparison.examples.result(tokenizer),
-        known=known,
-        controls=controls,
-        completions=None,
-        robustness=None,
-    )
+    return Hooked(model, sites, oracles, material)
+
+
+def _opened(
+    recipe: Recipe, engines: Engines, dtype: str, threads: int, stack: ExitStack
+) -> list[DecodingRunner]:
+    """The folder's own engines, loaded."""
+    from verify.stock import location
+
+    opened: list[DecodingRunner] = []
+    if engines.torch is not None:
+        base = location(recipe) if engines.carrier == "adapter" else None
+        engines.torch.load(dtype, device=engines.device, threads=threads, base=base)
+        opened.append(engines.torch)
+    for graph in engines.graphs:
+        opened.append(stack.enter_context(engines.open(graph, threads=threads)))
+    return opened
 
 
 @contextmanager

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bake.errors import BakeoutError
+from bake.errors import BakeoutError, OutputError
+from verify.journal import Journal, Progress
+from verify.material import Material
+from verify.measures import HarnessScore
 from verify.questions import LETTERS, Question
 from verify.runners import Runner
 
+LOCAL = "local"
+"""The name that stands for the questions at hand."""
 TASK_NAME = re.compile(r"[a-z0-9_]+")
 TEMPLATE = (
     "The following are multiple choice questions (with answers)"
@@ -57,10 +65,91 @@ class HarnessResult:
     answers: tuple[ItemAnswer, ...]
     """Every multiple-choice question, task by task in the harness's order."""
 
+    @property
+    def scores(self) -> tuple[HarnessScore, ...]:
+        """Every task and group that is scored by accuracy."""
+        sizes = self.results.get("n-samples", {})
+        return tuple(
+            HarnessScore(
+                task=task,
+                accuracy=float(found["acc,none"]),
+                stderr=_number(found.get("acc_stderr,none")),
+                n=sizes[task]["effective"] if task in sizes else None,
+            )
+            for task, found in self.results["results"].items()
+            if "acc,none" in found
+        )
+
     def accuracy(self, task: str) -> float:
         """The harness's own figure for a task or a group, 0 to 1."""
         found = self.results["results"].get(task) or self.results["groups"][task]
         return float(found["acc,none"])
+
+
+def measure_harness(
+    runners: Sequence[Runner],
+    tasks: Sequence[str],
+    material: Material,
+    evals: Path,
+    journal: Journal,
+    progress: Progress,
+) -> dict[str, tuple[HarnessScore, ...]]:
+    """Score several engines, and keep the harness's own results.
+
+    Args:
+        runners: the engines.
+        tasks: names of the harness's own tasks or groups; `local` stands for the forget and retain
+            questions at hand, as tasks of these names.
+        material: questions and tokenizer.
+        evals: a folder, which need not exist. `ENGINE.json` and `ENGINE-local.json` hold the
+            harness's results as they are, `tasks/` the local tasks' files.
+        journal: of a run that was interrupted, or empty.
+        progress: told how far it is.
+
+    Returns:
+        By engine, its scores.
+
+    Raises:
+        HarnessError: see `run_harness`.
+        OutputError: the folder cannot be written.
+    """
+    named = [task for task in tasks if task != LOCAL]
+    sets: dict[str, Sequence[str] | Mapping[str, Sequence[Question]]] = {}
+    if named:
+        sets[""] = named
+    if LOCAL in tasks:
+        sets["-local"] = material.questions
+    scores: dict[str, tuple[HarnessScore, ...]] = {}
+    try:
+        evals.mkdir(parents=True, exist_ok=True)
+        if LOCAL in tasks:
+            (evals / "tasks").mkdir(exist_ok=True)
+            write_tasks(evals / "tasks", material.questions)
+        for number, runner in enumerate(runners, 1):
+            for suffix, asked in sets.items():
+                run = partial(_results, runner, material.tokenizer, asked)
+                results = journal.once(f"harness{suffix} {runner.name} {' '.join(named)}", run)
+                text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+                (evals / f"{runner.name}{suffix}.json").write_text(text, encoding="utf-8")
+                found = HarnessResult(results, ()).scores
+                scores[runner.name] = (*scores.get(runner.name, ()), *found)
+            progress("lm-evaluation-harness", number / len(runners))
+    except OSError as error:
+        raise OutputError(
+            f"{evals}: lm-eval's results cannot be written there ({error.strerror}); name a folder "
+            "that can be written with --evals"
+        ) from error
+    return scores
+
+
+def _results(
+    runner: Runner, tokenizer: Any, tasks: Sequence[str] | Mapping[str, Sequence[Question]]
+) -> dict[str, Any]:
+    return run_harness(runner, tokenizer, tasks).results
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def write_tasks(folder: Path, tasks: Mapping[str, Sequence[Question]]) -> None:
@@ -142,7 +231,9 @@ def run_harness(
         ) from error
     from verify.harness_lm import RunnerLM
 
-    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder:
+    # What the harness and datasets draw and say on stderr is no part of ours.
+    quiet = redirect_stderr(io.StringIO())
+    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder, quiet:
         if isinstance(tasks, Mapping):
             write_tasks(Path(folder), tasks)
             manager = TaskManager(include_path=folder, include_defaults=False)

@@ -23,12 +23,14 @@ from verify.engines import NAMES, open_engines
 from verify.evidence import REFERENCES, Evidence, gather
 from verify.integrity import CARD, Manifest, check_integrity, read_manifest
 from verify.journal import Journal, Progress, files_below, journal_path
-from verify.kinds import BUDGET, KINDS, chosen_kinds
+from verify.kinds import KINDS, Options, chosen_kinds
 from verify.onnx_files import EXACT, find_graphs, graph_failures
 from verify.parity import parity_failures, silent_clamps, unlearning_failures
 from verify.prompts import TEXT_TOKENS
 from verify.report import Failure, VerifyReport
 from verify.witnesses import load_witnesses, with_witnesses
+
+DEFAULTS = Options()
 
 
 def verify_folder(
@@ -36,10 +38,7 @@ def verify_folder(
     recipe: Recipe | None = None,
     only: frozenset[str] = frozenset(),
     progress: Progress | None = None,
-    *,
-    device: str = "cpu",
-    cache: Path | None = None,
-    budget: int = BUDGET,
+    options: Options = DEFAULTS,
 ) -> VerifyReport:
     """Gather evidence about a folder that bakeout wrote.
 
@@ -53,10 +52,7 @@ def verify_folder(
             the report's scope says so.
         only: kinds of evidence to gather; all when empty.
         progress: called with a stage (hash, load, compare) and the share of it done, 0 to 1.
-        device: where base, reference and checkpoint run, as torch names it.
-        cache: folder in which known questions are kept, and what was found until an interruption:
-            the same call goes on from there, to the same report. None keeps nothing.
-        budget: steps of the suffix search; 0 leaves it out.
+        options: how it is run.
 
     Returns:
         The report; its `failures` are what is out of tolerance.
@@ -75,12 +71,13 @@ def verify_folder(
             graphs = find_graphs(folder)
             layers = clamped_layers(read_config(folder)) if layered else []
             broken = graph_failures(graphs, layers, manifest.files)
-        if broken or kinds == {"integrity"}:
+        if broken or (kinds == {"integrity"} and not options.tasks):
             return _report(folder, manifest, {"integrity"}, broken)
     recipe = recipe or own_recipe(folder)
-    if recipe is None and (asked := only - {"integrity", "witnesses"}):
+    asked = [*sorted(only - {"integrity", "witnesses"}), *options.tasks]
+    if recipe is None and asked:
         raise RecipeError(
-            f"{', '.join(sorted(asked))}: the reference is rebuilt from a recipe, and "
+            f"{', '.join(asked)}: the reference is rebuilt from a recipe, and "
             f"{folder.name} names local sources; give the recipe with --recipe"
         )
     if manifest.carrier not in NAMES and recipe is not None:
@@ -97,7 +94,8 @@ def verify_folder(
     if recipe is None:
         kinds &= {"integrity", "witnesses"} if witnesses else {"integrity"}
     measured = kinds - {"integrity", "witnesses"}
-    if recipe is not None and measured:
+    runs = bool(measured or options.tasks)
+    if recipe is not None and runs:
         config = read_config(folder, manifest.carrier)
         recipe = fitted_recipe(recipe, folder, config)
         if manifest.carrier == "adapter":
@@ -106,30 +104,27 @@ def verify_folder(
         if own and (broken := base_failures(recipe, manifest.files)):
             return _report(folder, manifest, {"integrity"}, broken)
     report = _report(folder, manifest, kinds)
-    if not measured and witnesses is None:
+    if not runs and witnesses is None:
         return report
     if graphs is None:
         graphs = find_graphs(folder)
-    with open_engines(folder, manifest.carrier, graphs, device) as engines:
+    with open_engines(folder, manifest.carrier, graphs, options.device) as engines:
         if witnesses is not None:
             tell("witnesses", 0.0)
             report = with_witnesses(report, witnesses, engines)
-        if recipe is None or not measured:
+        if recipe is None or not runs:
             return report
-        work = [
-            manifest.sha256,
-            recipe.to_dict(),
-            sorted(measured),
-            device,
-            engines.threads,
-            budget,
-        ]
-        files = files_below([folder, *recipe.local_sources])
-        path = None if cache is None else journal_path(cache, [*work, files])
+        work = {
+            "manifest": manifest.sha256,
+            "recipe": recipe.to_dict(),
+            "kinds": sorted(measured),
+            "device": [options.device, engines.threads],
+            "asked": [options.budget, options.tasks],
+            "files": files_below([folder, *recipe.local_sources]),
+        }
+        path = None if options.cache is None else journal_path(options.cache, work)
         with Journal(path) as journal:
-            evidence = gather(
-                folder, recipe, measured, tell, engines, journal, cache=cache, budget=budget
-            )
+            evidence = gather(folder, recipe, measured, tell, engines, journal, options)
     witnessed = {engine.name: engine.witnessed for engine in report.engines}
     failures = report.failures
     if "parity" in kinds:
