@@ -50,6 +50,7 @@ from verify.wording import (
     measured_engine,
     nats,
     one_letter_lines,
+    one_letter_text,
     percent,
     share_of,
     share_text,
@@ -70,7 +71,9 @@ RIGHT = {  # of N, chat form; plain form has two fewer
     "onnx-int4": {"forget": 31, "retain": 42},
 }
 VARIANTS = ("base", "reconstruction", "unlearned", "prompted")
-STRUCTURE = {"source", "form", "name", "engine", "variant", "only_letter", "carrier", "scope"}
+STRUCTURE = frozenset(
+    {"source", "form", "name", "engine", "variant", "only_letter", "carrier", "scope"}
+)
 """Fields whose text is looked up rather than shown alone."""
 
 
@@ -142,7 +145,7 @@ def _engine(name: str) -> EngineReport:
         retain=Accuracy(plain=(right["retain"] - 2) / 160, chat=right["retain"] / 160),
         loss=1.5 if base else 1.5432,
         loss_added=0.0 if base else 0.0432,
-        parity=None if name == "reference" else parity,
+        parity=parity,
         witnessed=None if base else Witnessed(16, 1e-6, 1.0),
         answers=tuple(_answers(name, source, form) for source in N for form in ("chat", "plain")),
         loss_detail=None if base else _loss(name),
@@ -237,7 +240,7 @@ def _completions() -> Completions:
     )
 
 
-def every_text(found: Any, change: Callable[[str], str], keep: frozenset[str] | set[str]) -> Any:
+def every_text(found: Any, change: Callable[[str], str], keep: frozenset[str]) -> Any:
     """The same result with every text changed but that of the fields named."""
     if isinstance(found, str):
         return change(found)
@@ -309,12 +312,17 @@ def test_a_change_is_said_with_its_p_value() -> None:
 
 
 def test_a_model_that_says_one_letter_is_named() -> None:
-    lines = one_letter_lines(full_evidence())
-    assert len(lines) == 4  # both sets, both forms, of the one engine
-    assert lines[0] == (
-        "onnx-int4 says A to 97 % of the questions to be forgotten (chat form): it has lost the "
+    report = full_evidence()
+    assert one_letter_lines(report) == (
+        "onnx-int4 says A to at least 97 % of the questions (to be forgotten, chat and plain form; "
+        "to be kept, chat and plain form): it has lost the format, not the facts",
+    )
+    engine = report.engines[-1]
+    assert one_letter_text(replace(engine, answers=engine.answers[:1])) == (
+        "onnx-int4 says A to 97 % of the questions (to be forgotten, chat form): it has lost the "
         "format, not the facts"
     )
+    assert one_letter_text(report.engines[0]) is None
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from verify.wording import (
     SOURCES,
     accuracy_text,
     answers_of,
+    letters_text,
     measured_attacks,
     measured_engine,
     percent,
@@ -44,6 +45,9 @@ class LetterRow:
 
     label: str
     value: str
+    """The letter that is said most."""
+    said: str
+    """All of them."""
     segments: tuple[Segment, ...]
 
 
@@ -149,13 +153,13 @@ def order_plots(report: VerifyReport) -> tuple[Plot, ...]:
             (engine, known.still_known, "after"),
         )
         rows = [
-            _row(f"{name}, every order", share, tone, f"{share.right:,} of {share.n:,}")
+            _row(f"{name}, every order", share, tone, f", {share.right:,} of {share.n:,}")
             for name, share, tone in every
             if share.n
         ]
         if known.orders.accuracy is not None:
             # Orders of one question are no independent answers: an interval would be too narrow.
-            text = f"{known.orders.accuracy:.3f}  {known.orders.right:,} of {known.orders.n:,}"
+            text = f"{known.orders.accuracy:.3f}, {known.orders.right:,} of {known.orders.n:,}"
             rows.append(Row(f"{engine}, single orders", text, known.orders.accuracy, "after"))
         note = (
             f"The base was asked {known.asked} questions under all 24 orders of their choices and "
@@ -209,9 +213,9 @@ def attack_plot(report: VerifyReport) -> Plot | None:
     return Plot("Forget accuracy under attack", note, rows, SHARE_TICKS, line=CHANCE, wide=True)
 
 
-def _row(label: str, share: Share, tone: Tone, beside: str | None = None) -> Row:
+def _row(label: str, share: Share, tone: Tone, beside: str = "") -> Row:
     low, high = share.interval or (0.0, 1.0)
-    text = f"{accuracy_text(share)}  " + (beside or f"[{low:.2f}, {high:.2f}]")
+    text = f"{accuracy_text(share)}  [{low:.2f}, {high:.2f}]{beside}"
     return Row(label, text, share.accuracy or 0.0, tone, low, high)
 
 
@@ -243,10 +247,8 @@ def letter_plots(report: VerifyReport) -> tuple[LetterPlot, ...]:
         rows = tuple(
             LetterRow(
                 title_of(engine),
-                " · ".join(
-                    f"{letter} {percent(segment.width)}"
-                    for letter, segment in zip("ABCD", segments, strict=True)
-                ),
+                _most_said(segments),
+                letters_text(answers.letters),
                 segments,
             )
             for engine in report.engines
@@ -256,6 +258,11 @@ def letter_plots(report: VerifyReport) -> tuple[LetterPlot, ...]:
         if rows:
             plots.append(LetterPlot(f"Letters said: {title}", rows))
     return tuple(plots)
+
+
+def _most_said(segments: tuple[Segment, ...]) -> str:
+    most = max(segments, key=lambda segment: segment.width)
+    return f"{most.letter} {percent(most.width)}"
 
 
 def _segments(counts: tuple[int, ...]) -> tuple[Segment, ...]:

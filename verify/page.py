@@ -30,7 +30,7 @@ from verify.wording import (
 
 SHOWN_FLIPS = 40
 """Most flips of one engine in the page; report.json has all."""
-SHOWN_PROMPTS = 12
+SHOWN_PROMPTS = 8
 """Most prompts of one source, completions side by side."""
 SHOWN_TOKENS = 35
 """Most tokens whose probability falls, and as many that rise."""
@@ -59,10 +59,13 @@ class Prompts:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task of lm-evaluation-harness; a text per engine."""
+    """One task of lm-evaluation-harness."""
 
     task: str
+    n: int | None
+    """Questions; None of a group of tasks."""
     scores: tuple[str, ...]
+    """A text per engine."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class Page:
     changed: list[EngineReport]
     """Engines of which it is said what they lost."""
     letters: tuple[LetterPlot, ...]
-    calibrated: list[tuple[EngineReport, AnswerSet]]
+    calibrated: list[EngineReport]
+    """Engines whose two kinds of letters were compared."""
     answered: list[tuple[EngineReport, AnswerSet]]
     orders: tuple[Plot, ...]
     subjects: tuple[Plot, ...]
@@ -179,7 +183,7 @@ def page_of(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = ()) 
             or any(answers.change for answers in engine.answers)
         ],
         letters=letter_plots(report),
-        calibrated=[(engine, answers) for engine, answers in answered if answers.calibration],
+        calibrated=[e for e in report.engines if any(a.calibration for a in e.answers)],
         answered=answered,
         orders=order_plots(report),
         subjects=subject_plots(report),
@@ -282,7 +286,12 @@ def _benchmarks(report: VerifyReport) -> Benchmarks | None:
         return None
     scores = [{score.task: score for score in engine.harness} for engine in engines]
     rows = tuple(
-        TaskRow(task, tuple(_score(of.get(task)) for of in scores)) for task in tasks[:SHOWN_TASKS]
+        TaskRow(
+            task,
+            next(of[task].n for of in scores if task in of),
+            tuple(_score(of.get(task)) for of in scores),
+        )
+        for task in tasks[:SHOWN_TASKS]
     )
     return Benchmarks(engines, rows, len(tasks) - len(rows))
 
@@ -291,7 +300,7 @@ def _score(score: HarnessScore | None) -> str:
     if score is None:
         return "–"
     error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
-    return f"{score.accuracy:.3f}{error}" + ("" if score.n is None else f" of {score.n:,}")
+    return f"{score.accuracy:.3f}{error}"
 
 
 def _flips(report: VerifyReport) -> list[Flips]:

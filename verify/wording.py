@@ -102,26 +102,27 @@ def change_text(change: McNemar) -> str:
     return f"{change.lost} lost, {change.gained} gained, {said}"
 
 
-def one_letter_text(answers: AnswerSet) -> str | None:
-    """That a model says one letter whatever it is asked; None where it does not."""
-    n = sum(answers.letters)
-    if answers.only_letter is None or not n:
+def one_letter_text(engine: EngineReport) -> str | None:
+    """That an engine says one letter whatever it is asked; None where it does not."""
+    found = [a for a in engine.answers if a.only_letter is not None and any(a.letters)]
+    if not found:
         return None
+    letters = " or ".join(sorted({str(a.only_letter) for a in found}))
+    least = min(max(a.letters) / sum(a.letters) for a in found)
+    forms: dict[str, list[str]] = {}
+    for a in found:
+        forms.setdefault(SOURCES.get(a.source, a.source), []).append(a.form)
+    asked = "; ".join(f"{source}, {' and '.join(of)} form" for source, of in forms.items())
     return (
-        f"says {answers.only_letter} to {percent(max(answers.letters) / n)} of the questions "
-        f"{SOURCES.get(answers.source, answers.source)} ({answers.form} form): it has lost the "
-        "format, not the facts"
+        f"{title_of(engine)} says {letters} to {'at least ' if len(found) > 1 else ''}"
+        f"{percent(least)} of the questions ({asked}): it has lost the format, not the facts"
     )
 
 
 def one_letter_lines(report: VerifyReport) -> tuple[str, ...]:
-    """The same of every engine and set, as sentences."""
-    return tuple(
-        f"{title_of(engine)} {said}"
-        for engine in report.engines
-        for answers in engine.answers
-        if (said := one_letter_text(answers)) is not None
-    )
+    """The same of every engine that does."""
+    lines = (one_letter_text(engine) for engine in report.engines)
+    return tuple(line for line in lines if line is not None)
 
 
 def nats(value: float | None) -> str:
@@ -140,7 +141,9 @@ def number(value: float | int | str | None) -> str:
     if value == 0:
         return "0"
     if isinstance(value, float):
-        return f"{value:.1e}" if math.isfinite(value) else "not finite"
+        if not math.isfinite(value):
+            return "not finite"
+        return f"{value:.3g}" if 0.01 <= abs(value) < 1000 else f"{value:.1e}"
     return str(value)
 
 
