@@ -168,7 +168,7 @@ def order_plots(report: VerifyReport) -> tuple[Plot, ...]:
             "have none."
         )
         title = SOURCES.get(known.source, known.source).capitalize()
-        plots.append(Plot(title, note, tuple(rows), SHARE_TICKS))
+        plots.append(Plot(title, note, tuple(rows), SHARE_TICKS, wide=True))
     return tuple(plots)
 
 
@@ -221,7 +221,8 @@ def _row(label: str, share: Share, tone: Tone, beside: str = "") -> Row:
 
 def _pair(label: str, before: Share | None, now: Share, note: str = "") -> Row:
     low, high = now.interval or (0.0, 1.0)
-    text = f"{share_text(before)} → {share_text(now)}, n = {now.n:,}"
+    n = f"n\u00a0=\u00a0{now.n:,}"  # on a phone it wraps as one
+    text = f"{share_text(before)} → {share_text(now)}, {n}"
     at = now.accuracy or 0.0
     return Row(label, text, at, "after", low, high, before=_mark(before), note=note)
 
