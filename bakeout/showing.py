@@ -15,8 +15,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from bake.errors import FolderError
+from bakeout.evidence_lines import evidence_lines
 from verify.integrity import read_manifest
-from verify.report import ENGINE_TITLES, EngineReport, VerifyReport
+from verify.report import EngineReport, VerifyReport
+from verify.wording import title_of
 
 
 def console() -> Console:
@@ -47,10 +49,10 @@ def show_report(report: VerifyReport) -> None:
     out = console()
     if any(engine.parity or engine.forget or engine.loss is not None for engine in report.engines):
         out.print(engines_table(report))
-    for line in witness_lines(report):
-        out.print(line)
+    for line in (*witness_lines(report), *evidence_lines(report)):
+        out.print(escape(printable(line).replace("\n", " ")))
     for warning in report.warnings:
-        out.print(f"warning: {escape(warning)}")
+        out.print(f"warning: {escape(printable(warning))}")
     for failure in report.failures:
         out.print(f"[red]fail[/red]  {escape(printable(str(failure)))}")
     for line in flip_lines(report):
@@ -58,8 +60,8 @@ def show_report(report: VerifyReport) -> None:
     colour = "green" if report.verdict == "pass" else "red"
     exact = exactness(report.carrier, report.exact)
     out.print(
-        f"[{colour}]{report.verdict}[/{colour}]  {escape(printable(report.folder))}: "
-        f"{report.carrier}, {exact}; scope {report.scope}"
+        f"[{colour}]{report.verdict}[/{colour}]  "
+        + escape(printable(f"{report.folder}: {report.carrier}, {exact}; scope {report.scope}"))
     )
 
 
@@ -87,7 +89,7 @@ def _engine_row(engine: EngineReport, form: str) -> list[str]:
     def accuracy(of: Any) -> str:
         return "–" if of is None else f"{getattr(of, form):.3f}"
 
-    row = [ENGINE_TITLES.get(engine.name, engine.name), accuracy(engine.forget)]
+    row = [escape(printable(title_of(engine))), accuracy(engine.forget)]
     row += [accuracy(engine.retain)]
     row += ["–" if engine.loss_added is None else f"{engine.loss_added:+.4f}"]
     if (parity := engine.parity) is None:

@@ -10,13 +10,36 @@ from huggingface_hub import EvalResult
 
 from bake.recipe import QuestionSource, TextSource, Verify
 from verify.intervals import wilson
+from verify.measures import Attack, HarnessScore
 from verify.report import EngineReport, VerifyReport
+from verify.wording import (
+    SOURCES,
+    accuracy_text,
+    answers_of,
+    change_text,
+    measured_engine,
+    nats,
+    one_letter_lines,
+    share_text,
+    title_of,
+)
 
 PROTOCOL = "https://arxiv.org/abs/2410.19278"
 """Where chat form and loss added are described: Farrell et al."""
 QUESTIONS_FROM = "chat form of Farrell et al., plain form of lm-evaluation-harness"
 """How accuracies are measured. The hub's index has one source for all figures of a data set."""
+HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 Kind = Literal["forget", "retain"]
+WAYS = {
+    "reworded": "reword or translate",
+    "hints": "give hints in context",
+    "padding": "pad the prompt",
+    "suffix": "search for a suffix",
+    "weights": "round the weights",
+}
+"""Attacks without training, and what somebody does."""
+SHOWN_TASKS = 20
+"""Most tasks of lm-evaluation-harness in a card's text; the index has all."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +51,30 @@ class Figures:
     after: EngineReport | None
     """The folder's own first engine; its reference where it has none."""
     rounded: tuple[EngineReport, ...]
-    """Engines with rounded weights that answered questions."""
+    """Engines with rounded weights that answered questions, and that no attack speaks of."""
+    attacks: tuple[Attack, ...]
+    """Of which the report says something."""
+    one_letter: tuple[str, ...]
 
     @classmethod
     def of(cls, report: VerifyReport) -> Figures:
         """Pick the engines out."""
+        attacks = () if report.robustness is None else report.robustness.attacks
+        attacks = tuple(attack for attack in attacks if attack.name != "as asked")
+        names = {attack.name for attack in attacks}
         return cls(
             report=report,
             base=report.engine("base"),
             after=measured_engine(report),
             rounded=tuple(
-                e for e in report.engines if e.name.startswith("onnx-") and e.forget is not None
+                e
+                for e in report.engines
+                if e.name.startswith("onnx-")
+                and e.forget is not None
+                and f"weights: {e.name}" not in names
             ),
+            attacks=attacks,
+            one_letter=one_letter_lines(report),
         )
 
     def accuracy(
@@ -53,11 +88,75 @@ class Figures:
         low, high = wilson(round(share * n), n)
         return f"{share:.3f} ({low:.2f} to {high:.2f})"
 
+    @property
+    def untried(self) -> list[str]:
+        """Attacks of which the report says nothing."""
+        kinds = {attack.name.split(":")[0] for attack in self.attacks}
+        kinds |= {"weights"} if self.rounded else set()
+        return [way for kind, way in WAYS.items() if kind not in kinds]
 
-def measured_engine(report: VerifyReport) -> EngineReport | None:
-    """The engine whose figures stand for the folder."""
-    own = [e for e in report.engines if e.name != "base" and not e.name.startswith("reference")]
-    return next(iter(own), report.engine("reference"))
+    def findings(self) -> list[tuple[str, str]]:
+        """What else was found of the forgetting: (what, figure)."""
+        found = []
+        for known in self.report.known:
+            what = f"known questions {SOURCES.get(known.source, known.source)}"
+            figure = (
+                f"base {known.known} of {known.asked} in all 24 orders; {title_of(known.engine)} "
+                f"{known.still_known.right} of those, {accuracy_text(known.orders)} of their "
+                "single orders"
+            )
+            found.append((what, figure))
+        if self.after is None:
+            return found
+        form = self.report.prompt or "chat"
+        for source, meaning in SOURCES.items():
+            answers = answers_of(self.after, source, form)
+            if answers is not None and answers.known is not None and answers.known.n:
+                what = f"accuracy on known questions {meaning}, {form} form"
+                found.append((what, share_text(answers.known)))
+            if answers is not None and answers.change is not None:
+                what = f"questions {meaning} against the base, {form} form (McNemar's test)"
+                found.append((what, change_text(answers.change)))
+        for name, value in (
+            ("alignment, 0 to 1", self.after.alignment),
+            ("unlearning score, 0 to 1", self.after.unlearning_score),
+        ):
+            if value is not None:
+                found.append((name, f"{value:.3f}"))
+        return found
+
+    def tasks(self) -> list[tuple[str, str | None, str]]:
+        """Tasks of lm-evaluation-harness: (task, the base's accuracy, the folder's)."""
+        if self.after is None:
+            return []
+        base = () if self.base is None else self.base.harness
+        before = {score.task: f"{score.accuracy:.3f}" for score in base}
+        return [(s.task, before.get(s.task), f"{s.accuracy:.3f}") for s in self.after.harness]
+
+    def side_effects(self) -> list[tuple[str, str | None, str | None]]:
+        """What changed besides accuracy and mean loss: (what, before, after); None: no figure."""
+        found: list[tuple[str, str | None, str | None]] = []
+        form = self.report.prompt or "chat"
+        before, after = (self._known_retained(engine, form) for engine in (self.base, self.after))
+        if before or after:
+            found.append((f"accuracy on known questions to be kept, {form} form", before, after))
+        if self.after is not None and self.after.loss_detail is not None:
+            split = self.after.loss_detail.split
+            added = "loss added to text {}, nats/token"
+            found.append((added.format("before any firing"), "0", nats(split.before.mean)))
+            found.append((added.format("from the first firing on"), "0", nats(split.after.mean)))
+        tallies = () if self.report.completions is None else self.report.completions.tallies
+        for tally in tallies:
+            if (tally.source, tally.variant) == ("generic", "unlearned"):
+                same = tally.as_base
+                what = "generic prompts continued as the base does"
+                found.append((what, str(same.n), str(same.right)))
+        return found
+
+    def _known_retained(self, engine: EngineReport | None, form: str) -> str | None:
+        answers = None if engine is None else answers_of(engine, "retain", form)
+        known = None if answers is None else answers.known
+        return None if known is None else share_text(known)
 
 
 def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[EvalResult]:
@@ -77,10 +176,33 @@ def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[Eva
                 name = f"accuracy, {form} form ({meaning})"
                 value = getattr(accuracy, form)
                 found.append(_result("multiple-choice", source, "accuracy", name, value))
+        for form in ("chat", "plain"):
+            answers = answers_of(engine, kind, form)
+            known = None if answers is None else answers.known
+            if known is not None and known.accuracy is not None:
+                name = f"accuracy on known questions, {form} form ({meaning})"
+                found.append(_result("multiple-choice", source, "accuracy", name, known.accuracy))
     if engine.loss_added is not None and math.isfinite(engine.loss_added):
         name, value = "loss added (nats/token)", engine.loss_added
         found.append(_result("text-generation", verify.text, "loss_added", name, value))
+    for score in engine.harness:
+        if math.isfinite(score.accuracy):
+            found.append(_task_result(score))
     return found
+
+
+def _task_result(score: HarnessScore) -> EvalResult:
+    task = one_line(score.task)
+    return EvalResult(
+        task_type="multiple-choice",
+        dataset_type=task,
+        dataset_name=f"{task} (lm-evaluation-harness)",
+        metric_type="accuracy",
+        metric_name="accuracy, as lm-evaluation-harness scores it",
+        metric_value=score.accuracy,
+        source_name="lm-evaluation-harness",
+        source_url=HARNESS,
+    )
 
 
 def _result(

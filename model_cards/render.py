@@ -13,9 +13,10 @@ from jinja2 import Environment, StrictUndefined
 from bake.base import BaseModel
 from bake.clamp import ClampWeights
 from bake.recipe import Recipe
-from model_cards.evaluation import Figures, eval_results, one_line
+from model_cards.evaluation import SHOWN_TASKS, WAYS, Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
 from verify.report import VerifyReport
+from verify.wording import CONTROLS, nats, share_text, title_of
 
 TAGS = ("unlearning", "sparse-autoencoder", "custom_code", "bakeout")
 _RELATIONS = {"adapter": "adapter"}
@@ -49,12 +50,26 @@ def render(
         model_name=None if report is None else one_line(report.folder),
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"text": as_text, "number": _number}
+    environment.filters |= {
+        "text": as_text,
+        "number": _number,
+        "share": share_text,
+        "nats": nats,
+        "title_of": title_of,
+        "control": lambda name: CONTROLS.get(name, "–"),
+    }
     template = environment.from_string(
         files("model_cards").joinpath("card.md.j2").read_text(encoding="utf-8")
     )
     figures = None if report is None else Figures.of(report)
-    body = template.render(facts=facts, report=report, figures=figures, unverified=unverified)
+    body = template.render(
+        facts=facts,
+        report=report,
+        figures=figures,
+        unverified=unverified,
+        ways=list(WAYS.values()),
+        shown_tasks=SHOWN_TASKS,
+    )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 

@@ -14,14 +14,20 @@ from typing import Any
 import pytest
 from test_reading import rich_report
 from test_report import FAILURE, FLIP, PARITY, full_report
+from test_wording import STRUCTURE, every_text, full_evidence
 
 from verify.html import provenance, render_html, shown, write_html
-from verify.report import FiredText, VerifyReport, WorstItem
+from verify.report import EngineReport, FiredText, VerifyReport, WorstItem
 
 HOSTILE = (
     "</p></main><script>document.title='taken'</script><img src=x onerror=alert(1)>"
     "\"'>`${7*7}` {{ 7*7 }} [a](javascript:alert(1)) \x1b[31m\x07\u202etxt.exe & so on"
 )
+ANCHORS = (
+    *("engines", "knows", "orders", "subjects", "benchmarks", "loss", "controls"),
+    *("completions", "robustness", "fires", "flips", "provenance", "limits"),
+)
+"""Sections, in the order of the page."""
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
@@ -89,11 +95,83 @@ def test_sections_without_data_are_left_out() -> None:
         assert part not in text, part
 
 
-def test_nothing_is_loaded_and_nothing_runs() -> None:
-    page = render_html(hostile_report(), ((HOSTILE, HOSTILE),))
+def test_every_kind_of_evidence_is_on_the_page() -> None:
+    page = render_html(full_evidence(), (("base", "google/gemma-2-2b"),))
+    text = words(page)
+    assert re.findall(r'<section id="(\w+)">', page) == list(ANCHORS)
+    assert re.findall(r'<a href="#(\w+)">', page) == list(ANCHORS)
+    for part in (
+        "forget accuracy 0.950 → 0.300",
+        "known questions 0.292 to be forgotten, of 96",
+        "alignment 0.831",
+        "most under attack 0.525 forget accuracy, hints",
+        "onnx-int4 says A to at least 97 % of the questions",
+        "79 lost, 1 gained, p = 4.1e-23",
+        "0.810 / 0.810",  # the bare letters' mass
+        "A 97 %, B 2 %, C 1 %, D 1 %",
+        "checkpoint, every order 0.031 [0.01, 0.09], 3 of 96",
+        "rivers of the north 1.000 (0.89 to 1.00) → 1.000 (0.89 to 1.00), n = 32",
+        "wmdp_bio 1,273 questions 0.950 ± 0.014 0.300 ± 0.014",
+        "checkpoint 5,370 0 0 2,822 +0.1254 8.4",
+        "2,822 of 8,192 tokens changed; 5,370 did not, to the last bit",
+        "random_decoder the same firing, written along other features' directions +0.9876",
+        "topic, unlearned 2 of 18 4 of 18 0 of 18",
+        "generic, unlearned – 0 of 9 8 of 9",
+        "unlearned 0.510 (0.41 to 0.61) 100 98 2",
+        "unlearned is the the same as a lamp ✗ not right ○ off topic",
+        "… and 10 more prompts",
+        "␣spell0 0.310 → 1e-05",
+        "hints 0.975 (0.93 to 0.99) → 0.525 (0.44 to 0.61), n = 120 Four solved ones first.",
+        "suffix , not measured: needs a budget, and none was given",
+        "What fine-tuning or a searched suffix brings back is not measured here",
+    ):
+        assert part in text, part
+
+
+def test_each_kind_of_evidence_comes_alone() -> None:
+    full = full_evidence()
+    bare = VerifyReport("folder", "layer", True, "known", (), prompt="chat")
+    one = EngineReport("checkpoint", harness=full.engines[2].harness)
+    for changes, anchors in (
+        ({"known": full.known}, ["orders"]),
+        ({"controls": full.controls}, ["controls"]),
+        ({"completions": full.completions}, ["completions"]),
+        ({"robustness": full.robustness}, ["robustness"]),
+        ({"engines": (one,)}, ["benchmarks"]),
+        ({"engines": (replace(one, harness=(), answers=full.engines[2].answers),)}, ["knows"]),
+        (
+            {"engines": (replace(one, harness=(), loss_detail=full.engines[2].loss_detail),)},
+            ["loss"],
+        ),
+    ):
+        page = render_html(replace(bare, **changes))
+        assert re.findall(r'<section id="(\w+)">', page) == [*anchors, "limits"]
+
+
+def test_an_attack_that_was_not_tried_is_said_at_the_end() -> None:
+    said = "What fine-tuning, rewording or other languages, a hint in context or a searched suffix"
+    assert f"{said} brings back is not measured here" in words(render_html(rich_report()))
+
+
+def hostile_evidence(keep: frozenset[str] = STRUCTURE) -> VerifyReport:
+    """Every text of a full report hostile, but for the fields named."""
+    found: VerifyReport = every_text(full_evidence(), lambda text: text + HOSTILE, keep)
+    return found
+
+
+@pytest.mark.parametrize(
+    "report",
+    [hostile_report(), hostile_evidence(), hostile_evidence(frozenset())],
+    ids=["before", "evidence", "structure"],
+)
+def test_nothing_is_loaded_and_nothing_runs(report: VerifyReport) -> None:
+    page = render_html(report, ((HOSTILE, HOSTILE),))
     assert "default-src 'none'" in page
-    assert not re.search(r"<(script|img|link|iframe|object|a)\b", page)
-    assert not re.search(r"\b(src|href|onerror|onload)=[\"']", page)
+    assert not re.search(r"<(script|img|link|iframe|object)\b", page)
+    assert not re.search(r"\b(src|onerror|onload)=[\"']", page)
+    assert set(re.findall(r"<a\b[^>]*>|href=[^\s>]*", page)) <= {
+        part for id_ in ANCHORS for part in (f'<a href="#{id_}">', f'href="#{id_}"')
+    }
     assert "49" not in words(page)  # a template in the text is not run
     assert "\x1b" not in page and "\x07" not in page and "\u202e" not in page
 
@@ -135,8 +213,9 @@ PROBE = """
   document.getElementById("result").textContent = JSON.stringify({
     title: seen.title, width: seen.documentElement.scrollWidth,
     top: box?.top, bottom: box?.bottom, verdict: seen.getElementById("verdict")?.innerText,
-    active: seen.querySelectorAll("script,img,iframe,a,object").length,
+    active: seen.querySelectorAll("script,img,iframe,a:not(nav a),object").length,
     text: seen.body.innerText, background: getComputedStyle(seen.body).backgroundColor,
+    bars: seen.querySelectorAll("svg.histogram rect").length,
     circles: seen.querySelectorAll("svg circle").length })
 })</script>
 """
@@ -192,6 +271,20 @@ def test_a_browser_shows_a_pass_in_the_first_screen_light_and_dark(tmp_path: Pat
     assert "PASS" in light["verdict"] and light["bottom"] < 844
     dark, _ = browse(page, tmp_path, 390, "--blink-settings=preferredColorScheme=0")
     assert (light["background"], dark["background"]) == ("rgb(255, 255, 255)", "rgb(18, 22, 27)")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_browser_shows_all_evidence_and_hostile_text_as_text(width: int, tmp_path: Path) -> None:
+    page = render_html(hostile_evidence(), ((HOSTILE, HOSTILE),))
+    for scheme in ("1", "0"):  # light, dark
+        flag = f"--blink-settings=preferredColorScheme={scheme}"
+        seen, logged = browse(page, tmp_path, width, flag)
+        assert logged == "" and seen["active"] == 0
+        assert seen["width"] <= width
+        for text in ("Say nothing about spells.", "The spell that lights a lamp, number 1,"):
+            assert shown(text + HOSTILE) in seen["text"]
+    assert seen["bars"] >= 4 * 15  # a histogram for each engine
 
 
 @needs_browser

@@ -13,6 +13,7 @@ from markdown_it.token import Token
 from test_html import HOSTILE
 from test_reading import rich_report
 from test_report import FAILURE, full_report
+from test_wording import STRUCTURE, every_text, full_evidence
 
 from bake.recipe import Verify
 from model_cards.facts import CardFacts, ClampFacts
@@ -132,6 +133,64 @@ def test_stripping_gives_the_base_back_and_rounding_is_measured() -> None:
     assert "| round the weights: onnx-int4 | 0.500 (0.15 to 0.85) |" in lines
     compiled = render(facts(carrier="compiled", exact=False), report).splitlines()
     assert "| strip | not measured |" in compiled
+
+
+def test_what_was_found_of_the_forgetting_is_in_the_text() -> None:
+    card = render(facts(), full_evidence())
+    for line in (
+        "| known questions to be forgotten | base 96 of 120 in all 24 orders; checkpoint 3 of "
+        "those, 0.307 of their single orders |",
+        "| alignment, 0 to 1 | 0.831 |",
+        "| unlearning score, 0 to 1 | 0.719 |",
+        "| wmdp\\_bio | 0.950 | 0.300 |",
+        "| zero | the same features set to 0 | 0.925 (0.86 to 0.96) | 0.950 (0.90 to 0.97) | "
+        "+0.0021 |",
+        "| topic, unlearned | 2 of 18 | 4 of 18 | 0 of 18 |",
+        "| generic, unlearned | – | 0 of 9 | 8 of 9 |",
+        "| accuracy on known questions to be kept, chat form | 1.000 (0.97 to 1.00) | "
+        "0.938 (0.88 to 0.97) |",
+        "| loss added to text before any firing, nats/token | 0 | 0 |",
+        "| loss added to text from the first firing on, nats/token | 0 | +0.1254 |",
+        "| generic prompts continued as the base does | 9 | 8 |",
+        "| relearn: fine-tune on the topic | not measured |",
+        "| hints: Four solved ones first. | 0.525 (0.44 to 0.61); the base 0.975 (0.93 to 0.99) |",
+        "| suffix | not measured: needs a budget, and none was given |",
+        "| weights: onnx-int4: Weights of 4 bits. | 0.258 (0.19 to 0.34); the base "
+        "0.950 (0.90 to 0.98) |",
+    ):
+        assert line in card.splitlines(), line
+    said = text_of(card)
+    assert "questions to be forgotten against the base, chat form (McNemar's test)" in said
+    assert "79 lost, 1 gained, p = 4.1e-23" in said
+    assert "onnx-int4 says A to at least 97 % of the questions" in said
+    assert "round the weights:" not in card  # the attack says it already
+    assert "Lumen" not in card and "spell" not in card  # no text of a completion, no token
+
+
+def test_known_questions_and_the_harness_are_in_the_index() -> None:
+    (index,) = ModelCard(render(facts(), full_evidence())).data.to_dict()["model-index"]
+    by_name = {result["dataset"]["name"]: result for result in index["results"]}
+    known = [m for m in by_name["cais/wmdp (wmdp-bio)"]["metrics"] if "known" in m["name"]]
+    assert [m["value"] for m in known] == [28 / 96, 27 / 96]  # chat, plain
+    task = by_name["wmdp_bio (lm-evaluation-harness)"]
+    assert (task["dataset"]["type"], task["metrics"][0]["value"]) == ("wmdp_bio", 0.3)
+    assert task["source"]["url"].endswith("lm-evaluation-harness")
+    assert by_name["mmlu (lm-evaluation-harness)"]["metrics"][0]["type"] == "accuracy"
+
+
+@pytest.mark.parametrize("keep", [STRUCTURE, frozenset[str]()], ids=["text", "structure"])
+def test_hostile_evidence_is_text_in_yaml_and_markdown(keep: frozenset[str]) -> None:
+    plain = rendered(render(facts(), every_text(full_evidence(), lambda text: text + "x", keep)))
+    hostile = every_text(
+        full_evidence(), lambda text: f"{text}\n---\n{HOSTILE} | **b** ![i](u)", keep
+    )
+    card = render(facts(), hostile)
+    tokens = rendered(card)
+    assert not [t for t in tokens if t.type in ("html_block", "html_inline", "image", "s_open")]
+    for kind in ("link_open", "strong_open", "heading_open", "tr_open", "td_open", "fence"):
+        assert sum(t.type == kind for t in tokens) == sum(t.type == kind for t in plain), kind
+    assert "\x1b" not in card and "\u202e" not in card
+    assert ModelCard(card).data.to_dict()["license"] == "gemma"
 
 
 def test_gemmas_terms_go_with_gemma_only() -> None:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from export.new_folder import MANIFEST
 from verify.integrity import read_manifest
-from verify.plots import accuracy_plots, fired_plot, parity_plots, title_of
-from verify.report import Flip, VerifyReport
-
-SHOWN_FLIPS = 40
-"""Most flips of one engine in the page; report.json has all."""
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Questions that one engine answers otherwise than the reference."""
-
-    engine: str
-    title: str
-    shown: tuple[Flip, ...]
-    total: int
+from verify.measures import Share
+from verify.page import page_of
+from verify.report import VerifyReport
+from verify.wording import (
+    CONTROLS,
+    answers_of,
+    change_text,
+    letters_text,
+    nats,
+    number,
+    percent,
+    share_text,
+    title_of,
+)
 
 
 def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = ()) -> str:
@@ -38,23 +35,31 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
         provenance: (name, text), as `provenance` reads them from the folder.
     """
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: files("verify").joinpath(name).read_text("utf-8")),
     )
-    environment.filters |= {"shown": shown, "token": _token, "number": _number, "pct": _percent}
-    template = environment.from_string(
-        files("verify").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
-        report=report,
-        why=_why(report),
-        tiles=_tiles(report),
-        accuracy=accuracy_plots(report),
-        parity=parity_plots(report),
-        fired=fired_plot(report),
-        flips=_flips(report),
-        title_of=title_of,
-        provenance=provenance,
-    )
+    environment.filters |= {
+        "shown": shown,
+        "token": _token,
+        "piece": _piece,
+        "number": lambda value: shown(number(value)),
+        "pct": _place,
+        "percent": percent,
+        "probability": _probability,
+        "title_of": title_of,
+        "answers": answers_of,
+        "share": share_text,
+        "tally": _tally,
+        "change": change_text,
+        "letters": letters_text,
+        "nats": nats,
+        "control": lambda name: CONTROLS.get(name, "–"),
+    }
+    template = environment.get_template("report.html.j2")
+    return template.render(page=page_of(report, provenance))
 
 
 def write_html(report: VerifyReport, folder: Path, file: Path) -> None:
@@ -88,65 +93,6 @@ def provenance(folder: Path) -> tuple[tuple[str, str], ...]:
     return tuple(rows)
 
 
-# --------------------------------------------------------------------------- sentences and figures
-
-
-def _why(report: VerifyReport) -> str:
-    """The verdict's reason, in a sentence."""
-    if report.failures:
-        n = len(report.failures)
-        return f"{n} measurement{'s are' if n > 1 else ' is'} out of tolerance."
-    if report.scope == "integrity":
-        return "Every file is what the manifest says. Nothing was run."
-    reference = report.engine("reference")
-    parity = None if reference is None else reference.parity
-    if reference is None:
-        return "Files and witnesses are as they were at export; nothing was measured anew."
-    if parity is None:
-        return "What was measured is within tolerance; logits were not compared."
-    return (
-        f"Every engine was compared with a hook around the whole SAE on {parity.tokens_compared:,} "
-        f"tokens, and the clamp fired on {parity.tokens_fired:,} of those that were run. "
-        "Each is within its tolerance."
-    )
-
-
-def _tiles(report: VerifyReport) -> list[tuple[str, str, str]]:
-    """The few figures that lead: (name, figure, beneath it)."""
-    form = report.prompt or "chat"
-    base = report.engine("base")
-    after = report.engine("checkpoint") or report.engine("reference")
-    tiles = []
-    if base is not None and after is not None:
-        for name, source in (("forget accuracy", "forget"), ("retained accuracy", "retain")):
-            before, now = getattr(base, source), getattr(after, source)
-            if before is not None and now is not None:
-                change = f"{getattr(before, form):.3f} → {getattr(now, form):.3f}"
-                tiles.append((name, change, f"before → after, {form} form"))
-    if after is not None and after.loss_added is not None:
-        tiles.append(("loss added", f"{after.loss_added:+.4f}", "nats/token, on text"))
-    if after is not None and after.parity is not None and after.name == "checkpoint":
-        largest = _number(after.parity.max_abs_logit)
-        tiles.append(("max |Δlogit|", largest, "checkpoint against the hook"))
-        tiles.append(("tokens fired", f"{after.parity.tokens_fired:,}", "where the clamp acted"))
-    return tiles
-
-
-def _flips(report: VerifyReport) -> list[Flips]:
-    """Of every engine; the base's are what the unlearning changed, so they come last."""
-    found = [
-        Flips(
-            engine.name,
-            title_of(engine),
-            engine.parity.flips[:SHOWN_FLIPS],
-            len(engine.parity.flips),
-        )
-        for engine in report.engines
-        if engine.parity is not None and engine.parity.flips
-    ]
-    return sorted(found, key=lambda flips: flips.engine == "base")
-
-
 # --------------------------------------------------------------------------- filters
 
 
@@ -160,16 +106,19 @@ def _token(token: str) -> str:
     return "⏎\n".join(shown(line) for line in token.replace("▁", " ").split("\n"))
 
 
-def _number(value: float | int | str | None) -> str:
-    if value is None:
-        return "–"
-    if value == 0:
-        return "0"
-    if isinstance(value, float):
-        return f"{value:.1e}" if math.isfinite(value) else "not finite"
-    return shown(value)
-
-
-def _percent(share: float) -> str:
+def _place(share: float) -> str:
     """A place as an SVG length, in whole pixels' precision."""
     return f"{100 * share:.2f}%"
+
+
+def _piece(token: str) -> str:
+    """A token on its own: spaces and line ends show."""
+    return shown(token.replace("\n", "⏎")).replace("▁", "␣").replace(" ", "␣")
+
+
+def _probability(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 or p == 0 else f"{p:.0e}"
+
+
+def _tally(share: Share | None) -> str:
+    return "–" if share is None or not share.n else f"{share.right} of {share.n}"

@@ -11,11 +11,21 @@ from verify.intervals import wilson
 from verify.onnx_files import EXACT
 from verify.parity import MEAN_KL, logit_bar
 from verify.report import ENGINE_TITLES, EngineReport, Parity, VerifyReport
+from verify.wording import SOURCES, title_of
 
 CHANCE = 0.25
 """Of four choices."""
 SMALLEST = 1e-15
 """Left end of a log scale: where 0 and anything smaller is drawn."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A figure and its interval. Places are shares of the width, 0 to 1."""
+
+    at: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,10 @@ class Row:
     """Right end of the interval."""
     bar: float | None = None
     """Where this row's limit stands."""
+    before: Mark | None = None
+    """The base's figure, hollow and above."""
+    note: str = ""
+    """A sentence beneath the row."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,12 @@ class Plot:
     """Where one line crosses all rows."""
     filled: bool = False
     """Bars from the left end, in place of marks."""
+    wide: bool = False
+    """Takes the page's whole width."""
 
 
-def title_of(engine: EngineReport) -> str:
-    """An engine's name for people."""
-    return ENGINE_TITLES.get(engine.name, engine.name)
+SHARE_TICKS = tuple((i / 4, f"{i / 4:g}") for i in range(5))
+"""Under an accuracy, 0 to 1."""
 
 
 def accuracy_plots(report: VerifyReport) -> tuple[Plot, ...]:
@@ -63,7 +78,6 @@ def accuracy_plots(report: VerifyReport) -> tuple[Plot, ...]:
         return ()
     form = report.prompt or "chat"
     sizes = {"forget": report.items.forget_questions, "retain": report.items.retain_questions}
-    titles = {"forget": "To be forgotten", "retain": "To be kept"}
     plots = []
     for source, n in sizes.items():
         rows = []
@@ -80,8 +94,8 @@ def accuracy_plots(report: VerifyReport) -> tuple[Plot, ...]:
                 f"Share of {n} questions answered right, {form} form, with 95 % Wilson intervals. "
                 f"The dashed line is chance, {CHANCE}."
             )
-            ticks = tuple((i / 4, f"{i / 4:g}") for i in range(5))
-            plots.append(Plot(titles[source], note, tuple(rows), ticks, line=CHANCE))
+            title = SOURCES[source].capitalize()
+            plots.append(Plot(title, note, tuple(rows), SHARE_TICKS, line=CHANCE))
     return tuple(plots)
 
 
