@@ -28,7 +28,8 @@ from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from verify import torch_worker
-from verify.kinds import KindError
+from verify.harness import HarnessError
+from verify.kinds import KindError, Options
 from verify.reading import check_fresh, report_from_dict
 from verify.report import VerifyReport
 from verify.runners import HookedRunner
@@ -194,6 +195,41 @@ def test_a_part_measures_what_the_whole_does(kind: str, work: Path, report: Veri
             assert part.forget is part.retain is None
             assert part.loss == pytest.approx(whole.loss, abs=1e-5)
             assert part.loss_added == pytest.approx(whole.loss_added, abs=1e-5)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_harness_scores_every_engine_and_its_results_are_kept(
+    work: Path, report: VerifyReport, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, evals = Recipe.load(work / "recipe.toml"), tmp_path / "new" / "evals"
+    options = Options(tasks=("local",), evals=evals)
+    found = verify_folder(work / "checkpoint", recipe, frozenset({"choices"}), options=options)
+    for engine, whole in zip(found.engines, report.engines, strict=True):
+        assert whole.forget is not None and whole.retain is not None
+        scores = {score.task: score for score in engine.harness}
+        assert scores["forget"].accuracy == pytest.approx(whole.forget.plain)
+        assert scores["retain"].accuracy == pytest.approx(whole.retain.plain)
+        assert (scores["forget"].n, scores["retain"].n) == (N_FORGET, N_RETAIN)
+        kept = json.loads((evals / f"{engine.name}-local.json").read_text())
+        assert kept["results"]["forget"]["acc,none"] == scores["forget"].accuracy
+        assert {"configs", "versions", "n-samples", "config"} <= set(kept)
+    assert sorted(path.name for path in (evals / "tasks").glob("*.yaml")) == [
+        "forget.yaml",
+        "retain.yaml",
+    ]
+    drawn = capfd.readouterr().err
+    assert "examples/s" not in drawn and f"/{N_FORGET} [" not in drawn
+    assert report_from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_task_that_there_is_not_is_named(work: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load(work / "recipe.toml")
+    options = Options(tasks=("no_such_task",), evals=tmp_path)
+    with pytest.raises(HarnessError, match="no_such_task"):
+        verify_folder(work / "checkpoint", recipe, frozenset({"choices"}), options=options)
+    with pytest.raises(RecipeError, match="local: the reference is rebuilt from a recipe"):
+        verify_folder(work / "checkpoint", options=Options(tasks=("local",)))
 
 
 @pytest.mark.usefixtures("in_process")
