@@ -14,13 +14,11 @@ from verify.forgetting_plots import (
     control_plots,
     known_plots,
     letter_plots,
-    loss_plots,
     order_plots,
     subject_plots,
 )
 from verify.intervals import wilson
-from verify.loss_split import EDGES, LossHistogram, LossSplit
-from verify.measures import Attack, LossAdded, Robustness, Share, SubjectShare
+from verify.measures import Attack, Robustness, Share, SubjectShare
 from verify.report import VerifyReport
 
 
@@ -74,34 +72,6 @@ def test_letters_fill_the_width() -> None:
         assert sum(s.width for s in row.segments) == pytest.approx(1)
 
 
-def test_a_histogram_has_its_edges_where_its_bins_meet() -> None:
-    plots = loss_plots(full_evidence())
-    assert [plot.title for plot in plots] == ["hooked reference", "checkpoint", "onnx", "onnx-int4"]
-    plot = plots[1]
-    assert len(plot.bins) == len(EDGES) + 1
-    assert {label: at for at, label in plot.ticks}["0"] == plot.zero == plot.bins[8].start
-    assert {b.tone for b in plot.bins[:8]} == {"before"} and {b.tone for b in plot.bins[8:]} == {
-        "after"
-    }
-    assert max(b.height for b in plot.bins) == 1 and plot.bins[8].height == 1
-    assert plot.bins[8].said == "0 to 0.01 nats: 611 tokens"
-    assert plot.bins[0].said == "below -8 nats: 0 tokens" and plot.bins[0].count == ""
-    assert plot.note == "2,822 of 8,192 tokens changed; 5,370 did not, to the last bit."
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, ""), (999, "999"), (1000, "1.0k"), (9949, "9.9k"), (12_345, "12k"), (2_500_000, "2M")],
-)
-def test_counts_fit_over_a_bar(count: int, text: str) -> None:
-    counts = (count,) + (0,) * len(EDGES)
-    detail = LossAdded(LossSplit(), LossHistogram(counts, 0, 3))
-    engine = replace(full_evidence().engines[2], loss_detail=detail)
-    (plot,) = loss_plots(full_evidence(engines=(engine,)))
-    assert plot.bins[0].count == text and len(text) <= 4
-    assert "3 became infinite or no number" in plot.note
-
-
 def test_controls_stand_between_base_and_unlearned() -> None:
     forget, retain = control_plots(full_evidence())
     labels = ["base", "reconstruction", "zero", "random_decoder", "unlearned: checkpoint"]
@@ -132,5 +102,5 @@ def test_attacks_that_were_not_measured_are_no_rows() -> None:
 def test_nothing_measured_is_no_plot() -> None:
     for report in (full_report(), VerifyReport("folder", "layer", True, "integrity", ())):
         assert known_plots(report) == order_plots(report) == subject_plots(report) == ()
-        assert letter_plots(report) == loss_plots(report) == control_plots(report) == ()
+        assert letter_plots(report) == control_plots(report) == ()
         assert attack_plot(report) is None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from verify.choices import Answers, LetterTokens
 from verify.parity import ParitySum, answer_flips, kl_nats, parity_failures, silent_clamps
 from verify.prompts import Batch, Prompt, left_padded
 from verify.questions import Question
-from verify.report import Flip, Parity
+from verify.report import ERROR_EDGES, Flip, Parity
 
 VOCAB = 7
 
@@ -84,6 +85,14 @@ def test_measures_are_those_of_the_real_tokens(monkeypatch: pytest.MonkeyPatch) 
     assert found.worst is not None
     assert (found.worst.row, found.worst.position, found.worst.token) == (1, 1, "token 31")
     assert found.worst.abs_logit == found.max_abs_logit
+    below = [sum(edge > x for edge in ERROR_EDGES) for x in largest.values()]
+    counted = [0] * (len(ERROR_EDGES) + 1)
+    for n in below:
+        counted[len(ERROR_EDGES) - n] += 1
+    assert found.errors == tuple(counted)
+    again = ParitySum()
+    again.take(batch, json.loads(json.dumps(again.found(batch, reference, engine))))
+    assert again == parity
     engine[1, 2, 0] += 50.0  # BOS of the padded prompt
     parity.add(batch, reference, engine)
     worst = finish(parity).worst

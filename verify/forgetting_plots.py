@@ -1,12 +1,10 @@
-"""Plots of the forgetting itself: known questions, subjects, letters, loss, controls, attacks."""
+"""Plots of the forgetting itself: known questions, subjects, letters, controls, attacks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
-from verify.loss_split import EDGES, LossHistogram
 from verify.measures import Share
 from verify.plots import CHANCE, SHARE_TICKS, Mark, Plot, Row
 from verify.report import EngineReport, VerifyReport
@@ -25,8 +23,6 @@ from verify.wording import (
 
 SHOWN_SUBJECTS = 60
 """Most subjects of a set in the page; report.json has all."""
-LABELLED_EDGES = (-8.0, -2.0, -0.5, 0.0, 0.5, 2.0, 8.0)
-"""Bounds of a histogram's bins that are written under it: all of them do not fit on a phone."""
 Tone = Literal["before", "after"]
 
 
@@ -57,33 +53,6 @@ class LetterPlot:
 
     title: str
     rows: tuple[LetterRow, ...]
-
-
-@dataclass(frozen=True)
-class Bin:
-    """One bar of a histogram. Places and height are shares, 0 to 1."""
-
-    start: float
-    width: float
-    height: float
-    count: str
-    """As few characters as fit over the bar; empty of no tokens."""
-    said: str
-    """The same in words."""
-    tone: Tone
-    """before: the loss fell; after: it rose."""
-
-
-@dataclass(frozen=True)
-class HistogramPlot:
-    """By how much one engine changed the loss of how many tokens."""
-
-    title: str
-    bins: tuple[Bin, ...]
-    ticks: tuple[tuple[float, str], ...]
-    zero: float
-    """Where a change of 0 stands."""
-    note: str
 
 
 # --------------------------------------------------------------------------- accuracies
@@ -237,7 +206,7 @@ def _tone(engine: EngineReport) -> Tone:
     return "before" if engine.name == "base" else "after"
 
 
-# --------------------------------------------------------------------------- letters and loss
+# --------------------------------------------------------------------------- letters
 
 
 def letter_plots(report: VerifyReport) -> tuple[LetterPlot, ...]:
@@ -272,46 +241,3 @@ def _segments(counts: tuple[int, ...]) -> tuple[Segment, ...]:
         Segment(letter, sum(counts[:i]) / n, count / n)
         for i, (letter, count) in enumerate(zip("ABCD", counts, strict=True))
     )
-
-
-def loss_plots(report: VerifyReport) -> tuple[HistogramPlot, ...]:
-    """Loss added per token, engine by engine."""
-    return tuple(
-        _histogram(title_of(engine), engine.loss_detail.histogram)
-        for engine in report.engines
-        if engine.loss_detail is not None and engine.name != "base"
-    )
-
-
-def _histogram(title: str, found: LossHistogram) -> HistogramPlot:
-    bounds = [f"below {EDGES[0]:g}"]
-    bounds += [f"{low:g} to {high:g}" for low, high in pairwise(EDGES)]
-    bounds.append(f"{EDGES[-1]:g} or more")
-    most, width = max(1, *found.counts), 1 / len(found.counts)
-    bins = tuple(
-        Bin(
-            start=i * width,
-            width=width,
-            height=count / most,
-            count=_compact(count),
-            said=f"{bounds[i]} nats: {count:,} tokens",
-            tone="before" if i <= EDGES.index(0.0) else "after",
-        )
-        for i, count in enumerate(found.counts)
-    )
-    changed = sum(found.counts)
-    n = changed + found.unchanged + found.not_finite
-    note = f"{changed:,} of {n:,} tokens changed; {found.unchanged:,} did not, to the last bit"
-    if found.not_finite:
-        note += f"; {found.not_finite:,} became infinite or no number"
-    edge = {value: (i + 1) * width for i, value in enumerate(EDGES)}
-    ticks = tuple((edge[value], f"{value:g}") for value in LABELLED_EDGES)
-    return HistogramPlot(title, bins, ticks, edge[0.0], f"{note}.")
-
-
-def _compact(count: int) -> str:
-    if count < 1000:
-        return str(count) if count else ""
-    if count < 9950:
-        return f"{count / 1000:.1f}k"
-    return f"{count / 1000:.0f}k" if count < 999_500 else f"{count / 1e6:.0f}M"

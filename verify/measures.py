@@ -17,6 +17,10 @@ class Share:
     right: int
     n: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.right <= self.n:
+            raise ValueError(f"{self.right} right of {self.n}; expected 0 to {self.n}")
+
     @property
     def accuracy(self) -> float | None:
         """0 to 1; None of no questions."""

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verify.forgetting_plots import (
-    HistogramPlot,
     LetterPlot,
     attack_plot,
     control_plots,
     known_plots,
     letter_plots,
-    loss_plots,
     order_plots,
     subject_plots,
 )
+from verify.histograms import HistogramPlot, error_histograms, loss_histograms
 from verify.measures import AnswerSet, Completion, HarnessScore
 from verify.plots import Plot, accuracy_plots, fired_plot, parity_plots
 from verify.report import EngineReport, Flip, VerifyReport
@@ -103,6 +102,7 @@ class Page:
     measured: bool
     """Whether any engine was asked or compared."""
     parity: tuple[Plot, ...]
+    errors: tuple[HistogramPlot, ...]
     accuracy: tuple[Plot, ...]
     known: tuple[Plot, ...]
     one_letter: tuple[str, ...]
@@ -172,6 +172,7 @@ def page_of(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = ()) 
         tiles=_tiles(report),
         measured=any(e.forget or e.parity or e.loss is not None for e in report.engines),
         parity=parity_plots(report),
+        errors=error_histograms(report),
         accuracy=accuracy_plots(report),
         known=known_plots(report),
         one_letter=one_letter_lines(report),
@@ -188,7 +189,7 @@ def page_of(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = ()) 
         orders=order_plots(report),
         subjects=subject_plots(report),
         benchmarks=_benchmarks(report),
-        histograms=loss_plots(report),
+        histograms=loss_histograms(report),
         controls=control_plots(report),
         prompts=_prompts(report),
         most_tokens=SHOWN_TOKENS,

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from verify.choices import Answers
 from verify.prompts import Batch, Prompt
 from verify.questions import LETTERS, Question
-from verify.report import EngineReport, Failure, Flip, Parity, WorstItem
+from verify.report import ERROR_EDGES, EngineReport, Failure, Flip, Parity, WorstItem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +69,8 @@ class ParitySum:
     """Of the reference."""
     worst: tuple[Prompt, int] | None = field(default=None)
     """(prompt, position from BOS)."""
+    errors: list[int] = field(default_factory=lambda: [0] * (len(ERROR_EDGES) + 1))
+    """Tokens by their largest |Δlogit|, in the bins of `ERROR_EDGES`."""
 
     def add(self, batch: Batch, reference: Tensor, engine: Tensor) -> None:
         """Take in both sides' logits of a batch: [batch, seq or 1, vocab] each."""
@@ -91,11 +95,12 @@ class ParitySum:
         if part.worst is not None:
             worst = [batch.prompts.index(part.worst[0]), part.worst[1]]
         numbers = [part.n_tokens, part.total_kl, part.same_top1]
-        return [*numbers, part.max_abs_logit, part.largest_logit, worst]
+        return [*numbers, part.max_abs_logit, part.largest_logit, worst, part.errors]
 
     def take(self, batch: Batch, found: Sequence[Any]) -> None:
         """Take in what `found` gave for a batch."""
-        n_tokens, total_kl, same_top1, max_abs_logit, largest_logit, worst = found
+        n_tokens, total_kl, same_top1, max_abs_logit, largest_logit, worst, errors = found
+        self._count(errors)
         self.n_tokens += n_tokens
         self.total_kl += total_kl
         self.same_top1 += same_top1
@@ -110,6 +115,8 @@ class ParitySum:
         self.same_top1 += int((reference.argmax(-1) == engine.argmax(-1)).sum())
         self.largest_logit = max(self.largest_logit, float(reference.abs().max()))
         differences = max_abs_difference(reference, engine)
+        bins = np.searchsorted(ERROR_EDGES, differences.cpu().numpy(), side="right")
+        self._count(np.bincount(bins, minlength=len(ERROR_EDGES) + 1).tolist())
         at = int(differences.argmax())
         if float(differences[at]) > self.max_abs_logit:
             self.max_abs_logit = float(differences[at])
@@ -118,6 +125,9 @@ class ParitySum:
             real = len(prompt.ids)
             position = real - 1 if batch.last_only else column - (batch.input_ids.shape[1] - real)
             self.worst = (prompt, position)
+
+    def _count(self, errors: Sequence[int]) -> None:
+        self.errors = [a + b for a, b in zip(self.errors, errors, strict=True)]
 
     def result(self, *, tokens_fired: int, flips: Sequence[Flip], tokenizer: Any) -> Parity:
         """The finished comparison."""
@@ -144,6 +154,7 @@ class ParitySum:
             tokens_fired=tokens_fired,
             worst=worst,
             flips=tuple(flips),
+            errors=tuple(self.errors),
         )
 
 

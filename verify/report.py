@@ -18,6 +18,8 @@ from verify.measures import (
 
 SCHEMA = 1
 """Version of the JSON."""
+ERROR_EDGES = tuple(10.0**exponent for exponent in range(-7, 2))
+"""Bounds between the bins of `Parity.errors`; the first and the last bin are open."""
 ENGINE_TITLES = {
     "reference": "hooked reference",
     "reference-float32": "hooked reference, float32",
@@ -119,6 +121,8 @@ class Parity:
     """On how many tokens the clamp fired while the engine's logits were formed."""
     worst: WorstItem | None
     flips: tuple[Flip, ...]
+    errors: tuple[int, ...] = ()
+    """How many tokens have their largest |Δlogit| in each bin of `ERROR_EDGES`."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +294,7 @@ def _engine_dict(engine: EngineReport) -> dict[str, Any]:
             "tokens_compared": parity.tokens_compared,
             "worst": None if parity.worst is None else _plain(vars(parity.worst)),
             "flips": [vars(flip) for flip in parity.flips],
+            "errors": list(parity.errors),
         }
         found["parity"] = _plain(found["parity"])
     if engine.witnessed is not None:
