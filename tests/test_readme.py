@@ -14,6 +14,7 @@ from bake.recipe import METHOD_FIELDS, Recipe
 from bakeout.baking import bake_recipe
 from bakeout.cli import app
 from export.onnx_folder import export_onnx
+from verify.kinds import KINDS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -23,12 +24,15 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_recipe_is_a_recipe() -> None:
-    text, select = blocks("toml")
+    text, select, shown = blocks("toml")
     recipe = Recipe.parse(tomllib.loads(text), name="README.md", folder=Path())
     assert recipe.clamp[0].method == "clamp"
     selecting = tomllib.loads(f"{text}\n{select}")
     selecting["clamp"][0]["features"] = "select"
     assert Recipe.parse(selecting, name="README.md", folder=Path()).selects
+    more = Recipe.parse(tomllib.loads(f"{text}\n{shown}"), name="README.md", folder=Path())
+    assert more.verify is not None and more.verify.completions is not None
+    assert list(more.verify.reworded) == ["german"]
 
 
 def test_the_python_loads_a_checkpoint(
@@ -59,4 +63,5 @@ def test_every_command_and_method_that_is_named_exists() -> None:
     } | {group.name or "" for group in app.registered_groups}
     named = set(re.findall(r"bakeout ([a-z-]+) ", "\n".join(blocks("sh"))))
     assert named and named <= verbs
-    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(METHOD_FIELDS)
+    rows = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert rows == set(METHOD_FIELDS) | set(KINDS) - {"integrity", "witnesses"}
