@@ -37,20 +37,39 @@ def test_sequences_come_back_out_of_the_tree() -> None:
 
 
 def test_a_token_sees_its_own_sequence_only() -> None:
-    tree = merge([(1, 2, 3), (1, 4), (1, 2, 5)])
-    tensors = tree.tensors()
-    assert tensors["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
-    assert tensors["position_ids"].tolist() == [[0, 1, 2, 1, 2]]
-    assert tensors["ends"].tolist() == [2, 3, 4]
-    assert tensors["visible"].int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 1],
-    ]
+    tree = merge([(1, 2, 3), (1, 4), (1, 2, 5), (1, 2, 5)])
+    tensors = {name: tensor.tolist() for name, tensor in tree.tensors().items()}
+    assert tensors["trunk"] == [[1]]
+    assert tensors["input_ids"] == [[2, 3, 5], [0, 0, 4]]
+    assert tensors["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
+    assert tensors["position_ids"] == [[1, 2, 2], [0, 0, 1]]
+    assert tensors["ends"] == [[0, 1], [1, 2], [0, 2], [0, 2]]
+    seen = [[[1, 0, 0], [1, 1, 0], [1, 0, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]]
+    assert tensors["visible"] == [[[bool(x) for x in row] for row in rows] for rows in seen]
     with pytest.raises(ValueError, match="empty sequence"):
         merge([(1, 2), ()])
+
+
+@pytest.mark.parametrize(
+    ("sequences", "trunk", "branches"),
+    [
+        ([(1, 2), (1, 2, 3), (1, 2, 4)], 1, 1),  # what a sequence ends in is no trunk
+        ([(1, 2, 3)], 2, 1),
+        ([(1,), (1,)], 0, 1),
+        ([(1, 2), (3, 4)], 0, 2),
+    ],
+)
+def test_the_trunk_ends_where_a_sequence_does(
+    sequences: list[tuple[int, ...]], trunk: int, branches: int
+) -> None:
+    tensors = merge(sequences).tensors()
+    assert (tensors["trunk"].shape[1], len(tensors["input_ids"])) == (trunk, branches)
+    for sequence, (row, node) in zip(sequences, tensors["ends"].tolist(), strict=True):
+        seen = tensors["visible"][row, node]
+        order = tensors["position_ids"][row][seen].argsort()
+        own = tensors["input_ids"][row][seen][order].tolist()
+        ids = [*tensors["trunk"][0].tolist(), *own]
+        assert tuple(ids) == sequence
 
 
 @pytest.fixture(params=FAMILIES)
@@ -62,6 +81,16 @@ def oracle(
     table = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -5.0}
     recipe = Recipe.load(write_recipe(table))
     yield Oracle(load_base(recipe), load_sites(recipe))
+
+
+@pytest.mark.parametrize(
+    "sequences", [[(2, 5, 6), (2, 5, 6, 7, 8), (2, 5, 9)], [(5, 6, 7)], [(5, 6), (7, 8, 9, 10)]]
+)
+def test_trees_of_any_shape(sequences: list[tuple[int, ...]], oracle: Oracle) -> None:
+    for runner in (HookedRunner("base", oracle.model), HookedRunner("x", oracle.model, oracle)):
+        expected = torch.stack([alone(runner, ids) for ids in sequences])
+        found = runner.tree_logits(merge(sequences))
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def alone(runner: Runner, ids: tuple[int, ...]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Prompts that begin alike, as one tree of tokens: what they share is computed once.
 
-A model reads the whole tree in one forward pass: each token sees its own prompt only, at its own
-place in it. Logits are those of every prompt alone, up to rounding.
+A model reads the trunk once and then all branches at once, as rows of a batch: each token sees its
+own prompt only, at its own place in it. Logits are those of every prompt alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -28,26 +28,65 @@ class TokenTree:
     """Per sequence, the node of its last token."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a model needs to read it.
+        """What a model needs to read it: the trunk that all sequences share, then a row for each
+        branch off it, padded on the left, every row's ends last.
 
         Returns:
-            input_ids: [1, nodes].
-            position_ids: [1, nodes], each token's place in its sequence, from 0.
-            visible: [nodes, nodes] bool, whether the row's token sees the column's.
-            ends: [sequences].
+            trunk: [1, shared] token ids.
+            input_ids: [branches, nodes].
+            attention_mask: [branches, nodes], 1 at nodes.
+            position_ids: [branches, nodes], each token's place in its sequence, from 0.
+            visible: [branches, nodes, nodes] bool, whether the row's token sees the column's; all
+                see the trunk.
+            ends: [sequences, 2], branch and node of each sequence's last token.
         """
         import torch
 
-        visible = np.eye(len(self.ids), dtype=bool)
+        trunk, branches = self._parted()
+        last = set(self.ends)
+        depth = np.zeros(len(self.ids), dtype=int)
         for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                visible[node] |= visible[parent]
-        return {
-            "input_ids": torch.tensor([self.ids]),
-            "position_ids": torch.from_numpy(visible.sum(axis=1) - 1)[None],
-            "visible": torch.from_numpy(visible),
-            "ends": torch.tensor(self.ends),
+            depth[node] = depth[parent] + 1 if parent >= 0 else 0
+        width = max(len(branch) for branch in branches)
+        shape = (len(branches), width)
+        ids, mask, positions = (np.zeros(shape, dtype=int) for _ in range(3))
+        visible = np.broadcast_to(np.eye(width, dtype=bool), (*shape, width)).copy()
+        place: dict[int, tuple[int, int]] = {}
+        for row, branch in enumerate(branches):
+            ordered = sorted(branch, key=lambda node: node in last)
+            place |= {node: (row, width - len(branch) + i) for i, node in enumerate(ordered)}
+            for node in branch:  # a parent stands before its children
+                at, above = place[node], place.get(self.parents[node])
+                ids[at], mask[at], positions[at] = self.ids[node], 1, depth[node]
+                if above is not None:
+                    visible[at] |= visible[above]
+        found = {
+            "trunk": np.array([[self.ids[node] for node in trunk]], dtype=int).reshape(1, -1),
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "visible": visible,
+            "ends": np.array([place[node] for node in self.ends]),
         }
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
+    def _parted(self) -> tuple[list[int], list[list[int]]]:
+        """Nodes of the trunk, which no sequence ends in; and of each branch, parents first."""
+        children: list[list[int]] = [[] for _ in self.ids]
+        heads: list[int] = []
+        for node, parent in enumerate(self.parents):
+            (children[parent] if parent >= 0 else heads).append(node)
+        trunk: list[int] = []
+        last = set(self.ends)
+        while len(heads) == 1 and heads[0] not in last:
+            trunk.append(heads[0])
+            heads = children[heads[0]]
+        branch_of = {head: branch for branch, head in enumerate(heads)}
+        branches: list[list[int]] = [[] for _ in heads]
+        for node in sorted(set(range(len(self.ids))) - set(trunk)):
+            branch_of.setdefault(node, branch_of.get(self.parents[node], -1))
+            branches[branch_of[node]].append(node)
+        return trunk, branches
 
 
 def merge(sequences: Sequence[Sequence[int]]) -> TokenTree:

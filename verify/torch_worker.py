@@ -121,43 +121,64 @@ def tree_logits(model: Any, tensors: dict[str, Any]) -> Any:
     """Logits at the ends of a tree of tokens: [ends, vocab] float32, on the CPU.
 
     Args:
-        model: a Gemma with eager attention; hooks on it see a plain attention mask of ones.
-        tensors: input_ids and position_ids [1, nodes], visible [nodes, nodes], ends [ends].
+        model: a Gemma with eager attention; hooks on it see plain attention masks.
+        tensors: what `verify.token_tree.TokenTree.tensors` gives.
     """
     import torch
+    from transformers import DynamicCache
 
     here = {name: tensor.to(model.device) for name, tensor in tensors.items()}
-    config = model.config.get_text_config()
-    hidden = torch.finfo(model.dtype).min
-
-    def additive(seen: Any) -> Any:
-        blank = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
-        return blank.masked_fill(~seen, hidden)[None, None]
-
-    mask = additive(here["visible"])
-    if getattr(config, "layer_types", None):
-        position = here["position_ids"][0]
-        near = position[:, None] - position[None, :] < config.sliding_window
-        windowed = additive(here["visible"] & near)
-        mask = {"full_attention": mask, "sliding_attention": windowed}
-
-    def see_the_tree(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "attention_mask": mask}
-
-    # Registered last: hooks before it are given token ids and a mask that they understand.
-    handle = model.register_forward_pre_hook(see_the_tree, with_kwargs=True)
-    try:
-        with torch.inference_mode():
-            output = model(
-                input_ids=here["input_ids"],
-                attention_mask=torch.ones_like(here["input_ids"]),
-                position_ids=here["position_ids"],
-                use_cache=False,
-                logits_to_keep=here["ends"],
+    trunk, ids, ends = here["trunk"], here["input_ids"], here["ends"]
+    (rows, width), shared = ids.shape, trunk.shape[1]
+    before = torch.arange(shared, device=model.device)[None]
+    cache = DynamicCache()  # without a config it keeps what is beyond a sliding window
+    with torch.inference_mode():
+        if shared:
+            model(
+                input_ids=trunk,
+                attention_mask=torch.ones_like(trunk),
+                position_ids=before,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
-    finally:
-        handle.remove()
-    return output.logits[0].float().cpu().contiguous()
+            cache.batch_repeat_interleave(rows)
+        seen = torch.cat([here["visible"].new_ones(rows, width, shared), here["visible"]], dim=-1)
+        mask = _additive(seen, model)
+        if getattr(config := model.config.get_text_config(), "layer_types", None):
+            keys = torch.cat([before.expand(rows, -1), here["position_ids"]], dim=-1)
+            near = here["position_ids"][..., None] - keys[:, None] < config.sliding_window
+            windowed = _additive(seen & near, model)
+            mask = {"full_attention": mask, "sliding_attention": windowed}
+
+        def see_the_tree(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "attention_mask": mask}
+
+        # Registered last: hooks before it are given token ids and a mask that they understand.
+        handle = model.register_forward_pre_hook(see_the_tree, with_kwargs=True)
+        try:
+            output = model(
+                input_ids=ids,
+                attention_mask=torch.cat(
+                    [ids.new_ones(rows, shared), here["attention_mask"]], dim=-1
+                ),
+                position_ids=here["position_ids"],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=width - int(ends[:, 1].min()),
+            )
+        finally:
+            handle.remove()
+    at_ends = output.logits[ends[:, 0], ends[:, 1] - width]
+    return at_ends.float().cpu().contiguous()
+
+
+def _additive(seen: Any, model: Any) -> Any:
+    """[rows, 1, queries, keys] in the model's dtype, to be added to scores."""
+    import torch
+
+    blank = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
+    return blank.masked_fill(~seen, torch.finfo(model.dtype).min)[:, None]
 
 
 def decoded(model: Any, tensors: dict[str, Any], n_last: int) -> Any:
