@@ -34,7 +34,7 @@ HINTS = 4
 """Solved questions in front of each question."""
 PADDING_TOKENS = 512
 """Tokens of irrelevant text in front of each question."""
-TRAINING_QUESTIONS = 12
+TRAINING_QUESTIONS = 8
 """Most questions that the suffix search looks at."""
 AT_ONCE = 16
 """Prompts of one forward pass, and of one piece of work that is kept."""

@@ -10,6 +10,7 @@ Source: Zou et al., arXiv 2307.15043.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,8 @@ import numpy as np
 
 from verify.choices import LetterTokens
 from verify.journal import Journal
-from verify.prompts import Prompt, batches, bos_id, chat_text, plain_text
+from verify.prompts import Batch, Prompt, batches, bos_id, chat_text, plain_text
 from verify.questions import Question
-from verify.runners import HookedRunner
-from verify.scoring import last_logits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +31,13 @@ LENGTH = 12
 """Tokens of the suffix."""
 TOP_K = 64
 """At each place, how many tokens a swap is drawn from."""
-CANDIDATES = 32
+CANDIDATES = 8
 """Swaps that are tried in a step."""
 SOLVED = 0.01
 """Nats: a mean loss at which there is nothing left to gain."""
 SEED = 0
+CACHED_TOKENS = 8192
+"""Most tokens of beginnings that candidates are tried after at once."""
 EMBEDDED_AT_ONCE = 8192
 """Rows of the embedding that are looked at together."""
 TAILS = {"chat": "<end_of_turn>", "plain": "\nAnswer:"}
@@ -131,23 +132,19 @@ class _Search:
         tokenizer: Any,
         letters: Sequence[Sequence[int]],
     ) -> None:
-        self._oracle = oracle
-        self._runner = HookedRunner("suffix search", oracle.model, oracle)
-        self._prompts = prompts
-        self._tokenizer = tokenizer
-        self._letters = letters
+        self._asked = AskedUpTo(oracle, prompts, letters, tokenizer.pad_token_id or 0)
         self._allowed = allowed_tokens(oracle.model, tokenizer)
 
     def start(self) -> dict[str, Any]:
         """Any tokens, as JSON data."""
         ids = np.random.default_rng(SEED).choice(self._allowed, LENGTH)
         suffix = tuple(int(token) for token in ids)
-        return asdict(Suffix(suffix, float(self._losses([suffix])[0]), 0))
+        return asdict(Suffix(suffix, float(self._asked.losses([suffix])[0]), 0))
 
     def step(self, found: Suffix) -> dict[str, Any]:
         """The best of a few swaps, or what there was, as JSON data."""
         tried = [found.ids, *self._swaps(found)]  # together, so that all are rounded alike
-        losses = self._losses(tried)
+        losses = self._asked.losses(tried)
         best = int(losses.argmin())
         return asdict(Suffix(tried[best], float(losses[best]), found.steps + 1))
 
@@ -155,12 +152,10 @@ class _Search:
         """The suffix with one token changed, several times, none twice."""
         import torch
 
-        gradient = suffix_gradient(
-            self._oracle, self._prompts, found.ids, self._tokenizer, self._letters
-        )
         allowed = torch.from_numpy(self._allowed)
+        gradient = self._asked.gradient(found.ids)[:, allowed]
         k = min(TOP_K, len(allowed))
-        promising = allowed[gradient[:, allowed].topk(k, largest=False).indices]
+        promising = allowed[gradient.topk(k, largest=False).indices]
         draw = np.random.default_rng([SEED, found.steps])
         swaps: dict[tuple[int, ...], None] = {}
         for place, rank in draw.integers((LENGTH, k), size=(CANDIDATES, 2)).tolist():
@@ -168,18 +163,6 @@ class _Search:
             swaps[(*found.ids[:place], token, *found.ids[place + 1 :])] = None
         swaps.pop(found.ids, None)
         return list(swaps)
-
-    def _losses(self, suffixes: Sequence[tuple[int, ...]]) -> np.ndarray:
-        """Each suffix's mean loss over the questions: [suffixes] float64, nats."""
-        total = np.zeros(len(suffixes))
-        for prompt in self._prompts:  # what a prompt's fillings share is computed once
-            logits = last_logits(
-                self._runner, [prompt.filled(ids) for ids in suffixes], self._tokenizer
-            )
-            answers = [prompt.answer] * len(suffixes)
-            total += letter_losses(logits.double(), self._letters, answers).numpy()
-        mean: np.ndarray = total / len(self._prompts)
-        return mean
 
 
 def allowed_tokens(model: Any, tokenizer: Any) -> np.ndarray:
@@ -210,89 +193,149 @@ def letter_losses(
     return torch.nn.functional.cross_entropy(per_letter, target, reduction="none")
 
 
-def suffix_gradient(
-    oracle: Oracle,
-    prompts: Sequence[Slotted],
-    suffix: Sequence[int],
-    tokenizer: Any,
-    letters: Sequence[Sequence[int]],
-) -> Tensor:
-    """How the loss grows with each token's share of each place of the suffix.
+# --------------------------------------------------------------------------- the model's part
 
-    A place holds one token; as a mixture it holds the same mixture of their embeddings, and this is
-    the gradient with respect to the weights of that mixture.
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What stands before the suffix, of several prompts, padded on the left and read already."""
+
+    cache: Any
+    mask: Tensor
+    """[prompts, seq]."""
+    answers: tuple[int, ...]
+
+
+class AskedUpTo:
+    """Questions that a reference has read up to where a suffix begins.
 
     Args:
         oracle: the reference.
         prompts: with a place for the suffix.
-        suffix: [n] token ids.
-        tokenizer: the base model's.
         letters: the tokens of A to D.
-
-    Returns:
-        [n, vocab] float32 on the CPU, nats; of the loss summed over the prompts.
+        pad_id: stands in front of shorter prompts, masked out.
     """
-    import torch
 
-    embedding = oracle.model.get_input_embeddings()
-    whole = [
-        Prompt("forget", "suffix", 0, prompt.filled(suffix), every_token=False, item=item)
-        for item, prompt in enumerate(prompts)
-    ]
-    pad_id = tokenizer.pad_token_id or 0
-    per_place = torch.zeros(len(suffix), embedding.weight.shape[1], device=oracle.model.device)
-    for batch in batches(whole, pad_id=pad_id, vocab_size=embedding.weight.shape[0]):
-        some = [prompts[prompt.item] for prompt in batch.prompts]
-        per_place += _embedding_gradient(
-            oracle, batch.input_ids, batch.attention_mask, some, len(suffix), letters
-        )
-    with torch.no_grad():
-        ids = torch.arange(embedding.weight.shape[0], device=per_place.device)
-        parts = [per_place @ embedding(some).float().T for some in ids.split(EMBEDDED_AT_ONCE)]
-    return torch.cat(parts, dim=1).cpu()
+    def __init__(
+        self,
+        oracle: Oracle,
+        prompts: Sequence[Slotted],
+        letters: Sequence[Sequence[int]],
+        pad_id: int,
+    ) -> None:
+        import torch
 
+        self._oracle = oracle
+        self._letters = letters
+        self._after = torch.tensor(prompts[0].after, device=oracle.model.device)
+        whole = [
+            Prompt("forget", "suffix", 0, prompt.before, every_token=False, item=item)
+            for item, prompt in enumerate(prompts)
+        ]
+        vocab_size = oracle.model.get_input_embeddings().weight.shape[0]
+        self._beginnings = [
+            self._read(batch, tuple(prompts[p.item].answer for p in batch.prompts))
+            for batch in batches(whole, pad_id=pad_id, vocab_size=vocab_size)
+        ]
+        self._n_prompts = len(prompts)
 
-def _embedding_gradient(
-    oracle: Oracle,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    prompts: Sequence[Slotted],
-    n_suffix: int,
-    letters: Sequence[Sequence[int]],
-) -> Tensor:
-    """The gradient with respect to the suffix's embeddings: [n_suffix, d_in] float32.
+    def losses(self, suffixes: Sequence[Sequence[int]]) -> np.ndarray:
+        """Each suffix's mean loss over the questions: [suffixes] float64, nats."""
+        import torch
 
-    Whatever is added to them is added in every row; the model's weights get no gradient.
-    """
-    import torch
+        total = np.zeros(len(suffixes))
+        for beginning in self._beginnings:
+            at_once = max(1, CACHED_TOKENS // beginning.mask.numel())
+            for start in range(0, len(suffixes), at_once):
+                some = torch.tensor(suffixes[start : start + at_once])
+                with torch.inference_mode():
+                    found = self._losses(beginning, some)
+                total[start : start + at_once] += found.double().sum(dim=0).cpu().numpy()
+        return total / self._n_prompts
 
-    model = oracle.model
-    embedding = model.get_input_embeddings()
-    mask = attention_mask.to(model.device)
-    stop = input_ids.shape[1] - len(prompts[0].after)
-    with torch.inference_mode(False), torch.enable_grad():
-        added = torch.zeros(n_suffix, embedding.weight.shape[1], device=model.device)
-        added.requires_grad_()
+    def gradient(self, suffix: Sequence[int]) -> Tensor:
+        """How the mean loss grows with each token's share of each place of the suffix.
 
-        def add(_: Any, __: Any, embedded: Tensor) -> Tensor:
-            moved = embedded[:, stop - n_suffix : stop] + added.to(embedded.dtype)
-            return torch.cat(
-                [embedded[:, : stop - n_suffix], moved, embedded[:, stop:]], dim=1
+        A place holds one token; as a mixture of tokens it holds the same mixture of their
+        embeddings, and this is the gradient with respect to the weights of that mixture.
+
+        Args:
+            suffix: [n] token ids.
+
+        Returns:
+            [n, vocab] float32 on the CPU, nats.
+        """
+        import torch
+
+        embedding = self._oracle.model.get_input_embeddings()
+        per_place = sum(self._embedding_gradient(one, suffix) for one in self._beginnings)
+        per_place = per_place / self._n_prompts
+        with torch.inference_mode():
+            rows = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+            parts = [embedding(some).float() @ per_place.T for some in rows.split(EMBEDDED_AT_ONCE)]
+            return torch.cat(parts).T.cpu()
+
+    def _embedding_gradient(self, beginning: _Beginning, suffix: Sequence[int]) -> Tensor:
+        """The gradient of the summed loss with respect to the embeddings: [n, d_in] float32.
+
+        Whatever is added to them is added in every prompt; the model's weights get no gradient.
+        """
+        import torch
+
+        embedding = self._oracle.model.get_input_embeddings()
+        with torch.inference_mode(False), torch.enable_grad():
+            added = torch.zeros(
+                len(suffix), embedding.weight.shape[1], device=embedding.weight.device
+            ).requires_grad_()
+
+            def add(_: Any, __: Any, embedded: Tensor) -> Tensor:
+                rows, rest = embedded.shape[0], embedded[:, len(suffix) :]
+                moved = embedded[:, : len(suffix)] + added.expand(rows, -1, -1).to(embedded.dtype)
+                return torch.cat([moved, rest], dim=1)
+
+            hook = embedding.register_forward_hook(add)
+            try:
+                loss = self._losses(beginning, torch.tensor([suffix])).sum()
+            finally:
+                hook.remove()
+            (gradient,) = torch.autograd.grad(loss, added)
+        return gradient
+
+    def _read(self, batch: Batch, answers: tuple[int, ...]) -> _Beginning:
+        import torch
+
+        model = self._oracle.model
+        mask = batch.attention_mask.to(model.device)
+        with torch.inference_mode(False), torch.no_grad(), self._oracle.applied():
+            output = model(
+                input_ids=batch.input_ids.to(model.device),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=True,
+                logits_to_keep=1,
             )
+        return _Beginning(output.past_key_values, mask, answers)
 
-        hook = embedding.register_forward_hook(add)
-        try:
-            with oracle.applied():
-                output = model(
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
-        finally:
-            hook.remove()
-        answers = [prompt.answer for prompt in prompts]
-        loss = letter_losses(output.logits[:, -1].float(), letters, answers).sum()
-        (gradient,) = torch.autograd.grad(loss, added)
-    return gradient
+    def _losses(self, beginning: _Beginning, suffixes: Tensor) -> Tensor:
+        """Suffixes [suffixes, n] after every prompt -> [prompts, suffixes] float32, nats."""
+        import torch
+
+        model = self._oracle.model
+        n = len(suffixes)
+        tails = torch.cat([suffixes.to(model.device), self._after.expand(n, -1)], dim=1)
+        ids = tails.repeat(len(beginning.answers), 1)
+        mask = torch.cat([beginning.mask.repeat_interleave(n, dim=0), torch.ones_like(ids)], dim=1)
+        cache = copy.deepcopy(beginning.cache)  # reading on changes it
+        cache.batch_repeat_interleave(n)
+        with self._oracle.applied():
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        answers = [answer for answer in beginning.answers for _ in range(n)]
+        logits = output.logits[:, -1].float()
+        return letter_losses(logits, self._letters, answers).view(-1, n)
