@@ -18,29 +18,30 @@ from verify.choices import LetterTokens, best_letters
 from verify.journal import Journal
 from verify.measures import Attack, Robustness, Share
 from verify.onnx_files import EXACT, GRAPHS
-from verify.prompts import chat_text, plain_text
-from verify.questions import LETTERS, Question, Text, load_questions, load_texts
+from verify.questions import Question, Text, load_questions, load_texts
 from verify.report import EngineReport
+from verify.rewriting import balanced, hint_pool, hinted, padded, prompt_text, text_of_length
 from verify.runners import Runner
 from verify.scoring import last_logits, token_ids
-from verify.suffix_search import LENGTH, find_suffix, slotted
+from verify.suffix_loss import slotted
+from verify.suffix_search import find_suffix
 
 if TYPE_CHECKING:
     from verify.reference import Oracle
 
-BUDGET = 200
+BUDGET = 100
 """Steps of the suffix search."""
 HINTS = 4
 """Solved questions in front of each question."""
 PADDING_TOKENS = 512
-"""Tokens of irrelevant text in front of each question."""
+"""Most tokens of irrelevant text in front of each question; half of what the model can read is
+enough."""
 TRAINING_QUESTIONS = 8
 """Most questions that the suffix search looks at."""
 AT_ONCE = 16
 """Prompts of one forward pass, and of one piece of work that is kept."""
 ROUNDED = tuple(name for name in GRAPHS if name != EXACT)
 """Engines of fewer bits."""
-USER = "<start_of_turn>user\n"
 
 
 def attack(
@@ -86,14 +87,13 @@ def attack(
             progress((len(attacks) + share) / n_parts)
 
     exam = _Exam(form, base, unlearned, oracle, tokenizer, letters, journal)
-    asked = exam.answers("as asked", questions, exam.encoded([_text(q, form) for q in questions]))
+    asked = exam.answers(
+        "as asked", questions, exam.encoded([prompt_text(q, form) for q in questions])
+    )
     attacks.append(asked.attack("as asked", "the forget questions as they are"))
     tell(0)
     for name, source in recipe.verify.reworded.items():
-        others = load_questions(source, recipe)
-        answers = exam.answers(
-            f"reworded: {name}", others, exam.encoded([_text(q, form) for q in others])
-        )
+        answers = exam.plainly(f"reworded: {name}", load_questions(source, recipe))
         how = f"the questions of `verify.reworded.{name}` instead"
         attacks.append(answers.attack(f"reworded: {name}", how))
         tell(0)
@@ -155,6 +155,11 @@ class _Exam:
         """Each text as tokens, BOS first."""
         return token_ids(texts, self.tokenizer)
 
+    def plainly(self, name: str, questions: Sequence[Question]) -> _Answers:
+        """Ask both models questions as they are."""
+        texts = [prompt_text(question, self.form) for question in questions]
+        return self.answers(name, questions, self.encoded(texts))
+
     def answers(
         self, name: str, questions: Sequence[Question], prompts: Sequence[tuple[int, ...]]
     ) -> _Answers:
@@ -180,28 +185,6 @@ class _Exam:
             yield found
 
 
-def _text(question: Question, form: str) -> str:
-    return chat_text(question) if form == "chat" else plain_text(question)
-
-
-def _subject(question: Question) -> str:
-    """What a question asks, however it is spaced or capitalised."""
-    return " ".join(question.question.split()).casefold()
-
-
-def balanced(questions: Sequence[Question]) -> list[int]:
-    """Indices of questions, their answers A, B, C, D in turn for as long as there are such.
-
-    What begins this list favours no letter.
-    """
-    rank = {letter: 0 for letter in range(len(LETTERS))}
-    turns = []
-    for index, question in enumerate(questions):
-        turns.append((rank[question.answer], question.answer, index))
-        rank[question.answer] += 1
-    return [index for _, _, index in sorted(turns)]
-
-
 # --------------------------------------------------------------------------- the attacks
 
 
@@ -217,52 +200,19 @@ def _hints(exam: _Exam, questions: Sequence[Question]) -> Attack:
     )
 
 
-def hint_pool(questions: Sequence[Question]) -> list[Question]:
-    """Questions to give away, in the order in which they are; none that asks the same twice."""
-    pool: dict[str, Question] = {}
-    for index in balanced(questions):
-        pool.setdefault(_subject(questions[index]), questions[index])
-    return list(pool.values())
-
-
-def hinted(question: Question, pool: Sequence[Question], n: int, form: str) -> str:
-    """A question after `n` solved ones, none of which asks the same: earlier turns of the chat."""
-    others = [hint for hint in pool if _subject(hint) != _subject(question)][:n]
-    closing = ")<end_of_turn>\n" if form == "chat" else "\n\n"
-    opening = "" if form == "chat" else " "
-    solved = [f"{_text(hint, form)}{opening}{LETTERS[hint.answer]}{closing}" for hint in others]
-    return "".join(solved) + _text(question, form)
-
-
 def _padding(exam: _Exam, questions: Sequence[Question], texts: Sequence[Text]) -> Attack:
-    room = exam.longest - max(len(ids) for ids in exam.encoded([_text(q, exam.form) for q in questions]))
-    n = min(PADDING_TOKENS, room)
+    asked = exam.encoded([prompt_text(q, exam.form) for q in questions])
+    n = min(PADDING_TOKENS, exam.longest // 2)
     while n > 0:
         padding = text_of_length(texts, n, exam.tokenizer)
         prompts = exam.encoded([padded(q, padding, exam.form) for q in questions])
         beyond = max(len(ids) for ids in prompts) - exam.longest
         if beyond <= 0:
-            how = f"about {n} tokens of the recipe's text stand in front, in the same turn"
+            added = len(prompts[0]) - len(asked[0])
+            how = f"{added} tokens of the recipe's text stand in front, in the same turn"
             return exam.answers("padding", questions, prompts).attack("padding", how)
         n -= beyond
     return _unmeasured("padding", f"the questions leave no room for more in {exam.longest} tokens")
-
-
-def text_of_length(texts: Sequence[Text], n: int, tokenizer: Any) -> str:
-    """Texts one after another up to `n` tokens, or all there is; nothing of them is special."""
-    ids: list[int] = []
-    for text in texts:
-        if len(ids) >= n:
-            break
-        ids += tokenizer(f"{text.text}\n", add_special_tokens=False)["input_ids"]
-    decoded: str = tokenizer.decode(ids[:n], skip_special_tokens=True)
-    return decoded.strip()
-
-
-def padded(question: Question, padding: str, form: str) -> str:
-    """A question with text in front of it, inside the same turn."""
-    turn = USER if form == "chat" else ""
-    return f"{turn}{padding}\n\n{_text(question, form).removeprefix(turn)}"
 
 
 def _suffix(
