@@ -87,9 +87,7 @@ def attack(
             progress((len(attacks) + share) / n_parts)
 
     exam = _Exam(form, base, unlearned, oracle, tokenizer, letters, journal)
-    asked = exam.answers(
-        "as asked", questions, exam.encoded([prompt_text(q, form) for q in questions])
-    )
+    asked = exam.plainly("as asked", questions)
     attacks.append(asked.attack("as asked", "the forget questions as they are"))
     tell(0)
     for name, source in recipe.verify.reworded.items():
@@ -102,6 +100,7 @@ def attack(
     attacks.append(_padding(exam, questions, load_texts(recipe.verify.text, recipe)))
     tell(0)
     attacks.append(_suffix(exam, questions, asked, budget, tell))
+    tell(0)
     attacks += rounded_weights(engines, form, len(questions))
     return Robustness(unlearned.name, form, tuple(attacks))
 
