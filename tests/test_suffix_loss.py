@@ -51,20 +51,15 @@ class World:
         `mixed` = (place, token, share) adds a share of a token's embedding at a place.
         """
         total = 0.0
+        embedding = self.model.get_input_embeddings()
+        row = embedding(torch.arange(embedding.weight.shape[0])).detach()
         for question, prompt in zip(QUESTIONS, self.prompts, strict=True):
             ids = torch.tensor([[*prompt.before, *suffix, *prompt.after]])
-            embedding = self.model.get_input_embeddings()
-
-            def add(_: Any, __: Any, out: torch.Tensor, at: int = len(prompt.before)) -> Any:
-                if mixed is None:
-                    return out
+            added = torch.zeros(1, ids.shape[1], row.shape[1], dtype=row.dtype)
+            if mixed is not None:
                 place, token, share = mixed
-                out = out.clone()
-                out[0, at + place] += share * row[token]
-                return out
-
-            row = embedding(torch.arange(embedding.weight.shape[0])).detach()
-            hook = embedding.register_forward_hook(add)
+                added[0, len(prompt.before) + place] = share * row[token]
+            hook = embedding.register_forward_hook(lambda _, __, out, add=added: out + add)
             with torch.no_grad(), self.oracle.applied():
                 logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             hook.remove()

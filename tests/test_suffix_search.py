@@ -33,7 +33,7 @@ class Read:
 
 class Toy(torch.nn.Module):
     """Sums its tokens. It says the letter of the name in a question; once clamped, only where
-    three of a planted token stand in the context, and never when `immune`.
+    three of a planted token stand in the context, and never when `immune`. Else it guesses.
     """
 
     dtype, device = torch.float32, torch.device("cpu")
@@ -71,7 +71,8 @@ class Toy(torch.nn.Module):
                 knows = torch.sigmoid(4 * (total[:, 4:] - 2))
         logits = torch.zeros(len(total), 1, self.embedding.weight.shape[0])
         for letter, tokens in enumerate(self.letters):
-            says = 6 * knows[:, 0] * total[:, letter] + 0.1 * (letter == 0)
+            guess = 0.1 * (attention_mask.sum(dim=1) % 4 == letter)
+            says = 6 * knows[:, 0] * total[:, letter] + guess
             logits[:, 0, list(tokens)] = says[:, None]
         return SimpleNamespace(logits=logits, past_key_values=Read(total))
 
@@ -89,6 +90,12 @@ class ToyOracle:
             yield self.model
         finally:
             self.model.clamped = False
+
+
+@pytest.fixture(autouse=True)
+def few_promising(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer has few tokens: without this a swap would be drawn from nearly all of them."""
+    monkeypatch.setattr("verify.suffix_search.TOP_K", 8)
 
 
 @pytest.fixture
