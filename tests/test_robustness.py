@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,11 @@ def test_what_is_not_measured_says_why(tmp_path: Path, write_recipe: Callable[..
     assert named(found, "suffix").unlearned is None
     assert named(found, "hints").unlearned is None
     assert named(found, "padding").unlearned == Share(1, 1)
+    world.questions = [replace(q, question="who?") for q in world.questions * 4]
+    world.questions = [replace(q, answer=i) for i, q in enumerate(world.questions)]
+    unknown = world.attack(toy, budget=5)  # the toy only ever guesses: nothing was forgotten
+    assert named(unknown, "as asked").unlearned == Share(1, 4)
+    assert named(unknown, "suffix").how.endswith("there are 0")
     world.questions = forgotten[:3]
     suffix = named(world.attack(toy, budget=1), "suffix")
     assert suffix.base is not None

@@ -7,6 +7,7 @@ questions as they are asked; what it spoils for any model shows in the base's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from verify.choices import LetterTokens, best_letters
 from verify.journal import Journal
 from verify.measures import Attack, Robustness, Share
 from verify.onnx_files import EXACT, GRAPHS
-from verify.questions import Question, Text, load_questions, load_texts
+from verify.questions import LETTERS, Question, Text, load_questions, load_texts
 from verify.report import EngineReport
 from verify.rewriting import balanced, hint_pool, hinted, padded, prompt_text, text_of_length
 from verify.runners import Runner
@@ -253,10 +254,11 @@ def _suffix(
     base, unlearned = asked.shares(unseen)
     how = (
         f"{len(found.ids)} tokens after each question, put in as ids, found in {found.steps} steps "
-        f"of greedy coordinate gradient search on {len(seen)} of the forgotten questions (their "
-        f"loss: {found.loss:.2f} nats), asked with the {len(unseen)} others. Without it the base "
-        f"is right on {base.right} of these and {exam.unlearned.name} on {unlearned.right}. As "
-        f'text: "{exam.tokenizer.decode(found.ids)}"'
+        f"of greedy coordinate gradient search on {len(seen)} of the forgotten questions (loss "
+        f"there: {found.loss:.2f} nats; guessing is {math.log(len(LETTERS)):.2f}), asked with the "
+        f"{len(unseen)} others. Without it the base is right on {base.right} of these and "
+        f"{exam.unlearned.name} on {unlearned.right}. As text: "
+        f'"{exam.tokenizer.decode(found.ids)}"'
     )
     return answers.attack("suffix", how)
 
