@@ -228,6 +228,17 @@ def test_a_planted_weakness_is_brought_to_light(
         assert ("QQ" in suffix.how or suffix.how.count("Q") >= 3) is not immune
 
 
+def test_a_suffix_leaves_the_question_in_sight(
+    tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    world = World(tmp_path, write_recipe)
+    for window, n_tokens in ((None, 12), (4096, 12), (48, 4), (8, 1)):
+        toy = Toy(world.tokenizer)
+        toy.config.get_text_config().sliding_window = window
+        suffix = named(world.attack(ToyOracle(toy), budget=1), "suffix")
+        assert suffix.how.startswith(f"{n_tokens} tokens after each question")
+
+
 def test_an_interrupted_attack_goes_on(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     world = World(tmp_path, write_recipe)
     whole = Toy(world.tokenizer)

@@ -25,12 +25,12 @@ from verify.rewriting import balanced, hint_pool, hinted, padded, prompt_text, t
 from verify.runners import Runner
 from verify.scoring import last_logits, token_ids
 from verify.suffix_loss import slotted
-from verify.suffix_search import find_suffix
+from verify.suffix_search import LENGTH, find_suffix
 
 if TYPE_CHECKING:
     from verify.reference import Oracle
 
-BUDGET = 100
+BUDGET = 200
 """Steps of the suffix search."""
 HINTS = 4
 """Solved questions in front of each question."""
@@ -39,6 +39,9 @@ PADDING_TOKENS = 512
 enough."""
 TRAINING_QUESTIONS = 8
 """Most questions that the suffix search looks at."""
+WINDOW_PER_TOKEN = 12
+"""Tokens that local attention reaches, for each token of a suffix: a longer suffix pushes the
+choices out of its sight, and any model then answers worse."""
 AT_ONCE = 16
 """Prompts of one forward pass, and of one piece of work that is kept."""
 ROUNDED = tuple(name for name in GRAPHS if name != EXACT)
@@ -151,6 +154,13 @@ class _Exam:
         """Most tokens of a prompt that the model has positions for."""
         return int(self.oracle.model.config.get_text_config().max_position_embeddings)
 
+    @property
+    def suffix_length(self) -> int:
+        """Tokens of a suffix that leaves the question in sight."""
+        config = self.oracle.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None) or self.longest
+        return int(max(1, min(LENGTH, window // WINDOW_PER_TOKEN)))
+
     def encoded(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Each text as tokens, BOS first."""
         return token_ids(texts, self.tokenizer)
@@ -244,6 +254,7 @@ def _suffix(
         budget=budget,
         journal=exam.journal,
         name=name,
+        length=exam.suffix_length,
         progress=progress,
     )
     answers = exam.answers(

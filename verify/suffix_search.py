@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from verify.reference import Oracle
 
 LENGTH = 12
-"""Tokens of the suffix."""
+"""Tokens of a suffix, where nothing else is said."""
 TOP_K = 256
 """At each place, how many tokens a swap is drawn from."""
 CANDIDATES = 8
@@ -56,6 +56,7 @@ def find_suffix(
     budget: int,
     journal: Journal,
     name: str,
+    length: int = LENGTH,
     progress: Callable[[float], None] | None = None,
 ) -> Suffix:
     """The suffix that makes the right letters likeliest, in so many steps.
@@ -68,10 +69,11 @@ def find_suffix(
         budget: most steps.
         journal: keeps every step, so that an interrupted search ends where a whole one does.
         name: of this search in the journal.
+        length: tokens of the suffix.
         progress: called with the share done, 0 to 1.
     """
     search = _Search(oracle, prompts, tokenizer, letters)
-    found = _suffix(journal.once(f"{name}: start", search.start))
+    found = _suffix(journal.once(f"{name}: start", lambda: search.start(length)))
     while found.steps < budget and found.loss > SOLVED:
         found = _next(search, found, journal, f"{name}: step {found.steps + 1}")
         if progress is not None:
@@ -99,15 +101,16 @@ class _Search:
     ) -> None:
         self._arguments = (oracle, prompts, letters, tokenizer.pad_token_id or 0)
         self._allowed = allowed_tokens(oracle.model, tokenizer)
+        self._looked_at: tuple[tuple[int, ...], np.ndarray] | None = None
 
     @cached_property
     def _asked(self) -> AskedUpTo:
         """Read when the first step needs it: all may be in the journal."""
         return AskedUpTo(*self._arguments)
 
-    def start(self) -> dict[str, Any]:
+    def start(self, length: int) -> dict[str, Any]:
         """Any tokens, as JSON data."""
-        ids = np.random.default_rng(SEED).choice(self._allowed, LENGTH)
+        ids = np.random.default_rng(SEED).choice(self._allowed, length)
         suffix = tuple(int(token) for token in ids)
         return asdict(Suffix(suffix, float(self._asked.losses([suffix])[0]), 0))
 
@@ -120,19 +123,23 @@ class _Search:
 
     def _swaps(self, found: Suffix) -> list[tuple[int, ...]]:
         """The suffix with one token changed, several times, none twice."""
-        import torch
-
-        allowed = torch.from_numpy(self._allowed)
-        gradient = self._asked.gradient(found.ids)[:, allowed]
-        k = min(TOP_K, len(allowed))
-        promising = allowed[gradient.topk(k, largest=False).indices]
+        promising = self._promising(found.ids)
         draw = np.random.default_rng([SEED, found.steps])
         swaps: dict[tuple[int, ...], None] = {}
-        for place, rank in draw.integers((LENGTH, k), size=(CANDIDATES, 2)).tolist():
+        for place, rank in draw.integers(promising.shape, size=(CANDIDATES, 2)).tolist():
             token = int(promising[place, rank])
             swaps[(*found.ids[:place], token, *found.ids[place + 1 :])] = None
         swaps.pop(found.ids, None)
         return list(swaps)
+
+    def _promising(self, ids: tuple[int, ...]) -> np.ndarray:
+        """[places, k] token ids by gradient; taken once of a suffix that stays for many steps."""
+        if self._looked_at is None or self._looked_at[0] != ids:
+            gradient = self._asked.gradient(ids)[:, self._allowed]
+            k = min(TOP_K, len(self._allowed))
+            best = gradient.topk(k, largest=False).indices.numpy()
+            self._looked_at = (ids, self._allowed[best])
+        return self._looked_at[1]
 
 
 def allowed_tokens(model: Any, tokenizer: Any) -> np.ndarray:
