@@ -36,7 +36,16 @@ def test_sequences_come_back_out_of_the_tree() -> None:
     assert len(tree.ids) == len(prefixes)
 
 
-def test_a_token_sees_its_own_sequence_only() -> None:
+@pytest.fixture(params=["parted", "one row"])
+def one_row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "parted":
+        monkeypatch.setattr("verify.token_tree.ONE_ROW", 0)
+
+
+def test_a_token_sees_its_own_sequence_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = merge([(1, 2, 3), (1, 4)]).tensors()
+    assert small["trunk"].shape == (1, 0) and small["input_ids"].tolist() == [[1, 2, 3, 4]]
+    monkeypatch.setattr("verify.token_tree.ONE_ROW", 0)
     tree = merge([(1, 2, 3), (1, 4), (1, 2, 5), (1, 2, 5)])
     tensors = {name: tensor.tolist() for name, tensor in tree.tensors().items()}
     assert tensors["trunk"] == [[1]]
@@ -60,8 +69,12 @@ def test_a_token_sees_its_own_sequence_only() -> None:
     ],
 )
 def test_the_trunk_ends_where_a_sequence_does(
-    sequences: list[tuple[int, ...]], trunk: int, branches: int
+    sequences: list[tuple[int, ...]],
+    trunk: int,
+    branches: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("verify.token_tree.ONE_ROW", 0)
     tensors = merge(sequences).tensors()
     assert (tensors["trunk"].shape[1], len(tensors["input_ids"])) == (trunk, branches)
     for sequence, (row, node) in zip(sequences, tensors["ends"].tolist(), strict=True):
@@ -86,6 +99,7 @@ def oracle(
 @pytest.mark.parametrize(
     "sequences", [[(2, 5, 6), (2, 5, 6, 7, 8), (2, 5, 9)], [(5, 6, 7)], [(5, 6), (7, 8, 9, 10)]]
 )
+@pytest.mark.usefixtures("one_row")
 def test_trees_of_any_shape(sequences: list[tuple[int, ...]], oracle: Oracle) -> None:
     for runner in (HookedRunner("base", oracle.model), HookedRunner("x", oracle.model, oracle)):
         expected = torch.stack([alone(runner, ids) for ids in sequences])
@@ -98,6 +112,7 @@ def alone(runner: Runner, ids: tuple[int, ...]) -> torch.Tensor:
     return runner.logits(batch.input_ids, batch.attention_mask, True)[0, 0]
 
 
+@pytest.mark.usefixtures("one_row")
 def test_the_tree_gives_the_logits_of_every_sequence_alone(oracle: Oracle, tmp_path: Path) -> None:
     base = HookedRunner("base", oracle.model)
     reference = HookedRunner("reference", oracle.model, oracle)

@@ -122,6 +122,22 @@ class Forgetting:
             lambda share: self.progress("completions", share),
         )
 
-    def robustness(self, budget: int, engines: Sequence[EngineReport]) -> Robustness | None:
+    def robustness(self, budget: int, engines: Sequence[EngineReport]) -> Robustness:
         """Forget accuracy under attack."""
-        return None
+        from verify.reference import Oracle
+        from verify.robustness import attack
+
+        material = self.hooked.material
+        return attack(
+            self.recipe,
+            material.questions["forget"],
+            self.hooked.base,
+            self.unlearned,
+            Oracle(self.hooked.model, self.hooked.sites),
+            material.tokenizer,
+            material.letters,
+            journal=self.journal,
+            budget=budget,
+            engines=engines,
+            progress=lambda share: self.progress("robustness", share),
+        )

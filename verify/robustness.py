@@ -30,8 +30,6 @@ from verify.suffix_search import LENGTH, find_suffix
 if TYPE_CHECKING:
     from verify.reference import Oracle
 
-BUDGET = 200
-"""Steps of the suffix search."""
 HINTS = 4
 """Solved questions in front of each question."""
 PADDING_TOKENS = 512
@@ -58,7 +56,7 @@ def attack(
     letters: LetterTokens,
     *,
     journal: Journal,
-    budget: int = BUDGET,
+    budget: int,
     engines: Sequence[EngineReport] = (),
     progress: Callable[[float], None] | None = None,
 ) -> Robustness:
@@ -290,4 +288,4 @@ def rounded_weights(
 
 
 def _unmeasured(name: str, why: str) -> Attack:
-    return Attack(name, f"not measured: {why}", None, None)
+    return Attack(name, why, None, None)

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ONE_ROW = 320
+"""Most tokens of a tree that is read in one row: a second forward pass costs more than attention
+between branches that do not see one another."""
+
+
 @dataclass(frozen=True)
 class TokenTree:
     """Sequences of tokens, their common beginnings merged; a parent stands before its children."""
@@ -71,13 +76,17 @@ class TokenTree:
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
     def _parted(self) -> tuple[list[int], list[list[int]]]:
-        """Nodes of the trunk, which no sequence ends in; and of each branch, parents first."""
+        """Nodes of the trunk, which no sequence ends in; and of each branch, parents first. A small
+        tree has no trunk and one branch.
+        """
         children: list[list[int]] = [[] for _ in self.ids]
         heads: list[int] = []
         for node, parent in enumerate(self.parents):
             (children[parent] if parent >= 0 else heads).append(node)
         trunk: list[int] = []
         last = set(self.ends)
+        if len(self.ids) <= ONE_ROW:
+            return [], [list(range(len(self.ids)))]
         while len(heads) == 1 and heads[0] not in last:
             trunk.append(heads[0])
             heads = children[heads[0]]
