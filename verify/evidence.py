@@ -82,23 +82,24 @@ def gather(
     asks, form = bool(kinds & ASKING), recipe.verify.prompt
     here: list[Runner] = [hooked.base] if kinds & {"choices", "loss"} else []
     here += hooked.references
-    with _half_the_threads() as threads, ExitStack() as stack:
-        elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
-        progress("load", 1.0)
-        comparison = Comparison(
-            hooked.material,
-            hooked.material.prompts(kinds),
-            tuple(runner.name for runner in (*here, *elsewhere)),
-            "parity" in kinds,
-            hooked.against(engines),
-            FiredExamples(form),
-            FeatureWatch({site.layer: site.features for site in hooked.sites}),
-        )
-        compare(here, elsewhere, hooked.oracles, comparison, journal, progress)
-        if asks and recipe.select is not None and any(comparison.watch.never_active()):
-            _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
-        forgetting = Forgetting(recipe, hooked, elsewhere[0], journal, progress)
-        known, rows = forgetting.known(options.cache) if "known" in kinds else ((), {})
+    with ExitStack() as stack:
+        with _half_the_threads() as threads:
+            elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
+            progress("load", 1.0)
+            comparison = Comparison(
+                hooked.material,
+                hooked.material.prompts(kinds),
+                tuple(runner.name for runner in (*here, *elsewhere)),
+                "parity" in kinds,
+                hooked.against(engines),
+                FiredExamples(form),
+                FeatureWatch({site.layer: site.features for site in hooked.sites}),
+            )
+            compare(here, elsewhere, hooked.oracles, comparison, journal, progress)
+            if asks and recipe.select is not None and any(comparison.watch.never_active()):
+                _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
+            forgetting = Forgetting(recipe, hooked, elsewhere[0], journal, progress)
+            known, rows = forgetting.known(options.cache) if "known" in kinds else ((), {})
         reports = tuple(comparison.reports(kinds, form, rows))
         scores: Mapping[str, tuple[HarnessScore, ...]] = {}
         if options.tasks:

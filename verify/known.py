@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from verify.scoring import last_logits, token_ids
 
 ORDERS = tuple(itertools.permutations(range(len(LETTERS))))
 """Per order, which choice stands at A, at B, at C and at D; the first is as written."""
+AHEAD = 4
+"""Most questions that the base is ahead of the engine beside it."""
 PROTOCOL = "chat form, 24 orders, better of bare and spaced letter, 1"
 """Part of every cache key: known questions of another protocol are not these."""
 
@@ -77,13 +80,23 @@ def score_orders(runner: Runner, question: Question, material: Material) -> Orde
         question: any.
         material: whose tokenizer and letters are taken.
     """
-    orders = [in_order(question, order) for order in ORDERS]
-    sequences = token_ids([chat_text(order) for order in orders], material.tokenizer)
-    logits = last_logits(runner, sequences, material.tokenizer)
+    return _scored(runner, question, _order_ids(question, material), material)
+
+
+def _order_ids(question: Question, material: Material) -> list[tuple[int, ...]]:
+    """The question's prompt under each order, as tokens."""
+    texts = [chat_text(in_order(question, order)) for order in ORDERS]
+    return token_ids(texts, material.tokenizer)
+
+
+def _scored(
+    runner: Runner, question: Question, ids: Sequence[tuple[int, ...]], material: Material
+) -> OrderScores:
+    logits = last_logits(runner, ids, material.tokenizer)
     return OrderScores(
         row=question.row,
         log_likelihoods=letter_log_likelihoods(logits, material.letters),
-        answers=tuple(order.answer for order in orders),
+        answers=tuple(order.index(question.answer) for order in ORDERS),
     )
 
 
@@ -101,7 +114,7 @@ def measure_known(
 
     Args:
         base: the base.
-        unlearned: the engine.
+        unlearned: the engine, with a model of its own: it computes beside the base.
         material: forget and retain questions.
         model: what tells this base from others: `model_digest` of its folder, and its dtype.
         cache: folder in which the base's known questions are kept; None keeps nothing.
@@ -116,48 +129,86 @@ def measure_known(
     """
     rows: dict[str, tuple[int, ...]] = {}
     sets = []
-    for source, questions in material.questions.items():
-        path = None if cache is None else cache / f"{_key(model, questions)}.json"
-        if path is None or (known := _read(path, questions)) is None:
-            counts = _count_right(base, source, questions, material, journal, progress)
-            known = tuple(q.row for q, n in zip(questions, counts, strict=True) if n == len(ORDERS))
-            if path is not None:
+    pool = ThreadPoolExecutor(1)  # the engine computes beside the base
+    try:
+        for source, questions in material.questions.items():
+            path = None if cache is None else cache / f"{_key(model, questions)}.json"
+            kept = None if path is None else _read(path, questions)
+            pair = _Pair(base, unlearned, source, material, journal, pool)
+            known, after = pair.counts(questions, kept, progress)
+            if path is not None and kept is None:
                 _write(path, known)
-        rows[source] = known
-        asked = [question for question in questions if question.row in set(known)]
-        after = _count_right(unlearned, source, asked, material, journal, progress)
-        sets.append(
-            KnownSet(
-                source=source,
-                asked=len(questions),
-                known=len(known),
-                engine=unlearned.name,
-                still_known=Share(sum(n == len(ORDERS) for n in after), len(after)),
-                orders=Share(sum(after), len(ORDERS) * len(after)),
+            rows[source] = known
+            sets.append(
+                KnownSet(
+                    source=source,
+                    asked=len(questions),
+                    known=len(known),
+                    engine=unlearned.name,
+                    still_known=Share(sum(n == len(ORDERS) for n in after), len(after)),
+                    orders=Share(sum(after), len(ORDERS) * len(after)),
+                )
             )
-        )
+    finally:
+        pool.shutdown(cancel_futures=True)
     return rows, tuple(sets)
 
 
-def _count_right(
-    runner: Runner,
-    source: str,
-    questions: Sequence[Question],
-    material: Material,
-    journal: Journal,
-    progress: Progress,
-) -> list[int]:
-    """Per question, under how many orders it is answered right."""
-    counts = []
-    for done, question in enumerate(questions, 1):
-        name = f"orders {runner.name} {source} {question.row}"
-        counts.append(int(journal.once(name, partial(_n_right, runner, question, material))))
-        progress("known questions", done / len(questions))
-    return counts
+@dataclass(frozen=True)
+class _Pair:
+    """The base and an engine, asked the same questions."""
 
+    base: Runner
+    unlearned: Runner
+    source: str
+    material: Material
+    journal: Journal
+    pool: ThreadPoolExecutor
 
-def _n_right(runner: Runner, question: Question, material: Material) -> int:
-    return score_orders(runner, question, material).n_right
+    def counts(
+        self, questions: Sequence[Question], kept: Sequence[int] | None, progress: Progress
+    ) -> tuple[tuple[int, ...], list[int]]:
+        """The rows that the base knows; and of each, under how many orders the engine is right.
+
+        Args:
+            questions: of the source.
+            kept: the rows that the base knows, where that is known already.
+            progress: told how far it is.
+        """
+        known: list[int] = []
+        after: list[int] = []
+        waiting: list[tuple[str, Future[int]]] = []
+
+        def collect(most: int) -> None:
+            """What is done, in order; waits where more is under way than may be."""
+            while waiting and (len(waiting) > most or waiting[0][1].done()):
+                name, future = waiting.pop(0)
+                after.append(int(self.journal.once(name, future.result)))
+
+        for done, question in enumerate(questions, 1):
+            if kept is None:
+                ids = _order_ids(question, self.material)
+                ask = partial(self._n_right, self.base, question, ids)
+                n_right = self.journal.once(self._name(self.base, question), ask)
+            if n_right == len(ORDERS) if kept is None else question.row in kept:
+                known.append(question.row)
+                name, future = self._name(self.unlearned, question), Future[int]()
+                if self.journal.has(name):
+                    future.set_result(0)  # nobody looks at it
+                else:
+                    ids = _order_ids(question, self.material)
+                    future = self.pool.submit(self._n_right, self.unlearned, question, ids)
+                waiting.append((name, future))
+            collect(AHEAD)
+            progress("known questions", done / len(questions))
+        collect(0)
+        return tuple(known), after
+
+    def _name(self, runner: Runner, question: Question) -> str:
+        return f"orders {runner.name} {self.source} {question.row}"
+
+    def _n_right(self, runner: Runner, question: Question, ids: Sequence[tuple[int, ...]]) -> int:
+        return _scored(runner, question, ids, self.material).n_right
 
 
 # --------------------------------------------------------------------------- kept on disk
