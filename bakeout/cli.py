@@ -185,15 +185,17 @@ def verify(
 
     Interrupted, the same command goes on where it was.
     """
-    from bake.feature_files import cache_folder
     from bake.recipe import Recipe
     from bakeout.showing import progress, show_report
     from verify.suite import verify_folder
 
+    _check_place("--json", json_file)
+    _check_place("--html", html_file)
+
     chosen = frozenset(only or ())
     loaded = Recipe.load(recipe) if recipe is not None else None
     named = tuple(task.strip() for task in tasks.split(",") if task.strip())
-    options = Options(device, cache_folder(), budget, named, evals)
+    options = Options(device, _cache(), budget, named, evals)
     with progress("verify") as advance:
         report = verify_folder(folder, loaded, chosen, advance, options)
     if json_file is None or str(json_file) != "-":
@@ -377,6 +379,29 @@ def push(
     kind = "private" if upload.private else "public"
     total = f"{len(upload.files)} files, {upload.size / 1e6:,.1f} MB, {kind}: {upload.repo}"
     typer.echo(f"would upload {total}\nnothing sent (--dry-run)" if dry_run else f"sent {total}")
+
+
+def _check_place(option: str, file: Path | None) -> None:
+    """Raise where a file cannot be written: known before hours of work rather than after."""
+    if file is not None and str(file) != "-" and (not file.parent.is_dir() or file.is_dir()):
+        raise BakeoutError(
+            f"{option} {file}: cannot be written; name a file in a folder that exists"
+        )
+
+
+def _cache() -> Path | None:
+    """The user's cache folder; None where it cannot be written and nobody asked for it."""
+    from bake.feature_files import cache_folder
+
+    folder = cache_folder()
+    if "BAKEOUT_CACHE" not in os.environ:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        if not os.access(folder, os.W_OK):
+            return None
+    return folder
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:

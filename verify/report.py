@@ -32,7 +32,7 @@ class Failure:
     """One thing that is out of tolerance."""
 
     kind: str
-    """integrity | witnesses | parity | choices."""
+    """integrity | witnesses | parity | choices | loss."""
     engine: str
     """Which engine it concerns."""
     what: str
