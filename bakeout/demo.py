@@ -27,9 +27,16 @@ OF_CARRIERS = SIDE_BY_SIDE | {"integrity"}
 """Kinds of evidence about the other carriers: what the forgetting is worth is the same for all."""
 
 
-def run_demo(out: Path) -> int:
-    """Select, bake, export, verify, print one table; leaves a folder per carrier, `statistics/` and
-    the report, as JSON and as a page, below `out`.
+def run_demo(out: Path, budget: int = Options.budget) -> int:
+    """Select, bake, export, verify, print what was found.
+
+    Args:
+        out: folder for a folder per carrier, `statistics/`, lm-evaluation-harness's results and the
+            report, as JSON and as a page.
+        budget: steps of the suffix search.
+
+    Returns:
+        The exit code.
     """
     start = time.monotonic()
     folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
@@ -44,7 +51,7 @@ def run_demo(out: Path) -> int:
     n_selected = sum(len(clamp.clamp.features) for clamp in plan.clamps)
     console().print(f"{n_selected} features selected by {recipe.select.by}, baked, now compared\n")
     with progress(f"verify {folder.name}") as advance:
-        options = Options(cache=out, tasks=("local",), evals=out / "lm-eval")
+        options = Options(cache=out, budget=budget, tasks=("local",), evals=out / "lm-eval")
         reports = [verify_folder(folder, recipe, progress=advance, options=options)]
     for carrier in (out / "compiled", out / "adapter"):
         with progress(f"verify {carrier.name}") as advance:

@@ -269,3 +269,8 @@ def cut(path: Path, keep: int) -> None:
     """Truncate a file to its first `keep` bytes."""
     with path.open("rb+") as file:
         file.truncate(keep)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that no worker is left with it alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -71,8 +71,10 @@ def test_tokenizer_knows_gemmas_markers_and_encodes_anything() -> None:
     assert chat == expected
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_demo(tmp_path / "demo") == 0
+    assert run_demo(tmp_path / "demo", budget=10) == 0
     shown = capsys.readouterr().out
     assert "hooked reference" in shown and "trust_remote_code=True" in shown
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
@@ -91,6 +93,30 @@ def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
     assert compiled["parity"]["mean_kl"] <= 1e-5 and compiled["parity"]["answer_flips"] == 0
     assert compiled["forget"] == adapter["forget"] == reference["forget"]
     assert adapter["parity"]["max_abs_logit"] <= 1e-4
+    # What it forgot, beside what it knew: counted, never assumed.
+    forget, retain = report["known"]
+    assert forget["known"] >= 100 and forget["still_known"]["right"] <= 0.2 * forget["known"]
+    assert retain["still_known"] == {"right": retain["known"], "n": retain["known"]}
+    split = checkpoint["loss_detail"]["split"]
+    assert split["before"]["max_abs"] == 0 < split["before"]["n_tokens"]
+    assert [control["name"] for control in report["controls"]] == [
+        "reconstruction",
+        "zero",
+        "random_decoder",
+    ]
+    said = {
+        (tally["source"], tally["variant"]): tally for tally in report["completions"]["tallies"]
+    }
+    assert said["topic", "base"]["right"]["right"] >= 38
+    assert said["topic", "unlearned"]["right"]["right"] <= 10
+    assert said["generic", "unlearned"]["as_base"] == {"right": 42, "n": 42}
+    attacks = {attack["name"]: attack for attack in report["robustness"]["attacks"]}
+    assert {"as asked", "reworded: training", "hints", "padding", "suffix"} <= set(attacks)
+    assert all(attack["unlearned"] is not None for attack in attacks.values())
+    plain = {score["task"]: score["accuracy"] for score in checkpoint["harness"]}
+    assert plain["forget"] == checkpoint["forget"]["plain"]
+    kept = tmp_path / "demo" / "lm-eval" / "checkpoint-local.json"
+    assert json.loads(kept.read_text())["results"]["forget"]["acc,none"] == plain["forget"]
     sizes = [path.stat().st_size for path in (tmp_path / "demo" / "adapter").iterdir()]
     assert sum(sizes) <= 1_000_000
 
