@@ -10,9 +10,8 @@ from pathlib import Path
 import bakeout
 from bake.recipe import Recipe
 from bakeout.baking import bake_recipe
-from bakeout.cli import write_json
 from bakeout.exporting import export_adapter, export_compiled
-from bakeout.showing import console, progress, show_report
+from bakeout.showing import console, progress, show_report, write_json
 from export.clamped import WITNESSES
 from export.onnx_folder import export_onnx
 from export.onnx_weights import PRECISIONS

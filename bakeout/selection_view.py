@@ -11,9 +11,8 @@ from rich.table import Table
 from bake.errors import OutputError, RecipeError
 from bake.recipe import Recipe
 from bake.select import Chosen
-from bakeout.cli import write_json
 from bakeout.selecting import Selection, selected_recipe
-from bakeout.showing import console, progress
+from bakeout.showing import console, progress, write_json
 
 SCHEMA = 1
 SCORES = {"sparsity": "forget share", "ratio": "mean square", "attribution": "loss added"}

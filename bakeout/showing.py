@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bake.errors import FolderError
+from bake.errors import BakeoutError, FolderError
 from bakeout.evidence_lines import evidence_lines
 from verify.integrity import read_manifest
 from verify.report import EngineReport, VerifyReport
@@ -42,6 +42,21 @@ def progress(title: str) -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda what, share: bar.update(task, description=escape(what), completed=share)
+
+
+def write_json(report: dict[str, Any], file: Path) -> None:
+    """Write a report as JSON to a file, or to stdout where the file is `-`."""
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    if str(file) == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BakeoutError(
+            f"--json {file}: cannot be written ({error.strerror}); name a file in a folder "
+            "that exists"
+        ) from error
 
 
 def show_report(report: VerifyReport) -> None:

@@ -8,10 +8,9 @@ from typing import Any, get_args
 from rich.table import Table
 
 from bake.recipe import Recipe
-from bakeout.cli import write_json
 from bakeout.grid import GridError, parse_grid
 from bakeout.selection_view import write_recipe
-from bakeout.showing import console, progress
+from bakeout.showing import console, progress, write_json
 from bakeout.sweeping import CONTROLS, Objective, Reported, Scored, SweepReport, run_sweep
 from verify.alignment import alignment
 from verify.prompts import QUESTION_FORMS
