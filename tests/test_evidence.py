@@ -186,6 +186,12 @@ def test_an_engine_that_is_the_base_is_far_from_the_reference(
     engines = run(oracle, HookedRunner("checkpoint", oracle.model), recipe)
     assert engines["checkpoint"].forget == engines["base"].forget
     assert engines["checkpoint"].loss_added == 0.0
+    same, moved = (engines[name].loss_detail for name in ("checkpoint", "reference"))
+    assert same is not None and moved is not None
+    assert same.interval == (0.0, 0.0) and same.split.whole.max_abs == 0
+    assert moved.interval is not None and engines["reference"].loss_added is not None
+    assert moved.interval.low < engines["reference"].loss_added < moved.interval.high
+    assert moved.split.whole.mean == pytest.approx(engines["reference"].loss_added, abs=1e-9)
     assert engines["reference"].loss_added != 0.0
     parity = engines["checkpoint"].parity
     assert parity is not None

@@ -112,7 +112,7 @@ def test_every_kind_of_evidence_is_on_the_page() -> None:
         "checkpoint, every order 0.031 [0.01, 0.09], 3 of 96",
         "rivers of the north 1.000 (0.89 to 1.00) → 1.000 (0.89 to 1.00), n = 32",
         "wmdp_bio 1,273 questions 0.950 ± 0.014 0.300 ± 0.014",
-        "checkpoint 5,370 0 0 2,822 +0.1254 8.4",
+        "[+0.0010, +0.0340] 5,370 0 0 2,822 +0.1254 8.4",
         "2,822 of 8,192 tokens changed; 5,370 did not, to the last bit",
         "random_decoder the same firing, written along other features' directions +0.9876",
         "topic, unlearned 2 of 18 4 of 18 0 of 18",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_report import FLIP, PARITY
 
-from verify.intervals import McNemar
+from verify.intervals import Interval, McNemar
 from verify.loss_split import EDGES, LossHistogram, LossPart, LossSplit
 from verify.measures import (
     AnswerSet,
@@ -188,7 +188,8 @@ def _loss(name: str) -> LossAdded:
     assert len(counts) == len(EDGES) + 1
     before = LossPart(5370, 0.0 if exact else -0.011, 0.0 if exact else 3.1e-6)
     split = LossSplit(before, LossPart(2822, 353.9, 8.4))
-    return LossAdded(split, LossHistogram(tuple(counts), 5370 if exact else 12, 0))
+    histogram = LossHistogram(tuple(counts), 5370 if exact else 12, 0)
+    return LossAdded(split, histogram, Interval(0.001, 0.034))
 
 
 def _completions() -> Completions:

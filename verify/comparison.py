@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ from verify.alignment import alignment
 from verify.choice_metrics import Setting, answer_set, unlearning_score
 from verify.choices import Answers
 from verify.firing import FeatureWatch, FiredExamples, fired_on
+from verify.intervals import bootstrap
 from verify.journal import Journal, Progress
-from verify.loss import LossSum
+from verify.loss import LossSum, text_rows
 from verify.loss_split import histogram, split
 from verify.material import Material
 from verify.measures import AnswerSet, LossAdded
@@ -52,6 +54,8 @@ class Comparison:
     parities: dict[str, ParitySum] = field(init=False)
     after: list[int] = field(default_factory=list)
     """Per token of text, whether it was predicted at or after a firing in its sequence."""
+    windows: list[int] = field(default_factory=list)
+    """Per window of text, how many tokens' loss was taken."""
     fired: dict[str, int] = field(default_factory=dict)
     """Per reference, on how many tokens its clamps fired."""
     fired_by_layer: dict[int, int] = field(default_factory=dict)
@@ -96,6 +100,7 @@ class Comparison:
         for layer, n in found["by_layer"].items():
             self.fired_by_layer[int(layer)] = self.fired_by_layer.get(int(layer), 0) + n
         self.after += found["after"]
+        self.windows += [len(batch.prompts[row].ids) - 1 for row in text_rows(batch)]
         self.examples.add(batch.prompts, found["positions"])
         self.watch.add(batch.prompts, found["active"])
 
@@ -157,9 +162,15 @@ class Comparison:
             return report
         before, after = torch.tensor(base.losses).double(), torch.tensor(now.losses).double()
         flags = torch.tensor(self.after, dtype=torch.bool)
-        return replace(
-            report, loss_detail=LossAdded(split(before, after, flags), histogram(before, after))
+        added = [float(part.sum()) for part in torch.split(after - before, self.windows)]
+        scale = len(self.windows) / len(before)  # windows of unequal length: per token again
+        finite = all(math.isfinite(total) for total in added)
+        detail = LossAdded(
+            split(before, after, flags),
+            histogram(before, after),
+            bootstrap([scale * total for total in added]) if finite else None,
         )
+        return replace(report, loss_detail=detail)
 
     def _parity(self, name: str) -> Parity:
         if self._refers(name):

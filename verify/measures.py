@@ -84,6 +84,9 @@ class LossAdded:
 
     split: LossSplit
     histogram: LossHistogram
+    interval: Interval | None = None
+    """Of the mean over all tokens, by bootstrap over windows of text; None where a loss is not
+    finite."""
 
 
 @dataclass(frozen=True)
