@@ -342,8 +342,8 @@ def test_nothing_added_is_told_from_almost_nothing(value: float | None, text: st
 
 
 def test_loss_on_a_part_of_the_tokens() -> None:
-    assert loss_text(LossPart(5370, 0.0, 0.0)) == "0 nats/token on 5,370"
-    assert loss_text(LossPart(100, 5.0, 1.0)) == "+0.0500 nats/token on 100"
+    assert loss_text(LossPart(5370, 0.0, 0.0)) == "0 nats/token on 5,370 tokens"
+    assert loss_text(LossPart(100, 5.0, 1.0)) == "+0.0500 nats/token on 100 tokens"
     assert loss_text(LossPart(0, 0.0, 0.0)) == "no tokens"
 
 

@@ -151,7 +151,7 @@ def loss_text(part: LossPart) -> str:
     """Loss added on a part of the tokens."""
     if not part.n_tokens:
         return "no tokens"
-    return f"{nats(part.mean)} nats/token on {part.n_tokens:,}"
+    return f"{nats(part.mean)} nats/token on {part.n_tokens:,} tokens"
 
 
 # --------------------------------------------------------------------------- attacks
