@@ -233,6 +233,29 @@ def test_a_task_that_there_is_not_is_named(work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        ({"reworded": {"x": {"path": "none.jsonl"}}}, Options(), "none.jsonl: cannot be read"),
+        ({"completions": {"prompts": {"path": "forget.jsonl"}}}, Options(), "has no `prompt`"),
+        ({}, Options(tasks=("no_such_task",)), "no_such_task: there is none"),
+        ({}, Options(tasks=("local",), evals=Path(__file__)), "cannot be written"),
+    ],
+)
+def test_what_only_the_end_needs_is_checked_before_anything_is_loaded(
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    options: Options,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("verify.evidence._hooked", None)
+    recipe = variant(work, "early", lambda data: data["verify"].update(change))
+    with pytest.raises(BakeoutError, match=reason):
+        verify_folder(work / "checkpoint", recipe, options=options)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_clamp_that_differs_is_caught_with_its_worst_item(work: Path) -> None:
     folder = work / "differs"
     shutil.copytree(work / "checkpoint", folder)
