@@ -60,8 +60,8 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
         model = model.to(device)
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         raise ModelError(
-            f"--device {device}: torch cannot run the base model there ({_reason(error)}); expected "
-            "cpu, or cuda where torch has it"
+            f"--device {device}: torch cannot run the base model there ({_reason(error)}); "
+            "expected cpu, or cuda where torch has it"
         ) from error
     return model.eval().requires_grad_(False)
 
