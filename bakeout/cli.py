@@ -34,6 +34,8 @@ def run(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(arguments, prog_name="bakeout", standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes an exit code of an interruption in a verb
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail(

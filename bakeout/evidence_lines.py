@@ -76,7 +76,7 @@ def _loss(report: VerifyReport) -> Iterator[str]:
         yield _line(
             "loss",
             f"{title_of(engine)}: before any firing {loss_text(split.before)}, from the first "
-            f"firing on {loss_text(split.after)} tokens",
+            f"firing on {loss_text(split.after)}",
         )
 
 

@@ -82,9 +82,11 @@ class Figures:
     ) -> str | None:
         """An accuracy with its 95 % interval, as text; None where it was not measured."""
         found = None if engine is None else getattr(engine, kind)
-        if found is None or self.report.items is None:
+        items = self.report.items
+        n = 0 if items is None else int(getattr(items, f"{kind}_questions"))
+        if found is None or n < 1:
             return None
-        share, n = getattr(found, form), getattr(self.report.items, f"{kind}_questions")
+        share = getattr(found, form)
         low, high = wilson(round(share * n), n)
         return f"{share:.3f} ({low:.2f} to {high:.2f})"
 

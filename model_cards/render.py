@@ -16,7 +16,7 @@ from bake.recipe import Recipe
 from model_cards.evaluation import SHOWN_TASKS, WAYS, Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
 from verify.report import VerifyReport
-from verify.wording import CONTROLS, nats, share_text, title_of
+from verify.wording import CONTROLS, nats, share_text, shown_text, title_of
 
 TAGS = ("unlearning", "sparse-autoencoder", "custom_code", "bakeout")
 _RELATIONS = {"adapter": "adapter"}
@@ -56,6 +56,7 @@ def render(
         "share": share_text,
         "nats": nats,
         "title_of": title_of,
+        "shown_to_all": shown_text,
         "control": lambda name: CONTROLS.get(name, "–"),
     }
     template = environment.from_string(

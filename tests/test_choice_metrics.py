@@ -71,6 +71,13 @@ def test_a_model_that_says_one_letter_is_named() -> None:
     assert constant_letter([]) is None
 
 
+def test_neither_few_answers_nor_right_ones_make_a_constant_letter() -> None:
+    assert constant_letter([1]) is None and constant_letter([1] * 3) is None
+    assert constant_letter([1] * 8, right=[0, 1, 2, 3] * 2) == "B"
+    assert constant_letter([1] * 8, right=[0] * 8) == "B"
+    assert constant_letter([1] * 8, right=[1] * 8) is None
+
+
 def test_calibration_of_bare_and_spaced_letters() -> None:
     share = np.array(
         [

@@ -215,3 +215,25 @@ def test_help_answers_at_once_and_without_anything_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(verb in done.stdout for verb in ("demo", "bake", "verify", "show"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "place", "left"),
+    [
+        ("show", "bakeout.showing.show_folder", "nothing was kept"),
+        ("verify", "verify.suite.verify_folder", "the same command goes on where it was"),
+    ],
+)
+def test_an_interruption_says_what_it_leaves(
+    verb: str,
+    place: str,
+    left: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    assert run([verb, "folder"]) == 130
+    assert capsys.readouterr().err == f"error: interrupted; {left}\n"

@@ -26,8 +26,8 @@ def test_one_line_a_figure() -> None:
         "score      checkpoint: alignment 0.831, unlearning score 0.719",
         "letters    onnx-int4 says A to at least 97 % of the questions (to be forgotten, chat and "
         "plain form; to be kept, chat and plain form): it has lost the format, not the facts",
-        "loss       checkpoint: before any firing 0 nats/token on 5,370, from the first firing on "
-        "+0.1254 nats/token on 2,822 tokens",
+        "loss       checkpoint: before any firing 0 nats/token on 5,370 tokens, from the first "
+        "firing on +0.1254 nats/token on 2,822 tokens",
         "control    reconstruction: forget 0.908, retained 0.912, loss added +0.1434",
         "control    zero: forget 0.925, retained 0.950, loss added +0.0021",
         "control    random_decoder: forget 0.817, retained 0.731, loss added +0.9876",

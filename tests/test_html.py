@@ -17,7 +17,7 @@ from test_report import FAILURE, FLIP, PARITY, full_report
 from test_wording import STRUCTURE, every_text, full_evidence
 
 from verify.html import provenance, render_html, shown, write_html
-from verify.report import EngineReport, FiredText, VerifyReport, WorstItem
+from verify.report import EngineReport, FiredText, Items, VerifyReport, WorstItem
 
 HOSTILE = (
     "</p></main><script>document.title='taken'</script><img src=x onerror=alert(1)>"
@@ -93,6 +93,15 @@ def test_sections_without_data_are_left_out() -> None:
     assert "Nothing was run" in text and "not gathered" in text
     for part in ("Engines", "Witnesses", "Warnings", "fires", "Provenance", "differ"):
         assert part not in text, part
+
+
+def test_what_has_no_tolerance_is_not_said_to_be_within_one() -> None:
+    found = full_evidence()
+    engines = (EngineReport("reference"), EngineReport("checkpoint"))
+    asked = replace(found, scope="known", failures=(), engines=engines, items=Items(0, 0, 0))
+    page = words(render_html(asked))
+    assert "that engines match was not checked" in page
+    assert "within tolerance" not in page and "0 questions to be forgotten" not in page
 
 
 def test_every_kind_of_evidence_is_on_the_page() -> None:

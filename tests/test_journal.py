@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bake.errors import OutputError
-from verify.journal import Journal
+from verify.journal import Journal, journal_path
 
 
 def never() -> Any:
@@ -56,6 +57,17 @@ def test_two_at_once_do_not_write_into_one_file(tmp_path: Path) -> None:
             assert second.once("a", lambda: 2) == 2
         assert path.exists()
         assert first.once("a", never) == 1
+
+
+def test_another_version_of_what_computes_is_other_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = journal_path(tmp_path, {"a": 1})
+    assert here == journal_path(tmp_path, {"a": 1}) != journal_path(tmp_path, {"a": 2})
+    monkeypatch.setattr(
+        "verify.journal.version", lambda name: "0.0" if name == "onnxruntime" else version(name)
+    )
+    assert journal_path(tmp_path, {"a": 1}) != here
 
 
 def test_without_a_file_nothing_is_kept() -> None:

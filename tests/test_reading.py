@@ -55,6 +55,8 @@ def test_numbers_that_json_does_not_know_come_back_infinite() -> None:
         ({"schema": "1"}, 'has no "schema"'),
         ({"engines": None}, "is incomplete"),
         ({"engines": {"base": {"forget": {"plain": "x", "chat": 1}}}}, r"engines\.0\.forget"),
+        ({"engines": {"base": {"forget": {"plain": 1.5, "chat": 1}}}}, "expected 0 to 1"),
+        ({"engines": {"base": {"forget": {"plain": -1, "chat": 1}}}}, "expected 0 to 1"),
         ({"items": {"forget_questions": 1}}, r"items\.retain_questions: Field required"),
         ({"verdict": "pass", "failures": [vars(FAILURE)]}, "\"verdict\" is 'pass'"),
         ({"folder": None}, "folder: Input should be a valid string"),

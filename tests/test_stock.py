@@ -58,6 +58,18 @@ def test_what_cannot_be_loaded_is_one_line(
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_there_is_not_is_one_line(
+    device: str, tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    tiny_base(tmp_path / "base")
+    clamp = {"sae": {"path": "sae"}, "method": "zero", "features": [1]}
+    recipe = Recipe.load(write_recipe(clamp))
+    with pytest.raises(ModelError, match=f"--device {device}: torch cannot run") as error:
+        load_base(recipe, device)
+    assert "\n" not in str(error.value)
+
+
 def test_the_tokenizer_is_the_bases(tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
     tiny_base(tmp_path / "base")
     recipe = recipe_of(write_recipe)

@@ -233,6 +233,29 @@ def test_a_task_that_there_is_not_is_named(work: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [
+        ({"reworded": {"x": {"path": "none.jsonl"}}}, Options(), "none.jsonl: cannot be read"),
+        ({"completions": {"prompts": {"path": "forget.jsonl"}}}, Options(), "has no `prompt`"),
+        ({}, Options(tasks=("no_such_task",)), "no_such_task: there is none"),
+        ({}, Options(tasks=("local",), evals=Path(__file__)), "cannot be written"),
+    ],
+)
+def test_what_only_the_end_needs_is_checked_before_anything_is_loaded(
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    options: Options,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("verify.evidence._hooked", None)
+    recipe = variant(work, "early", lambda data: data["verify"].update(change))
+    with pytest.raises(BakeoutError, match=reason):
+        verify_folder(work / "checkpoint", recipe, options=options)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_clamp_that_differs_is_caught_with_its_worst_item(work: Path) -> None:
     folder = work / "differs"
     shutil.copytree(work / "checkpoint", folder)
@@ -268,10 +291,7 @@ def test_a_clamp_that_never_fires_is_a_failure_not_a_pass(work: Path) -> None:
     assert reference is not None and checkpoint is not None and checkpoint.parity is not None
     assert reference.loss_added == 0.0
     assert checkpoint.parity.max_abs_logit <= 1e-5
-    assert found.warnings == (
-        "layer 1: never active on the forget questions, nor in the first 16,384 tokens of the "
-        "forget corpus: feature 1, 5, 9",
-    )
+    assert found.warnings == ("layer 1: never active on the forget questions: feature 1, 5, 9",)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -291,6 +311,7 @@ def test_a_feature_that_fires_on_the_forget_corpus_only_is_no_warning(work: Path
         recipe = variant(work, name, change)
         write_checkpoint(plan_checkpoint(recipe), work / name, card="# card\n")
         found = verify_folder(work / name, recipe)
+        assert all(("forget corpus" in w) == (name == "with") for w in found.warnings)
         silent.append({f for w in found.warnings for f in w.split("feature ")[1].split(", ")})
     assert silent[0] < silent[1]
 

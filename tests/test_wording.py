@@ -54,6 +54,7 @@ from verify.wording import (
     percent,
     share_of,
     share_text,
+    shown_text,
     was_attacked,
 )
 
@@ -343,8 +344,8 @@ def test_nothing_added_is_told_from_almost_nothing(value: float | None, text: st
 
 
 def test_loss_on_a_part_of_the_tokens() -> None:
-    assert loss_text(LossPart(5370, 0.0, 0.0)) == "0 nats/token on 5,370"
-    assert loss_text(LossPart(100, 5.0, 1.0)) == "+0.0500 nats/token on 100"
+    assert loss_text(LossPart(5370, 0.0, 0.0)) == "0 nats/token on 5,370 tokens"
+    assert loss_text(LossPart(100, 5.0, 1.0)) == "+0.0500 nats/token on 100 tokens"
     assert loss_text(LossPart(0, 0.0, 0.0)) == "no tokens"
 
 
@@ -352,3 +353,13 @@ def test_an_attack_that_was_not_measured_is_none() -> None:
     robustness = full_evidence().robustness
     assert was_attacked(robustness, "reworded") and was_attacked(robustness, "hints")
     assert not was_attacked(robustness, "suffix") and not was_attacked(None, "hints")
+
+
+def test_what_engines_were_not_shown_is_not_said() -> None:
+    report = VerifyReport("folder", "layer", True, "known", ())
+    assert shown_text(report) is None
+    assert shown_text(replace(report, items=Items(0, 0, 0))) is None
+    assert shown_text(replace(report, items=Items(0, 0, 1024))) == "1,024 tokens of text"
+    asked = "5 questions to be forgotten, 7 to be kept, each in two prompt forms"
+    assert shown_text(replace(report, items=Items(5, 7, 0))) == asked
+    assert shown_text(replace(report, items=Items(5, 7, 9))) == f"{asked}, and 9 tokens of text"

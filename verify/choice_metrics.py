@@ -17,6 +17,8 @@ RETAINED_BAR = 0.99
 """Accuracy on known retained questions from which on a setting counts. Source: SAEBench."""
 CONSTANT_SHARE = 0.9
 """Share of answers from which on a model is said to say one letter only."""
+FEWEST_ANSWERS = 4
+"""Of fewer answers nothing is said: they are one letter too often by chance."""
 
 
 def accuracy(
@@ -79,15 +81,23 @@ def letter_shares(chosen: Sequence[int]) -> tuple[float, ...]:
     return tuple(count[letter] / len(chosen) if chosen else 0.0 for letter in range(len(LETTERS)))
 
 
-def constant_letter(chosen: Sequence[int]) -> str | None:
+def constant_letter(chosen: Sequence[int], right: Sequence[int] = ()) -> str | None:
     """The letter that a model says whatever it is asked: at least 90 % of its answers.
 
     Such a model has lost the format, not the facts: its accuracy is that letter's share of the
     right answers.
+
+    Args:
+        chosen: per question, an index into A to D.
+        right: the right answers. Where they are one letter themselves, so is what a model says
+            that knows them.
     """
     shares = letter_shares(chosen)
     most = max(range(len(LETTERS)), key=shares.__getitem__)
-    return LETTERS[most] if shares[most] >= CONSTANT_SHARE else None
+    called_for = letter_shares(right)[most] >= CONSTANT_SHARE
+    if len(chosen) < FEWEST_ANSWERS or shares[most] < CONSTANT_SHARE or called_for:
+        return None
+    return LETTERS[most]
 
 
 def calibration(log_likelihoods: np.ndarray) -> Calibration | None:
@@ -132,10 +142,10 @@ def answer_set(
         known: rows of the questions that the base knows; None where that was not asked.
     """
     chosen = answers.chosen(source, form, len(questions))
+    right = [question.answer for question in questions]
     change = None
     if before is not None:
         was = before.chosen(source, form, len(questions))
-        right = [question.answer for question in questions]
         change = mcnemar(
             [a == b for a, b in zip(was, right, strict=True)],
             [a == b for a, b in zip(chosen, right, strict=True)],
@@ -148,7 +158,7 @@ def answer_set(
         share=accuracy(questions, chosen),
         known=None if known is None else accuracy(questions, chosen, known),
         letters=(count[0], count[1], count[2], count[3]),
-        only_letter=constant_letter(chosen),
+        only_letter=constant_letter(chosen, right),
         subjects=tuple(
             SubjectShare(subject, share) for subject, share in by_subject(questions, chosen).items()
         ),

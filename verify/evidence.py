@@ -15,10 +15,10 @@ from verify.comparison import BASE, REFERENCE, Comparison, compare
 from verify.engines import Engines
 from verify.firing import FeatureWatch, FiredExamples, fired_on
 from verify.forgetting import REFERENCE_32, Forgetting, Hooked
-from verify.harness import measure_harness
+from verify.harness import check_harness, measure_harness
 from verify.journal import Journal, Progress
 from verify.kinds import ASKING, Options
-from verify.material import load_material
+from verify.material import check_sources, load_material
 from verify.measures import Completions, Control, HarnessScore, KnownSet, Robustness
 from verify.prompts import Batch, text_prompts
 from verify.questions import load_texts
@@ -78,6 +78,9 @@ def gather(
         BakeoutError: anything that is named cannot be loaded or does not fit.
     """
     assert recipe.verify is not None
+    check_sources(recipe, kinds)
+    if options.tasks:
+        check_harness(options.tasks, options.evals)
     hooked = _hooked(folder, recipe, engines, progress)
     asks, form = bool(kinds & ASKING), recipe.verify.prompt
     here: list[Runner] = [hooked.base] if kinds & {"choices", "loss"} else []

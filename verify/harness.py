@@ -135,11 +135,48 @@ def measure_harness(
                 scores[runner.name] = (*scores.get(runner.name, ()), *found)
             progress("lm-evaluation-harness", number / len(runners))
     except OSError as error:
-        raise OutputError(
-            f"{evals}: lm-eval's results cannot be written there ({error.strerror}); name a folder "
-            "that can be written with --evals"
-        ) from error
+        raise _unwritable(evals, error) from error
     return scores
+
+
+def check_harness(tasks: Sequence[str], evals: Path) -> None:
+    """What can be known before hours of work: the harness is there and has these tasks, and its
+    results can be written.
+
+    Raises:
+        HarnessError: it is not installed, or has no task of a name.
+        OutputError: the folder cannot be written.
+    """
+    manager = _task_manager()
+    named = [task for task in tasks if task != LOCAL]
+    known = manager().all_tasks if named else []
+    for task in named:
+        if task not in known and not Path(task).is_file():
+            raise HarnessError(
+                f"lm-eval task {task}: there is none of that name; `lm_eval ls tasks` lists them"
+            )
+    try:
+        evals.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(evals, error) from error
+
+
+def _unwritable(evals: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{evals}: lm-eval's results cannot be written there ({error.strerror}); name a folder "
+        "that can be written with --evals"
+    )
+
+
+def _task_manager() -> Any:
+    """The harness's own class."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HarnessError(
+            "lm-evaluation-harness is not installed; pip install 'bakeout[eval]'"
+        ) from error
+    return TaskManager
 
 
 def _results(
@@ -222,13 +259,9 @@ def run_harness(
         HarnessError: the harness is not installed, or a task is unknown, cannot be loaded, or is
             not scored by likelihood.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise HarnessError(
-            "lm-evaluation-harness is not installed; pip install 'bakeout[eval]'"
-        ) from error
+    task_manager = _task_manager()
+    from lm_eval import simple_evaluate
+
     from verify.harness_lm import RunnerLM
 
     # What the harness and datasets draw and say on stderr is no part of ours.
@@ -236,9 +269,9 @@ def run_harness(
     with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder, quiet:
         if isinstance(tasks, Mapping):
             write_tasks(Path(folder), tasks)
-            manager = TaskManager(include_path=folder, include_defaults=False)
+            manager = task_manager(include_path=folder, include_defaults=False)
         else:
-            manager = TaskManager()
+            manager = task_manager()
         found = simple_evaluate(
             model=RunnerLM(runner, tokenizer, batch_size=batch_size, max_length=max_length),
             tasks=_loaded(manager, list(tasks)),

@@ -23,6 +23,7 @@ from verify.wording import (
     number,
     percent,
     share_text,
+    shown_text,
     title_of,
 )
 
@@ -56,6 +57,7 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
         "change": change_text,
         "letters": letters_text,
         "nats": nats,
+        "shown_to_all": shown_text,
         "control": lambda name: CONTROLS.get(name, "–"),
     }
     template = environment.get_template("report.html.j2")

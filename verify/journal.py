@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -19,7 +19,10 @@ from filelock import FileLock, Timeout
 
 from bake.errors import OutputError
 
-_COMPUTE = ("bakeout", "torch", "transformers", "sae_lens")
+_COMPUTE = (
+    *("bakeout", "torch", "transformers", "sae_lens"),
+    *("onnxruntime", "onnxruntime-gpu", "peft", "lm_eval"),
+)
 """Packages of which another version may find another last digit."""
 Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
@@ -128,9 +131,16 @@ def journal_path(cache: Path, work: Any) -> Path:
         cache: the user's folder for what may be lost.
         work: everything that decides what is found, as JSON data: other work, another journal.
     """
-    versions = [version(name) for name in _COMPUTE]
+    versions = [_version(name) for name in _COMPUTE]
     text = json.dumps([versions, work], sort_keys=True, default=str)
     return cache / "verify" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def files_below(paths: Iterable[Path]) -> list[tuple[str, int, int]]:

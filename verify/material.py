@@ -9,8 +9,10 @@ from typing import Any
 from bake.recipe import Recipe
 from verify.choices import LetterTokens, letter_tokens
 from verify.kinds import ASKING, READING
+from verify.open_prompts import load_prompts
 from verify.prompts import Batch, Prompt, batches, question_prompts, text_prompts
 from verify.questions import Question, load_questions, load_texts
+from verify.trivia import load_trivia
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,25 @@ class Material:
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[Batch]:
         """Prompts in batches of like length."""
         return batches(prompts, pad_id=self.pad_id, vocab_size=len(self.tokenizer))
+
+
+def check_sources(recipe: Recipe, kinds: frozenset[str]) -> None:
+    """Read what only the last kinds of evidence read: a bad row is known before hours of work.
+
+    Raises:
+        DataError: a source cannot be read, or a row of it is wrong.
+    """
+    assert recipe.verify is not None
+    if "robustness" in kinds:
+        for questions in recipe.verify.reworded.values():
+            load_questions(questions, recipe)
+    named = recipe.verify.completions
+    if "completions" in kinds and named is not None:
+        load_prompts(named.prompts, recipe, answered=True)
+        if named.generic is not None:
+            load_prompts(named.generic, recipe, answered=False)
+        if named.trivia is not None:
+            load_trivia(named.trivia, recipe, topic=None)
 
 
 def load_material(recipe: Recipe, tokenizer: Any) -> Material:

@@ -212,6 +212,9 @@ def _why(report: VerifyReport) -> str:
     parity = None if reference is None else reference.parity
     if reference is None:
         return "Files and witnesses are as they were at export; nothing was measured anew."
+    engines = report.engines
+    if not any(e.forget or e.loss is not None or e.witnessed or e.parity for e in engines):
+        return "Nothing was measured that has a tolerance: that engines match was not checked."
     if parity is None:
         return "What was measured is within tolerance; logits were not compared."
     return (

@@ -62,6 +62,10 @@ class Accuracy:
     plain: float
     chat: float
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.plain <= 1 and 0 <= self.chat <= 1):
+            raise ValueError(f"accuracies {self.plain} and {self.chat}; expected 0 to 1")
+
 
 @dataclass(frozen=True)
 class WorstItem:

@@ -24,7 +24,7 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
     """A recipe's base model: its stock class, eager attention, in the recipe's dtype or another.
 
     Raises:
-        ModelError: it is missing, damaged, or no stock Gemma.
+        ModelError: it is missing, damaged, or no stock Gemma, or torch cannot run it on the device.
     """
     import torch
     import transformers
@@ -56,7 +56,14 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
             f"base model {recipe.base.model}: has no {missing[0]}; transformers would make it up. "
             "Download it again"
         )
-    return model.to(device).eval().requires_grad_(False)
+    try:
+        model = model.to(device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        raise ModelError(
+            f"--device {device}: torch cannot run the base model there ({_reason(error)}); "
+            "expected cpu, or cuda where torch has it"
+        ) from error
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

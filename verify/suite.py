@@ -142,7 +142,7 @@ def verify_folder(
         prompt=recipe.verify.prompt,
         items=evidence.items,
         fired_by_layer=evidence.fired_by_layer,
-        warnings=_silent_features(evidence.never_active),
+        warnings=_silent_features(evidence.never_active, corpus=recipe.select is not None),
         examples=evidence.examples,
         known=evidence.known,
         controls=evidence.controls,
@@ -204,14 +204,14 @@ def _report(
     )
 
 
-def _silent_features(never_active: Iterable[tuple[int, int]]) -> tuple[str, ...]:
-    """One line for each layer."""
+def _silent_features(never_active: Iterable[tuple[int, int]], *, corpus: bool) -> tuple[str, ...]:
+    """One line for each layer; `corpus`: the forget corpus was looked at too."""
     by_layer: dict[int, list[str]] = {}
     for layer, feature in never_active:
         by_layer.setdefault(layer, []).append(str(feature))
+    also = f", nor in the first {TEXT_TOKENS:,} tokens of the forget corpus" if corpus else ""
     return tuple(
-        f"layer {layer}: never active on the forget questions, nor in the first "
-        f"{TEXT_TOKENS:,} tokens of the forget corpus: feature {', '.join(features)}"
+        f"layer {layer}: never active on the forget questions{also}: feature {', '.join(features)}"
         for layer, features in by_layer.items()
     )
 

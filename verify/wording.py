@@ -57,6 +57,21 @@ def share_of(
     return None if accuracy is None or not n else Share(round(getattr(accuracy, form) * n), n)
 
 
+def shown_text(report: VerifyReport) -> str | None:
+    """What all engines were shown; None where they were shown nothing side by side."""
+    if (items := report.items) is None:
+        return None
+    shown = []
+    if items.forget_questions or items.retain_questions:
+        shown.append(
+            f"{items.forget_questions:,} questions to be forgotten, {items.retain_questions:,} "
+            "to be kept, each in two prompt forms"
+        )
+    if items.text_tokens:
+        shown.append(f"{items.text_tokens:,} tokens of text")
+    return ", and ".join(shown) or None
+
+
 # --------------------------------------------------------------------------- shares
 
 
@@ -151,7 +166,7 @@ def loss_text(part: LossPart) -> str:
     """Loss added on a part of the tokens."""
     if not part.n_tokens:
         return "no tokens"
-    return f"{nats(part.mean)} nats/token on {part.n_tokens:,}"
+    return f"{nats(part.mean)} nats/token on {part.n_tokens:,} tokens"
 
 
 # --------------------------------------------------------------------------- attacks
