@@ -23,7 +23,8 @@ from conftest import (
 from bake.recipe import QuestionSource, Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from verify.choices import best_letters, letter_log_likelihoods, letter_tokens
-from verify.harness import HarnessError, HarnessResult, run_harness, write_tasks
+from verify.harness import HarnessResult, run_harness
+from verify.harness_tasks import HarnessError, write_tasks
 from verify.prompts import batches, question_prompts
 from verify.questions import Question, load_questions
 from verify.reference import Oracle

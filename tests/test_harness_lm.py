@@ -9,8 +9,8 @@ import torch
 from conftest import tiny_base, tiny_tokenizer
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
-from verify.harness import HarnessError
 from verify.harness_lm import RunnerLM, continuation_score
+from verify.harness_tasks import HarnessError
 from verify.runners import HookedRunner
 
 

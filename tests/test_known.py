@@ -292,10 +292,7 @@ def test_digests_tell_models_apart(tmp_path: Path) -> None:
     first = model_digest(model)
     assert model_digest(model) == first
     os.utime(weights, ns=(1, 1))
-    second = model_digest(model)
-    (model / "manifest.json").write_text("{}")
-    third = model_digest(model)
-    os.utime(weights, ns=(2, 2))
-    assert model_digest(model) == third  # the manifest answers for what is in the files
-    (model / "manifest.json").write_text('{"a": 1}')
-    assert len({first, second, third, model_digest(model)}) == 4
+    assert len({first, model_digest(model)}) == 2
+    weights.write_bytes(b"other weights")
+    os.utime(weights, ns=(1, 1))
+    assert len({first, model_digest(model)}) == 2

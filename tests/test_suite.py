@@ -28,7 +28,7 @@ from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from verify import torch_worker
-from verify.harness import HarnessError
+from verify.harness_tasks import HarnessError
 from verify.kinds import KindError, Options
 from verify.reading import check_fresh, report_from_dict
 from verify.report import VerifyReport

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from bake.errors import BakeoutError, OutputError
+from bake.errors import OutputError
+from verify.harness_tasks import HarnessError, write_tasks
 from verify.journal import Journal, Progress
 from verify.material import Material
 from verify.measures import HarnessScore
-from verify.questions import LETTERS, Question
+from verify.questions import Question
 from verify.runners import Runner
 
 LOCAL = "local"
 """The name that stands for the questions at hand."""
-TASK_NAME = re.compile(r"[a-z0-9_]+")
-TEMPLATE = (
-    "The following are multiple choice questions (with answers)"
-    "{% if topic %} about {{topic}}{% endif %}.\n\n"
-    "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\n"
-    "D. {{choices[3]}}\nAnswer:"
-)
-"""What a local question looks like. Source: the harness's own tasks `wmdp_bio` and `mmlu`."""
-
-
-class HarnessError(BakeoutError):
-    """lm-evaluation-harness is not installed, or a task cannot be loaded or scored."""
 
 
 @dataclass(frozen=True)
@@ -147,9 +135,9 @@ def check_harness(tasks: Sequence[str], evals: Path) -> None:
         HarnessError: it is not installed, or has no task of a name.
         OutputError: the folder cannot be written.
     """
-    manager = _task_manager()
+    _task_manager()
     named = [task for task in tasks if task != LOCAL]
-    known = manager().all_tasks if named else []
+    known = _own_tasks().all_tasks if named else []
     for task in named:
         if task not in known and not Path(task).is_file():
             raise HarnessError(
@@ -171,12 +159,19 @@ def _unwritable(evals: Path, error: OSError) -> OutputError:
 def _task_manager() -> Any:
     """The harness's own class."""
     try:
+        import lm_eval  # noqa: F401
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise HarnessError(
             "lm-evaluation-harness is not installed; pip install 'bakeout[eval]'"
         ) from error
     return TaskManager
+
+
+@cache
+def _own_tasks() -> Any:
+    """All that the harness brings along; to find them takes seconds."""
+    return _task_manager()()
 
 
 def _results(
@@ -187,52 +182,6 @@ def _results(
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def write_tasks(folder: Path, tasks: Mapping[str, Sequence[Question]]) -> None:
-    """Task files for local questions, which `lm_eval --include_path FOLDER` takes too.
-
-    Args:
-        folder: an existing folder; one `.yaml` and one `.jsonl` per task are written into it, and
-            the harness keeps what it makes of them there.
-        tasks: per name, its questions.
-
-    Raises:
-        HarnessError: a name is not made of a to z, 0 to 9 and _.
-    """
-    for name, questions in tasks.items():
-        if not TASK_NAME.fullmatch(name):
-            raise HarnessError(f"task {name!r}: expected a name of a to z, 0 to 9 and _")
-        data = folder.resolve() / f"{name}.jsonl"
-        rows = [
-            {
-                "question": question.question,
-                "choices": question.choices,
-                "answer": question.answer,
-                "topic": question.topic or "",
-                "row": question.row,
-            }
-            for question in questions
-        ]
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        config = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {
-                "data_files": {"test": str(data)},
-                "cache_dir": str(data.with_suffix("")),
-            },
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": TEMPLATE,
-            "doc_to_choice": list(LETTERS),
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
-        # JSON is YAML, and quotes whatever a path may hold.
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        data.with_suffix(".yaml").write_text(text, encoding="utf-8")
 
 
 def run_harness(
@@ -264,14 +213,12 @@ def run_harness(
 
     from verify.harness_lm import RunnerLM
 
-    # What the harness and datasets draw and say on stderr is no part of ours.
-    quiet = redirect_stderr(io.StringIO())
-    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder, quiet:
+    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder, _silent():
         if isinstance(tasks, Mapping):
             write_tasks(Path(folder), tasks)
             manager = task_manager(include_path=folder, include_defaults=False)
         else:
-            manager = task_manager()
+            manager = _own_tasks()
         found = simple_evaluate(
             model=RunnerLM(runner, tokenizer, batch_size=batch_size, max_length=max_length),
             tasks=_loaded(manager, list(tasks)),
@@ -280,6 +227,19 @@ def run_harness(
             limit=limit,
         )
     return _result(found)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What the harness, its data sets and the git that it asks say on stderr is no part of ours."""
+    saved = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def _loaded(manager: Any, names: Sequence[str]) -> list[Any]:

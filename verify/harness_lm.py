@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from verify.harness import HarnessError
+from verify.harness_tasks import HarnessError
 from verify.prompts import Batch, Prompt, batches, bos_id, left_padded
 from verify.runners import Runner
 

@@ -83,8 +83,8 @@ class Journal:
             self._file.close()
             self._file = None
         if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # before others may have it
             self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock = None
 
     def __enter__(self) -> Self:

@@ -23,7 +23,7 @@ import numpy as np
 
 from bake.errors import ModelError, OutputError
 from verify.choices import letter_log_likelihoods
-from verify.journal import Journal, Progress
+from verify.journal import Journal, Progress, files_below
 from verify.material import Material
 from verify.measures import KnownSet, Share
 from verify.prompts import chat_text
@@ -221,24 +221,16 @@ def _key(model: str, questions: Sequence[Question]) -> str:
 
 
 def model_digest(folder: Path) -> str:
-    """What tells a model's folder from others without reading its weights.
-
-    Its manifest and the names and sizes of its files; without a manifest, names, sizes and times of
-    change.
+    """What tells a model's folder from others without reading its weights: the names, sizes and
+    times of change of its files.
 
     Raises:
         ModelError: it is no folder, or an empty one.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    files = files_below([folder])
     if not files:
         raise ModelError(f"{folder}: is no folder with files; expected a model's")
-    manifest = folder / "manifest.json"
-    told = manifest.read_text(encoding="utf-8", errors="replace") if manifest.is_file() else None
-    listing = [
-        (path.name, path.stat().st_size, None if told is not None else path.stat().st_mtime_ns)
-        for path in files
-    ]
-    return hashlib.sha256(json.dumps([told, listing]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def _read(path: Path, questions: Sequence[Question]) -> tuple[int, ...] | None:

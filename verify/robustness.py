@@ -103,7 +103,8 @@ def attack(
     tell(0)
     attacks.append(_suffix(exam, questions, asked, budget, tell))
     tell(0)
-    attacks += rounded_weights(engines, form, len(questions))
+    others = [engine for engine in engines if engine.name != unlearned.name]
+    attacks += rounded_weights(others, form, len(questions))
     return Robustness(unlearned.name, form, tuple(attacks))
 
 

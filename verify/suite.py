@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bake.base import INDEX
+from bake.base import INDEX, find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from verify.clamped_folder import (
@@ -120,7 +120,7 @@ def verify_folder(
             "kinds": sorted(measured),
             "device": [options.device, engines.threads],
             "asked": [options.budget, options.tasks],
-            "files": files_below([folder, *recipe.local_sources]),
+            "files": files_below([folder, find_base(recipe).folder, *recipe.local_sources]),
         }
         path = None if options.cache is None else journal_path(options.cache, work)
         with Journal(path) as journal:
