@@ -444,14 +444,21 @@ def _move_paths(table: dict[str, Any], old: Path, new: Path) -> None:
             table[key] = Path(os.path.relpath(old / entry, new)).as_posix()
 
 
+_EXPECTED = {"model_type": "a table", "dict_type": "a table", "list_type": "a list"}
+"""What pydantic's errors expected, in the words of TOML."""
+
+
 def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     """The first trouble of a ValidationError as `key: got …, expected …`, and how many more."""
-    first, *more = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
+    errors = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
+    # A misspelt key leaves another one missing: the key that is there says more.
+    first, *more = sorted(errors, key=lambda e: e["type"] != "extra_forbidden")
     key = ""
     for part in first["loc"]:
         key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(first["loc"][-1]), sorted(_all_keys(root)), 1)
+        known = _all_keys(root) - {str(first["loc"][-1])}  # it may be one of another table
+        close = difflib.get_close_matches(str(first["loc"][-1]), sorted(known), 1)
         hint = f"; did you mean `{close[0]}`?" if close else "; remove it"
         text = f"unknown key{hint}"
     elif first["type"] == "missing":
@@ -459,7 +466,7 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
     elif first["type"] == "value_error":
         text = str(first["ctx"]["error"])
     else:
-        message = first["msg"].removeprefix("Input should be ")
+        message = _EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be "))
         text = f"got {first['input']!r}, expected {message}"
     suffix = f" (and {len(more)} more)" if more else ""
     return f"{key}: {text}{suffix}" if key else f"{text}{suffix}"

@@ -134,6 +134,7 @@ def _benchmarks(report: VerifyReport) -> Iterator[str]:
     before = {} if base is None else {score.task: score.accuracy for score in base.harness}
     for score in engine.harness[:SHOWN_TASKS]:
         was = f"base {before[score.task]:.3f}, " if score.task in before else ""
-        yield _line("harness", f"{score.task}: {was}{title_of(engine)} {score.accuracy:.3f}")
+        scores = f"{was}{title_of(engine)} {score.accuracy:.3f}"
+        yield _line("harness", f"{score.task}: {scores} (its own prompt form)")
     if len(engine.harness) > SHOWN_TASKS:
         yield _line("harness", f"… and {len(engine.harness) - SHOWN_TASKS} more tasks")

@@ -41,7 +41,12 @@ def progress(title: str) -> Iterator[Callable[[str, float], None]]:
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
-        yield lambda what, share: bar.update(task, description=escape(what), completed=share)
+
+        def advance(what: str, share: float) -> None:
+            # A task that is complete stops its clock, and the next stage begins at 0 again.
+            bar.update(task, description=escape(what), completed=min(share, 0.999))
+
+        yield advance
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:

@@ -43,8 +43,8 @@ def test_one_line_a_figure() -> None:
         "attack     padding: forget 0.933 → 0.292, n = 120",
         "attack     suffix: not measured: needs a budget, and none was given",
         "attack     weights: onnx-int4: forget 0.950 → 0.258, n = 120",
-        "harness    wmdp_bio: base 0.950, checkpoint 0.300",
-        "harness    mmlu: base 0.950, checkpoint 0.938",
+        "harness    wmdp_bio: base 0.950, checkpoint 0.300 (its own prompt form)",
+        "harness    mmlu: base 0.950, checkpoint 0.938 (its own prompt form)",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
@@ -45,6 +46,11 @@ def test_good_recipe_and_its_way_back_through_toml(tmp_path: Path) -> None:
     [
         ("value = -30", "valeu = -30", r"clamp\[0\]\.valeu: unknown key; did you mean `value`"),
         ("schema = 1", "schema = 2", r"schema: got 2, expected 1"),
+        (
+            "features = [",
+            "featurse = [",
+            r"clamp\[0\]\.featurse: unknown key; did you mean `features`",
+        ),
         ("schema = 1", "", r"schema: missing"),
         ("value = -30", "", r'method "clamp" needs `value`'),
         ("value = -30", "value = inf", r"clamp\[0\]\.value: got inf, expected a finite number"),
@@ -171,3 +177,30 @@ def test_shipped_recipes_are_the_published_settings() -> None:
     potter = recipes["gemma-2b-harry-potter"].clamp[0]
     assert (potter.method, potter.features) == ("zero", [10130, 776])
     assert all(recipe.base.license == "gemma" for recipe in recipes.values())
+
+
+@pytest.mark.parametrize(
+    ("table", "match"),
+    [
+        ({"reworded": {"german": "x"}}, r"verify\.reworded\.german: got 'x', expected a table$"),
+        (
+            {"reworded": {"german": {"path": "x", "field": "y"}}},
+            r"verify\.reworded\.german\.field: unknown key; (did you mean `(?!field)|remove it)",
+        ),
+        (
+            {"completions": {"promts": {"path": "x"}}},
+            r"promts: unknown key; did you mean `prompts`",
+        ),
+        (
+            {"completions": {"prompts": {"path": "x"}, "topic_words": "bell"}},
+            r"topic_words: got 'bell', expected a list$",
+        ),
+    ],
+)
+def test_what_is_wrong_in_the_optional_tables_is_named(table: dict[str, Any], match: str) -> None:
+    source = {"path": "q.jsonl"}
+    verify = {"forget_questions": source, "retain_questions": source, "text": source, **table}
+    clamp = {"sae": {"path": "sae"}, "method": "zero", "features": [1]}
+    data = {"schema": 1, "base": {"model": "m"}, "clamp": [clamp], "verify": verify}
+    with pytest.raises(RecipeError, match=match):
+        Recipe.parse(data, name="recipe.toml", folder=Path())

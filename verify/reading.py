@@ -16,7 +16,7 @@ from export.new_folder import MANIFEST
 from verify.integrity import CARD, check_integrity, read_manifest
 from verify.report import SCHEMA, VerifyReport
 
-_AGAIN = "run `bakeout verify FOLDER --json FILE` again"
+_AGAIN = "run `bakeout verify FOLDER --recipe RECIPE --json FILE` again"
 
 
 def read_report(file: Path) -> VerifyReport:
