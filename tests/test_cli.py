@@ -185,7 +185,7 @@ def test_terminated_bake_leaves_the_old_folder_and_no_trace(recipe: Path, tmp_pa
         "import sys, time, export.copying as c; from bakeout.cli import run\n"
         "real = c.os.fsync\n"
         "def slow(fd):\n"
-        "    print('copying', flush=True); time.sleep(60); real(fd)\n"
+        "    c.os.write(1, b'copying\\n'); time.sleep(60); real(fd)\n"  # whole, from any thread
         "c.os.fsync = slow\n"
         f"sys.exit(run(['bake', {str(recipe)!r}, '--out', {str(out)!r}, '--force']))\n"
     )
