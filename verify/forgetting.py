@@ -85,7 +85,8 @@ class Forgetting:
             self.hooked.base,
             self.unlearned,
             self.hooked.material,
-            model=f"{model_digest(find_base(self.recipe).folder)} {self.hooked.dtype}",
+            model=f"{model_digest(find_base(self.recipe).folder)} {self.hooked.dtype} "
+            f"{self.hooked.model.device.type}",
             cache=None if cache is None else cache / "known",
             journal=self.journal,
             progress=self.progress,

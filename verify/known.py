@@ -116,7 +116,7 @@ def measure_known(
         base: the base.
         unlearned: the engine, with a model of its own: it computes beside the base.
         material: forget and retain questions.
-        model: what tells this base from others: `model_digest` of its folder, and its dtype.
+        model: what tells this base from others: `model_digest` of its folder, its dtype and device.
         cache: folder in which the base's known questions are kept; None keeps nothing.
         journal: of a run that was interrupted, or empty.
         progress: told how far it is.
@@ -186,17 +186,18 @@ class _Pair:
                 after.append(int(self.journal.once(name, future.result)))
 
         for done, question in enumerate(questions, 1):
+            ids = _order_ids(question, self.material)
             if kept is None:
-                ids = _order_ids(question, self.material)
                 ask = partial(self._n_right, self.base, question, ids)
-                n_right = self.journal.once(self._name(self.base, question), ask)
-            if n_right == len(ORDERS) if kept is None else question.row in kept:
+                knows = self.journal.once(self._name(self.base, question), ask) == len(ORDERS)
+            else:
+                knows = question.row in kept
+            if knows:
                 known.append(question.row)
                 name, future = self._name(self.unlearned, question), Future[int]()
                 if self.journal.has(name):
                     future.set_result(0)  # nobody looks at it
                 else:
-                    ids = _order_ids(question, self.material)
                     future = self.pool.submit(self._n_right, self.unlearned, question, ids)
                 waiting.append((name, future))
             collect(AHEAD)
