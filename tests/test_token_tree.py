@@ -13,7 +13,7 @@ from verify.prompts import Prompt, left_padded
 from verify.reference import Oracle
 from verify.runners import HookedRunner, Runner, TorchRunner, TreeRunner
 from verify.stock import load_base
-from verify.token_tree import merge
+from verify.token_tree import TokenTree, merge
 from verify.whole_sae import load_sites
 
 # Longer than the tiny models' sliding window of 8, and of unequal parts.
@@ -39,15 +39,17 @@ def test_sequences_come_back_out_of_the_tree() -> None:
 @pytest.fixture(params=["parted", "one row"])
 def one_row(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "parted":
+        tensors = TokenTree.tensors
         monkeypatch.setattr("verify.token_tree.ONE_ROW", 0)
+        monkeypatch.setattr(TokenTree, "tensors", lambda self, _: tensors(self, 0))
 
 
 def test_a_token_sees_its_own_sequence_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = merge([(1, 2, 3), (1, 4)]).tensors()
+    small = merge([(1, 2, 3), (1, 4)]).tensors(0)
     assert small["trunk"].shape == (1, 0) and small["input_ids"].tolist() == [[1, 2, 3, 4]]
     monkeypatch.setattr("verify.token_tree.ONE_ROW", 0)
     tree = merge([(1, 2, 3), (1, 4), (1, 2, 5), (1, 2, 5)])
-    tensors = {name: tensor.tolist() for name, tensor in tree.tensors().items()}
+    tensors = {name: tensor.tolist() for name, tensor in tree.tensors(0).items()}
     assert tensors["trunk"] == [[1]]
     assert tensors["input_ids"] == [[2, 3, 5], [0, 0, 4]]
     assert tensors["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
@@ -75,7 +77,7 @@ def test_the_trunk_ends_where_a_sequence_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("verify.token_tree.ONE_ROW", 0)
-    tensors = merge(sequences).tensors()
+    tensors = merge(sequences).tensors(0)
     assert (tensors["trunk"].shape[1], len(tensors["input_ids"])) == (trunk, branches)
     for sequence, (row, node) in zip(sequences, tensors["ends"].tolist(), strict=True):
         seen = tensors["visible"][row, node]

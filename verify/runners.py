@@ -115,7 +115,8 @@ class HookedRunner:
         """See `TreeRunner.tree_logits`."""
         hooks = nullcontext() if self._oracle is None else self._oracle.applied()
         with hooks:
-            logits: Tensor = torch_worker.tree_logits(self._model, tree.tensors())
+            width = self._model.config.get_text_config().hidden_size
+            logits: Tensor = torch_worker.tree_logits(self._model, tree.tensors(width))
         return logits
 
     def close(self) -> None:
@@ -143,6 +144,7 @@ class TorchRunner:
     def __init__(self, folder: Path, name: str = "checkpoint", needs: str | None = None) -> None:
         self.name = name
         self._folder = folder
+        self._hidden_size = 0
         self._scratch = tempfile.TemporaryDirectory(prefix="bakeout-verify-")
         scratch = Path(self._scratch.name)
         self._stderr = (scratch / "stderr").open("wb")
@@ -189,6 +191,7 @@ class TorchRunner:
             raise FolderError(
                 f"{self._folder.name}: loads as {found['dtype']}; expected the base's {dtype}"
             )
+        self._hidden_size = int(found["hidden_size"])
         return found["class"]
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
@@ -201,7 +204,7 @@ class TorchRunner:
 
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""
-        _, tensors = self._ask({"op": "tree"}, **tree.tensors())
+        _, tensors = self._ask({"op": "tree"}, **tree.tensors(self._hidden_size))
         logits: Tensor = tensors["logits"]
         return logits
 

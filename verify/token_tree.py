@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 ONE_ROW = 320
-"""Most tokens of a tree that is read in one row: a second forward pass costs more than attention
-between branches that do not see one another."""
+"""Most tokens of a tree that is read in one row, where the model is no wider: up to there a second
+forward pass costs more than attention between branches that do not see one another. The wider a
+model, the less of its work is attention."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class TokenTree:
     ends: tuple[int, ...]
     """Per sequence, the node of its last token."""
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, hidden_size: int) -> dict[str, Tensor]:
         """What a model needs to read it: the trunk that all sequences share, then a row for each
-        branch off it, padded on the left, every row's ends last.
+        branch off it, padded on the left, every row's ends last. A tree that is small for the model
+        has no trunk and one branch.
+
+        Args:
+            hidden_size: of the model.
 
         Returns:
             trunk: [1, shared] token ids.
@@ -47,7 +52,8 @@ class TokenTree:
         """
         import torch
 
-        trunk, branches = self._parted()
+        small = len(self.ids) <= max(ONE_ROW, hidden_size)
+        trunk, branches = ([], [list(range(len(self.ids)))]) if small else self._parted()
         last = set(self.ends)
         depth = np.zeros(len(self.ids), dtype=int)
         for node, parent in enumerate(self.parents):
@@ -76,17 +82,13 @@ class TokenTree:
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
     def _parted(self) -> tuple[list[int], list[list[int]]]:
-        """Nodes of the trunk, which no sequence ends in; and of each branch, parents first. A small
-        tree has no trunk and one branch.
-        """
+        """Nodes of the trunk, which no sequence ends in; and of each branch, parents first."""
         children: list[list[int]] = [[] for _ in self.ids]
         heads: list[int] = []
         for node, parent in enumerate(self.parents):
             (children[parent] if parent >= 0 else heads).append(node)
         trunk: list[int] = []
         last = set(self.ends)
-        if len(self.ids) <= ONE_ROW:
-            return [], [list(range(len(self.ids)))]
         while len(heads) == 1 and heads[0] not in last:
             trunk.append(heads[0])
             heads = children[heads[0]]

@@ -5,7 +5,7 @@ Started by path with `python -I`; needs torch, transformers and safetensors only
 stdin, answers go to stdout, each as eight bytes of length (little endian) and that many bytes of
 safetensors; what a message says besides tensors stands in the safetensors' metadata:
 
-    {"op": "load", "dtype", "device", "threads"}                   -> {"dtype", "class"}
+    {"op": "load", "dtype", "device", "threads"} -> {"dtype", "class", "hidden_size"}
     {"op": "logits", "last_only"}, input_ids, attention_mask       -> logits, float32
     {"op": "decoded", "n_last"}, input_ids, attention_mask         -> logits, float32
     {"op": "tree"}, what verify.token_tree.TokenTree.tensors gives -> logits, float32
@@ -224,7 +224,8 @@ def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker)
                     model = load_model(folder, asked)
                     loaded = (asked["dtype"], asked["device"])
                 dtype = str(model.dtype).removeprefix("torch.")
-                answer = pack({"dtype": dtype, "class": type(model).__name__})
+                width = str(model.config.get_text_config().hidden_size)
+                answer = pack({"dtype": dtype, "class": type(model).__name__, "hidden_size": width})
             elif asked["op"] == "decoded":
                 answer = pack({}, {"logits": decoded(model, tensors, int(asked["n_last"]))})
             elif asked["op"] == "tree":
