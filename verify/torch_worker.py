@@ -131,9 +131,10 @@ def tree_logits(model: Any, tensors: dict[str, Any]) -> Any:
     trunk, ids, ends = here["trunk"], here["input_ids"], here["ends"]
     (rows, width), shared = ids.shape, trunk.shape[1]
     before = torch.arange(shared, device=model.device)[None]
-    cache = DynamicCache()  # without a config it keeps what is beyond a sliding window
+    # Without a config a cache keeps what is beyond a sliding window.
+    cache = DynamicCache() if shared else None
     with torch.inference_mode():
-        if shared:
+        if cache is not None:
             model(
                 input_ids=trunk,
                 attention_mask=torch.ones_like(trunk),
@@ -164,7 +165,7 @@ def tree_logits(model: Any, tensors: dict[str, Any]) -> Any:
                 ),
                 position_ids=here["position_ids"],
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
                 logits_to_keep=width - int(ends[:, 1].min()),
             )
         finally:
