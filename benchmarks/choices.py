@@ -29,7 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.recipe import QuestionSource, Recipe
 from verify.choices import letter_log_likelihoods, letter_tokens
-from verify.known import ORDERS, in_order, score_orders
+from verify.known import ORDERS, in_order, order_ids, score_orders
 from verify.material import Material
 from verify.prompts import chat_text, plain_text
 from verify.questions import Question, load_questions
@@ -141,7 +141,10 @@ def orders(case: Case, rounds: int) -> None:
 
     def tree() -> np.ndarray:
         material = Material({}, [], letters, case.tokenizer)
-        scored = [score_orders(runner, question, material) for question in case.questions]
+        scored = [
+            score_orders(runner, question, order_ids(question, material), material)
+            for question in case.questions
+        ]
         return np.stack([scores.log_likelihoods for scores in scored])
 
     tokens = [prompts(question) for question in case.questions]

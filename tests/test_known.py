@@ -24,7 +24,14 @@ from bake.errors import ModelError, OutputError
 from bake.recipe import QuestionSource, Recipe
 from verify.choices import letter_tokens
 from verify.journal import Journal
-from verify.known import ORDERS, in_order, measure_known, model_digest, score_orders
+from verify.known import (
+    ORDERS,
+    in_order,
+    measure_known,
+    model_digest,
+    order_ids,
+    score_orders,
+)
 from verify.material import Material
 from verify.measures import KnownSet, Share
 from verify.prompts import chat_text
@@ -107,7 +114,10 @@ def test_orders_score_as_separate_prompts(
     monkeypatch.setattr("verify.scoring.TREE_TOKENS", tree_tokens)
     scored: dict[str, np.ndarray] = {}
     for runner in (world.base, world.reference, PlainOnly(world.reference)):
-        found = [score_orders(runner, question, world.material) for question in world.questions]
+        found = [
+            score_orders(runner, question, order_ids(question, world.material), world.material)
+            for question in world.questions
+        ]
         assert [scores.row for scores in found] == [1, 2, 3]
         scored[runner.name] = np.stack([scores.log_likelihoods for scores in found])
         whole = world.base if runner is world.base else world.reference

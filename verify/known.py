@@ -72,26 +72,23 @@ class OrderScores:
         return self.n_right == len(ORDERS)
 
 
-def score_orders(runner: Runner, question: Question, material: Material) -> OrderScores:
+def order_ids(question: Question, material: Material) -> list[tuple[int, ...]]:
+    """[24] the question's prompt under each order, as tokens."""
+    texts = [chat_text(in_order(question, order)) for order in ORDERS]
+    return token_ids(texts, material.tokenizer)
+
+
+def score_orders(
+    runner: Runner, question: Question, ids: Sequence[tuple[int, ...]], material: Material
+) -> OrderScores:
     """A question under the 24 orders.
 
     Args:
         runner: an engine. Of a hooked reference, `tokens_fired` counts what is shared once.
         question: any.
-        material: whose tokenizer and letters are taken.
+        ids: its `order_ids`. Tokenizers do not like threads, and engines run in several.
+        material: whose letters are taken.
     """
-    return _scored(runner, question, _order_ids(question, material), material)
-
-
-def _order_ids(question: Question, material: Material) -> list[tuple[int, ...]]:
-    """The question's prompt under each order, as tokens."""
-    texts = [chat_text(in_order(question, order)) for order in ORDERS]
-    return token_ids(texts, material.tokenizer)
-
-
-def _scored(
-    runner: Runner, question: Question, ids: Sequence[tuple[int, ...]], material: Material
-) -> OrderScores:
     logits = last_logits(runner, ids, material.tokenizer)
     return OrderScores(
         row=question.row,
@@ -186,7 +183,7 @@ class _Pair:
                 after.append(int(self.journal.once(name, future.result)))
 
         for done, question in enumerate(questions, 1):
-            ids = _order_ids(question, self.material)
+            ids = order_ids(question, self.material)
             if kept is None:
                 ask = partial(self._n_right, self.base, question, ids)
                 knows = self.journal.once(self._name(self.base, question), ask) == len(ORDERS)
@@ -209,7 +206,7 @@ class _Pair:
         return f"orders {runner.name} {self.source} {question.row}"
 
     def _n_right(self, runner: Runner, question: Question, ids: Sequence[tuple[int, ...]]) -> int:
-        return _scored(runner, question, ids, self.material).n_right
+        return score_orders(runner, question, ids, self.material).n_right
 
 
 # --------------------------------------------------------------------------- kept on disk
