@@ -34,7 +34,7 @@ from verify.material import Material
 from verify.prompts import chat_text, plain_text
 from verify.questions import Question, load_questions
 from verify.runners import HookedRunner
-from verify.scoring import score_plain
+from verify.scoring import last_logits, token_ids
 from verify.stock import load_base, load_tokenizer
 from verify.token_tree import merge
 
@@ -172,7 +172,12 @@ def plain(case: Case, rounds: int) -> None:
     lm = HFLM(pretrained=case.model, tokenizer=case.tokenizer, batch_size=BATCH_SIZE)
 
     def ours() -> np.ndarray:
-        return score_plain(runner, case.questions, case.tokenizer, letters, at_once=BATCH_SIZE)
+        found = []
+        for start in range(0, len(case.questions), BATCH_SIZE):
+            texts = [plain_text(q) for q in case.questions[start : start + BATCH_SIZE]]
+            logits = last_logits(runner, token_ids(texts, case.tokenizer), case.tokenizer)
+            found.append(letter_log_likelihoods(logits, letters)[..., 1])
+        return np.concatenate(found)
 
     def theirs() -> np.ndarray:
         requests = [

@@ -1,15 +1,11 @@
-"""How likely each letter is after a prompt: what prompts share is computed once where that goes."""
+"""What follows several prompts: what they share is computed once where that goes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from verify.choices import LetterTokens, letter_log_likelihoods
-from verify.prompts import Prompt, batches, bos_id, plain_text
-from verify.questions import LETTERS, Question
+from verify.prompts import Prompt, batches, bos_id
 from verify.runners import Runner, TreeRunner
 from verify.token_tree import merge
 
@@ -21,38 +17,6 @@ TREE_TOKENS = 2048
 LEAST_SHARED = 0.15
 """Share of the tokens that a tree must save: attention pays for sequences that see nothing of one
 another, so that one which saves less is slower than batches."""
-AT_ONCE = 16
-"""Questions in one tree: what they share is the line that names the subject."""
-
-
-def score_plain(
-    runner: Runner,
-    questions: Sequence[Question],
-    tokenizer: Any,
-    letters: LetterTokens,
-    *,
-    at_once: int = AT_ONCE,
-) -> np.ndarray:
-    """Every question in plain form.
-
-    Args:
-        runner: an engine.
-        questions: any; neighbours of one subject share most.
-        tokenizer: the base model's.
-        letters: of that tokenizer.
-        at_once: how many questions a forward pass has at most.
-
-    Returns:
-        [questions, 4] float64, nats: log-likelihoods of " A" to " D".
-
-    Source: lm-evaluation-harness, tasks `wmdp_bio` and `mmlu`.
-    """
-    found = []
-    for start in range(0, len(questions), at_once):
-        texts = [plain_text(question) for question in questions[start : start + at_once]]
-        logits = last_logits(runner, token_ids(texts, tokenizer), tokenizer)
-        found.append(letter_log_likelihoods(logits, letters)[..., 1])
-    return np.concatenate(found) if found else np.zeros((0, len(LETTERS)))
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
