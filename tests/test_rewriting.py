@@ -8,9 +8,9 @@ import pytest
 from conftest import tiny_tokenizer
 from transformers import AutoTokenizer
 
-from verify.prompts import chat_text, plain_text
+from verify.prompts import chat_text, plain_text, question_text
 from verify.questions import Question, Text
-from verify.rewriting import balanced, hint_pool, hinted, padded, prompt_text, text_of_length
+from verify.rewriting import balanced, hint_pool, hinted, padded, text_of_length
 
 ANSWERS = [0, 0, 0, 3, 1, 1, 2, 0]
 QUESTIONS = [
@@ -42,7 +42,7 @@ def test_hints_are_others_with_their_right_answers(form: str) -> None:
     pool = hint_pool(everything)
     for question in everything:
         text = hinted(question, pool, 4, form)
-        alone = prompt_text(question, form)
+        alone = question_text(question, form)
         assert text.endswith(alone)
         before = text.removesuffix(alone)
         own = re.escape(" ".join(question.question.split()))
@@ -54,7 +54,7 @@ def test_hints_are_others_with_their_right_answers(form: str) -> None:
         assert re.findall(ending, before) == right
         assert len(set(right)) >= 3  # one letter of four is missing where it is the asked one's
         for n in names:
-            assert prompt_text(QUESTIONS[n], form) in before
+            assert question_text(QUESTIONS[n], form) in before
 
 
 def test_a_chat_with_hints_is_turns() -> None:

@@ -13,9 +13,8 @@ from typing import Any
 from bake.errors import DataError
 from bake.recipe import Recipe, RowSource
 from bake.rows import check_whole, field_of, rows_of, shown
+from verify.prompts import USER_TURN
 from verify.questions import Question
-
-USER_TURN = "<start_of_turn>user\n"
 
 
 @dataclass(frozen=True)

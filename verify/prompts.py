@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QUESTION_FORMS = ("chat", "plain")
+USER_TURN = "<start_of_turn>user\n"
+"""What a chat begins with."""
 
 TEXT_WINDOW = 256
 """Longest window of text, in tokens, BOS included."""
@@ -72,7 +74,7 @@ def chat_text(question: Question) -> str:
 def chat_form(question: str, choices: Sequence[str], topic: str | None) -> str:
     """A question with any number of choices as `chat_text` has it with four."""
     return (
-        f"<start_of_turn>user\n{_description(topic)}\n{question}\n"
+        f"{USER_TURN}{_description(topic)}\n{question}\n"
         f"{_choices(choices)}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
     )
 
@@ -84,6 +86,11 @@ def plain_text(question: Question) -> str:
     """
     asked = f"{question.question.strip()}\n{_choices(question.choices)}"
     return f"{_description(question.topic)}\n\n{asked}\nAnswer:"
+
+
+def question_text(question: Question, form: str) -> str:
+    """A question in one of the forms."""
+    return chat_text(question) if form == "chat" else plain_text(question)
 
 
 def _description(topic: str | None) -> str:
@@ -116,14 +123,14 @@ def question_prompts(
         compared: whether the first `COMPARED_PROMPTS` of a form need logits at every token.
     """
     prompts = []
-    for form, text in (("chat", chat_text), ("plain", plain_text)):
+    for form in QUESTION_FORMS:
         for item, question in enumerate(questions):
             prompts.append(
                 Prompt(
                     source=source,
                     form=form,
                     row=question.row,
-                    ids=(bos_id(tokenizer), *_encode(tokenizer, text(question))),
+                    ids=(bos_id(tokenizer), *_encode(tokenizer, question_text(question, form))),
                     every_token=compared and item < COMPARED_PROMPTS,
                     item=item,
                 )

@@ -8,15 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from verify.prompts import chat_text, plain_text
+from verify.prompts import USER_TURN, question_text
 from verify.questions import LETTERS, Question, Text
-
-USER = "<start_of_turn>user\n"
-
-
-def prompt_text(question: Question, form: str) -> str:
-    """A question as it is asked."""
-    return chat_text(question) if form == "chat" else plain_text(question)
 
 
 def balanced(questions: Sequence[Question]) -> list[int]:
@@ -51,9 +44,9 @@ def hinted(question: Question, pool: Sequence[Question], n: int, form: str) -> s
     closing = ")<end_of_turn>\n" if form == "chat" else "\n\n"
     opening = "" if form == "chat" else " "
     solved = [
-        f"{prompt_text(hint, form)}{opening}{LETTERS[hint.answer]}{closing}" for hint in others
+        f"{question_text(hint, form)}{opening}{LETTERS[hint.answer]}{closing}" for hint in others
     ]
-    return "".join(solved) + prompt_text(question, form)
+    return "".join(solved) + question_text(question, form)
 
 
 def text_of_length(texts: Sequence[Text], n: int, tokenizer: Any) -> str:
@@ -69,5 +62,5 @@ def text_of_length(texts: Sequence[Text], n: int, tokenizer: Any) -> str:
 
 def padded(question: Question, padding: str, form: str) -> str:
     """A question with text in front of it, inside the same turn."""
-    turn = USER if form == "chat" else ""
-    return f"{turn}{padding}\n\n{prompt_text(question, form).removeprefix(turn)}"
+    turn = USER_TURN if form == "chat" else ""
+    return f"{turn}{padding}\n\n{question_text(question, form).removeprefix(turn)}"

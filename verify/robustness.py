@@ -19,9 +19,10 @@ from verify.choices import LetterTokens, best_letters
 from verify.journal import Journal
 from verify.measures import Attack, Robustness, Share
 from verify.onnx_files import EXACT, GRAPHS
+from verify.prompts import question_text
 from verify.questions import LETTERS, Question, Text, load_questions, load_texts
 from verify.report import EngineReport
-from verify.rewriting import balanced, hint_pool, hinted, padded, prompt_text, text_of_length
+from verify.rewriting import balanced, hint_pool, hinted, padded, text_of_length
 from verify.runners import Runner
 from verify.scoring import last_logits, token_ids
 from verify.suffix_loss import slotted
@@ -166,7 +167,7 @@ class _Exam:
 
     def plainly(self, name: str, questions: Sequence[Question]) -> _Answers:
         """Ask both models questions as they are."""
-        texts = [prompt_text(question, self.form) for question in questions]
+        texts = [question_text(question, self.form) for question in questions]
         return self.answers(name, questions, self.encoded(texts))
 
     def answers(
@@ -210,7 +211,7 @@ def _hints(exam: _Exam, questions: Sequence[Question]) -> Attack:
 
 
 def _padding(exam: _Exam, questions: Sequence[Question], texts: Sequence[Text]) -> Attack:
-    asked = exam.encoded([prompt_text(q, exam.form) for q in questions])
+    asked = exam.encoded([question_text(q, exam.form) for q in questions])
     n = min(PADDING_TOKENS, exam.longest // 2)
     while n > 0:
         padding = text_of_length(texts, n, exam.tokenizer)

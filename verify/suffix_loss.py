@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from verify.prompts import Batch, Prompt, batches, bos_id, chat_text, plain_text
+from verify.prompts import Batch, Prompt, batches, bos_id, question_text
 from verify.questions import Question
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ class Slotted:
 
 def slotted(question: Question, form: str, tokenizer: Any) -> Slotted:
     """A question in a prompt form, cut open after its choices."""
-    text = chat_text(question) if form == "chat" else plain_text(question)
-    before, tail, rest = text.rpartition(TAILS[form])
+    before, tail, rest = question_text(question, form).rpartition(TAILS[form])
     head, after = tokenizer([before, tail + rest], add_special_tokens=False)["input_ids"]
     return Slotted((bos_id(tokenizer), *head), tuple(after), question.answer)
 
