@@ -255,72 +255,52 @@ class VerifyReport:
             "exact": self.exact,
             "manifest_sha256": self.manifest_sha256,
             "card_sha256": self.card_sha256,
-            "failures": [_plain(vars(failure)) for failure in self.failures],
-            "warnings": list(self.warnings),
+            "failures": self.failures,
+            "warnings": self.warnings,
             "engines": {engine.name: _engine_dict(engine) for engine in self.engines},
         }
         if self.items is not None:
             report |= {
                 "dtype": self.dtype,
                 "prompt": self.prompt,
-                "items": vars(self.items),
+                "items": self.items,
                 "tokens_fired_by_layer": {str(layer): n for layer, n in self.fired_by_layer},
-                "examples": [vars(example) for example in self.examples],
+                "examples": self.examples,
             }
         for name in ("known", "controls", "completions", "robustness"):
             if found := getattr(self, name):
-                report[name] = _json(found)
-        return report
+                report[name] = found
+        return dict(_json(report))
 
 
 def _engine_dict(engine: EngineReport) -> dict[str, Any]:
+    """What was measured of an engine; a loss that is not finite is there, as null."""
     found: dict[str, Any] = {}
-    for name, accuracy in (("forget", engine.forget), ("retain", engine.retain)):
-        if accuracy is not None:
-            found[name] = vars(accuracy)
     if engine.loss is not None:
-        found["loss"] = engine.loss
-        found["loss_added"] = engine.loss_added
-    for name in ("alignment", "unlearning_score"):
+        found |= {"loss": engine.loss, "loss_added": engine.loss_added}
+    for name in ("forget", "retain", "alignment", "unlearning_score"):
         if (value := getattr(engine, name)) is not None:
             found[name] = value
     for name in ("answers", "loss_detail", "harness"):
         if measured := getattr(engine, name):
-            found[name] = _json(measured)
+            found[name] = measured
     if (parity := engine.parity) is not None:
-        found["parity"] = {
-            "max_abs_logit": parity.max_abs_logit,
-            "largest_logit": parity.largest_logit,
-            "mean_kl": parity.mean_kl,
-            "top1_agreement": parity.top1_agreement,
-            "answer_flips": len(parity.flips),
-            "tokens_fired": parity.tokens_fired,
-            "tokens_compared": parity.tokens_compared,
-            "worst": None if parity.worst is None else _plain(vars(parity.worst)),
-            "flips": [vars(flip) for flip in parity.flips],
-            "errors": list(parity.errors),
-        }
-        found["parity"] = _plain(found["parity"])
+        found["parity"] = {**vars(parity), "answer_flips": len(parity.flips)}
     if engine.witnessed is not None:
-        found["witnesses"] = _plain(vars(engine.witnessed))
-    return _plain(found)
+        found["witnesses"] = engine.witnessed
+    return found
 
 
 def _json(found: Any) -> Any:
-    """A typed result as JSON data; numbers that JSON does not know become null."""
+    """Typed results as JSON data; numbers that JSON does not know become null."""
     if is_dataclass(found):
         return {of.name: _json(getattr(found, of.name)) for of in fields(found)}
-    if isinstance(found, tuple):
+    if isinstance(found, dict):
+        return {key: _json(value) for key, value in found.items()}
+    if isinstance(found, tuple | list):
         return [_json(one) for one in found]
     return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def _short(value: float | int | str | None) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _plain(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in found.items()
-    }
