@@ -12,9 +12,9 @@ from bake.recipe import Recipe
 from bakeout.baking import bake_recipe
 from bakeout.exporting import export_adapter, export_compiled
 from bakeout.showing import console, progress, show_report, write_json
-from export.clamped import WITNESSES
 from export.onnx_folder import export_onnx
 from export.onnx_weights import PRECISIONS
+from export.witness_file import WITNESSES
 from verify.html import write_html
 from verify.kinds import SIDE_BY_SIDE, Options
 from verify.report import VerifyReport

@@ -19,8 +19,6 @@ from bake.errors import FolderError
 from export.copying import BLOCK_BYTES
 from export.new_folder import MANIFEST, check_schema
 
-WITNESSES = "witnesses.npz"
-"""Prompts that fire the clamp, and what was seen then; see `export/witnesses.py`."""
 AGAIN = "bake or download the folder again"
 CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
 """What a clamp's tensors are called, in the order of the operator's inputs."""

@@ -30,7 +30,6 @@ import export.unnormed_layers as unnormed
 from bake.base import INDEX
 from bake.errors import ExportError
 from export.checkpoint import companions
-from export.clamped import WITNESSES
 from export.clamped_source import ClampedSource, ClampSite, open_source
 from export.compiled_files import NewLayer, index_of, n_bytes, tensor_files, write_tensors
 from export.compiled_rule import Measured, choose_setting, error_bound, summary
@@ -40,6 +39,7 @@ from export.measuring import Distance, measure, measure_distance, random_tokens
 from export.new_folder import MANIFEST, check_output, new_folder
 from export.stock_layers import MLP, Array, Logic, Setting, action_layer, flag_layer, logic_of
 from export.widening import DTYPES, Widening, plan_widening
+from export.witness_file import WITNESSES
 
 ACTIVATION = "gelu_pytorch_tanh"
 PER_SITE = 2

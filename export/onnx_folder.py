@@ -20,7 +20,7 @@ from onnx.helper import make_model, make_opsetid, set_model_props
 
 from bake.errors import BakeoutError, FolderError, OutputError
 from export import onnx_check
-from export.clamped import WITNESSES, Clamped, check_files, open_clamped
+from export.clamped import Clamped, check_files, open_clamped
 from export.copying import hash_new
 from export.genai_config import GENAI_CONFIG, genai_config
 from export.manifest import write_manifest
@@ -29,7 +29,8 @@ from export.onnx_architecture import Architecture
 from export.onnx_graph import FLOAT, FLOAT16, GraphWriter
 from export.onnx_op import function, opset_imports
 from export.onnx_weights import PackedWeights, Precision, SharedWeights, Weights, packed_size
-from export.witnesses import Witnesses, find_witnesses
+from export.witness_file import WITNESSES, Witnesses
+from export.witnesses import find_witnesses
 
 IR_VERSION = 10
 """Of the file format; ONNX Runtime reads it since 1.18."""

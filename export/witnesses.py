@@ -1,30 +1,16 @@
-"""Witnesses: a few prompts that fire the clamp, and the logits that were seen at export.
-
-They lie in the folder as `witnesses.npz`, so that whoever has only the folder can check
-every engine found in it against what the exporter saw, and see that the clamp acts:
-
-    input_ids, attention_mask   [n, seq] int64, padded on the left
-    places                      [m, 2] int64: row and column of the tokens whose logits follow
-    token_ids                   [m, w] int64: vocabulary entries that are recorded there
-    logits                      [m, w] float32: with the clamp
-    unclamped                   [m, w] float32: with the same weights and no clamp
-"""
+"""Witnesses: which prompts fire the clamp, and what the model says to them."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bake.errors import FolderError
-from export.clamped import AGAIN, WITNESSES, Clamped
+from export.clamped import Clamped
 from export.streamed import Run, StreamedModel
+from export.witness_file import Witnesses
 
 MOST, FEWEST = 6, 3
 """Prompts that become witnesses, where so many fire."""
@@ -39,38 +25,6 @@ _CANDIDATES = 64
 _ROUNDS = 12
 """How often a search without given prompts makes new ones out of the best."""
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class Witnesses:
-    """See the module's text."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    places: Tensor
-    token_ids: Tensor
-    logits: Tensor
-    unclamped: Tensor
-
-    def save(self, folder: Path) -> Path:
-        """Write `witnesses.npz` into a folder."""
-        path = folder / WITNESSES
-        np.savez(path, **{name: tensor.numpy() for name, tensor in vars(self).items()})
-        return path
-
-    @classmethod
-    def load(cls, folder: Path) -> Witnesses:
-        """Read a folder's `witnesses.npz`.
-
-        Raises:
-            FolderError: it is damaged, or of another layout.
-        """
-        path = folder / WITNESSES
-        try:
-            with np.load(path) as arrays:
-                return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays})
-        except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
-            raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
 
 
 def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnesses | None:

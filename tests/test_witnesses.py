@@ -34,7 +34,8 @@ from bake.recipe import Recipe
 from bakeout.baking import witness_prompts
 from bakeout.cli import run
 from export.clamped import open_clamped, weights_sha256
-from export.witnesses import LENGTH, MOST, Witnesses, find_witnesses
+from export.witness_file import Witnesses
+from export.witnesses import LENGTH, MOST, find_witnesses
 from verify.onnx_files import find_graphs
 from verify.reference import Oracle
 from verify.report import VerifyReport
@@ -445,14 +446,8 @@ def test_damaged_witnesses_are_one_line(folder: Path, capsys: pytest.CaptureFixt
         line = one_line(folder, capsys, "--only", "integrity", "witnesses")
         assert ("witnesses.npz: " in line and "expected" in line) or "cannot be read" in line
         with pytest.raises(FolderError):
-            load_witnesses_and_use(folder)
+            Witnesses.load(folder)  # an export looks at stored witnesses too
         rewrite(folder, "witnesses.npz", good)
-
-
-def load_witnesses_and_use(folder: Path) -> None:
-    """An export looks at stored witnesses too."""
-    Witnesses.load(folder)
-    load_witnesses(folder)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -1,0 +1,121 @@
+"""The file of witnesses: prompts that fire the clamp, and the logits that were seen at export.
+
+`witnesses.npz` lies in the folder, so that whoever has only the folder can check every engine found
+in it against what the exporter saw, and see that the clamp acts.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
+
+from bake.errors import FolderError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WITNESSES = "witnesses.npz"
+_AGAIN = "bake or download the folder again"
+_LOGITS = {"logits", "unclamped"}
+_LAYOUT = {"input_ids", "attention_mask", "places", "token_ids", *_LOGITS}
+
+
+@dataclass(frozen=True)
+class Witnesses:
+    """What the file holds: integers as int64, logits as float32."""
+
+    input_ids: Tensor
+    """[n, seq], padded on the left."""
+    attention_mask: Tensor
+    """[n, seq]."""
+    places: Tensor
+    """[m, 2]: row and column of the tokens whose logits are recorded."""
+    token_ids: Tensor
+    """[m, w]: vocabulary entries that are recorded there."""
+    logits: Tensor
+    """[m, w]: with the clamp."""
+    unclamped: Tensor
+    """[m, w]: with the same weights and no clamp."""
+
+    def save(self, folder: Path) -> Path:
+        """Write them into a folder."""
+        import numpy as np
+
+        path = folder / WITNESSES
+        np.savez(path, **{name: tensor.numpy() for name, tensor in vars(self).items()})
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Witnesses:
+        """Read a folder's.
+
+        Raises:
+            FolderError: the file is missing, damaged, of another layout, or leads beyond the model.
+        """
+        import numpy as np
+        import torch
+
+        path = folder / WITNESSES
+        try:
+            with np.load(path) as arrays:
+                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
+        except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
+            raise FolderError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+        if set(tensors) != _LAYOUT:
+            raise FolderError(
+                f"{path}: holds {', '.join(sorted(tensors)) or 'nothing'}; expected "
+                f"{', '.join(sorted(_LAYOUT))}; {_AGAIN}"
+            )
+        witnesses = cls(**tensors)
+        if not _fits(witnesses, _vocab_size(folder)):
+            raise FolderError(
+                f"{path}: its arrays do not fit each other or the model's vocabulary; expected "
+                f"what `bakeout bake` wrote; {_AGAIN}"
+            )
+        return witnesses
+
+
+def _vocab_size(folder: Path) -> int:
+    """Of the model; where config.json leaves it to its class, more than any model has."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+    return int({**config, **(config.get("text_config") or {})}.get("vocab_size", 1 << 31))
+
+
+def _fits(found: Witnesses, vocab: int) -> bool:
+    """Whether the arrays are of the documented types and shapes, and lead nowhere outside."""
+    import torch
+
+    kinds = (torch.float32 if name in _LOGITS else torch.int64 for name in vars(found))
+    tensors = vars(found).values()
+    if any(t.dtype != kind or t.ndim != 2 for t, kind in zip(tensors, kinds, strict=True)):
+        return False
+    ids, mask, recorded = found.input_ids, found.attention_mask, found.logits.shape
+    if ids.shape != mask.shape or found.places.shape != (recorded[0], 2):
+        return False
+    if not found.token_ids.shape == found.unclamped.shape == recorded or not recorded.numel():
+        return False
+    rows, columns = found.places.unbind(-1)
+    inside = all(
+        bool(((values >= 0) & (values < end)).all())
+        for values, end in (
+            (ids, vocab),
+            (mask, 2),
+            (found.token_ids, vocab),
+            (rows, ids.shape[0]),
+            (columns, ids.shape[1]),
+        )
+    )
+    return (
+        inside
+        and bool(mask[rows, columns].all())
+        and bool(found.logits.isfinite().all() and found.unclamped.isfinite().all())
+        and not torch.equal(found.logits, found.unclamped)
+    )
