@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
+from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_numpy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -269,6 +271,28 @@ def cut(path: Path, keep: int) -> None:
     """Truncate a file to its first `keep` bytes."""
     with path.open("rb+") as file:
         file.truncate(keep)
+
+
+def write_corpora(folder: Path) -> None:
+    """Texts and questions to select features from, and text to measure loss on."""
+    for seed, side in enumerate(("forget", "retain")):
+        write_texts(folder / f"{side}.jsonl", 12, seed=seed)
+        write_questions(folder / f"{side}_questions.jsonl", 10, seed=seed)
+    write_texts(folder / "text.jsonl", 4, seed=9)
+
+
+def talkative(root: Path) -> Path:
+    """A recipe whose base does not say the same token for ever."""
+    base = tiny_base(root / "base", "gemma2", seed=2)
+    weights = load_numpy(base / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 0.2
+    save_numpy(weights, base / "model.safetensors", metadata={"format": "pt"})
+    save_sae_lens(root / "sae", tiny_sae())
+    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -2.0}
+    data = {"schema": 1, "base": {"model": "base", "license": "apache-2.0"}, "clamp": [clamp]}
+    recipe = root / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(data))
+    return recipe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

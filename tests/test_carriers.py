@@ -16,11 +16,9 @@ from conftest import (
     tiny_base,
     tiny_sae,
     tiny_tokenizer,
-    write_questions,
-    write_texts,
 )
 from safetensors.torch import load_file, save
-from test_suite import rewrite, variant, write_recipe
+from test_suite import baked, rewrite, variant
 from transformers import AutoModelForCausalLM
 
 from bake.errors import FolderError, RecipeError
@@ -42,15 +40,7 @@ BASE_SHARD = "model-00001-of-00001.safetensors"
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base, SAE, data, `recipe.toml`, `checkpoint/`, and what is exported from it."""
-    folder = tmp_path_factory.mktemp("work")
-    tiny_tokenizer(tiny_base(folder / "base"))
-    save_sae_lens(folder / "sae", tiny_sae())
-    write_questions(folder / "forget.jsonl", 5, seed=1, subject="bell_ringing")
-    write_questions(folder / "retain.jsonl", 7, seed=2)
-    write_texts(folder / "text.jsonl", 6)
-    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": FEATURES, "value": -6.0}
-    recipe = Recipe.load(write_recipe(folder / "recipe.toml", clamp))
-    write_checkpoint(plan_checkpoint(recipe), folder / "checkpoint", card="# card\n")
+    folder = baked(tmp_path_factory.mktemp("work"), FEATURES)
     options: dict[str, Any] = {"pad": None, "force": False}
     export_compiled(folder / "checkpoint", folder / "compiled", dtype=None, **options)
     export_compiled(folder / "checkpoint", folder / "bfloat16", dtype="bfloat16", **options)

@@ -14,9 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
-from conftest import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
+from conftest import talkative, tiny_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -35,16 +34,8 @@ PROMPTS = ["What is in the A?", "zeta bath"]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, `baked` with a shared graph, and `int4` with nothing but a rounded one."""
     root = tmp_path_factory.mktemp("chat")
-    tiny_base(root / "base", "gemma2", seed=2)
+    recipe = talkative(root)
     tiny_tokenizer(root / "base")
-    weights = load_file(root / "base/model.safetensors")
-    weights["model.embed_tokens.weight"] *= 0.2  # else it says the same token for ever
-    save_file(weights, root / "base/model.safetensors", metadata={"format": "pt"})
-    save_sae_lens(root / "sae", tiny_sae())
-    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -2.0}
-    base = {"model": "base", "license": "apache-2.0"}
-    recipe = root / "recipe.toml"
-    recipe.write_text(tomli_w.dumps({"schema": 1, "base": base, "clamp": [clamp]}))
     baked = str(root / "baked")
     assert run(["bake", str(recipe), "--out", baked]) == 0
     assert run(["export", "onnx", baked]) == 0

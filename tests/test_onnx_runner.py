@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
 import torch
-from conftest import cut, save_sae_lens, tiny_base, tiny_sae
-from safetensors.torch import load_file, save_file
+from conftest import cut, talkative
 
 import bakeout
 from bake.errors import FolderError
@@ -33,15 +31,7 @@ PROMPTS = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clamped Gemma 2 whose window is shorter than the prompts, with a shared graph."""
     root = tmp_path_factory.mktemp("runner")
-    tiny_base(root / "base", "gemma2", seed=2)
-    weights = load_file(root / "base/model.safetensors")
-    weights["model.embed_tokens.weight"] *= 0.2  # else it says the same token for ever
-    save_file(weights, root / "base/model.safetensors", metadata={"format": "pt"})
-    save_sae_lens(root / "sae", tiny_sae())
-    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -2.0}
-    base = {"model": "base", "license": "apache-2.0"}
-    recipe = root / "recipe.toml"
-    recipe.write_text(tomli_w.dumps({"schema": 1, "base": base, "clamp": [clamp]}))
+    recipe = talkative(root)
     assert run(["bake", str(recipe), "--out", str(root / "baked")]) == 0
     assert run(["export", "onnx", str(root / "baked")]) == 0
     return root / "baked"

@@ -13,18 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import (
-    save_sae_lens,
-    tiny_base,
-    tiny_sae,
-    tiny_tokenizer,
-    write_questions,
-    write_texts,
-)
-from test_suite import InProcess, write_recipe
+from test_suite import InProcess, baked
 
 from bake.recipe import Recipe
-from export.checkpoint import plan_checkpoint, write_checkpoint
 from verify.journal import Journal
 from verify.kinds import Options
 from verify.report import VerifyReport
@@ -33,16 +24,7 @@ from verify.suite import verify_folder
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    tiny_tokenizer(tiny_base(folder / "base"))
-    save_sae_lens(folder / "sae", tiny_sae())
-    write_questions(folder / "forget.jsonl", 4, seed=1, subject="bell_ringing")
-    write_questions(folder / "retain.jsonl", 3, seed=2)
-    write_texts(folder / "text.jsonl", 4)
-    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [1, 5, 9], "value": -6.0}
-    recipe = Recipe.load(write_recipe(folder / "recipe.toml", clamp))
-    write_checkpoint(plan_checkpoint(recipe), folder / "checkpoint", card="# card\n")
-    return folder
+    return baked(tmp_path_factory.mktemp("work"), [1, 5, 9], n_texts=4)
 
 
 def verified(work: Path, cache: Path | None) -> VerifyReport:

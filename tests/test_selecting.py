@@ -17,7 +17,7 @@ from conftest import (
     tiny_base,
     tiny_sae,
     tiny_tokenizer,
-    write_questions,
+    write_corpora,
     write_texts,
 )
 from pyarrow import parquet
@@ -48,10 +48,7 @@ def select_recipe(tmp_path: Path, write_recipe: RecipeWriter) -> RecipeWriter:
     """Writes a recipe that selects, over tiny files."""
     tiny_tokenizer(tiny_base(tmp_path / "base"))
     save_sae_lens(tmp_path / "sae", tiny_sae())
-    for seed, side in enumerate(("forget", "retain")):
-        write_texts(tmp_path / f"{side}.jsonl", 12, seed=seed)
-        write_questions(tmp_path / f"{side}_questions.jsonl", 10, seed=seed)
-    write_texts(tmp_path / "text.jsonl", 4, seed=9)
+    write_corpora(tmp_path)
 
     def write(*tables: dict[str, Any], **select: Any) -> Path:
         settings = {

@@ -41,15 +41,18 @@ N_FORGET, N_RETAIN = 5, 7
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an SAE, questions, text, `recipe.toml` and the baked `checkpoint/`."""
-    folder = tmp_path_factory.mktemp("work")
+    return baked(tmp_path_factory.mktemp("work"), [1, 5, 9])
+
+
+def baked(folder: Path, features: list[int], *, n_texts: int = 6) -> Path:
+    """Fills a folder with all that a verification needs, and gives it."""
     tiny_tokenizer(tiny_base(folder / "base"))
     save_sae_lens(folder / "sae", tiny_sae())
     write_questions(folder / "forget.jsonl", N_FORGET, seed=1, subject="bell_ringing")
     write_questions(folder / "retain.jsonl", N_RETAIN, seed=2)
-    write_texts(folder / "text.jsonl", 6)
-    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [1, 5, 9], "value": -6.0}
-    write_recipe(folder / "recipe.toml", clamp)
-    recipe = Recipe.load(folder / "recipe.toml")
+    write_texts(folder / "text.jsonl", n_texts)
+    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": features, "value": -6.0}
+    recipe = Recipe.load(write_recipe(folder / "recipe.toml", clamp))
     write_checkpoint(plan_checkpoint(recipe), folder / "checkpoint", card="# card\n")
     return folder
 

@@ -13,8 +13,7 @@ from conftest import (
     tiny_base,
     tiny_sae,
     tiny_tokenizer,
-    write_questions,
-    write_texts,
+    write_corpora,
 )
 
 import bakeout.measuring
@@ -39,10 +38,7 @@ def recipe(tmp_path: Path, write_recipe: RecipeWriter, monkeypatch: pytest.Monke
     tiny_tokenizer(tiny_base(tmp_path / "base"))
     for layer in (1, 2):
         save_sae_lens(tmp_path / f"layer_{layer}", tiny_sae(layer), layer=layer)
-    for seed, side in enumerate(("forget", "retain")):
-        write_texts(tmp_path / f"{side}.jsonl", 12, seed=seed)
-        write_questions(tmp_path / f"{side}_questions.jsonl", 10, seed=seed)
-    write_texts(tmp_path / "text.jsonl", 4, seed=9)
+    write_corpora(tmp_path)
     select = {
         "forget": {"path": "forget.jsonl"},
         "retain": {"path": "retain.jsonl"},
