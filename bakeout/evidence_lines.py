@@ -14,6 +14,7 @@ from verify.wording import (
     measured_engine,
     nats,
     one_letter_lines,
+    rounding_lines,
     title_of,
 )
 
@@ -27,12 +28,17 @@ def evidence_lines(report: VerifyReport) -> list[str]:
     """At most a screenful; nothing where there is nothing. Text from files is not yet made
     printable.
     """
-    parts = (_known, _changed, _loss, _controls, _completions, _attacks, _benchmarks)
+    parts = (_rounding, _known, _changed, _loss, _controls, _completions, _attacks, _benchmarks)
     return [line for part in parts for line in part(report)]
 
 
 def _line(what: str, said: str) -> str:
     return f"{what:<10} {said}"
+
+
+def _rounding(report: VerifyReport) -> Iterator[str]:
+    for engine, said in rounding_lines(report):
+        yield _line("rounding", f"{engine}: {said}")
 
 
 def _known(report: VerifyReport) -> Iterator[str]:

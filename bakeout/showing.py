@@ -18,7 +18,7 @@ from bake.errors import BakeoutError, FolderError
 from bakeout.evidence_lines import evidence_lines
 from verify.integrity import read_manifest
 from verify.report import EngineReport, VerifyReport
-from verify.wording import title_of
+from verify.wording import number, title_of
 
 
 def console() -> Console:
@@ -94,7 +94,8 @@ def engines_table(report: VerifyReport) -> Table:
         f"forget accuracy\n{form}",
         f"retained accuracy\n{form}",
         "loss added\nnats/token",
-        "max |Δlogit|\nagainst the hook",
+        "max |Δlogit|\nto the hook",
+        "roundings\nworst token",
         "mean KL\nnats",
         "answer\nflips",
         "tokens\nfired",
@@ -113,10 +114,11 @@ def _engine_row(engine: EngineReport, form: str) -> list[str]:
     row += [accuracy(engine.retain)]
     row += ["–" if engine.loss_added is None else f"{engine.loss_added:+.4f}"]
     if (parity := engine.parity) is None:
-        return [*row, "–", "–", "–", "–"]
+        return [*row, *("–",) * 5]
     return [
         *row,
         f"{parity.max_abs_logit:.1e}",
+        "–" if parity.rounding is None else number(parity.rounding.worst),
         f"{parity.mean_kl:.1e}",
         str(len(parity.flips)),
         str(parity.tokens_fired),
@@ -127,7 +129,8 @@ def witness_lines(report: VerifyReport) -> list[str]:
     """What each engine says to the folder's own witnesses."""
     return [
         f"witnesses  {engine.name}: {seen.tokens} tokens, max |Δlogit| {seen.max_abs_logit:.1e} to "
-        f"what was seen at export, {seen.effect:.0%} of the clamp's effect"
+        f"what was seen at export ({number(seen.roundings)} roundings), "
+        f"{seen.effect:.0%} of the clamp's effect"
         for engine in report.engines
         if (seen := engine.witnessed) is not None
     ]

@@ -43,8 +43,6 @@ NAMES: dict[Precision, str] = {
 """Where each precision's graph lies in the folder."""
 GRAPH_BYTES = 4 << 20
 """What a graph without its weights takes on the disk, at most."""
-MAX_ABS_LOGIT = 1e-3
-"""How far a graph with the checkpoint's own weights may be from it, with other arithmetic."""
 MIN_EFFECT = 0.5
 """How much of what the clamp does to the logits a rounded graph must show; 1 is all of it."""
 _PARTIAL = ".bakeout-partial"
@@ -272,11 +270,11 @@ def check_graph(
     difference = float(np.abs(logits - expected).max())
     true_effect = expected - witnesses.unclamped.numpy()
     shown = float((effect * true_effect).sum() / (true_effect * true_effect).sum())
-    bar = MAX_ABS_LOGIT if exact else np.inf
+    bar = witnesses.rounding if exact else np.inf
     if n_found != n_clamps or not difference <= bar or not shown >= MIN_EFFECT:
         raise CheckError(
             f"the graph was not kept: it holds {n_found} of {n_clamps} SAEClamp nodes, its logits "
-            f"differ from the checkpoint's by {difference:.1e} (bar {bar:.0e}), and it shows "
+            f"differ from the checkpoint's by {difference:.1e} (bar {bar:.1e}), and it shows "
             f"{shown:.2f} of the clamp's effect (bar {MIN_EFFECT}); please report this"
         )
     return n_found, difference, float(np.abs(effect).max())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bake.modeling_clamped_gemma as modeling
+from bake.rounding import DRAWS, EPSILON, disturbed
 from export.clamped import Clamped, StoredTensor
 
 
@@ -26,6 +27,9 @@ class Run:
     """By clamped layer: which features were above their trigger there, [batch, seq, k] bool."""
     margins: list[Tensor]
     """For each clamp: by how much its nearest feature misses theta and trigger, [batch, seq]."""
+    edges: list[Tensor]
+    """For each clamp: how close its nearest gate is to its other side, in roundings of what the
+    clamp reads, [batch, seq]."""
 
 
 class StreamedModel:
@@ -53,10 +57,16 @@ class StreamedModel:
         self._moved: dict[int, Tensor] = {}
         self._active: dict[int, Tensor] = {}
         self._margins: list[Tensor] = []
+        self._edges: list[Tensor] = []
+        self._noise: tuple[int, torch.Generator] | None = None
         for index, layer in enumerate(text.layers):
             layer.register_forward_pre_hook(self._fill(index))
             layer.register_forward_hook(lambda module, _, __: module.to("meta") and None)
+            layer.register_forward_hook(lambda _, __, output: self._disturb(output))
             if layer.sae_clamp is not None:
+                layer.sae_clamp.register_forward_pre_hook(
+                    lambda _, inputs: (self._disturb(inputs[0]), *inputs[1:])
+                )
                 layer.sae_clamp.register_forward_hook(self._watch(index))
 
     def run(self, input_ids: Tensor, attention_mask: Tensor, places: Tensor) -> Run:
@@ -69,7 +79,31 @@ class StreamedModel:
         """
         self._head.places = places
         logits = self._forward(self._model, input_ids, attention_mask).logits
-        return Run(logits[0], self._moved, self._active, self._margins)
+        return Run(logits[0], self._moved, self._active, self._margins, self._edges)
+
+    def run_disturbed(
+        self, input_ids: Tensor, attention_mask: Tensor, places: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of `run`, and how far one rounding in every layer moves them. The model is
+        read once for all.
+
+        Returns:
+            [n, vocab]; [n], the largest |Δlogit| of any of the draws.
+        """
+        n = len(input_ids)
+        copies = 1 + DRAWS
+        rows = torch.arange(copies)[:, None] * n + places[:, 0]
+        every = torch.stack([rows, places[:, 1].expand_as(rows)], dim=-1).flatten(0, 1)
+        self._noise = n, torch.Generator().manual_seed(0)
+        try:
+            run = self.run(input_ids.repeat(copies, 1), attention_mask.repeat(copies, 1), every)
+        finally:
+            self._noise = None
+        logits, *others = torch.chunk(run.logits, copies)
+        moved = EPSILON["float32"] * logits.abs().amax(dim=-1)  # the logits are rounded too
+        for other in others:
+            moved = moved.maximum((other - logits).abs().amax(dim=-1))
+        return logits, moved
 
     def run_to_last_clamp(self, input_ids: Tensor, attention_mask: Tensor) -> Run:
         """The same up to the last clamped layer, without logits: [0, vocab]."""
@@ -81,7 +115,8 @@ class StreamedModel:
         finally:
             self._text.layers = self._layers
             self._text.config.num_hidden_layers = len(self._layers)
-        return Run(torch.empty(0, self._head.vocab), self._moved, self._active, self._margins)
+        nothing = torch.empty(0, self._head.vocab)
+        return Run(nothing, self._moved, self._active, self._margins, self._edges)
 
     @contextmanager
     def unclamped(self) -> Iterator[None]:
@@ -93,7 +128,7 @@ class StreamedModel:
             self._clamping = True
 
     def _forward(self, model: Any, input_ids: Tensor, mask: Tensor) -> Any:
-        self._moved, self._active, self._margins = {}, {}, []
+        self._moved, self._active, self._margins, self._edges = {}, {}, [], []
         with torch.inference_mode():
             return model(
                 input_ids=input_ids,
@@ -118,10 +153,20 @@ class StreamedModel:
             self._moved[index] = (output != h).any(dim=-1)
             self._active[index] = clamp.feature_acts(h) > clamp.trigger
             pre = h.float() @ clamp.W_enc + clamp.b_enc
-            self._margins.append((pre - clamp.theta.maximum(clamp.trigger)).amax(dim=-1))
+            margin = pre - clamp.theta.maximum(clamp.trigger)
+            spread = (h.float().square() @ clamp.W_enc.square()).sqrt() + clamp.b_enc.abs()
+            self._margins.append(margin.amax(dim=-1))
+            self._edges.append((margin.abs() / (EPSILON["float32"] * spread)).amin(dim=-1))
             return output
 
         return watch
+
+    def _disturb(self, h: Tensor) -> Tensor:
+        """[batch, seq, d_in] -> the same, with one rounding more in the copies of the prompts."""
+        if self._noise is None:
+            return h
+        n, generator = self._noise
+        return torch.cat([h[:n], disturbed(h[n:], generator, EPSILON["float32"])])
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         return {

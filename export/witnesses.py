@@ -25,6 +25,9 @@ _CANDIDATES = 64
 _ROUNDS = 12
 """How often a search without given prompts makes new ones out of the best."""
 _SEED = 0
+EDGE = 128.0
+"""How many roundings every gate of a witness must be away from its other side, so that it opens and
+closes alike on every machine."""
 
 
 def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnesses | None:
@@ -38,7 +41,7 @@ def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnes
         prompts: token ids, BOS first; may be empty.
 
     Returns:
-        None where nothing was found that fires.
+        None where nothing was found that fires and shows it.
     """
     model = StreamedModel(clamped)
     candidates = [list(ids[:LENGTH]) for ids in _spread(prompts)]
@@ -57,18 +60,20 @@ def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnes
             for back in range(1, 1 + min(_PLACES, len(ids)))
         ]
     )
-    clamped_logits = model.run(input_ids, mask, places).logits
+    clamped_logits, sensitivity = model.run_disturbed(input_ids, mask, places)
     with model.unclamped():
         unclamped_logits = model.run(input_ids, mask, places).logits
     kept = _telling(clamped_logits, unclamped_logits)
-    return Witnesses(
+    witnesses = Witnesses(
         input_ids,
         mask,
         places,
         kept,
         clamped_logits.gather(-1, kept),
         unclamped_logits.gather(-1, kept),
+        sensitivity[:, None],
     )
+    return witnesses if witnesses.telling else None
 
 
 def _telling(logits: Tensor, unclamped: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ def _look(model: StreamedModel, prompts: list[list[int]]) -> Run:
 
 
 def _firing(prompts: list[list[int]], run: Run) -> list[_Prompt]:
-    """Those of some prompts at which a clamp acts."""
+    """Those of some prompts at which a clamp acts, and no gate is near its other side."""
     found = []
     for row, ids in enumerate(prompts):
         features: set[tuple[int, int]] = set()
@@ -113,6 +118,9 @@ def _firing(prompts: list[list[int]], run: Run) -> list[_Prompt]:
             seen = run.active[layer][row, begin:] & moved[row, begin:, None]  # [token, feature]
             features |= {(layer, feature) for feature in seen.any(0).nonzero().flatten().tolist()}
             last = max([last, *seen.any(1).nonzero().flatten().tolist()])
+        begin = run.edges[0].shape[1] - len(ids)
+        if min(float(edges[row, begin:].amin()) for edges in run.edges) <= EDGE:
+            continue
         if features:
             found.append(_Prompt(ids[: last + 2], frozenset(features)))
     return found

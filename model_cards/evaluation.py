@@ -20,6 +20,7 @@ from verify.wording import (
     measured_engine,
     nats,
     one_letter_lines,
+    rounding_lines,
     share_text,
     title_of,
 )
@@ -54,6 +55,8 @@ class Figures:
     """Engines with rounded weights that answered questions, and that no attack speaks of."""
     attacks: tuple[Attack, ...]
     """Of which the report says something."""
+    rounding: list[tuple[str, str]]
+    """Per engine that is held to it, how its distance compares with rounding."""
     one_letter: tuple[str, ...]
 
     @classmethod
@@ -74,6 +77,7 @@ class Figures:
                 and f"weights: {e.name}" not in names
             ),
             attacks=attacks,
+            rounding=rounding_lines(report),
             one_letter=one_letter_lines(report),
         )
 

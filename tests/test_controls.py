@@ -35,9 +35,10 @@ def by_hand(model: Any, sae: Any, edit: Callable[[Any], Any] | None, ids: list[i
 
     def hook(_: Any, __: Any, output: Any) -> Any:
         h = output[0] if isinstance(output, tuple) else output
-        acts = sae.encode(h.float())
+        acts = sae.encode(h.double())
         kept = h - sae.decode(acts)  # the SAE's error
         new = sae.decode(acts) if edit is None else sae.decode(edit(acts)) + kept
+        new = new.to(h.dtype)
         new[:, 0] = h[:, 0]  # BOS
         return (new, *output[1:]) if isinstance(output, tuple) else new
 

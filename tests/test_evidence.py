@@ -20,19 +20,21 @@ from conftest import (
 )
 
 from bake.recipe import QuestionSource, Recipe, TextSource
+from bake.rounding import BAR, epsilon_of
 from export.checkpoint import plan_checkpoint, write_checkpoint
 from verify.choices import letter_tokens
 from verify.comparison import Comparison, compare
 from verify.firing import FeatureWatch, FiredExamples
 from verify.journal import Journal
 from verify.material import Material
-from verify.parity import MAX_ABS_LOGIT, parity_failures
 from verify.prompts import text_prompts
 from verify.questions import load_questions, load_texts
 from verify.reference import Oracle
 from verify.report import EngineReport
 from verify.runners import HookedRunner, Runner
+from verify.sensitivity import Sensitivity
 from verify.stock import load_base, load_tokenizer
+from verify.tolerances import parity_failures
 from verify.whole_sae import load_sites
 
 KINDS = frozenset({"parity", "choices", "loss"})
@@ -96,14 +98,18 @@ def run(oracle: Oracle, checkpoint: Runner, recipe: Recipe) -> dict[str, EngineR
 
 def compared(oracle: Oracle, here: list[Runner], recipe: Recipe, parity: bool = True) -> Comparison:
     material = material_of(recipe)
+    prompts = material.prompts(KINDS)
+    epsilon = epsilon_of(oracle.model.dtype)
+    sensitivity = Sensitivity("reference", oracle, epsilon, material, Journal(), prompts)
     found = Comparison(
         material,
-        material.prompts(KINDS),
+        prompts,
         tuple(runner.name for runner in here),
         parity,
         {},
         FiredExamples("chat"),
         FeatureWatch({site.layer: site.features for site in oracle.sites}),
+        {runner.name: sensitivity for runner in here},
     )
     compare(here, [], {"reference": oracle}, found, Journal(), lambda *_: None)
     return found
@@ -135,9 +141,10 @@ def test_checkpoint_agrees_with_the_oracle(
     assert min(oracle.fired_by_layer.values()) > 0
     found, base = engines["checkpoint"].parity, engines["base"].parity
     assert found is not None and base is not None
-    assert parity_failures("checkpoint", found, "float32") == []
-    assert found.tokens_fired > 0
-    assert base.max_abs_logit > 100 * MAX_ABS_LOGIT
+    assert list(parity_failures("checkpoint", found, 12)) == []
+    assert found.rounding is not None and base.rounding is not None
+    assert found.tokens_fired > 0 and found.rounding.tokens_fired > 0
+    assert found.rounding.worst <= BAR / 2 and base.rounding.worst > 100 * BAR
     assert engines["checkpoint"].loss_added == pytest.approx(
         engines["reference"].loss_added, abs=1e-5
     )
@@ -175,7 +182,7 @@ def test_logits_off_by_a_thousandth_are_caught(oracle_and_recipe: tuple[Oracle, 
     for error, failures in ((0.0, []), (1e-3, ["max_abs_logit"])):
         parity = run(oracle, Defective(oracle, error), recipe)["checkpoint"].parity
         assert parity is not None
-        assert [f.what for f in parity_failures("checkpoint", parity, "float32")] == failures
+        assert [f.what for f in parity_failures("checkpoint", parity, 12)] == failures
         assert parity.max_abs_logit == pytest.approx(error, abs=1e-6)
 
 
@@ -196,7 +203,7 @@ def test_an_engine_that_is_the_base_is_far_from_the_reference(
     parity = engines["checkpoint"].parity
     assert parity is not None
     assert parity == replace(engines["base"].parity, tokens_fired=parity.tokens_fired)  # type: ignore[type-var]
-    assert parity_failures("checkpoint", parity, "float32")
+    assert list(parity_failures("checkpoint", parity, 12))
 
 
 def test_features_that_were_never_active_are_named(

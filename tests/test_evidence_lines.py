@@ -50,7 +50,11 @@ def test_one_line_a_figure() -> None:
 
 def test_nothing_found_is_no_line() -> None:
     assert evidence_lines(VerifyReport("folder", "layer", True, "integrity", ())) == []
-    assert evidence_lines(rich_report()) == []
+    (only,) = evidence_lines(rich_report())
+    assert only.startswith(
+        "rounding   checkpoint: worst token 2 roundings (at most 8), 1 on average"
+    )
+    assert only.endswith("; 100 of 1,000 tokens, at a gate's edge or after one, are left out")
 
 
 def test_long_lists_are_cut() -> None:

@@ -74,7 +74,7 @@ def test_every_section_that_has_data_is_there() -> None:
         "0.500 [0.15, 0.85]",
         "checkpoint",
         "+0.2500",
-        "Largest |Δlogit|",
+        "Worst token, in roundings",
         'retain row 7 (plain), token 12 "▁the"',
         "layer 0",
         "100.0 %",

@@ -4,11 +4,13 @@ import math
 from dataclasses import replace
 
 import pytest
-from test_report import PARITY, full_report
+from test_report import PARITY, ROUNDING, full_report
 
+from bake.rounding import BAR
 from verify.intervals import wilson
 from verify.plots import accuracy_plots, fired_plot, parity_plots
 from verify.report import Parity, VerifyReport
+from verify.tolerances import is_held, kl_bar, parity_failures
 
 
 def compared(name: str, parity: Parity, dtype: str = "float32") -> VerifyReport:
@@ -29,46 +31,53 @@ def test_accuracies_stand_where_they_are_with_wilson_intervals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "measured", "dtype", "limit", "tone"),
+    ("engine", "worst", "limited", "tone"),
     [
-        ("checkpoint", 2e-4, "float32", "3.0e-04", "after"),
-        ("adapter", 4e-4, "float32", "3.0e-04", "bad"),
-        ("onnx", 2e-4, "float32", "3.0e-04", "after"),  # 1e-5 of the largest logit, 30
-        ("onnx-int4", 2.0, "float32", None, "after"),
-        ("checkpoint", 2.0, "bfloat16", None, "after"),
+        ("checkpoint", 2.0, True, "after"),
+        ("adapter", 9.0, True, "bad"),
+        ("compiled", BAR, True, "after"),
+        ("onnx", 1e4, True, "bad"),
+        ("onnx-int4", 1e4, False, "after"),
+        ("base", 1e6, False, "before"),
     ],
 )
-def test_each_engine_has_its_own_limit(
-    engine: str, measured: float, dtype: str, limit: str | None, tone: str
+def test_the_page_paints_red_what_the_suite_fails(
+    engine: str, worst: float, limited: bool, tone: str
 ) -> None:
-    report = compared(engine, replace(PARITY, max_abs_logit=measured), dtype)
-    (row,) = parity_plots(report)[0].rows
+    rounding = replace(ROUNDING, worst=worst)
+    parity = replace(PARITY, rounding=rounding)
+    report = compared(engine, parity)
+    (row,) = [row for row in parity_plots(report)[0].rows if row.label == engine]
     assert (row.label, row.tone) == (engine, tone)
-    assert row.value.endswith(f"limit {limit}") if limit else "limit" not in row.value
-    assert (row.bar is None) is (limit is None)
-    if row.bar is not None:
-        assert (row.at < row.bar) is (tone == "after")
+    assert row.value.endswith("limit 8.0e+00") is limited
+    assert (row.bar is None) is not limited
+    failures = list(parity_failures(engine, parity, 12)) if is_held(engine) else []
+    assert bool(failures) is (row.tone == "bad")
 
 
-def test_kl_has_the_limit_where_the_dtype_rounds() -> None:
-    kl = parity_plots(compared("checkpoint", replace(PARITY, mean_kl=2e-3), "bfloat16"))[1]
+def test_kl_has_its_limit_too() -> None:
+    out = replace(ROUNDING, mean_kl=2 * kl_bar(ROUNDING))
+    kl = parity_plots(compared("checkpoint", replace(PARITY, rounding=out)))[1]
     assert kl.rows[0].tone == "bad" and kl.rows[0].bar is not None
+    assert "100 tokens at a gate's edge" in kl.note
 
 
 @pytest.mark.parametrize("measured", [0.0, 1e-300, 1e-9, 1.0, 1e300, math.inf, math.nan])
 def test_a_log_scale_holds_any_number(measured: float) -> None:
-    for plot in parity_plots(compared("checkpoint", replace(PARITY, max_abs_logit=measured))):
+    parity = replace(PARITY, rounding=replace(ROUNDING, worst=measured))
+    plots = parity_plots(compared("checkpoint", parity))
+    for plot in plots:
         for row in plot.rows:
             assert 0 <= row.at <= 1
             assert row.bar is None or 0 <= row.bar <= 1
         assert all(0 <= at <= 1 for at, _ in plot.ticks) and 2 <= len(plot.ticks) <= 7
     if not math.isfinite(measured):
-        row = parity_plots(compared("checkpoint", replace(PARITY, max_abs_logit=measured)))[0]
-        assert row.rows[0].tone == "bad"
+        assert plots[0].rows[0].tone == "bad"
 
 
 def test_a_power_of_ten_stands_on_its_tick() -> None:
-    plot = parity_plots(compared("checkpoint", replace(PARITY, max_abs_logit=1e-2)))[0]
+    parity = replace(PARITY, rounding=replace(ROUNDING, worst=1e-2))
+    plot = parity_plots(compared("checkpoint", parity))[0]
     assert {label: at for at, label in plot.ticks}["1e-2"] == plot.rows[0].at
 
 

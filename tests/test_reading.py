@@ -21,7 +21,7 @@ from verify.report import FiredText, VerifyReport, Witnessed
 def rich_report(**changes: Any) -> VerifyReport:
     report = full_report()
     base, checkpoint = report.engines
-    seen = replace(checkpoint, witnessed=Witnessed(16, 1e-6, 1.0))
+    seen = replace(checkpoint, witnessed=Witnessed(16, 1e-6, 1.0, 1e-6))
     text = FiredText("forget", "chat", 3, ("<bos>", "▁a", "b"), (1,))
     changes = {"engines": (base, seen), "examples": (text,), **changes}
     return replace(report, manifest_sha256="ab" * 32, card_sha256="cd" * 32, **changes)

@@ -119,7 +119,7 @@ def test_a_part_of_the_evidence_leaves_the_rest_unmeasured() -> None:
     report = replace(full_report(), engines=(EngineReport("base", loss=1.0, loss_added=0.0),))
     card = render(facts(), replace(report, scope="loss"))
     (line,) = (line for line in card.splitlines() if line.startswith("| base |"))
-    assert line.count("not measured") == 8 and "+0.0000" in line
+    assert line.count("not measured") == 9 and "+0.0000" in line
     (line,) = (line for line in card.splitlines() if line.startswith("| loss on text"))
     assert line == "| loss on text, nats/token | 1.0000 | not measured |"
 

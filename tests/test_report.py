@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 
+from bake.rounding import EPSILON
 from verify.report import (
     Accuracy,
     EngineReport,
@@ -10,13 +11,29 @@ from verify.report import (
     Flip,
     Items,
     Parity,
+    Rounding,
     VerifyReport,
     WorstItem,
 )
 
 FLIP = Flip("forget", "chat", 3, "Which?", reference="A", engine="B", right="C")
 WORST = WorstItem("retain", "plain", 7, 12, "▁the", 2e-4)
-PARITY = Parity(2e-4, 30.0, 3e-9, 0.99, 640, 51, WORST, (FLIP,))
+ROUNDING = Rounding(
+    unit=EPSILON["float32"],
+    sensitivity=1e-5,
+    sensitivity_kl=1e-12,
+    tokens=900,
+    tokens_fired=40,
+    worst=2.0,
+    at=WorstItem("retain", "plain", 7, 12, "the", 4e-5),
+    mean_kl=1e-12,
+    flips=0,
+    edge_tokens=100,
+    edge_max_abs_logit=3.0,
+    edge_flips=1,
+    smallest_fault=1e-6,
+)
+PARITY = Parity(2e-4, 30.0, 3e-9, 0.99, 640, 51, WORST, (FLIP,), rounding=ROUNDING)
 FAILURE = Failure("parity", "checkpoint", "max_abs_logit", 2e-4, 1e-4, where=str(WORST))
 
 

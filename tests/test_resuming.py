@@ -115,7 +115,7 @@ def test_killed_on_the_command_line_it_goes_on(work: Path, tmp_path: Path) -> No
     )
     journals = tmp_path / "cache" / "verify"
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in journals.glob("*.jsonl")):
+    while not any(b'"batch 0"' in path.read_bytes() for path in journals.glob("*.jsonl")):
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     started.send_signal(signal.SIGKILL)

@@ -45,7 +45,7 @@ def test_weights_are_taken_as_they_are(tmp_path: Path, write_recipe: RecipeWrite
     for path, on_input in (("lens", True), ("layer_1", False)):
         sae = load(write_recipe, path)[0].sae
         assert sae.cfg.apply_b_dec_to_input is on_input
-        assert sae.W_dec.dtype == torch.float32
+        assert sae.W_dec.dtype == sae.dtype == torch.float64
         for name, array in vars(expected).items():
             assert np.array_equal(getattr(sae, name).numpy(), array)
 

@@ -147,7 +147,7 @@ def _engine(name: str) -> EngineReport:
         loss=1.5 if base else 1.5432,
         loss_added=0.0 if base else 0.0432,
         parity=parity,
-        witnessed=None if base else Witnessed(16, 1e-6, 1.0),
+        witnessed=None if base else Witnessed(16, 1e-6, 1.0, 1e-6),
         answers=tuple(_answers(name, source, form) for source in N for form in ("chat", "plain")),
         loss_detail=None if base else _loss(name),
         alignment=None if base else 0.8312,

@@ -6,11 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from bake.rounding import BAR
 from verify.alignment import alignment
 from verify.choice_metrics import Setting, answer_set, unlearning_score
 from verify.choices import Answers
+from verify.distances import Distances, Nearby
 from verify.firing import FeatureWatch, FiredExamples, fired_on
 from verify.intervals import bootstrap
 from verify.journal import Journal, Progress
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from verify.reference import Oracle
+    from verify.sensitivity import Sensitivity
 
 BASE, REFERENCE = "base", "reference"
 DECODED_PROMPTS, DECODED_TOKENS = 4, 64
@@ -49,6 +53,9 @@ class Comparison:
     """The engines that are compared with another reference than `REFERENCE`, and with which."""
     examples: FiredExamples
     watch: FeatureWatch
+    sensitivities: Mapping[str, Sensitivity]
+    """Per engine, that of its reference to roundings of the engine's size; the reference's own is
+    its sensitivity to its own. Empty where only answers are looked at."""
     answers: dict[str, Answers] = field(init=False)
     losses: dict[str, LossSum] = field(init=False)
     parities: dict[str, ParitySum] = field(init=False)
@@ -63,7 +70,11 @@ class Comparison:
     def __post_init__(self) -> None:
         self.answers = {name: Answers(self.material.letters) for name in self.names}
         self.losses = {name: LossSum() for name in self.names}
-        self.parities = {name: ParitySum() for name in self.names if not self._refers(name)}
+        self.parities = {}
+        for name in self.names if self.parity else ():
+            if not self._refers(name):
+                distances = Distances(self.sensitivities[name])
+                self.parities[name] = ParitySum(distances=distances)
 
     def _refers(self, name: str) -> bool:
         """Whether others are compared with this one."""
@@ -73,20 +84,38 @@ class Comparison:
         """What an engine is compared with; a reference with itself."""
         return name if self._refers(name) else self.against.get(name, REFERENCE)
 
-    def found(self, batch: Batch, logits: Mapping[str, Tensor]) -> dict[str, Any]:
+    def nearby(self, batch: Batch) -> dict[str, Nearby]:
+        """What the references know of a batch, which was their last forward, for each engine."""
+        if not self.parity:
+            return {}
+        known = {of.name: of.nearby(batch) for of in self.sensitivities.values()}
+        return {engine: known[of.name] for engine, of in self.sensitivities.items()}
+
+    def found(
+        self, batch: Batch, logits: Mapping[str, Tensor], nearby: Mapping[str, Nearby]
+    ) -> dict[str, Any]:
         """What every engine's logits of a batch say, as JSON data; changes nothing."""
         return {
             name: {
                 "answers": self.answers[name].found(batch, logits[name]),
                 "losses": LossSum.found(batch, logits[name]),
-                "parity": self.parities[name].found(
-                    batch, logits[self.reference_of(name)], logits[name]
-                )
-                if self.parity and name in self.parities
-                else None,
+                "parity": self.parity_found(name, batch, logits, nearby),
             }
             for name in self.names
         }
+
+    def parity_found(
+        self,
+        name: str,
+        batch: Batch,
+        logits: Mapping[str, Tensor],
+        nearby: Mapping[str, Nearby],
+    ) -> list[list[Any]] | None:
+        """One engine's logits against its reference's, as JSON data; None of a reference."""
+        if name not in self.parities:
+            return None
+        reference = self.reference_of(name)
+        return self.parities[name].found(batch, logits[reference], logits[name], nearby[name])
 
     def take(self, batch: Batch, found: Mapping[str, Any]) -> None:
         """Take in what was found for a batch: of every engine, and of the clamps."""
@@ -169,6 +198,8 @@ class Comparison:
             split(before, after, flags),
             histogram(before, after),
             bootstrap([scale * total for total in added]) if finite else None,
+            # A loss is a difference of two terms, each of which may move by that much.
+            2 * BAR * self.sensitivities[REFERENCE].largest,
         )
         return replace(report, loss_detail=detail)
 
@@ -185,14 +216,21 @@ class Comparison:
                 worst=None,
                 flips=(),
             )
-        reference = self.reference_of(name)
-        return self.parities[name].result(
+        reference, tokenizer = self.reference_of(name), self.material.tokenizer
+        parity = self.parities[name]
+        flips = answer_flips(self.answers[reference], self.answers[name], self.material.questions)
+        assert parity.distances is not None
+        return parity.result(
             tokens_fired=0 if name == BASE else self.fired[reference],
-            flips=answer_flips(
-                self.answers[reference], self.answers[name], self.material.questions
-            ),
-            tokenizer=self.material.tokenizer,
+            flips=flips,
+            tokenizer=tokenizer,
+            rounding=parity.distances.result(flips, self._asked, self.examples.prompts, tokenizer),
         )
+
+    @cached_property
+    def _asked(self) -> dict[tuple[str, str, int], Prompt]:
+        """Every prompt that asks a question, by source, form and row."""
+        return {(of.source, of.form, of.row): of for of in self.prompts if of.item >= 0}
 
 
 def _score(sets: Sequence[AnswerSet]) -> float | None:
@@ -246,11 +284,10 @@ def compare(
                 firings = _Firings(oracles)
                 logits = {runner.name: runner.logits(*inputs) for runner in here}
                 logits |= {name: answer.result() for name, answer in pending.items()}
-                firing = firings.since(batch)
+                firing, nearby = firings.since(batch), comparison.nearby(batch)
                 finish()
-                waiting.append(
-                    (name, batch, pool.submit(_found, comparison, batch, logits, firing))
-                )
+                counting = pool.submit(_found, comparison, batch, logits, nearby, firing)
+                waiting.append((name, batch, counting))
             done += sum(len(prompt.ids) for prompt in batch.prompts)
             progress("compare", done / total)
         finish()
@@ -259,9 +296,13 @@ def compare(
 
 
 def _found(
-    comparison: Comparison, batch: Batch, logits: Mapping[str, Tensor], firing: dict[str, Any]
+    comparison: Comparison,
+    batch: Batch,
+    logits: Mapping[str, Tensor],
+    nearby: Mapping[str, Nearby],
+    firing: dict[str, Any],
 ) -> dict[str, Any]:
-    return {"engines": comparison.found(batch, logits), **firing}
+    return {"engines": comparison.found(batch, logits, nearby), **firing}
 
 
 class _Firings:
@@ -324,11 +365,12 @@ def _compare_decoding(
             for runner in here
             if runner.name != BASE
         }
+        logits = {name: of[:, -n_last:] for name, of in whole.items()}
+        nearby = {name: of.last(n_last) for name, of in comparison.nearby(batch).items()}
         parities = {}
         for runner in elsewhere:
-            logits = runner.decoded(batch.input_ids, batch.attention_mask, n_last)
-            reference = whole[comparison.reference_of(runner.name)][:, -n_last:]
-            parities[runner.name] = comparison.parities[runner.name].found(tail, reference, logits)
+            logits[runner.name] = runner.decoded(batch.input_ids, batch.attention_mask, n_last)
+            parities[runner.name] = comparison.parity_found(runner.name, tail, logits, nearby)
         return {"parities": parities, **firings.since(batch)}
 
     found = journal.once("decoded", decode)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bake.recipe import Recipe
 from verify.onnx_files import Graph
 from verify.onnx_runner import OnnxRunner
 from verify.runners import TorchRunner
@@ -33,6 +34,14 @@ class Engines:
         import torch
 
         return torch.get_num_threads()
+
+    def load_torch(self, recipe: Recipe, dtype: str, threads: int) -> None:
+        """Load the folder in torch, an adapter over the recipe's base."""
+        from verify.stock import location
+
+        assert self.torch is not None
+        base = location(recipe) if self.carrier == "adapter" else None
+        self.torch.load(dtype, device=self.device, threads=threads, base=base)
 
     @contextmanager
     def open(

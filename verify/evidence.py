@@ -17,16 +17,19 @@ from verify.firing import FeatureWatch, FiredExamples, fired_on
 from verify.forgetting import REFERENCE_32, Forgetting, Hooked
 from verify.harness import check_harness, measure_harness
 from verify.journal import Journal, Progress
-from verify.kinds import ASKING, Options
+from verify.kinds import ASKING, READING, Options
 from verify.material import check_sources, load_material
 from verify.measures import Completions, Control, HarnessScore, KnownSet, Robustness
 from verify.prompts import Batch, text_prompts
 from verify.questions import load_texts
-from verify.report import EngineReport, FiredText, Items
+from verify.report import EngineReport, FiredText, Items, Rounding
 from verify.runners import DecodingRunner, HookedRunner, Runner
+from verify.tolerances import unit_of
+from verify.upcast import compare_in_float32
 
 if TYPE_CHECKING:
     from verify.reference import Oracle
+    from verify.sensitivity import Sensitivity
 
 REFERENCES = (BASE, REFERENCE, REFERENCE_32)
 """Engines that are no part of a folder."""
@@ -85,25 +88,37 @@ def gather(
     asks, form = bool(kinds & ASKING), recipe.verify.prompt
     here: list[Runner] = [hooked.base] if kinds & {"choices", "loss"} else []
     here += hooked.references
+    prompts = hooked.material.prompts(kinds)
+    sensitivities: dict[str, Sensitivity] = {}
+    if kinds & READING:
+        units = _units(folder, engines, hooked)
+        sensitivities = hooked.sensitivities(units, engines, prompts, journal)
+    in_float32 = None
+    if "parity" in kinds and hooked.dtype != "float32" and engines.carrier != "compiled":
+        in_float32 = compare_in_float32(recipe, hooked, engines, prompts, journal)
     with ExitStack() as stack:
         with _half_the_threads() as threads:
             elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
             progress("load", 1.0)
             comparison = Comparison(
                 hooked.material,
-                hooked.material.prompts(kinds),
+                prompts,
                 tuple(runner.name for runner in (*here, *elsewhere)),
                 "parity" in kinds,
                 hooked.against(engines),
                 FiredExamples(form),
                 FeatureWatch({site.layer: site.features for site in hooked.sites}),
+                sensitivities,
             )
             compare(here, elsewhere, hooked.oracles, comparison, journal, progress)
             if asks and recipe.select is not None and any(comparison.watch.never_active()):
                 _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
             forgetting = Forgetting(recipe, hooked, elsewhere[0], journal, progress)
             known, rows = forgetting.known(options.cache) if "known" in kinds else ((), {})
-        reports = tuple(comparison.reports(kinds, form, rows))
+        reports = tuple(
+            _with_float32(report, in_float32) if report.name == elsewhere[0].name else report
+            for report in comparison.reports(kinds, form, rows)
+        )
         scores: Mapping[str, tuple[HarnessScore, ...]] = {}
         if options.tasks:
             everyone = [hooked.base, *hooked.references, *elsewhere]
@@ -152,16 +167,34 @@ def _hooked(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) 
     return Hooked(model, sites, oracles, material)
 
 
+def _units(folder: Path, engines: Engines, hooked: Hooked) -> dict[str, float]:
+    """Per engine of the folder, the relative size of one rounding."""
+    stored = None
+    if engines.carrier == "compiled":  # 16-bit weights stay so, whatever they are run in
+        stored = read_config(folder, engines.carrier).get("dtype")
+    against, found = hooked.against(engines), {}
+    names = [*([engines.torch.name] if engines.torch else []), *(g.name for g in engines.graphs)]
+    for name in names:
+        dtype = str(hooked.oracles[against.get(name, REFERENCE)].model.dtype)
+        dtype = dtype.removeprefix("torch.")
+        found[name] = unit_of(name, stored if dtype == "float32" and stored else dtype)
+    return found
+
+
+def _with_float32(report: EngineReport, found: Rounding | None) -> EngineReport:
+    """An engine's report with what it showed in float32, too."""
+    if report.parity is None or found is None:
+        return report
+    return replace(report, parity=replace(report.parity, float32=found))
+
+
 def _opened(
     recipe: Recipe, engines: Engines, dtype: str, threads: int, stack: ExitStack
 ) -> list[DecodingRunner]:
     """The folder's own engines, loaded."""
-    from verify.stock import location
-
     opened: list[DecodingRunner] = []
     if engines.torch is not None:
-        base = location(recipe) if engines.carrier == "adapter" else None
-        engines.torch.load(dtype, device=engines.device, threads=threads, base=base)
+        engines.load_torch(recipe, dtype, threads)
         opened.append(engines.torch)
     for graph in engines.graphs:
         opened.append(stack.enter_context(engines.open(graph, threads=threads)))

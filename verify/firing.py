@@ -66,6 +66,11 @@ class FiredExamples:
             kept.sort(key=lambda example: (-len(example[1]), example[0].row, example[0].ids))
             del kept[EXAMPLES:]
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What was kept, where a clamp fired on it."""
+        return [prompt for kept in self._kept.values() for prompt, fired in kept if fired]
+
     def result(self, tokenizer: Any) -> tuple[FiredText, ...]:
         """What was kept, as text."""
         return tuple(

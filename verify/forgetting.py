@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from bake.base import find_base
 from bake.recipe import Recipe
-from verify.comparison import BASE
+from bake.rounding import epsilon_of
+from verify.comparison import BASE, REFERENCE
 from verify.completions import complete
 from verify.engines import Engines
 from verify.journal import Journal, Progress
 from verify.known import measure_known, model_digest
 from verify.material import Material
 from verify.measures import Completions, Control, KnownSet, Robustness
+from verify.prompts import Prompt
 from verify.report import EngineReport
 from verify.runners import HookedRunner, Runner
 
 if TYPE_CHECKING:
     from verify.reference import Oracle
+    from verify.sensitivity import Sensitivity
     from verify.whole_sae import Site
 
 REFERENCE_32 = "reference-float32"
@@ -52,6 +55,35 @@ class Hooked:
     def references(self) -> list[Runner]:
         """One engine for each oracle."""
         return [HookedRunner(name, of.model, of) for name, of in self.oracles.items()]
+
+    def sensitivities(
+        self,
+        units: Mapping[str, float],
+        engines: Engines,
+        prompts: Sequence[Prompt],
+        journal: Journal,
+    ) -> dict[str, Sensitivity]:
+        """How far rounding moves what each engine is compared with, on a sample of some prompts.
+
+        Args:
+            units: per engine of the folder, the relative size of its roundings.
+            engines: of the folder.
+            prompts: that all are shown.
+            journal: of a run that was interrupted, or empty.
+        """
+        from verify.sensitivity import Sensitivity
+
+        own = {name: epsilon_of(oracle.model.dtype) for name, oracle in self.oracles.items()}
+        against = {BASE: REFERENCE, **{name: name for name in own}, **self.against(engines)}
+        wanted = {
+            name: (against.get(name, REFERENCE), units.get(name, own[against.get(name, REFERENCE)]))
+            for name in (*against, *units)
+        }
+        known = {
+            of: Sensitivity(of[0], self.oracles[of[0]], of[1], self.material, journal, prompts)
+            for of in dict.fromkeys(wanted.values())
+        }
+        return {name: known[of] for name, of in wanted.items()}
 
     def against(self, engines: Engines) -> dict[str, str]:
         """The engines that are compared with another reference than `reference`, and with which."""

@@ -87,6 +87,8 @@ class LossAdded:
     interval: Interval | None = None
     """Of the mean over all tokens, by bootstrap over windows of text; None where a loss is not
     finite."""
+    rounding: float = 0.0
+    """The most by which rounding alone may change the loss of a token, in nats."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from verify.wording import (
     measured_engine,
     number,
     one_letter_lines,
+    rounding_lines,
     title_of,
     was_attacked,
 )
@@ -102,6 +103,8 @@ class Page:
     measured: bool
     """Whether any engine was asked or compared."""
     parity: tuple[Plot, ...]
+    rounding: list[tuple[str, str]]
+    """Per engine that is held to it, how its distance compares with rounding."""
     errors: tuple[HistogramPlot, ...]
     accuracy: tuple[Plot, ...]
     known: tuple[Plot, ...]
@@ -172,6 +175,7 @@ def page_of(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = ()) 
         tiles=_tiles(report),
         measured=any(e.forget or e.parity or e.loss is not None for e in report.engines),
         parity=parity_plots(report),
+        rounding=rounding_lines(report),
         errors=error_histograms(report),
         accuracy=accuracy_plots(report),
         known=known_plots(report),

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from bake.rounding import BAR
 from verify.intervals import wilson
-from verify.onnx_files import EXACT
-from verify.parity import MEAN_KL, logit_bar
-from verify.report import ENGINE_TITLES, EngineReport, Parity, VerifyReport
+from verify.report import EngineReport, VerifyReport
+from verify.tolerances import is_held, kl_bar
 from verify.wording import SOURCES, title_of
 
 CHANCE = 0.25
@@ -102,31 +102,31 @@ def accuracy_plots(report: VerifyReport) -> tuple[Plot, ...]:
 def parity_plots(report: VerifyReport) -> tuple[Plot, ...]:
     """Distance of every engine from the hooked reference, and its limit where it has one."""
     compared = [
-        (engine, engine.parity)
+        (engine, engine.parity.rounding)
         for engine in report.engines
-        if engine.parity is not None and engine.name not in ENGINE_TITLES
+        if engine.parity is not None and engine.parity.rounding is not None
     ]
     if not compared:
         return ()
-    logits = [(e, p.max_abs_logit, _logit_limit(e.name, p, report.dtype)) for e, p in compared]
-    kl = [(e, p.mean_kl, _kl_limit(e.name, report.dtype)) for e, p in compared]
+    worst = [(e, r.worst, BAR if is_held(e.name) else None) for e, r in compared]
+    kl = [(e, r.mean_kl, kl_bar(r) if is_held(e.name) else None) for e, r in compared]
+    apart = max(r.edge_tokens for _, r in compared)
+    note = f" {apart:,} tokens at a gate's edge, or after one, are left out." if apart else ""
     return (
-        _log_plot("Largest |Δlogit|", "Largest difference of any logit at any token", logits),
-        _log_plot("Mean KL", "KL(reference ‖ engine), mean over tokens, in nats", kl),
+        _log_plot(
+            "Worst token, in roundings",
+            "Largest difference of any logit, over what one rounding in every layer moves there",
+            worst,
+        ),
+        _log_plot("Mean KL", "KL(reference ‖ engine), mean over tokens, in nats", kl, note),
     )
 
 
-def _logit_limit(engine: str, parity: Parity, dtype: str | None) -> float | None:
-    here = engine in ("checkpoint", "adapter") and dtype == "float32"
-    return logit_bar(parity) if here or engine == EXACT else None
-
-
-def _kl_limit(engine: str, dtype: str | None) -> float | None:
-    return MEAN_KL if engine == "checkpoint" and dtype not in (None, "float32") else None
-
-
 def _log_plot(
-    title: str, note: str, found: Iterable[tuple[EngineReport, float, float | None]]
+    title: str,
+    note: str,
+    found: Iterable[tuple[EngineReport, float, float | None]],
+    more: str = "",
 ) -> Plot:
     found = list(found)
     numbers = [x for _, value, limit in found for x in (value, limit) if x is not None]
@@ -152,7 +152,7 @@ def _log_plot(
     ticks = tuple((place(10.0**e), f"1e{e}") for e in range(first, last + 1, step))
     limits = " The upright bar is the limit." if any(row.bar is not None for row in rows) else ""
     base = " The base shows how far the clamp moves the model."
-    return Plot(title, f"{note}, on a log scale.{base}{limits}", tuple(rows), ticks)
+    return Plot(title, f"{note}, on a log scale.{base}{limits}{more}", tuple(rows), ticks)
 
 
 def fired_plot(report: VerifyReport) -> Plot | None:

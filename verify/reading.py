@@ -79,6 +79,9 @@ def _engine(name: str, found: dict[str, Any]) -> dict[str, Any]:
         engine["parity"] = _finite(parity, "max_abs_logit", "mean_kl", "largest_logit")
         if parity.get("worst") is not None:
             engine["parity"]["worst"] = _finite(parity["worst"], "abs_logit")
+        for part in ("rounding", "float32"):
+            if (rounding := parity.get(part)) is not None:
+                engine["parity"][part] = _rounding(rounding)
     if engine["witnessed"] is not None:
         engine["witnessed"] = _finite(engine["witnessed"], "max_abs_logit", "effect")
     if (detail := found.get("loss_detail")) is not None:
@@ -91,6 +94,13 @@ def _engine(name: str, found: dict[str, Any]) -> dict[str, Any]:
         if loss in found and found[loss] is None:
             engine[loss] = math.inf
     return engine
+
+
+def _rounding(found: dict[str, Any]) -> dict[str, Any]:
+    rounding = _finite(found, "worst", "mean_kl", "edge_max_abs_logit")
+    if rounding["at"] is not None:
+        rounding["at"] = _finite(rounding["at"], "abs_logit")
+    return rounding
 
 
 def _finite(found: dict[str, Any], *names: str) -> dict[str, Any]:

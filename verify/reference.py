@@ -1,7 +1,9 @@
 """The oracle: a stock model, a forward hook, and the whole SAE.
 
 Every method is written in its paper's own form: encode, edit the code, decode, add the SAE's
-error back. It shares no arithmetic with what it checks.
+error back. It shares no arithmetic with what it checks. All of that is computed in float64 and
+rounded once, to the residual stream's dtype: in float32, adding the error back would itself be
+further from the truth than what is checked.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from bake.errors import SAEError
 from bake.recipe import Clamp
+from bake.rounding import disturbed
+from verify.gates import Gates, gates_of
 from verify.stock import decoder_layers
 from verify.whole_sae import Site
 
 CODE_BYTES = 64 << 20
-"""Most bytes of one code [tokens, d_sae] in float32; longer inputs are edited in parts."""
+"""Most bytes of one code [tokens, d_sae] in float64; longer inputs are edited in parts."""
 
 
 # --------------------------------------------------------------------------- the methods
@@ -144,7 +148,7 @@ class Edited:
 
 
 def edit_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
-    """Encode, edit, decode, and add the SAE's error back.
+    """Encode, edit, decode, and add the SAE's error back, in float64.
 
     Args:
         h: [batch, seq, d_in], any floating dtype.
@@ -156,10 +160,8 @@ def edit_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
     out = tokens.clone()
     changed = torch.zeros_like(spared)
     active = torch.zeros(len(tokens), len(features), dtype=torch.bool, device=h.device)
-    part = max(1, CODE_BYTES // (4 * site.sae.cfg.d_sae))
-    for start in range(0, len(tokens), part):
-        rows = slice(start, start + part)
-        x = tokens[rows].float()
+    for rows in _parts(len(tokens), site):
+        x = tokens[rows].double()
         acts = site.sae.encode(x)
         edited = edit_code(acts, site.clamp)
         touched = (edited != acts).any(dim=-1) & ~spared[rows]
@@ -172,6 +174,13 @@ def edit_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
     return Edited(out.reshape(h.shape), changed.reshape(shape), active.reshape(*shape, -1))
 
 
+def _parts(n_tokens: int, site: Site) -> Iterator[slice]:
+    """All tokens in parts whose codes fit `CODE_BYTES`."""
+    part = max(1, CODE_BYTES // (8 * site.sae.cfg.d_sae))
+    for start in range(0, n_tokens, part):
+        yield slice(start, start + part)
+
+
 def reconstruct_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
     """Encode and decode, nothing edited and the error dropped: what the SAE alone costs.
 
@@ -181,10 +190,8 @@ def reconstruct_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
     edited = edit_residual(h, site, exempt)
     tokens, spared = h.reshape(-1, h.shape[-1]), exempt.reshape(-1)
     out = tokens.clone()
-    part = max(1, CODE_BYTES // (4 * site.sae.cfg.d_sae))
-    for start in range(0, len(tokens), part):
-        rows = slice(start, start + part)
-        out[rows] = site.sae.decode(site.sae.encode(tokens[rows].float())).to(h.dtype)
+    for rows in _parts(len(tokens), site):
+        out[rows] = site.sae.decode(site.sae.encode(tokens[rows].double())).to(h.dtype)
     out[spared] = tokens[spared]
     return Edited(out.reshape(h.shape), ~exempt, edited.active)
 
@@ -237,9 +244,28 @@ class Oracle:
         self.last_fired: Tensor | None = None
         """[batch, seq] bool: the tokens of the last forward on which any clamp changed the code,
         padding left out."""
+        self.last_gates: dict[int, Gates] = {}
+        """[batch, seq, g] for each layer: how close the gates of the last forward were to the
+        other side, padding included."""
+        self._noise: tuple[Generator, float] | None = None
         self._input_ids: Tensor | None = None
         self._real: Tensor | None = None
         self._fired: Tensor | None = None
+
+    @contextmanager
+    def disturbed(self, seed: int, epsilon: float) -> Iterator[None]:
+        """Within the block every layer's output is off by one rounding, at random, before a clamp
+        reads it: what that moves is the reference's own sensitivity to rounding.
+
+        Args:
+            seed: of the signs.
+            epsilon: the relative size of the rounding.
+        """
+        self._noise = Generator().manual_seed(seed), epsilon
+        try:
+            yield
+        finally:
+            self._noise = None
 
     @contextmanager
     def applied(self) -> Iterator[Any]:
@@ -247,6 +273,8 @@ class Oracle:
         with ExitStack() as hooks:
             remember = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
             hooks.callback(remember.remove)
+            for layer in self.layers if self._noise is not None else ():
+                hooks.callback(layer.register_forward_hook(self._disturb).remove)
             for site in self.sites:
                 hook = self.layers[site.layer].register_forward_hook(self._edit(site))
                 hooks.callback(hook.remove)
@@ -265,6 +293,13 @@ class Oracle:
         )
         self._fired = torch.zeros_like(ids).bool()
 
+    def _disturb(self, _: nn.Module, __: Any, output: Any) -> Any:
+        """The hook of any layer while the reference is disturbed."""
+        assert self._noise is not None
+        if isinstance(output, tuple):
+            return (disturbed(output[0], *self._noise), *output[1:])
+        return disturbed(output, *self._noise)
+
     def _edit(self, site: Site) -> Callable[[nn.Module, Any, Any], Any]:
         """The hook of one layer."""
 
@@ -279,6 +314,7 @@ class Oracle:
             self.fired_by_layer[site.layer] += int(fired.sum())
             self._fired = fired if self._fired is None else self._fired | fired
             self.last_active[site.layer] = (edited.active & self._real[..., None]).any(dim=1)
+            self.last_gates[site.layer] = gates_of(h, site, exempt)
             return (edited.h, *output[1:]) if isinstance(output, tuple) else edited.h
 
         return hook

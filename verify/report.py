@@ -108,6 +108,50 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """An engine's distance to the reference, in roundings: how far the reference's own logits move
+    when every layer's output is rounded once more.
+
+    Edge tokens, at which a gate lies within rounding of its threshold, and what follows them in
+    their sequence say nothing about the engine. They are known from the reference alone, and
+    counted apart.
+    """
+
+    unit: float
+    """Relative size of one rounding of the engine: 2⁻²⁴ in float32."""
+    sensitivity: float
+    """How far one rounding moves a token's logits; one token in ten is moved further."""
+    sensitivity_kl: float
+    """KL(reference ‖ reference with one rounding), in nats per token."""
+    tokens: int
+    """Over how many tokens this is; edge tokens and what follows them are not among them."""
+    tokens_fired: int
+    """On how many of these the clamp fired."""
+    worst: float
+    """Largest |Δlogit| at any of them, over the token's own sensitivity."""
+    at: WorstItem | None
+    """Where that is."""
+    mean_kl: float
+    """KL(reference ‖ engine) over them, in nats per token."""
+    flips: int
+    """Answers that differ though their token is judged and further out than rounding explains."""
+    edge_tokens: int
+    """Edge tokens, and what follows them."""
+    edge_max_abs_logit: float
+    """Largest |Δlogit| there."""
+    edge_flips: int
+    """Answers that differ there."""
+    smallest_fault: float | None
+    """The share of the clamp's effect on the logits that would be out of tolerance if it were
+    missing: the median over tokens on which it fired. None where it fired on none."""
+
+    @property
+    def typical(self) -> float:
+        """How many roundings the engine is away on the average: a KL grows with the square."""
+        return math.sqrt(self.mean_kl / self.sensitivity_kl) if self.sensitivity_kl else 0.0
+
+
+@dataclass(frozen=True)
 class Parity:
     """How far an engine is from the hooked reference on the same tokens."""
 
@@ -127,6 +171,11 @@ class Parity:
     flips: tuple[Flip, ...]
     errors: tuple[int, ...] = ()
     """How many tokens have their largest |Δlogit| in each bin of `ERROR_EDGES`."""
+    rounding: Rounding | None = None
+    """The same against the reference's own sensitivity to rounding; None of a reference."""
+    float32: Rounding | None = None
+    """The same again with both sides in float32, on some of the prompts, where they otherwise run
+    in 16 bits: the clamp's own numbers are float32, and in 16 bits much cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +188,13 @@ class Witnessed:
     """Largest |Δlogit|; infinite where a logit is not finite."""
     effect: float
     """How much of what the clamp does to the logits the engine shows: 1 all of it, 0 nothing."""
+    sensitivity: float | None = None
+    """How far one rounding moved the most sensitive of these tokens' logits at export."""
+
+    @property
+    def roundings(self) -> float | None:
+        """The largest |Δlogit|, in roundings."""
+        return self.max_abs_logit / self.sensitivity if self.sensitivity else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bake.base import INDEX, find_base
 from bake.errors import FolderError, RecipeError
@@ -24,10 +23,16 @@ from verify.evidence import REFERENCES, Evidence, gather
 from verify.integrity import CARD, Manifest, check_integrity, read_manifest
 from verify.journal import Journal, Progress, files_below, journal_path
 from verify.kinds import KINDS, Options, chosen_kinds
-from verify.onnx_files import EXACT, find_graphs, graph_failures
-from verify.parity import parity_failures, silent_clamps, unlearning_failures
+from verify.onnx_files import find_graphs, graph_failures
 from verify.prompts import TEXT_TOKENS
 from verify.report import Failure, VerifyReport
+from verify.tolerances import (
+    is_held,
+    loss_failures,
+    parity_failures,
+    silent_clamps,
+    unlearning_failures,
+)
 from verify.witnesses import load_witnesses, with_witnesses
 
 DEFAULTS = Options()
@@ -129,8 +134,13 @@ def verify_folder(
     failures = report.failures
     if "parity" in kinds:
         failures += tuple(silent_clamps(evidence.fired_by_layer))
-        failures += tuple(_engine_failures(evidence, manifest, config))
-    failures += tuple(_loss_failures(evidence))
+        failures += tuple(_engine_failures(evidence))
+    failures += tuple(
+        failure
+        for engine in evidence.engines
+        if engine.name in (REFERENCE, "checkpoint", "adapter")
+        for failure in loss_failures(engine)
+    )
     assert recipe.verify is not None
     return replace(
         report,
@@ -151,9 +161,7 @@ def verify_folder(
     )
 
 
-def _engine_failures(
-    evidence: Evidence, manifest: Manifest, config: dict[str, Any]
-) -> Iterator[Failure]:
+def _engine_failures(evidence: Evidence) -> Iterator[Failure]:
     """What is out of tolerance, engine by engine."""
     found = {engine.name: engine for engine in evidence.engines}
     items = evidence.items
@@ -161,33 +169,10 @@ def _engine_failures(
     for name, engine in found.items():
         if engine.parity is None or name in REFERENCES:
             continue
-        if name in (NAMES[manifest.carrier], EXACT):
-            dtype = "float32" if name == EXACT else evidence.dtype
-            # A compiled folder of 16-bit weights is held to 16 bits, whatever it is run in.
-            stored = config.get("dtype") if manifest.carrier == "compiled" else None
-            yield from parity_failures(
-                name,
-                engine.parity,
-                stored if dtype == "float32" and stored else dtype,
-                exact=manifest.exact,
-                n_answers=n_answers,
-            )
+        if is_held(name):
+            yield from parity_failures(name, engine.parity, n_answers)
         else:
-            yield from unlearning_failures(engine, found[REFERENCE])
-
-
-def _loss_failures(evidence: Evidence) -> Iterator[Failure]:
-    """Before a clamp has fired nothing has changed: in float32 and the base's own arithmetic, not
-    a bit.
-    """
-    for engine in evidence.engines:
-        exact = engine.name in (REFERENCE, "checkpoint", "adapter")
-        if engine.loss_detail is None or not exact or evidence.dtype != "float32":
-            continue
-        worst = engine.loss_detail.split.before.max_abs
-        if not worst <= 0:
-            what = "largest loss added before any firing"
-            yield Failure("loss", engine.name, what, worst, 0.0)
+            yield from unlearning_failures(engine, found[REFERENCE], items.forget_questions)
 
 
 def _report(

@@ -28,7 +28,7 @@ class Site:
     clamp: Clamp
     """What happens to which features."""
     sae: Any
-    """A sae_lens SAE in float32."""
+    """A sae_lens SAE, loaded in float32 and computing in float64."""
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -85,6 +85,8 @@ def _layer(asked: str | None, stated: str | None, name: str) -> int:
 
 def _load_sae(source: SAESource, recipe: Recipe, name: str) -> tuple[Any, str | None]:
     """(SAE, the hook point that it states)."""
+    import torch
+
     folder = None if source.path is None else recipe.local(source.path)
     try:
         with warnings.catch_warnings():
@@ -101,7 +103,7 @@ def _load_sae(source: SAESource, recipe: Recipe, name: str) -> tuple[Any, str | 
     stated = sae.cfg.metadata.hook_name
     if stated is None and folder is not None:
         stated = _gemma_scope_hook(folder)
-    return sae.float().eval().requires_grad_(False), stated
+    return sae.to(torch.float64).eval().requires_grad_(False), stated
 
 
 def _open_sae(source: SAESource, folder: Path | None) -> Any:

@@ -13,17 +13,12 @@ from typing import TYPE_CHECKING
 from export.witness_file import WITNESSES, Witnesses
 from verify.engines import Engines
 from verify.onnx_files import EXACT
-from verify.report import EngineReport, Failure, VerifyReport, Witnessed
+from verify.report import EngineReport, VerifyReport, Witnessed
 from verify.runners import Runner
+from verify.tolerances import witness_failures
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MAX_ABS_LOGIT = 1e-3
-"""Bar for an engine that has the checkpoint's own weights, in float32; it allows for another
-machine's arithmetic."""
-MIN_EFFECT = 0.5
-"""Bar for one with rounded weights: how much of the clamp's effect it shows, 1 being all of it."""
 
 
 def seen(witnesses: Witnesses, runner: Runner) -> Tensor:
@@ -61,7 +56,7 @@ def with_witnesses(report: VerifyReport, witnesses: Witnesses, engines: Engines)
     failures = [
         failure
         for name, measured in found.items()
-        for failure in _failures(
+        for failure in witness_failures(
             name, measured, exact=report.exact and name in (EXACT, "checkpoint")
         )
     ]
@@ -82,16 +77,6 @@ def _compare(witnesses: Witnesses, said: Tensor, unclamped: Tensor | None = None
     return Witnessed(
         tokens=len(witnesses.places),
         max_abs_logit=float((said - witnesses.logits).abs().max().nan_to_num(float("inf"))),
+        sensitivity=float(witnesses.sensitivity.max()),
         effect=float((effect * true).sum() / (true * true).sum()),
     )
-
-
-def _failures(name: str, measured: Witnessed, *, exact: bool) -> list[Failure]:
-    failures = []
-    if exact and not measured.max_abs_logit <= MAX_ABS_LOGIT:
-        what = "max_abs_logit"
-        failures.append(Failure("witnesses", name, what, measured.max_abs_logit, MAX_ABS_LOGIT))
-    if not measured.effect >= MIN_EFFECT:
-        what = "share of the clamp's effect"
-        failures.append(Failure("witnesses", name, what, measured.effect, MIN_EFFECT))
-    return failures

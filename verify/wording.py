@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from bake.rounding import BAR
 from verify.intervals import McNemar
 from verify.loss_split import LossPart
 from verify.measures import AnswerSet, Attack, Robustness, Share
-from verify.report import ENGINE_TITLES, EngineReport, VerifyReport
+from verify.report import ENGINE_TITLES, EngineReport, Rounding, VerifyReport
+from verify.tolerances import TYPICAL_BAR, is_held
 
 SOURCES: dict[str, str] = {"forget": "to be forgotten", "retain": "to be kept"}
 """Sets of questions, and what is to happen to what they ask for."""
@@ -167,6 +169,43 @@ def loss_text(part: LossPart) -> str:
     if not part.n_tokens:
         return "no tokens"
     return f"{nats(part.mean)} nats/token on {part.n_tokens:,} tokens"
+
+
+# --------------------------------------------------------------------------- rounding
+
+
+def rounding_lines(report: VerifyReport) -> list[tuple[str, str]]:
+    """(engine, how its distance compares with rounding) of every engine that is held to that."""
+    lines = []
+    for engine in report.engines:
+        parity = engine.parity
+        if parity is None or parity.rounding is None or not is_held(engine.name):
+            continue
+        lines.append((title_of(engine), rounding_text(parity.rounding)))
+        if parity.float32 is not None:
+            lines.append((f"{title_of(engine)} in float32", rounding_text(parity.float32)))
+    return lines
+
+
+def rounding_text(found: Rounding) -> str:
+    """One engine's distance, in roundings, and what that says."""
+    said = (
+        f"worst token {number(found.worst)} roundings (at most {BAR:g}), {number(found.typical)} "
+        f"on average (at most {TYPICAL_BAR:g}); one moves a logit by {number(found.sensitivity)}"
+    )
+    if found.smallest_fault is not None:
+        said += f"; {fault_text(found.smallest_fault)} would have shown"
+    if found.edge_tokens:
+        said += (
+            f"; {found.edge_tokens:,} of {found.edge_tokens + found.tokens:,} tokens, at a gate's "
+            "edge or after one, are left out"
+        )
+    return said
+
+
+def fault_text(share: float) -> str:
+    """How large a fault is, against all that the clamp does."""
+    return "no fault" if share >= 1 else f"a clamp {100 * share:.1g} % off"
 
 
 # --------------------------------------------------------------------------- attacks

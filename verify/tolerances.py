@@ -1,0 +1,167 @@
+"""What is out of tolerance. Suite, page, terminal and card ask here.
+
+An engine that claims to compute the clamp, or to do so but for rounding, is held to what rounding
+explains: `BAR` roundings at any token, `TYPICAL_BAR` on the average. What a rounding is worth is
+measured on the reference itself (`verify.sensitivity`), so that the same file passes on every
+processor, and a fault fails on every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from math import inf
+
+from bake.rounding import BAR, EPSILON
+from verify.engines import NAMES
+from verify.onnx_files import EXACT
+from verify.report import EngineReport, Failure, Parity, Rounding, Witnessed
+
+TYPICAL_BAR = 3.0
+"""How many roundings an engine may be away on the average: the root of its mean KL over the mean KL
+of one rounding, for a KL grows with the square of what moves it."""
+EDGE_SHARE = 0.5
+"""Most of the compared tokens that may be edge tokens, or follow one."""
+COMPILED_FLIPS = 0.02
+"""Share of the answers that a compiled folder may give otherwise, at edges; but always one."""
+MORE_REMEMBERED = 0.05
+"""How far forget accuracy may be above the reference's where weights are rounded; but always by one
+answer."""
+MIN_EFFECT = 0.5
+"""How much of the clamp's effect on the witnesses an engine must show, 1 being all of it."""
+
+
+def is_held(engine: str) -> bool:
+    """Whether an engine claims to compute the clamp, itself or but for rounding. A graph of rounded
+    weights does not, and neither does a reference.
+    """
+    return engine in (*NAMES.values(), EXACT)
+
+
+def unit_of(engine: str, dtype: str) -> float:
+    """Relative size of one rounding of an engine.
+
+    Args:
+        engine: its name.
+        dtype: what its weights are stored in and it computes in, where its name does not say it.
+    """
+    precision = engine.removeprefix(f"{EXACT}-")
+    return EPSILON[{"fp16": "float16"}.get(precision, precision) if precision != engine else dtype]
+
+
+def kl_bar(rounding: Rounding) -> float:
+    """Largest mean KL that rounding explains, in nats per token."""
+    return TYPICAL_BAR**2 * rounding.sensitivity_kl
+
+
+def parity_failures(engine: str, parity: Parity, n_answers: int) -> Iterator[Failure]:
+    """What rounding does not explain, of an engine that claims to compute the clamp.
+
+    Args:
+        engine: its name.
+        parity: its comparison with the reference.
+        n_answers: how many answers were compared.
+    """
+    if (rounding := parity.rounding) is None:
+        return
+    yield from _rounding_failures(engine, rounding, parity)
+    if (exact := parity.float32) is not None:
+        for failure in _rounding_failures(engine, exact, parity):
+            yield replace(failure, what=f"{failure.what}, in float32")
+    elif rounding.unit == EPSILON["float32"] and _too_many(rounding):
+        compared = rounding.tokens + rounding.edge_tokens
+        what = "tokens within rounding of a gate's edge, or after one"
+        bar = int(EDGE_SHARE * compared)
+        yield Failure("parity", engine, what, rounding.edge_tokens, bar)
+    elif rounding.unit == EPSILON["float32"] and parity.tokens_fired and not rounding.tokens_fired:
+        yield Failure("parity", engine, "tokens_fired away from a gate's edge", 0, "at least 1")
+    if rounding.flips:
+        yield Failure("parity", engine, "answer_flips", rounding.flips, 0, _first_flip(parity))
+    # Layers that compare in 16 bits have edges of their own, which the reference does not know.
+    most = max(1, int(COMPILED_FLIPS * n_answers))
+    if engine == NAMES["compiled"] and len(parity.flips) > most and not rounding.flips:
+        measured = len(parity.flips)
+        yield Failure("parity", engine, "answer_flips", measured, most, _first_flip(parity))
+
+
+def _rounding_failures(engine: str, rounding: Rounding, parity: Parity) -> Iterator[Failure]:
+    if not rounding.worst <= BAR:
+        at = rounding.at
+        measured = inf if at is None else at.abs_logit
+        bar = BAR * (measured / rounding.worst if measured < inf else rounding.sensitivity)
+        where = None if at is None else f"{at}, {rounding.worst:.3g} roundings"
+        yield Failure("parity", engine, "max_abs_logit", measured, bar, where)
+    # Where in 16 bits hardly a token is away from an edge, all of them are averaged: a rounding's
+    # own effect was measured with its edges too.
+    rough = rounding.unit > EPSILON["float32"] and _too_many(rounding)
+    mean_kl = parity.mean_kl if rough else rounding.mean_kl
+    if not mean_kl <= kl_bar(rounding):
+        yield Failure("parity", engine, "mean_kl", mean_kl, kl_bar(rounding))
+
+
+def _too_many(rounding: Rounding) -> bool:
+    """Whether most tokens are edge tokens, or follow one."""
+    return rounding.edge_tokens > EDGE_SHARE * (rounding.tokens + rounding.edge_tokens)
+
+
+def _first_flip(parity: Parity) -> str | None:
+    if not parity.flips:
+        return None
+    flip = parity.flips[0]
+    return f"{flip.source} row {flip.row} ({flip.form})"
+
+
+def unlearning_failures(engine: EngineReport, reference: EngineReport, n: int) -> list[Failure]:
+    """What is out of tolerance for an engine whose weights are rounded: it may answer otherwise,
+    but it may not remember what was to be forgotten.
+
+    Args:
+        engine: its report.
+        reference: what it is compared with.
+        n: forget questions.
+    """
+    if engine.forget is None or reference.forget is None or not n:
+        return []
+    more = max(MORE_REMEMBERED, 1 / n) + 1e-9  # one answer is one answer, however it is divided
+    return [
+        Failure("choices", engine.name, f"forget accuracy ({form})", measured, bar)
+        for form in ("plain", "chat")
+        if not (measured := getattr(engine.forget, form))
+        <= (bar := getattr(reference.forget, form) + more)
+    ]
+
+
+def loss_failures(engine: EngineReport) -> Iterator[Failure]:
+    """Before a clamp has fired nothing has changed: where the base's own arithmetic is used, no
+    token's loss may move by more than rounding explains.
+    """
+    if (detail := engine.loss_detail) is None:
+        return
+    worst, bar = detail.split.before.max_abs, detail.rounding
+    if not worst <= bar:
+        yield Failure("loss", engine.name, "largest loss added before any firing", worst, bar)
+
+
+def witness_failures(name: str, witnessed: Witnessed, *, exact: bool) -> Iterator[Failure]:
+    """What is out of tolerance for an engine that was shown a folder's witnesses.
+
+    Args:
+        name: of the engine.
+        witnessed: what it said.
+        exact: it has the checkpoint's own weights, and computes in float32.
+    """
+    measured, bar = witnessed.max_abs_logit, BAR * (witnessed.sensitivity or 0.0)
+    if exact and not measured <= bar:
+        yield Failure("witnesses", name, "max_abs_logit", measured, bar)
+    if not witnessed.effect >= MIN_EFFECT:
+        what = "share of the clamp's effect"
+        yield Failure("witnesses", name, what, witnessed.effect, MIN_EFFECT)
+
+
+def silent_clamps(fired_by_layer: Iterable[tuple[int, int]]) -> list[Failure]:
+    """A clamp that fired on no token was not compared at all: one failure for each."""
+    return [
+        Failure("parity", "reference", f"tokens_fired at layer {layer}", fired, "at least 1")
+        for layer, fired in fired_by_layer
+        if fired == 0
+    ]
