@@ -48,7 +48,7 @@ def test_a_token_further_out_fails_in_logits_and_names_its_place() -> None:
     (failure,) = parity_failures(
         "checkpoint", replace(PARITY, rounding=replace(ROUNDING, worst=80.0)), 12
     )
-    assert str(failure).endswith('worst at retain row 7 (plain), token 12 "the", 80 roundings')
+    assert str(failure).endswith('worst at retain row 7 (plain), token 12 "▁the", 80 roundings')
     (found,) = what(worst=math.inf, at=replace(ROUNDING.at, abs_logit=math.inf))  # type: ignore[type-var]
     assert found == ("max_abs_logit", math.inf, BAR * 1e-5)
 
