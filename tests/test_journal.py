@@ -70,6 +70,14 @@ def test_another_version_of_what_computes_is_other_work(
     assert journal_path(tmp_path, {"a": 1}) != here
 
 
+def test_other_arithmetic_is_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = journal_path(tmp_path, {"a": 1})
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    there = journal_path(tmp_path, {"a": 1})
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
+    assert len({here, there, journal_path(tmp_path, {"a": 1})}) == 3
+
+
 def test_without_a_file_nothing_is_kept() -> None:
     with Journal() as journal:
         assert journal.once("a", lambda: (1,)) == [1]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -132,8 +134,20 @@ def journal_path(cache: Path, work: Any) -> Path:
         work: everything that decides what is found, as JSON data: other work, another journal.
     """
     versions = [_version(name) for name in _COMPUTE]
-    text = json.dumps([versions, work], sort_keys=True, default=str)
+    text = json.dumps([versions, arithmetic(), work], sort_keys=True, default=str)
     return cache / "verify" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+
+
+def arithmetic() -> list[str | None]:
+    """What of this machine decides the last digit of a result: another one's are not mixed in."""
+    import torch
+
+    chosen = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "DNNL_MAX_CPU_ISA")
+    return [
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        *(os.environ.get(name) for name in chosen),
+    ]
 
 
 def _version(name: str) -> str | None:

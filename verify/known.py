@@ -23,7 +23,7 @@ import numpy as np
 
 from bake.errors import ModelError, OutputError
 from verify.choices import letter_log_likelihoods
-from verify.journal import Journal, Progress, files_below
+from verify.journal import Journal, Progress, arithmetic, files_below
 from verify.material import Material
 from verify.measures import KnownSet, Share
 from verify.prompts import chat_text
@@ -213,9 +213,12 @@ class _Pair:
 
 
 def _key(model: str, questions: Sequence[Question]) -> str:
-    """sha256 over the protocol, the model, and all of the questions that a prompt shows."""
+    """sha256 over the protocol, the model, this machine's arithmetic (two choices that are nearly
+    as likely may change places on another), and all of the questions that a prompt shows.
+    """
     asked = [astuple(question) for question in questions]
-    return hashlib.sha256(json.dumps([PROTOCOL, model, asked]).encode()).hexdigest()
+    work = [PROTOCOL, model, arithmetic(), asked]
+    return hashlib.sha256(json.dumps(work).encode()).hexdigest()
 
 
 def model_digest(folder: Path) -> str:

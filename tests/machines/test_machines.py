@@ -1,0 +1,114 @@
+"""Other machines on this one: the miniature's folders pass whatever kernels and threads are used.
+
+The instruction set and the thread count decide in which order sums are formed, and with it the last
+digits of every logit. A processor that lacks an instruction set ignores the setting, and runs what
+it has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from bake.rounding import BAR
+from bakeout.demo import MINIATURE
+from verify.tolerances import TYPICAL_BAR
+
+SETTINGS: dict[str, dict[str, str]] = {
+    "as it is": {},
+    "no vectors": {"ATEN_CPU_CAPABILITY": "default"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "AVX-512": {"ATEN_CPU_CAPABILITY": "avx512", "MKL_CBWR": "AVX512"},
+    "compatible": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_CBWR": "COMPATIBLE",
+        "DNNL_MAX_CPU_ISA": "SSE41",
+        "OMP_NUM_THREADS": "1",
+    },
+    "AVX2, 1 thread": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_CBWR": "AVX2",
+        "DNNL_MAX_CPU_ISA": "AVX2",
+        "OMP_NUM_THREADS": "1",
+    },
+    "2 threads": {"OMP_NUM_THREADS": "2", "MKL_DYNAMIC": "FALSE"},
+}
+CASES = [
+    *(("checkpoint", setting) for setting in SETTINGS),
+    *(("compiled", setting) for setting in ("no vectors", "AVX2, 1 thread", "2 threads")),
+    *(("adapter", setting) for setting in ("AVX2", "compatible")),
+]
+RECIPE = MINIATURE / "recipe.toml"
+
+
+def bakeout(setting: str, *arguments: str, cache: Path) -> None:
+    """Run the command line under a setting."""
+    environment = {**os.environ, "BAKEOUT_CACHE": str(cache), **SETTINGS[setting]}
+    command = [sys.executable, "-m", "bakeout", *arguments]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The miniature's folders, baked and exported on two machines: made once for all workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root if worker_id == "master" else root.parent) / "machines"
+    with FileLock(f"{root}.lock"):
+        if not (root / "done").exists():
+            root.mkdir(exist_ok=True)
+            for setting, name in (("as it is", "checkpoint"), ("compatible", "elsewhere")):
+                out = str(root / name)
+                bakeout(setting, "bake", str(RECIPE), "--out", out, "--witnesses", cache=root)
+                bakeout(setting, "export", "onnx", out, cache=root)
+            checkpoint = str(root / "checkpoint")
+            for carrier in ("compiled", "adapter"):
+                out = str(root / carrier)
+                bakeout("as it is", "export", carrier, checkpoint, "--out", out, cache=root)
+            (root / "done").touch()
+    return root
+
+
+def verified(work: Path, setting: str, folder: str, out: Path, *kinds: str) -> dict[str, Any]:
+    """The report of a verification under a setting."""
+    report = out / "report.json"
+    more = ["--recipe", str(RECIPE)] if "parity" in kinds else []
+    asked = ["--only", ",".join(kinds), "--json", str(report), *more]
+    bakeout(setting, "verify", str(work / folder), *asked, cache=out)
+    found: dict[str, Any] = json.loads(report.read_text())
+    assert found["verdict"] == "pass" and found["failures"] == []
+    return found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("folder", "setting"), CASES)
+def test_sound_folders_pass_far_from_the_bar(
+    work: Path, tmp_path: Path, folder: str, setting: str
+) -> None:
+    kinds = ("integrity", "parity") if folder == "adapter" else ("integrity", "parity", "witnesses")
+    report = verified(work, setting, folder, tmp_path, *kinds)
+    engines = {"onnx", "checkpoint"} if folder == "checkpoint" else {folder}
+    for name in engines:
+        rounding = report["engines"][name]["parity"]["rounding"]
+        assert rounding["worst"] <= BAR / 2, (name, rounding)
+        assert rounding["mean_kl"] <= (TYPICAL_BAR / 2) ** 2 * rounding["sensitivity_kl"], name
+        assert rounding["tokens_fired"] > 100 and rounding["edge_tokens"] == 0
+        assert report["engines"][name]["parity"]["answer_flips"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_witnesses_of_another_machine_hold(work: Path, tmp_path: Path, setting: str) -> None:
+    report = verified(work, setting, "elsewhere", tmp_path, "integrity", "witnesses")
+    for name in ("checkpoint", "onnx"):
+        seen = report["engines"][name]["witnesses"]
+        assert seen["max_abs_logit"] <= BAR / 2 * seen["sensitivity"], (name, seen)

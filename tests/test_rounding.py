@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bake.rounding import EPSILON, disturbed, epsilon_of
+
+
+def draw(h: torch.Tensor, seed: int = 0, epsilon: float | None = None) -> torch.Tensor:
+    size = epsilon_of(h.dtype) if epsilon is None else epsilon
+    return disturbed(h, torch.Generator().manual_seed(seed), size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_number_moves_to_the_next_one(dtype: torch.dtype) -> None:
+    h = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    moved = draw(h)
+    assert moved.dtype == dtype and moved.shape == h.shape
+    up = torch.nextafter(h, torch.full_like(h, torch.inf))
+    down = torch.nextafter(h, torch.full_like(h, -torch.inf))
+    assert ((moved == up) | (moved == down) | (moved == h)).all()
+    assert (moved != h).float().mean() > 0.95  # all but powers of two
+    assert 0.4 < (moved > h).float().mean() < 0.6
+
+
+def test_a_seed_gives_the_same_and_another_one_does_not() -> None:
+    h = torch.randn(8, 8)
+    assert torch.equal(draw(h), draw(h)) and not torch.equal(draw(h), draw(h, seed=1))
+    assert torch.equal(draw(torch.zeros(3)), torch.zeros(3))
+
+
+def test_larger_roundings_are_larger() -> None:
+    h = torch.randn(1000)
+    shift = (draw(h, epsilon=EPSILON["int8"]) - h).abs() / h.abs()
+    assert shift.min() > 0.99 * EPSILON["int8"] and shift.max() < 1.01 * EPSILON["int8"]
+
+
+def test_sizes_are_those_of_the_formats() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert epsilon_of(dtype) == torch.finfo(dtype).eps / 2
+    assert epsilon_of("float16") == EPSILON["float16"]
