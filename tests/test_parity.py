@@ -61,8 +61,22 @@ def test_kl_is_that_of_the_sums_and_has_a_direction() -> None:
     assert kl_nats(reference, reference + 5).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-5, 1e-3, 1e-2, 0.3])
+def test_kl_of_close_logits_is_right_however_small(size: float) -> None:
+    reference = 10 * random(40, 5000)
+    engine = reference + size * (1 + random(40, 5000, seed=1))
+    engine[7] = reference[7]
+    p = reference.double().softmax(-1)
+    change = engine.double() - reference.double()
+    centred = change - (p * change).sum(-1, keepdim=True)
+    exact = (p * (centred.expm1() - centred)).sum(-1).log1p()
+    found = kl_nats(reference, engine)
+    assert found[7] == 0
+    assert torch.allclose(found, exact, rtol=1e-3, atol=1e-20)
+
+
 def test_measures_are_those_of_the_real_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("verify.parity._CHUNK_BYTES", 8 * VOCAB * 2)  # several parts per batch
+    monkeypatch.setattr("verify.parity._CHUNK_BYTES", 4 * VOCAB * 2)  # several parts per batch
     batch = two_prompts()
     reference = random(2, 4, VOCAB)
     engine = reference + 0.01 * random(2, 4, VOCAB, seed=1)

@@ -110,7 +110,7 @@ class Comparison:
         batch: Batch,
         logits: Mapping[str, Tensor],
         nearby: Mapping[str, Nearby],
-    ) -> list[list[Any]] | None:
+    ) -> list[Any] | None:
         """One engine's logits against its reference's, as JSON data; None of a reference."""
         if name not in self.parities:
             return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bake.rounding import BAR, DRAWS
 from verify.distances import Nearby
 from verify.journal import Journal
-from verify.parity import kl_nats, max_abs_difference
+from verify.parity import compare_logits, max_abs_difference
 from verify.runners import HookedRunner
 
 if TYPE_CHECKING:
@@ -131,9 +131,10 @@ class Sensitivity:
 
         def shares(batch: Batch) -> list[float]:
             inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
-            effect = max_abs_difference(self._runner.logits(*inputs), base.logits(*inputs))
+            edited = self._runner.logits(*inputs)
             fired = self.oracle.last_fired
             assert fired is not None
+            effect = max_abs_difference(edited, base.logits(*inputs))
             found = []
             for row, column in fired.cpu().nonzero().tolist():
                 prompt = batch.prompts[row]
@@ -170,14 +171,16 @@ class Sensitivity:
         logits, gates = self._runner.logits(*inputs), dict(self.oracle.last_gates)
         real = batch.attention_mask.bool()
         counted = real[:, -1:] if batch.last_only else real
-        moved = self.epsilon * logits.abs().amax(dim=-1)  # the logits are rounded too
+        moved = logits.new_zeros(counted.shape)
         kl = 0.0
         shifts = {str(layer): [0.0, 0.0] for layer in gates}
         for draw in range(draws):
             with self.oracle.disturbed(draw, self.epsilon):
                 other = self._runner.logits(*inputs)
-            moved = moved.maximum(max_abs_difference(logits, other))
-            kl += float(kl_nats(logits[counted], other[counted]).sum())
+            found = compare_logits(logits, other, counted)
+            own = self.epsilon * found.largest  # the logits are rounded too
+            moved[counted] = moved[counted].maximum(found.distance).maximum(own)
+            kl += float(found.kl.sum())
             for layer, before in gates.items():
                 shift = self.oracle.last_gates[layer].margin - before.margin
                 kept = (shift / (self.epsilon * before.spread))[real.to(shift.device)]
