@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from bake.recipe import Recipe
+from bake.rounding import BAR
 from bakeout.demo import MINIATURE, run_demo
 from bakeout.miniature.build import N_SEQS, RETAIN_THRESHOLD, SEQ_LEN, corpora_of
 from bakeout.miniature.measure import Clamp
@@ -92,13 +93,15 @@ def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
     compiled, adapter = (report["engines"][name] for name in ("compiled", "adapter"))
     assert compiled["parity"]["mean_kl"] <= 1e-5 and compiled["parity"]["answer_flips"] == 0
     assert compiled["forget"] == adapter["forget"] == reference["forget"]
-    assert adapter["parity"]["max_abs_logit"] <= 1e-4
+    for name in ("checkpoint", "onnx", "compiled", "adapter"):
+        assert report["engines"][name]["parity"]["rounding"]["worst"] <= BAR
     # What it forgot, beside what it knew: counted, never assumed.
     forget, retain = report["known"]
     assert forget["known"] >= 100 and forget["still_known"]["right"] <= 0.2 * forget["known"]
     assert retain["still_known"] == {"right": retain["known"], "n": retain["known"]}
     split = checkpoint["loss_detail"]["split"]
-    assert split["before"]["max_abs"] == 0 < split["before"]["n_tokens"]
+    assert split["before"]["max_abs"] <= checkpoint["loss_detail"]["rounding"] < 1e-2
+    assert split["before"]["n_tokens"] > 10_000
     assert [control["name"] for control in report["controls"]] == [
         "reconstruction",
         "zero",

@@ -93,9 +93,8 @@ class Distances:
         apart = nearby.apart[rows, columns]
         judged = ~apart
         tokens = []
-        for index in (
-            (judged & (differences > self.sensitivity.typical)).nonzero().flatten().tolist()
-        ):
+        further = judged & (differences > self.sensitivity.typical)
+        for index in further.nonzero().flatten().tolist():
             row, position = place_in_prompt(batch, *places[index].tolist())
             tokens.append([row, position, float(differences[index])])
         worst = None
@@ -103,9 +102,8 @@ class Distances:
             index = int(differences.masked_fill(apart, -1.0).argmax())
             row, position = place_in_prompt(batch, *places[index].tolist())
             worst = [row, position, float(differences[index])]
-        ends = [
-            row for row, column in places[apart].tolist() if column == batch.input_ids.shape[1] - 1
-        ]
+        final = batch.input_ids.shape[1] - 1
+        ends = [row for row, column in places[apart].tolist() if column == final]
         return [
             int(judged.sum()),
             int((judged & nearby.fired[rows, columns]).sum()),
@@ -163,14 +161,14 @@ class Distances:
             worst=worst,
             at=None if place is None else worst_item(*place, distance, tokenizer),
             mean_kl=kl,
-            flips=sum(self.of(*end) > BAR for end in ends if end not in self.edge),
+            flips=sum(self.roundings(*end) > BAR for end in ends if end not in self.edge),
             edge_tokens=self.n_apart,
             edge_max_abs_logit=self.max_apart,
             edge_flips=sum(end in self.edge for end in ends),
             smallest_fault=self.sensitivity.smallest_fault(examples),
         )
 
-    def of(self, prompt: Prompt, position: int) -> float:
+    def roundings(self, prompt: Prompt, position: int) -> float:
         """A judged token's distance, in roundings; 0 where it is not beyond what is typical."""
         distance = self.beyond.get((prompt, position), 0.0)
         return distance / self.sensitivity.at(prompt, position)
@@ -200,7 +198,7 @@ class Distances:
             self.sensitivity.measure(looked)
             for prompt in looked:
                 for position in places[prompt]:
-                    if (found := self.of(prompt, position)) > worst:
+                    if (found := self.roundings(prompt, position)) > worst:
                         worst, at = found, (prompt, position)
         return worst, at, self.beyond[at]
 

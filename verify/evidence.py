@@ -91,6 +91,7 @@ def gather(
     prompts = hooked.material.prompts(kinds)
     sensitivities: dict[str, Sensitivity] = {}
     if kinds & READING:
+        progress("rounding", 0.0)
         units = _units(folder, engines, hooked)
         sensitivities = hooked.sensitivities(units, engines, prompts, journal)
     in_float32 = None
