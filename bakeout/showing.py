@@ -18,6 +18,7 @@ from bake.errors import BakeoutError, FolderError
 from bakeout.evidence_lines import evidence_lines
 from verify.integrity import read_manifest
 from verify.report import EngineReport, VerifyReport
+from verify.tolerances import witness_bar
 from verify.wording import number, title_of
 
 
@@ -127,13 +128,18 @@ def _engine_row(engine: EngineReport, form: str) -> list[str]:
 
 def witness_lines(report: VerifyReport) -> list[str]:
     """What each engine says to the folder's own witnesses."""
-    return [
-        f"witnesses  {engine.name}: {seen.tokens} tokens, max |Δlogit| {seen.max_abs_logit:.1e} to "
-        f"what was seen at export ({number(seen.roundings)} roundings), "
-        f"{seen.effect:.0%} of the clamp's effect"
-        for engine in report.engines
-        if (seen := engine.witnessed) is not None
-    ]
+    lines = []
+    for engine in report.engines:
+        if (seen := engine.witnessed) is None:
+            continue
+        bar = witness_bar(engine)
+        most = "" if bar is None else f" (rounding explains {number(bar)})"
+        lines.append(
+            f"witnesses  {engine.name}: {seen.tokens} tokens, max |Δlogit| "
+            f"{seen.max_abs_logit:.1e}{most} to what was seen at export, {seen.effect:.0%} of the "
+            "clamp's effect"
+        )
+    return lines
 
 
 def flip_lines(report: VerifyReport, most: int = 10) -> list[str]:

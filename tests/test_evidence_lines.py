@@ -51,9 +51,7 @@ def test_one_line_a_figure() -> None:
 def test_nothing_found_is_no_line() -> None:
     assert evidence_lines(VerifyReport("folder", "layer", True, "integrity", ())) == []
     (only,) = evidence_lines(rich_report())
-    assert only.startswith(
-        "rounding   checkpoint: worst token 2 roundings (at most 8), 1 on average"
-    )
+    assert only.startswith("rounding   checkpoint: worst token 2 of at most 8 roundings, 1 of 3 ")
     assert only.endswith("; 100 of 1,000 tokens, at a gate's edge or after one, are left out")
 
 

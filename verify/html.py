@@ -14,6 +14,7 @@ from verify.integrity import read_manifest
 from verify.measures import Share
 from verify.page import page_of
 from verify.report import VerifyReport
+from verify.tolerances import witness_bar
 from verify.wording import (
     CONTROLS,
     answers_of,
@@ -43,6 +44,7 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
         loader=FunctionLoader(lambda name: files("verify").joinpath(name).read_text("utf-8")),
     )
     environment.filters |= {
+        "explained": witness_bar,
         "shown": shown,
         "token": _token,
         "piece": _piece,

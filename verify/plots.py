@@ -110,7 +110,7 @@ def parity_plots(report: VerifyReport) -> tuple[Plot, ...]:
         return ()
     worst = [(e, r.worst, BAR if is_held(e.name) else None) for e, r in compared]
     kl = [(e, r.mean_kl, kl_bar(r) if is_held(e.name) else None) for e, r in compared]
-    apart = max(r.edge_tokens for _, r in compared)
+    apart = max((r.edge_tokens for e, r in compared if is_held(e.name)), default=0)
     note = f" {apart:,} tokens at a gate's edge, or after one, are left out." if apart else ""
     return (
         _log_plot(
@@ -148,7 +148,7 @@ def _log_plot(
         text = f"{value:.1e}" + ("" if limit is None else f"  limit {limit:.1e}")
         bar = None if limit is None else place(limit)
         rows.append(Row(title_of(engine), text, place(value), tone, bar=bar))
-    step = max(1, math.ceil((last - first) / 5))
+    step = max(1, math.ceil((last - first) / 4))
     ticks = tuple((place(10.0**e), f"1e{e}") for e in range(first, last + 1, step))
     limits = " The upright bar is the limit." if any(row.bar is not None for row in rows) else ""
     base = " The base shows how far the clamp moves the model."

@@ -191,11 +191,6 @@ class Witnessed:
     sensitivity: float | None = None
     """How far one rounding moved the most sensitive of these tokens' logits at export."""
 
-    @property
-    def roundings(self) -> float | None:
-        """The largest |Δlogit|, in roundings."""
-        return self.max_abs_logit / self.sensitivity if self.sensitivity else None
-
 
 @dataclass(frozen=True)
 class EngineReport:

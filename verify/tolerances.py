@@ -142,6 +142,16 @@ def loss_failures(engine: EngineReport) -> Iterator[Failure]:
         yield Failure("loss", engine.name, "largest loss added before any firing", worst, bar)
 
 
+def witness_bar(engine: EngineReport) -> float | None:
+    """The largest |Δlogit| to a folder's witnesses that rounding explains; None where an engine is
+    not held to it.
+    """
+    seen = engine.witnessed
+    if seen is None or not seen.sensitivity or not is_held(engine.name):
+        return None
+    return BAR * seen.sensitivity
+
+
 def witness_failures(name: str, witnessed: Witnessed, *, exact: bool) -> Iterator[Failure]:
     """What is out of tolerance for an engine that was shown a folder's witnesses.
 

@@ -190,8 +190,8 @@ def rounding_lines(report: VerifyReport) -> list[tuple[str, str]]:
 def rounding_text(found: Rounding) -> str:
     """One engine's distance, in roundings, and what that says."""
     said = (
-        f"worst token {number(found.worst)} roundings (at most {BAR:g}), {number(found.typical)} "
-        f"on average (at most {TYPICAL_BAR:g}); one moves a logit by {number(found.sensitivity)}"
+        f"worst token {number(found.worst)} of at most {BAR:g} roundings, {number(found.typical)} "
+        f"of {TYPICAL_BAR:g} on average; one moves a logit by {number(found.sensitivity)}"
     )
     if found.smallest_fault is not None:
         said += f"; {fault_text(found.smallest_fault)} would have shown"
