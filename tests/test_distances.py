@@ -96,11 +96,11 @@ def test_a_hopeless_one_is_looked_at_once_and_a_crowd_not_for_ever() -> None:
 
 def test_edge_tokens_and_what_follows_them_are_counted_apart() -> None:
     batch = batch_of(4)
-    found, parity = judged(Known(), batch, {(1, 2): 70.0, (1, 4): 90.0, (1, 1): 3.0}, (1, 2))
+    found, parity = judged(Known(), batch, {(1, 2): 70.0, (1, 4): 90.0, (1, 1): 4.5}, (1, 2))
     assert (found.tokens, found.edge_tokens) == (17, 3)
     assert found.edge_max_abs_logit == pytest.approx(90.0, rel=1e-5)
     assert parity.max_abs_logit == pytest.approx(90.0, rel=1e-5) and parity.n_tokens == 20
-    assert found.worst == pytest.approx(3.0 / 3, rel=1e-5)  # its own sensitivity is 3
+    assert found.worst == pytest.approx(4.5 / 3, rel=1e-5)  # its own sensitivity is 3
     assert found.at is not None and (found.at.row, found.at.position) == (2, 1)
     assert found.tokens_fired == 17
 

@@ -26,7 +26,7 @@ AT_ONCE = 8
 """How many prompts are looked at together."""
 MOST_LOOKED = 32
 """Most prompts that are looked at for one engine."""
-ENOUGH = BAR / 4
+ENOUGH = 3.0
 """A token this near, in roundings, need not be looked at."""
 HOPELESS = 10 * BAR
 """A token this far out settles it: nobody looks for a worse one."""

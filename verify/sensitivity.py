@@ -126,7 +126,6 @@ class Sensitivity:
 
         if self._smallest_fault is not None:
             return self._smallest_fault
-        self.measure(prompts)
         base = HookedRunner("base", self.oracle.model)
 
         def shares(batch: Batch) -> list[float]:
