@@ -72,7 +72,7 @@ def test_another_version_of_what_computes_is_other_work(
 
 def test_other_arithmetic_is_other_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = journal_path(tmp_path, {"a": 1})
-    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.setenv("MKL_CBWR", "another one")
     there = journal_path(tmp_path, {"a": 1})
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
     assert len({here, there, journal_path(tmp_path, {"a": 1})}) == 3
