@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator, Tensor, nn
 
 EPSILON = {
     "float32": 2.0**-24,
@@ -43,6 +43,19 @@ def disturbed(h: Tensor, generator: Generator, epsilon: float) -> Tensor:
     up = torch.randint(0, 2, h.shape, generator=generator, dtype=torch.int8)
     signs = (2 * up - 1).to(h.device).double()
     return (h.double() * (1 + epsilon * signs)).to(h.dtype)
+
+
+def rounding_parts(layer: nn.Module) -> list[nn.Module]:
+    """The parts of a decoder layer whose outputs every computation rounds: its matrices, its norms,
+    and the layer itself.
+    """
+    from torch import nn
+
+    return [
+        part
+        for part in layer.modules()
+        if part is layer or isinstance(part, nn.Linear) or type(part).__name__.endswith("RMSNorm")
+    ]
 
 
 def epsilon_of(dtype: object) -> float:

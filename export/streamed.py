@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bake.modeling_clamped_gemma as modeling
-from bake.rounding import DRAWS, EPSILON, disturbed
+from bake.rounding import DRAWS, EPSILON, disturbed, rounding_parts
 from export.clamped import Clamped, StoredTensor
 
 
@@ -62,7 +62,8 @@ class StreamedModel:
         for index, layer in enumerate(text.layers):
             layer.register_forward_pre_hook(self._fill(index))
             layer.register_forward_hook(lambda module, _, __: module.to("meta") and None)
-            layer.register_forward_hook(lambda _, __, output: self._disturb(output))
+            for part in rounding_parts(layer):
+                part.register_forward_hook(lambda _, __, output: self._disturb(output))
             if layer.sae_clamp is not None:
                 layer.sae_clamp.register_forward_pre_hook(
                     lambda _, inputs: (self._disturb(inputs[0]), *inputs[1:])

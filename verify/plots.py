@@ -115,7 +115,7 @@ def parity_plots(report: VerifyReport) -> tuple[Plot, ...]:
     return (
         _log_plot(
             "Worst token, in roundings",
-            "Largest difference of any logit, over what one rounding in every layer moves there",
+            "Largest difference of any logit, over what one rounding moves there",
             worst,
         ),
         _log_plot("Mean KL", "KL(reference ‖ engine), mean over tokens, in nats", kl, note),

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from bake.errors import SAEError
 from bake.recipe import Clamp
-from bake.rounding import disturbed
+from bake.rounding import disturbed, rounding_parts
 from verify.gates import Gates, gates_of
 from verify.stock import decoder_layers
 from verify.whole_sae import Site
@@ -254,8 +254,8 @@ class Oracle:
 
     @contextmanager
     def disturbed(self, seed: int, epsilon: float) -> Iterator[None]:
-        """Within the block every layer's output is off by one rounding, at random, before a clamp
-        reads it: what that moves is the reference's own sensitivity to rounding.
+        """Within the block what a matrix, a norm or a layer gives is off by one rounding,
+        at random, before a clamp reads it: what that moves is the reference's own sensitivity.
 
         Args:
             seed: of the signs.
@@ -274,7 +274,8 @@ class Oracle:
             remember = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
             hooks.callback(remember.remove)
             for layer in self.layers if self._noise is not None else ():
-                hooks.callback(layer.register_forward_hook(self._disturb).remove)
+                for part in rounding_parts(layer):
+                    hooks.callback(part.register_forward_hook(self._disturb).remove)
             for site in self.sites:
                 hook = self.layers[site.layer].register_forward_hook(self._edit(site))
                 hooks.callback(hook.remove)
@@ -294,7 +295,7 @@ class Oracle:
         self._fired = torch.zeros_like(ids).bool()
 
     def _disturb(self, _: nn.Module, __: Any, output: Any) -> Any:
-        """The hook of any layer while the reference is disturbed."""
+        """The hook of any part of a layer while the reference is disturbed."""
         assert self._noise is not None
         if isinstance(output, tuple):
             return (disturbed(output[0], *self._noise), *output[1:])

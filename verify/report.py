@@ -110,7 +110,7 @@ class Flip:
 @dataclass(frozen=True)
 class Rounding:
     """An engine's distance to the reference, in roundings: how far the reference's own logits move
-    when every layer's output is rounded once more.
+    when what every matrix, norm and layer gives is rounded once more.
 
     Edge tokens, at which a gate lies within rounding of its threshold, and what follows them in
     their sequence say nothing about the engine. They are known from the reference alone, and

@@ -46,7 +46,7 @@ class _Seen:
 
 
 class Sensitivity:
-    """One reference, disturbed by one rounding in every layer.
+    """One reference, disturbed by one rounding of what every matrix, norm and layer gives.
 
     Args:
         reference: its name.
