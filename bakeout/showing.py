@@ -132,7 +132,7 @@ def witness_lines(report: VerifyReport) -> list[str]:
     for engine in report.engines:
         if (seen := engine.witnessed) is None:
             continue
-        bar = witness_bar(engine)
+        bar = witness_bar(engine.name, seen, report.carrier)
         most = "" if bar is None else f" (rounding explains {number(bar)})"
         lines.append(
             f"witnesses  {engine.name}: {seen.tokens} tokens, max |Δlogit| "

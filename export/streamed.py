@@ -85,8 +85,8 @@ class StreamedModel:
     def run_disturbed(
         self, input_ids: Tensor, attention_mask: Tensor, places: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The logits of `run`, and how far one rounding in every layer moves them. The model is
-        read once for all.
+        """The logits of `run`, and how far one rounding of every matrix and norm moves them. The
+        model is read once for all.
 
         Returns:
             [n, vocab]; [n], the largest |Δlogit| of any of the draws.

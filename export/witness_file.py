@@ -42,8 +42,8 @@ class Witnesses:
     unclamped: Tensor
     """[m, w]: with the same weights and no clamp."""
     sensitivity: Tensor
-    """[m, 1]: how far one rounding in every layer moved the token's logits at export. Whoever reads
-    the file has another processor, and this tells what that explains."""
+    """[m, 1]: how far one rounding of every matrix and norm moved the token's logits at export.
+    Whoever reads the file has another processor, and this tells what that explains."""
 
     @property
     def rounding(self) -> float:

@@ -127,13 +127,14 @@ def test_loss_before_any_firing_may_move_by_rounding_only() -> None:
 
 def test_witnesses_are_held_to_what_was_measured_at_export() -> None:
     seen = Witnessed(tokens=12, max_abs_logit=8e-5, sensitivity=1e-5, effect=1.0)
-    assert list(witness_failures("checkpoint", seen, exact=True)) == []
+    assert list(witness_failures("checkpoint", seen, "layer")) == []
     further = replace(seen, max_abs_logit=8.1e-5)
-    (failure,) = witness_failures("checkpoint", further, exact=True)
+    (failure,) = witness_failures("checkpoint", further, "layer")
     assert (failure.what, failure.bar) == ("max_abs_logit", BAR * 1e-5)
-    assert list(witness_failures("onnx-int4", further, exact=False)) == []
-    assert list(witness_failures("onnx-int4", replace(seen, effect=0.4), exact=False))
-    assert list(witness_failures("checkpoint", replace(seen, effect=math.nan), exact=True))
+    for engine, carrier in (("onnx-int4", "layer"), ("compiled", "compiled")):
+        assert list(witness_failures(engine, further, carrier)) == []
+    assert list(witness_failures("onnx-int4", replace(seen, effect=0.4), "layer"))
+    assert list(witness_failures("checkpoint", replace(seen, effect=math.nan), "layer"))
 
 
 def test_a_clamp_that_never_fired_is_a_failure() -> None:

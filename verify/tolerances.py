@@ -142,30 +142,30 @@ def loss_failures(engine: EngineReport) -> Iterator[Failure]:
         yield Failure("loss", engine.name, "largest loss added before any firing", worst, bar)
 
 
-def witness_bar(engine: EngineReport) -> float | None:
+def witness_bar(engine: str, witnessed: Witnessed, carrier: str) -> float | None:
     """The largest |Δlogit| to a folder's witnesses that rounding explains; None where an engine is
-    not held to it.
-    """
-    seen = engine.witnessed
-    if seen is None or not seen.sensitivity or not is_held(engine.name):
-        return None
-    return BAR * seen.sensitivity
-
-
-def witness_failures(name: str, witnessed: Witnessed, *, exact: bool) -> Iterator[Failure]:
-    """What is out of tolerance for an engine that was shown a folder's witnesses.
+    not held to it, because it has not the weights that wrote them.
 
     Args:
-        name: of the engine.
+        engine: its name.
         witnessed: what it said.
-        exact: it has the checkpoint's own weights, and computes in float32.
+        carrier: of the folder.
     """
-    measured, bar = witnessed.max_abs_logit, BAR * (witnessed.sensitivity or 0.0)
-    if exact and not measured <= bar:
-        yield Failure("witnesses", name, "max_abs_logit", measured, bar)
+    if carrier != "layer" or not is_held(engine) or witnessed.sensitivity is None:
+        return None
+    return BAR * witnessed.sensitivity
+
+
+def witness_failures(engine: str, witnessed: Witnessed, carrier: str) -> Iterator[Failure]:
+    """What is out of tolerance for an engine that was shown a folder's witnesses; for the arguments
+    see `witness_bar`.
+    """
+    bar = witness_bar(engine, witnessed, carrier)
+    if bar is not None and not witnessed.max_abs_logit <= bar:
+        yield Failure("witnesses", engine, "max_abs_logit", witnessed.max_abs_logit, bar)
     if not witnessed.effect >= MIN_EFFECT:
         what = "share of the clamp's effect"
-        yield Failure("witnesses", name, what, witnessed.effect, MIN_EFFECT)
+        yield Failure("witnesses", engine, what, witnessed.effect, MIN_EFFECT)
 
 
 def silent_clamps(fired_by_layer: Iterable[tuple[int, int]]) -> list[Failure]:

@@ -56,9 +56,7 @@ def with_witnesses(report: VerifyReport, witnesses: Witnesses, engines: Engines)
     failures = [
         failure
         for name, measured in found.items()
-        for failure in witness_failures(
-            name, measured, exact=report.exact and name in (EXACT, "checkpoint")
-        )
+        for failure in witness_failures(name, measured, report.carrier)
     ]
     return replace(
         report,
