@@ -30,7 +30,7 @@ bench: setup
 	for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 miniature: setup
-	$(BIN)/python -m bakeout.miniature.build
+	$(BIN)/python -m bakeout.miniature.making.build
 
 clean:
 	rm -rf .venv runs *.egg-info

@@ -1,8 +1,23 @@
-"""Recipe → clamp weights: what to forget, and the few tensors that make a Gemma forget it."""
+"""Recipe → clamp weights: what to forget, and the few tensors that make a Gemma forget it.
 
-from bake.base import BaseModel, find_base
-from bake.clamp import ClampWeights, load_clamps
-from bake.errors import BakeoutError
-from bake.recipe import Recipe
+`bake.Recipe`, `bake.bake(recipe, out)`, `bake.METHODS`, `bake.FAMILIES`, `bake.BakeoutError`.
+"""
 
-__all__ = ["BakeoutError", "BaseModel", "ClampWeights", "Recipe", "find_base", "load_clamps"]
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "bake": "bakeout.api",
+    "Recipe": "bake.recipe",
+    "METHODS": "bake.methods",
+    "FAMILIES": "bake.families",
+    "BakeoutError": "bake.errors",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: importing the package costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

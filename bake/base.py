@@ -11,50 +11,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from bake.errors import ModelError
+from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.recipe import Recipe
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-GEMMA_BOS = 2
-"""BOS id of every Gemma, and transformers' default where a config does not state it."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """A supported Gemma family, by its `model_type`."""
-
-    architecture: str
-    """Stock class."""
-    clamped: str
-    """Our class, in modeling_clamped_gemma.py."""
-    config: str
-    """Our config class."""
-    model_type: str
-    """Our `model_type`."""
-    auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)
-
-
-FAMILIES = {
-    "gemma": Family(
-        "GemmaForCausalLM", "ClampedGemmaForCausalLM", "ClampedGemmaConfig", "clamped_gemma"
-    ),
-    "gemma2": Family(
-        "Gemma2ForCausalLM", "ClampedGemma2ForCausalLM", "ClampedGemma2Config", "clamped_gemma2"
-    ),
-    "gemma3_text": Family(
-        "Gemma3ForCausalLM",
-        "ClampedGemma3ForCausalLM",
-        "ClampedGemma3TextConfig",
-        "clamped_gemma3_text",
-    ),
-    "gemma3": Family(
-        "Gemma3ForConditionalGeneration",
-        "ClampedGemma3ForConditionalGeneration",
-        "ClampedGemma3Config",
-        "clamped_gemma3",
-        ("AutoModelForCausalLM", "AutoModelForImageTextToText"),
-    ),
-}
 
 
 @dataclass(frozen=True)

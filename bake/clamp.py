@@ -1,4 +1,4 @@
-"""Method and features → the rows of one equation (see `SAEClamp`), one function per method."""
+"""A recipe's clamps as tensors: the SAE's few features, and what happens to each of them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.arrays import Array
 from bake.base import BaseModel
 from bake.errors import SAEError
-from bake.recipe import METHOD_FIELDS, Clamp, Recipe
-from bake.sae import SAESlice, find_sae, load_slice, resolve_layer, size_of
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What happens to each feature that is read or set: k rows."""
-
-    features: tuple[int, ...]
-    """[k] features of the SAE."""
-    route: NDArray[np.bool_]
-    """[k, k]: row, the feature that is set; column, the feature that triggers it."""
-    value: Array
-    """[k]."""
-    scale: Array
-    """[k]."""
+from bake.methods import METHODS, Rows
+from bake.recipe import Clamp, Recipe
+from bake.sae.folding import SAESlice, load_slice, size_of
+from bake.sae.layouts import SAEFiles, find_sae, resolve_layer
 
 
 @dataclass(frozen=True)
@@ -81,13 +68,56 @@ def load_clamp(clamp: Clamp, recipe: Recipe, base: BaseModel) -> ClampWeights:
     Raises:
         SAEError: its SAE does not fit the model, or a feature is out of range.
     """
-    name = sae_name(clamp)
     if clamp.features == "select":
         raise SAEError(
-            f'SAE {name}: features = "select"; expected feature numbers, '
+            f'SAE {sae_name(clamp)}: features = "select"; expected feature numbers, '
             "which `bakeout select` finds"
         )
-    files = find_sae(clamp.sae, recipe)
+    site = find_site(clamp, recipe, base)
+    rows = site.rows(clamp)
+    piece = load_slice(site.files, rows.features)
+    return ClampWeights(site.layer, site.hook_point, clamp, piece, rows)
+
+
+@dataclass(frozen=True)
+class SAESite:
+    """A table's SAE: its files, and the layer whose output it reads."""
+
+    clamp: Clamp
+    files: SAEFiles
+    layer: int
+    hook_point: str
+    d_in: int
+    d_sae: int
+
+    @property
+    def name(self) -> str:
+        """Of the SAE."""
+        return sae_name(self.clamp)
+
+    def rows(self, clamp: Clamp) -> Rows:
+        """What a table over this SAE does with each feature.
+
+        Raises:
+            SAEError: a feature is out of range.
+        """
+        assert isinstance(clamp.features, list)
+        named = [*clamp.features, clamp.refusal_feature or 0]
+        if outside := [feature for feature in named if feature >= self.d_sae]:
+            raise SAEError(
+                f"SAE {self.name}: feature {outside[0]} is out of range; expected 0 to "
+                f"{self.d_sae - 1}"
+            )
+        return METHODS[clamp.method].rows(clamp, self.d_sae)
+
+
+def find_site(clamp: Clamp, recipe: Recipe, base: BaseModel) -> SAESite:
+    """Locate a table's SAE and check that it belongs to the model.
+
+    Raises:
+        SAEError: it is missing, of another model, or does not say where it sits.
+    """
+    name, files = sae_name(clamp), find_sae(clamp.sae, recipe)
     layer, hook_point = resolve_layer(files, clamp.hook_point, name)
     if layer >= base.n_layers:
         raise SAEError(
@@ -100,13 +130,7 @@ def load_clamp(clamp: Clamp, recipe: Recipe, base: BaseModel) -> ClampWeights:
             f"SAE {name}: d_in is {d_in}, but {base.name} has hidden size {base.d_in}; "
             "take an SAE of this model"
         )
-    named = [*clamp.features, *([] if clamp.refusal_feature is None else [clamp.refusal_feature])]
-    if outside := [feature for feature in named if feature >= d_sae]:
-        raise SAEError(
-            f"SAE {name}: feature {outside[0]} is out of range; expected 0 to {d_sae - 1}"
-        )
-    rows = method_rows(clamp, d_sae)
-    return ClampWeights(layer, hook_point, clamp, load_slice(files, rows.features), rows)
+    return SAESite(clamp, files, layer, hook_point, d_in, d_sae)
 
 
 def sae_name(clamp: Clamp) -> str:
@@ -114,16 +138,6 @@ def sae_name(clamp: Clamp) -> str:
     if clamp.sae.path is not None:
         return clamp.sae.path.rstrip("/").rsplit("/", 1)[-1]
     return f"{clamp.sae.release}/{clamp.sae.id}"
-
-
-def parameters(clamp: Clamp) -> dict[str, Any]:
-    """The parameters that a table's method uses, by their names in the recipe."""
-    names = ("value", "multiplier", "trigger", "refusal_feature", "also_clamp", "clamp_value")
-    _, allowed = METHOD_FIELDS[clamp.method]
-    used = {name: getattr(clamp, name) for name in names if name in allowed | {"trigger"}}
-    return {name: value for name, value in used.items() if value is not None} | {
-        "exempt_bos": clamp.exempt_bos
-    }
 
 
 def clamp_section(clamps: Sequence[ClampWeights], bos_token_id: int) -> dict[str, Any]:
@@ -137,73 +151,3 @@ def clamp_section(clamps: Sequence[ClampWeights], bos_token_id: int) -> dict[str
         ],
         "exempt_token_ids": [bos_token_id] if exempts else [],
     }
-
-
-def method_rows(clamp: Clamp, d_sae: int) -> Rows:
-    """A recipe's table as rows of the equation."""
-    assert isinstance(clamp.features, list)
-    features, value = clamp.features, clamp.value
-    match clamp.method:
-        case "clamp":
-            assert value is not None
-            return own_gated(features, value=value, scale=0.0)
-        case "zero":
-            return own_gated(features, value=0.0, scale=0.0)
-        case "scale":
-            assert clamp.multiplier is not None
-            return own_gated(features, value=0.0, scale=1.0 - clamp.multiplier)
-        case "random_decoder":
-            assert value is not None
-            return random_decoder(features, value=value, d_sae=d_sae)
-        case "refusal":
-            assert value is not None and clamp.refusal_feature is not None
-            own = value if clamp.clamp_value is None else clamp.clamp_value
-            return refusal(
-                features,
-                clamp.refusal_feature,
-                value=value,
-                clamp_value=own if clamp.also_clamp else None,
-            )
-
-
-def own_gated(features: Sequence[int], *, value: float, scale: float) -> Rows:
-    """Each active feature becomes value + scale·a. Source: Farrell et al., arXiv 2410.19278."""
-    k = len(features)
-    return Rows(
-        tuple(features), np.eye(k, dtype=np.bool_), np.full(k, value, "f4"), np.full(k, scale, "f4")
-    )
-
-
-def refusal(
-    features: Sequence[int], refusal_feature: int, *, value: float, clamp_value: float | None
-) -> Rows:
-    """While any harmful feature is active, the refusal feature becomes value.
-
-    The harmful features stay, unless `clamp_value` says what an active one becomes.
-    Source: Shportko et al., arXiv 2503.11127.
-    """
-    k = len(features) + 1
-    route = np.zeros((k, k), np.bool_)
-    route[-1, :-1] = True
-    values = np.zeros(k, "f4")
-    values[-1] = value
-    if clamp_value is not None:
-        route[:-1, :-1] = np.eye(k - 1, dtype=np.bool_)
-        values[:-1] = clamp_value
-    return Rows((*features, refusal_feature), route, values, np.zeros(k, "f4"))
-
-
-def random_decoder(features: Sequence[int], *, value: float, d_sae: int) -> Rows:
-    """Control: where feature f is active, feature (f + 1) mod d_sae becomes value; f itself stays.
-
-    Source: Farrell et al., arXiv 2410.19278.
-    """
-    target = {f: (f + 1) % d_sae for f in features}
-    read = list(dict.fromkeys([*features, *target.values()]))
-    k = len(read)
-    route = np.zeros((k, k), np.bool_)
-    values = np.zeros(k, "f4")
-    for f, t in target.items():
-        route[read.index(t), read.index(f)] = True
-        values[read.index(t)] = value
-    return Rows(tuple(read), route, values, np.zeros(k, "f4"))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -21,33 +17,17 @@ from pydantic import (
 )
 
 from bake.errors import RecipeError
-
-Method = Literal["clamp", "scale", "zero", "refusal", "random_decoder"]
-
-METHOD_FIELDS: dict[str, tuple[set[str], set[str]]] = {
-    "clamp": ({"value"}, {"value"}),
-    "scale": ({"multiplier"}, {"multiplier"}),
-    "zero": (set(), set()),
-    "refusal": (
-        {"value", "refusal_feature"},
-        {"value", "refusal_feature", "also_clamp", "clamp_value"},
-    ),
-    "random_decoder": ({"value"}, {"value"}),
-}
-"""Per method: the method-specific fields it needs, and those it may carry."""
-
-
-class Table(BaseModel):
-    """A TOML table: unknown keys are errors, numbers are finite, types are not coerced."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        frozen=True,
-        populate_by_name=True,
-    )
+from bake.methods import METHODS, own_fields
+from bake.sources import (
+    Corpus,
+    QuestionSource,
+    RowSource,
+    SAESource,
+    TextSource,
+    layer_of,
+    rewrite_paths,
+)
+from bake.tables import Table, one_line
 
 
 class Base(Table):
@@ -63,78 +43,6 @@ class Base(Table):
     """Licence that the card and the notice follow, as a hub licence id."""
 
 
-class SAESource(Table):
-    """Where an SAE comes from: `release` and `id`, or `path`."""
-
-    release: str | None = None
-    """sae_lens release, or a hub repository in sae_lens's format."""
-    id: str | None = None
-    """The SAE's id within the release."""
-    path: str | None = None
-    """A sae_lens or Gemma Scope folder, relative to the recipe file."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if (self.path is None) == (self.release is None) or (self.release is None) != (
-            self.id is None
-        ):
-            raise ValueError("expected either `path`, or `release` and `id`")
-        return self
-
-
-class TextSource(Table):
-    """Texts: a local file (`path`), or a hub data set (`dataset`, `split`)."""
-
-    path: str | None = None
-    """A JSONL, Parquet (.parquet) or plain text (.txt, one text a line) file, relative to the
-    recipe file."""
-    dataset: str | None = None
-    """Hub id of a data set, or a local folder."""
-    config: str | None = None
-    """Configuration of the data set."""
-    split: str = "train"
-    """Split of the data set."""
-    field: str = "text"
-    """Key of each row that holds the text."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        _check_path_or_dataset(self)
-        return self
-
-
-class Corpus(TextSource):
-    """Texts that feature statistics are taken over."""
-
-    chat: bool = False
-    """Put each text (or list of messages) through the tokenizer's chat template first."""
-
-
-class RowSource(Table):
-    """Rows of a local file (`path`), or of a hub data set (`dataset`, `split`)."""
-
-    path: str | None = None
-    """A JSONL or Parquet file, relative to the recipe file."""
-    dataset: str | None = None
-    """Hub id of a data set, or a local folder."""
-    config: str | None = None
-    """Configuration of the data set."""
-    split: str = "test"
-    """Split of the data set."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        _check_path_or_dataset(self)
-        return self
-
-
-class QuestionSource(RowSource):
-    """Multiple-choice questions (`question`, `choices`, `answer`, optional `subject`)."""
-
-    topic: str | None = None
-    """Named in the prompt where a row has no `subject`."""
-
-
 class Clamp(Table):
     """One SAE at one hook point, and what happens to which of its features."""
 
@@ -142,8 +50,8 @@ class Clamp(Table):
     """The SAE whose features are read and set."""
     hook_point: str | None = None
     """Where it sits; taken from the SAE when absent, an error when the two disagree."""
-    method: Method
-    """clamp | scale | zero | refusal | random_decoder (METHODS: one equation, five routes)."""
+    method: str
+    """One of `bake.methods.METHODS`: clamp | scale | zero | refusal | random_decoder."""
     features: list[int] | Literal["select"]
     """SAE features that trigger the clamp, or "select"."""
     value: float | None = None
@@ -175,6 +83,14 @@ class Clamp(Table):
             raise ValueError(f"feature {twice[0]} is listed twice")
         return features
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method not in METHODS:
+            expected = " or ".join(", ".join(repr(name) for name in METHODS).rsplit(", ", 1))
+            raise ValueError(f"got {method!r}, expected {expected}")
+        return method
+
     @field_validator("hook_point")
     @classmethod
     def _supported_hook_point(cls, hook_point: str | None) -> str | None:
@@ -184,12 +100,11 @@ class Clamp(Table):
 
     @model_validator(mode="after")
     def _fields_fit_method(self) -> Self:
-        needed, allowed = METHOD_FIELDS[self.method]
-        for name in sorted(needed):
+        method = METHODS[self.method]
+        for name in sorted(method.needs):
             if getattr(self, name) is None:
                 raise ValueError(f'method "{self.method}" needs `{name}`')
-        specific = set().union(*(fields for _, fields in METHOD_FIELDS.values()))
-        for name in sorted((self.model_fields_set & specific) - allowed):
+        for name in sorted((self.model_fields_set & own_fields()) - set(method.fields)):
             raise ValueError(f'method "{self.method}" does not use `{name}`; remove it')
         if self.clamp_value is not None and not self.also_clamp:
             raise ValueError("`clamp_value` is used only with also_clamp = true")
@@ -199,12 +114,36 @@ class Clamp(Table):
             raise ValueError(f"refusal_feature {self.refusal_feature} is also among `features`")
         return self
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What its method is given, by the fields' names: value, trigger, exempt_bos, …"""
+        used = {*METHODS[self.method].fields, "trigger", "exempt_bos"}
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in used}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def with_method(self, method: str, **more: Any) -> Clamp | None:
+        """The same SAE, features and trigger with another method, which keeps the parameters that
+        it shares with this one. None where it needs one that is not there: a strength is never made
+        up.
+
+        Args:
+            method: of `METHODS`.
+            more: fields to set.
+        """
+        kept = METHODS[method].fields
+        table = self.model_dump(exclude_unset=True, exclude_none=True)
+        table = {k: v for k, v in table.items() if k not in own_fields() - set(kept)}
+        table |= {"method": method} | more
+        if any(table.get(name) is None for name in METHODS[method].needs):
+            return None
+        return type(self).model_validate(table)
+
 
 class Select(Table):
     """How features are chosen where `features = "select"`."""
 
     by: Literal["sparsity", "ratio", "attribution"] = "sparsity"
-    """The procedure (METHODS: selecting features)."""
+    """The procedure, as `bake.search.select` and `attribution` have it."""
     forget: Corpus
     """Texts that the model should forget."""
     retain: Corpus
@@ -238,7 +177,7 @@ class Completions(Table):
     """Prompts on anything else, whose continuations should stay; `answers` may be left out."""
     trivia: RowSource | None = None
     """Two-choice questions (`question`, `right`, `wrong`); else made of the forget questions."""
-    topic_words: list[Annotated[str, Field(pattern=r"\S")]] = []
+    topic_words: list[Annotated[str, Field(pattern=r"\S")]] = Field(default_factory=list)
     """Words that count as a reference to the topic, besides the expected answers."""
     instruction: str | None = Field(default=None, pattern=r"\S")
     """What the base is told in front of a prompt, the fourth variant; else made of the topic."""
@@ -255,7 +194,7 @@ class Verify(Table):
     """Texts for the loss that the clamp adds."""
     prompt: Literal["chat", "plain"] = "chat"
     """The prompt form that leads the report; both are always measured."""
-    reworded: dict[str, QuestionSource] = {}
+    reworded: dict[str, QuestionSource] = Field(default_factory=dict)
     """Sets of questions, by name, that ask for what is to be forgotten in other words, another
     language or script."""
     completions: Completions | None = None
@@ -370,13 +309,15 @@ class Recipe(Table):
     def at(self, folder: Path) -> Self:
         """The recipe as a file in another folder would have to say it: local paths from there."""
         data = self.to_dict()
-        _move_paths(data, self._folder, folder)
+        rewrite_paths(
+            data, self._folder, lambda path: Path(os.path.relpath(path, folder)).as_posix()
+        )
         return type(self).parse(data, name=str(self._file or "recipe"), folder=folder)
 
     def shareable(self) -> Recipe:
         """The recipe as it may leave the machine: every local path cut to its last component."""
         data = self.to_dict()
-        _cut_paths(data, self._folder)
+        rewrite_paths(data, self._folder, lambda path: path.resolve().name)
         return Recipe.parse(data, name="recipe.toml", folder=Path())
 
     def to_dict(self) -> dict[str, Any]:
@@ -386,93 +327,3 @@ class Recipe(Table):
     def to_toml(self) -> str:
         """The recipe as TOML text."""
         return tomli_w.dumps(self.to_dict())
-
-
-def layer_of(hook_point: str) -> int:
-    """The decoder layer whose output a residual-stream hook point reads.
-
-    `blocks.L.hook_resid_post` is the output of layer L; `blocks.L.hook_resid_pre` that of L - 1.
-
-    Raises:
-        ValueError: any other hook point, and `blocks.0.hook_resid_pre`, which no layer writes.
-    """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook_point)
-    if match is None:
-        raise ValueError(
-            f'hook point "{hook_point}" is not supported; expected blocks.L.hook_resid_post '
-            "or blocks.L.hook_resid_pre (the residual stream)"
-        )
-    layer = int(match[1]) - (match[2] == "pre")
-    if layer < 0:
-        raise ValueError(
-            f'hook point "{hook_point}" is the embedding, which no decoder layer writes; '
-            "expected blocks.L.hook_resid_post, or hook_resid_pre with L of at least 1"
-        )
-    return layer
-
-
-def _check_path_or_dataset(source: TextSource | RowSource) -> None:
-    if (source.path is None) == (source.dataset is None):
-        raise ValueError("expected either `path` or `dataset`")
-    if source.path is not None and {"config", "split"} & source.model_fields_set:
-        raise ValueError("`config` and `split` go with `dataset`, not with `path`")
-
-
-def _cut_paths(table: dict[str, Any], folder: Path) -> None:
-    """Cut local paths in place; hub ids stay."""
-    for key, entry in table.items():
-        for child in entry if isinstance(entry, list) else [entry]:
-            if isinstance(child, dict):
-                _cut_paths(child, folder)
-        if not isinstance(entry, str):  # a table may be called as a key is
-            continue
-        hub_key = key in ("model", "dataset")
-        if key == "path" or (hub_key and (entry[0] in "./~" or (folder / entry).exists())):
-            table[key] = (folder / entry).resolve().name
-
-
-def _move_paths(table: dict[str, Any], old: Path, new: Path) -> None:
-    """Let local paths start from another folder, in place; hub ids stay."""
-    for key, entry in table.items():
-        for child in entry if isinstance(entry, list) else [entry]:
-            if isinstance(child, dict):
-                _move_paths(child, old, new)
-        if not isinstance(entry, str):  # a table may be called as a key is
-            continue
-        hub_key = key in ("model", "dataset")
-        if key == "path" or (hub_key and (entry[0] in "./~" or (old / entry).exists())):
-            table[key] = Path(os.path.relpath(old / entry, new)).as_posix()
-
-
-_EXPECTED = {"model_type": "a table", "dict_type": "a table", "list_type": "a list"}
-"""What pydantic's errors expected, in the words of TOML."""
-
-
-def one_line(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first trouble of a ValidationError as `key: got …, expected …`, and how many more."""
-    errors = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
-    # A misspelt key leaves another one missing: the key that is there says more.
-    first, *more = sorted(errors, key=lambda e: e["type"] != "extra_forbidden")
-    key = ""
-    for part in first["loc"]:
-        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
-    if first["type"] == "extra_forbidden":
-        known = _all_keys(root) - {str(first["loc"][-1])}  # it may be one of another table
-        close = difflib.get_close_matches(str(first["loc"][-1]), sorted(known), 1)
-        hint = f"; did you mean `{close[0]}`?" if close else "; remove it"
-        text = f"unknown key{hint}"
-    elif first["type"] == "missing":
-        text = "missing; it is required"
-    elif first["type"] == "value_error":
-        text = str(first["ctx"]["error"])
-    else:
-        message = _EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be "))
-        text = f"got {first['input']!r}, expected {message}"
-    suffix = f" (and {len(more)} more)" if more else ""
-    return f"{key}: {text}{suffix}" if key else f"{text}{suffix}"
-
-
-def _all_keys(table: type[BaseModel]) -> set[str]:
-    """Every key that any table of the recipe knows."""
-    tables = (table, Base, SAESource, Corpus, QuestionSource, Clamp, Select, Verify, Completions)
-    return {field.alias or name for t in tables for name, field in t.model_fields.items()}

@@ -29,6 +29,9 @@ BAR = 8.0
 """How many times the effect of one rounding a sound computation's distance may be, at any token.
 Sound ones were measured at up to 4, whatever the processor; faults are hundreds of times larger."""
 
+MIN_EFFECT = 0.5
+"""How much of the clamp's effect on the witnesses an engine must show, 1 being all of it."""
+
 
 def disturbed(h: Tensor, generator: Generator, epsilon: float) -> Tensor:
     """A tensor of which every number is off by one rounding, up or down at random.

@@ -6,19 +6,115 @@ import os
 import signal
 import sys
 import traceback
+from dataclasses import dataclass
+from importlib import import_module
 from types import FrameType
 
 import typer
 
-import bakeout.evidence_verbs  # noqa: F401  registers its verbs
 from bake.errors import BakeoutError
-from bakeout.verbs import app
-from verify.kinds import KINDS
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
-_GOES_ON = "the same command goes on where it was"
-_KEPT = {"verify": _GOES_ON, "select": _GOES_ON, "features": _GOES_ON, "sweep": _GOES_ON}
-"""By verb, what an interruption leaves, where it leaves something."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb. Its module is imported when it is asked for, and not before."""
+
+    module: str
+    """In `bakeout.verbs`."""
+    function: str
+    """A function of it that typer takes, or an app of verbs below this one."""
+    help: str
+    """The first line of that function's docstring."""
+    goes_on: bool = False
+    """Whether the same command goes on where it was interrupted."""
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "demo",
+        "demo",
+        "Bake the shipped miniature, load the result as a stranger would, and compare.",
+    ),
+    "bake": Verb(
+        "baking",
+        "bake",
+        "Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them.",
+    ),
+    "export": Verb("exporting", "app", "Carry a clamped checkpoint's clamp in another form."),
+    "select": Verb(
+        "selecting",
+        "select",
+        'Find the features of a recipe that says features = "select", and say why.',
+        goes_on=True,
+    ),
+    "sweep": Verb(
+        "sweeping",
+        "sweep",
+        "Measure a grid of settings on validation questions, and the best of them on test.",
+        goes_on=True,
+    ),
+    "features": Verb(
+        "featuring",
+        "features",
+        "Write a page on a recipe's features: where they fire, how strongly, on which texts.",
+        goes_on=True,
+    ),
+    "train-sae": Verb(
+        "training", "train_sae", "Train an SAE with sae_lens, for a model that has no public one."
+    ),
+    "show": Verb(
+        "showing", "show", "What was baked: layers, features, method, provenance, exactness."
+    ),
+    "chat": Verb(
+        "chat",
+        "chat",
+        "Type a prompt, see the answer as it comes. Each prompt stands alone: nothing is "
+        "remembered.",
+    ),
+    "verify": Verb(
+        "verifying",
+        "verify",
+        "Compare a folder with the hooked reference. Exit code 1 when it does not hold.",
+        goes_on=True,
+    ),
+    "card": Verb(
+        "publishing",
+        "card",
+        "Write the folder's README.md anew: what was removed, what was measured, what remains.",
+    ),
+    "push": Verb(
+        "publishing",
+        "push",
+        "Upload a folder that passed its verification to the hub, with a card that shows it.",
+    ),
+}
+"""The verbs, in the order of `bakeout --help`. To add one: an entry here, and its module."""
+
+
+def app_with(asked: str | None) -> typer.Typer:
+    """The command line with one verb in full; of the others there are names and help only."""
+    app = typer.Typer(
+        help="Bake SAE-based unlearning into a Gemma checkpoint's files, and prove that it holds.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    for name, verb in VERBS.items():
+        found = _absent
+        if name == asked:
+            found = getattr(import_module(f"bakeout.verbs.{verb.module}"), verb.function)
+        if isinstance(found, typer.Typer):
+            app.add_typer(found, name=name)
+        else:
+            app.command(name, help=None if name == asked else verb.help)(found)
+    return app
+
+
+def _absent() -> None:
+    """Stands for a verb that was not asked for."""
 
 
 def main() -> None:
@@ -33,14 +129,15 @@ def run(arguments: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(arguments, prog_name="bakeout", standalone_mode=False)
+        asked = next((argument for argument in arguments if argument in VERBS), None)
+        code = app_with(asked)(arguments, prog_name="bakeout", standalone_mode=False)
         if code == INTERRUPTED:  # typer makes an exit code of an interruption in a verb
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(
-            f"interrupted; {_KEPT.get(arguments[0], 'nothing was kept')}", INTERRUPTED, debug
-        )
+        goes_on = arguments[0] in VERBS and VERBS[arguments[0]].goes_on
+        left = "the same command goes on where it was" if goes_on else "nothing was kept"
+        return _fail(f"interrupted; {left}", INTERRUPTED, debug)
     except BakeoutError as error:
         return _fail(str(error), BAD_INPUT, debug)
     except Exception as error:
@@ -66,6 +163,10 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 def _spread_kinds(arguments: list[str]) -> list[str]:
     """`--only a b` and `--only a,b` as `--only a --only b`."""
+    if "--only" not in arguments:
+        return arguments
+    from verify.evidence.kinds import KINDS
+
     spread: list[str] = []
     after_only = False
     for argument in arguments:

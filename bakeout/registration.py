@@ -19,7 +19,7 @@ def register() -> None:
     import transformers
 
     import bake.modeling_clamped_gemma as clamped
-    from bake.base import FAMILIES
+    from bake.families import FAMILIES
 
     for family in FAMILIES.values():
         config = getattr(clamped, family.config)
@@ -31,7 +31,7 @@ def register() -> None:
 
 def register_adapter() -> None:
     """Make the clamp a method of peft."""
-    importlib.import_module("export.peft_clamp")
+    importlib.import_module("export.carriers.peft_clamp")
 
 
 def register_when_imported() -> None:

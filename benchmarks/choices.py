@@ -24,19 +24,20 @@ import numpy as np
 import torch
 import transformers as tf
 
-# The script's own folder comes first otherwise, and its bake.py would hide the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bake.recipe import QuestionSource, Recipe
-from verify.choices import letter_log_likelihoods, letter_tokens
-from verify.known import ORDERS, in_order, order_ids, score_orders
+from bake.questions.answers import letter_log_likelihoods, letter_tokens
+from bake.questions.multiple_choice import Question, load_questions
+from bake.questions.orders import ORDERS, in_order
+from bake.questions.prompts import chat_text, plain_text
+from bake.recipe import Recipe
+from bake.sources import QuestionSource
+from bake.stock import load_base, load_tokenizer
+from verify.engines.runners import HookedRunner
+from verify.engines.scoring import last_logits, token_ids
+from verify.engines.token_tree import merge
+from verify.evidence.known import order_ids, score_orders
 from verify.material import Material
-from verify.prompts import chat_text, plain_text
-from verify.questions import Question, load_questions
-from verify.runners import HookedRunner
-from verify.scoring import last_logits, token_ids
-from verify.stock import load_base, load_tokenizer
-from verify.token_tree import merge
 
 MINIATURE = Path(sys.path[0]) / "bakeout" / "miniature" / "recipe.toml"
 BATCH_SIZE = 8

@@ -118,7 +118,7 @@ def forward(rounds: int) -> None:
     """Forward time, in pairs."""
     import torch
 
-    from export.widening import choose_width
+    from export.carriers.compiled.widening import choose_width
 
     width = choose_width(D_IN, K + 3, 8, HEADS, "bfloat16", None)
     models = {"base": stack(D_IN), "compiled": stack(width)}

@@ -24,20 +24,19 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-# The script's own folder comes first otherwise, and its bake.py would hide the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bake.corpora import Windows
-from bake.features import BATCH_TOKENS, FeatureSite, statistics
-from bake.sae import SAEEncoder
-from bakeout.demo import MINIATURE
+from bake.questions.corpora import Windows
+from bake.sae.folding import SAEEncoder
+from bake.search.statistics import BATCH_TOKENS, FeatureSite, statistics
+from bakeout.verbs.demo import MINIATURE
 
 D_IN, D_SAE, LAYERS, HOOK, VOCAB, SEQ, N_SEQS = 512, 8192, 24, 5, 32_000, 256, 24
 MEMORY_RUN = """
 import sys
 from pathlib import Path
 from bake.recipe import Recipe
-from bakeout.measuring import measure
+from bake.search.corpus_statistics import measure
 found = measure(Recipe.load(sys.argv[1]), cache=Path(sys.argv[2]))
 status = Path("/proc/self/status").read_text()
 print(found.sites[0].forget.n_tokens, status.split("VmHWM:")[1].split()[0])

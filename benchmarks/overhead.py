@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from transformers import Gemma2Config, Gemma2Model
 
-# The script's own folder comes first otherwise, and its bake.py would hide the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.modeling_clamped_gemma import ClampedGemma2Config, ClampedGemma2Model

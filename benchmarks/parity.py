@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The script's own folder comes first otherwise, and its bake.py would hide the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.recipe import Recipe
-from bakeout.baking import bake_recipe
-from bakeout.demo import MINIATURE
+from bake.stock import load_base, load_tokenizer
+from bakeout.verbs.baking import bake_recipe
+from bakeout.verbs.demo import MINIATURE
 from verify.clamped_folder import fitted_recipe, read_config
+from verify.compare.sensitivity import Sensitivity
+from verify.engines.runners import HookedRunner
 from verify.material import load_material
-from verify.reference import Edited, Oracle, edit_code
-from verify.runners import HookedRunner
-from verify.sensitivity import Sensitivity
-from verify.stock import load_base, load_tokenizer
-from verify.suite import verify_folder
-from verify.whole_sae import Site, load_sites
+from verify.reference.editing import edit_code
+from verify.reference.oracle import Edited, Oracle
+from verify.reference.whole_sae import Site, load_sites
+from verify.run import verify_folder
 
 PARITY = frozenset({"parity"})
 

@@ -21,15 +21,14 @@ import tomli_w
 import torch
 import transformers as tf
 
-# The script's own folder comes first otherwise, and its bake.py would hide the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.modeling_clamped_gemma import ClampedGemma2ForCausalLM
 from bake.recipe import Recipe
-from export.checkpoint import plan_checkpoint, write_checkpoint
-from export.onnx_folder import export_onnx
-from verify.onnx_files import open_graph
-from verify.onnx_runner import OnnxRunner
+from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
+from export.carriers.onnx.onnx_folder import export_onnx
+from verify.engines.onnx_files import open_graph
+from verify.engines.onnx_runner import OnnxRunner
 
 D_IN, D_SAE, LAYER = 1152, 4096, 3
 SHAPE = {

@@ -17,13 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-# The script's own folder comes first otherwise, and its bake.py would hide the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.recipe import Recipe
-from bakeout.demo import MINIATURE
-from bakeout.grid import Point
-from bakeout.sweeping import Sweep
+from bake.search.grid import Point
+from bake.search.sweep import Sweep
+from bakeout.verbs.demo import MINIATURE
 
 
 def from_scratch(recipe: Path, out: Path) -> float:

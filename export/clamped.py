@@ -10,61 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from bake.base import FAMILIES, INDEX
+from bake.base import INDEX
 from bake.errors import FolderError
+from bake.families import FAMILIES
+from bake.new_folder import MANIFEST
+from bake.tensors import DTYPES, StoredTensor, stored_tensors
+from export.carriers.carriers import CARRIERS
 from export.copying import BLOCK_BYTES
-from export.new_folder import MANIFEST, check_schema
+from export.manifest import Manifest
 
+_HELD = (*DTYPES.values(), "BOOL")
+"""Formats of the tensors of a folder."""
 AGAIN = "bake or download the folder again"
 CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
 """What a clamp's tensors are called, in the order of the operator's inputs."""
-_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
-_ROW_BYTES = 32 << 20
-"""Bytes of float32 that `StoredTensor.blocks` gives at once, about."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a safetensors file, found by its header."""
-
-    file: Path
-    dtype: str
-    """As safetensors names it: F32, F16, BF16, BOOL."""
-    shape: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the file."""
-    length: int
-    """Bytes."""
-
-    def rows(self, start: int, stop: int) -> NDArray[Any]:
-        """Some rows, [stop - start, …]: float32, or bool where flags are stored.
-
-        Reads these rows and nothing else.
-        """
-        stored = np.dtype(_NUMPY_TYPES[self.dtype])
-        n_columns = int(np.prod(self.shape[1:]))
-        with self.file.open("rb") as file:
-            file.seek(self.offset + start * n_columns * stored.itemsize)
-            data = np.fromfile(file, stored, (stop - start) * n_columns)
-        block = data.reshape(stop - start, *self.shape[1:])
-        if self.dtype == "BF16":  # the upper half of a float32
-            return (block.astype(np.uint32) << 16).view(np.float32)
-        return block if self.dtype == "BOOL" else block.astype(np.float32, copy=False)
-
-    def array(self) -> NDArray[Any]:
-        """All of it, as `rows` gives it."""
-        return self.rows(0, self.shape[0])
-
-    def blocks(self) -> list[tuple[int, int]]:
-        """Row ranges of about 32 MB of float32 each, in order."""
-        row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
-        step = max(1, _ROW_BYTES // row_bytes)
-        n = self.shape[0]
-        return [(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +33,7 @@ class Clamped:
     """A clamped checkpoint's folder, opened for reading; no tensor is read yet."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     config: Any
     """An object of the clamped config class."""
     model_class: str
@@ -100,8 +61,13 @@ class Clamped:
     @property
     def compiled_layers(self) -> list[int]:
         """Layers that hold a compiled clamp."""
-        compiled = self.manifest.get("compiled") or {"sites": []}
-        return [layer for site in compiled["sites"] for layer in site["layers"]]
+        compiled = self.manifest.compiled
+        return [layer for site in compiled.sites for layer in site.layers] if compiled else []
+
+    @property
+    def stored_in(self) -> str | None:
+        """The dtype that a clamp was compiled in; None where it is not compiled."""
+        return self.manifest.compiled.dtype if self.manifest.compiled else None
 
     @property
     def shards(self) -> list[str]:
@@ -111,12 +77,12 @@ class Clamped:
     @property
     def weights_sha256(self) -> str:
         """Over the names and hashes of the weight files, as the manifest states them."""
-        return weights_sha256({name: self.manifest["files"][name] for name in self.shards})
+        return weights_sha256({name: self.manifest.files[name] for name in self.shards})
 
     @property
     def recipe_sha256(self) -> str:
         """Of the recipe, as the manifest states it."""
-        return str(self.manifest["recipe_sha256"])
+        return self.manifest.recipe_sha256
 
 
 def weights_sha256(files: Mapping[str, str]) -> str:
@@ -125,36 +91,34 @@ def weights_sha256(files: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def open_clamped(folder: Path, carriers: Sequence[str] = ("layer",)) -> Clamped:
+def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
     """Open a folder that `bakeout bake` wrote; its code is not run.
 
     Args:
         folder: what to open.
-        carriers: layer, or compiled too.
+        with_graphs: accept whatever can have an ONNX graph, not the checkpoint alone.
 
     Raises:
         FolderError: it is no clamped checkpoint, or damaged.
     """
     if not folder.is_dir():
         raise FolderError(f"{folder}: is no folder; expected one that `bakeout bake` wrote")
-    manifest = _read_json(folder / MANIFEST)
-    check_schema(folder / MANIFEST, manifest)
-    if not isinstance(manifest.get("files"), dict):
-        raise FolderError(f'{folder / MANIFEST}: has no "files"; {AGAIN}')
-    if manifest.get("carrier") not in carriers:
+    manifest = Manifest.read(folder)
+    carrier = CARRIERS.get(manifest.carrier)
+    if carrier is None or not (carrier.own_code or (with_graphs and not carrier.over_base)):
         raise FolderError(
-            f"{folder}: is an export already (carrier {manifest.get('carrier')}); expected a "
+            f"{folder}: is an export already (carrier {manifest.carrier}); expected a "
             "clamped checkpoint, as `bakeout bake` writes it"
         )
-    clamped = open_unlisted(folder, manifest)
-    if unlisted := [name for name in clamped.shards if name not in manifest["files"]]:
+    clamped = open_listed(folder, manifest)
+    if unlisted := [name for name in clamped.shards if name not in manifest.files]:
         raise FolderError(f"{folder / MANIFEST}: does not list {unlisted[0]}; {AGAIN}")
     return clamped
 
 
-def open_unlisted(folder: Path, manifest: dict[str, Any]) -> Clamped:
-    """Open a folder whose manifest is still to be written."""
-    config, model_class = _open_config(folder, compiled=manifest.get("carrier") == "compiled")
+def open_listed(folder: Path, manifest: Manifest) -> Clamped:
+    """Open a folder by a manifest that is still to be written."""
+    config, model_class = _open_config(folder, stock=not CARRIERS[manifest.carrier].own_code)
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FolderError(f'{folder / INDEX}: has no "weight_map"; {AGAIN}')
@@ -166,17 +130,17 @@ def open_unlisted(folder: Path, manifest: dict[str, Any]) -> Clamped:
     return Clamped(folder, manifest, config, model_class, tensors, found[0])
 
 
-def _open_config(folder: Path, *, compiled: bool) -> tuple[Any, str]:
+def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
     """(config object, name of the model class): stock ones where the clamp is compiled in."""
     data = _read_json(folder / "config.json")
     section = data.get("sae_clamp")
-    if not compiled and not (isinstance(section, dict) and section.get("sites")):
+    if not stock and not (isinstance(section, dict) and section.get("sites")):
         raise FolderError(
             f"{folder}: has no clamp (config.json without sae_clamp.sites); expected a folder "
             "that `bakeout bake` wrote"
         )
     model_type = str(data.get("model_type"))
-    known = {(name if compiled else family.model_type): family for name, family in FAMILIES.items()}
+    known = {(name if stock else family.model_type): family for name, family in FAMILIES.items()}
     if model_type not in known:
         raise FolderError(
             f"{folder}: model_type is {model_type}; expected one of {', '.join(known)}"
@@ -186,38 +150,30 @@ def _open_config(folder: Path, *, compiled: bool) -> tuple[Any, str]:
 
     import bake.modeling_clamped_gemma as modeling
 
-    kind = transformers.AutoConfig if compiled else getattr(modeling, family.config)
+    kind = transformers.AutoConfig if stock else getattr(modeling, family.config)
     try:
         config = kind.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise FolderError(f"{folder / 'config.json'}: {error}; {AGAIN}") from error
-    return config, family.architecture if compiled else family.clamped
+    return config, family.architecture if stock else family.clamped
 
 
 def _stored_tensors(folder: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
-    found = {}
+    found: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         path = folder / shard
         if Path(shard).name != shard:
             raise FolderError(f"{folder / INDEX}: names {shard}; expected files of the folder")
         try:
-            with safe_open(path, framework="np"):
-                pass  # checks that offsets neither overlap nor leave the file
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
+            inside = stored_tensors(path)
         except (OSError, SafetensorError, ValueError) as error:
             raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if entry["dtype"] not in _NUMPY_TYPES:
+        for name, tensor in inside.items():
+            if tensor.dtype not in _HELD:
                 raise FolderError(
-                    f"{path}: {name} is {entry['dtype']}; expected one of {', '.join(_NUMPY_TYPES)}"
+                    f"{path}: {name} is {tensor.dtype}; expected one of {', '.join(_HELD)}"
                 )
-            begin, end = entry["data_offsets"]
-            found[name] = StoredTensor(
-                path, entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin
-            )
+        found |= inside
     for name, shard in weight_map.items():
         if name not in found or found[name].file.name != shard:
             raise FolderError(f"{folder / shard}: has no tensor {name}, where {INDEX} places it")
@@ -239,7 +195,7 @@ def check_files(
     total = sum((clamped.folder / name).stat().st_size for name in names)
     done = 0
     for name in names:
-        digest, listed = hashlib.sha256(), clamped.manifest["files"][name]
+        digest, listed = hashlib.sha256(), clamped.manifest.files[name]
         with (clamped.folder / name).open("rb") as file:
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.base import FAMILIES
 from bake.errors import FolderError
-from export.checkpoint import GUARD
-from export.clamped import AGAIN, CLAMP_TENSORS, Clamped, StoredTensor, open_clamped
+from bake.families import FAMILIES, Family
+from bake.tensors import StoredTensor
+from export.carriers.checkpoint import GUARD
+from export.clamped import AGAIN, CLAMP_TENSORS, Clamped, open_clamped
+from export.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,18 @@ class ClampedSource:
     """The base's: gemma, gemma2, gemma3_text or gemma3."""
     config: dict[str, Any] = field(repr=False)
     """The base's config.json: no clamp, no guard before the activation."""
-    manifest: dict[str, Any] = field(repr=False)
+    manifest: Manifest = field(repr=False)
     tensors: dict[str, StoredTensor] = field(repr=False)
     """The base's tensors by name."""
     sites: tuple[ClampSite, ...]
     """By layer."""
     exempt_token_ids: tuple[int, ...]
     """Tokens that a site with `exempt_bos` leaves alone."""
+
+    @property
+    def family(self) -> Family:
+        """The base's."""
+        return FAMILIES[self.model_type]
 
     @property
     def name(self) -> str:

@@ -1,104 +1,230 @@
-"""`manifest.json`: where a folder came from, how exact it is, and the sha256 of its files."""
+"""`manifest.json`: where a folder came from, how exact it is, and the sha256 of its files.
+
+The only writer and the only reader of that file. Its keys are the fields of `Manifest`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Self
 
-from bake.base import BaseModel
-from bake.clamp import ClampWeights, parameters, sae_name
-from bake.recipe import Recipe
-from export.new_folder import MANIFEST, SCHEMA
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-_TOOLS = ("bakeout", "sae-lens", "safetensors", "torch", "transformers")
+from bake.errors import FolderError
+from bake.new_folder import MANIFEST
+from export.carriers.carriers import CARRIERS
 
-
-def manifest(
-    recipe: Recipe,
-    base: BaseModel,
-    clamps: list[ClampWeights],
-    files: dict[str, str],
-    *,
-    carrier: str,
-) -> dict[str, Any]:
-    """The manifest of a folder.
-
-    Args:
-        recipe: what was asked for.
-        base: what it was made from.
-        clamps: what was added.
-        files: sha256 of every other file, by its path in the folder.
-        carrier: layer | adapter (both exact) | compiled | merged.
-    """
-    return {
-        "schema": SCHEMA,
-        "bakeout": version("bakeout"),
-        "carrier": carrier,
-        "exact": carrier in ("layer", "adapter"),
-        "base": {"model": base.name, "revision": base.revision},
-        "recipe_sha256": files["recipe.toml"],
-        "clamps": [_clamp_entry(clamp) for clamp in clamps],
-        "sources": _local_files(recipe),
-        "tools": {tool: version(tool) for tool in _TOOLS},
-        "files": dict(sorted(files.items())),
-    }
+CARD = "README.md"
+SCHEMA = 1
+"""Newest version of the manifest that is known here."""
+TOOLS = ("bakeout", "sae-lens", "safetensors", "torch", "transformers")
+"""Packages whose versions it states."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def derived_manifest(
-    source: dict[str, Any], files: dict[str, str], *, carrier: str, **more: Any
-) -> dict[str, Any]:
-    """The manifest of a folder that was made from a clamped checkpoint.
+class Part(BaseModel):
+    """A part of the manifest. Keys that are not known here are kept."""
 
-    Args:
-        source: the checkpoint's manifest; base, clamps, recipe and sources stay.
-        files: sha256 of every other file, by its path in the folder.
-        carrier: adapter (exact) | compiled | merged.
-        more: what this carrier has to say about itself.
-    """
-    return source | {
-        "bakeout": version("bakeout"),
-        "carrier": carrier,
-        "exact": carrier == "adapter",
-        "tools": {tool: version(tool) for tool in _TOOLS},
-        "files": dict(sorted(files.items())),
-        **more,
-    }
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
 
 
-def _clamp_entry(clamp: ClampWeights) -> dict[str, Any]:
-    return {
-        "layer": clamp.layer,
-        "hook_point": clamp.hook_point,
-        "method": clamp.clamp.method,
-        "parameters": parameters(clamp.clamp),
-        "features": clamp.clamp.features,
-        "k": clamp.k,
-        "sae": {
-            "name": sae_name(clamp.clamp),
-            "architecture": clamp.sae.architecture,
-            "sha256": clamp.sae.sha256,
-        },
-    }
+class BaseEntry(Part):
+    """What the folder was made from."""
+
+    model: str
+    """Hub id, or the base folder's own name."""
+    revision: str | None
+    """Commit on the hub, where it came from there."""
+
+    @property
+    def title(self) -> str:
+        """For a person."""
+        return self.model if self.revision is None else f"{self.model} at {self.revision}"
 
 
-def _local_files(recipe: Recipe) -> dict[str, str]:
-    """sha256 of every local file (questions, texts) that the recipe names, by file name."""
-    files = [path for path in recipe.local_sources[1:] if path.is_file()]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+class SAEEntry(Part):
+    """Which SAE a clamp was cut from."""
+
+    name: str
+    architecture: str
+    sha256: str
+    """Of its weights file."""
+
+
+class ClampEntry(Part):
+    """One clamp."""
+
+    layer: int
+    """Decoder layer of the base whose output is edited."""
+    hook_point: str
+    method: str
+    parameters: dict[str, Any]
+    """By their names in the recipe."""
+    features: list[int]
+    k: int
+    """How many features are read or set."""
+    sae: SAEEntry
+
+
+class CompiledDistance(Part):
+    """How far two compiled layers are from the clamp on tokens that were tried."""
+
+    what: str
+    tokens: int
+    median: float
+    largest: float
+    largest_share_of_bound: float
+
+
+class LayersEntry(Part):
+    """The two layers of one compiled clamp."""
+
+    layers: list[int]
+    flags: int
+    """Comparisons with a threshold."""
+    neurons: list[int]
+    """Of either layer's MLP."""
+    parameters: dict[str, Any]
+    distance: CompiledDistance
+
+
+class CompiledEntry(Part):
+    """What compiling added."""
+
+    dtype: str
+    hidden_size: tuple[int, int]
+    """Before and after."""
+    layers_added: int
+    kappa: float
+    """The constant of the added channels."""
+    sites: list[LayersEntry]
+
+
+class Manifest(Part):
+    """What a folder says about itself."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    bakeout: str
+    """Version that wrote it."""
+    carrier: str
+    """One of `CARRIERS`, or of a later bakeout."""
+    exact: bool
+    """Whether it computes the clamp itself rather than an approximation."""
+    base: BaseEntry
+    recipe_sha256: str
+    clamps: list[ClampEntry]
+    sources: dict[str, str]
+    """sha256 of the recipe's local questions and texts, by file name."""
+    tools: dict[str, str]
+    """Versions, by package."""
+    files: dict[str, Sha256] = Field(min_length=1)
+    """Every other file of the folder, by its name with forward slashes, and its sha256."""
+    compiled: CompiledEntry | None = None
+
+    _sha256: str = PrivateAttr(default="")
+
+    @property
+    def sha256(self) -> str:
+        """Of manifest.json itself, as it was read."""
+        return self._sha256
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read and check a folder's manifest; no other file is looked at.
+
+        Raises:
+            FolderError: there is no such folder, or its manifest is missing, damaged, of a newer
+                schema, or names files outside the folder.
+        """
+        if not folder.is_dir():
+            raise FolderError(f"{folder}: is no folder; expected a folder that bakeout wrote")
+        path = folder / MANIFEST
+        try:
+            raw = path.read_bytes()
+            data = json.loads(raw)
+        except FileNotFoundError as error:
+            raise FolderError(
+                f"{folder}: has no {MANIFEST}; expected a folder that bakeout wrote"
+            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise FolderError(
+                f"{path}: cannot be read ({error}); expected JSON; bake or download it again"
+            ) from error
+        _check_schema(path, data)
+        try:
+            found = cls.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise FolderError(
+                f'{path}: "{key}" is {_shown(first["input"])}: {first["msg"]}; bake or download '
+                "the folder again"
+            ) from error
+        for name in found.files:
+            parts = PurePosixPath(name).parts
+            if not parts or ".." in parts or name.startswith("/") or "\\" in name:
+                raise FolderError(f'{path}: names "{name}"; expected files inside the folder')
+        found._sha256 = hashlib.sha256(raw).hexdigest()
+        return found
+
+    def derived(self, files: dict[str, str], *, carrier: str, **more: Any) -> Self:
+        """The manifest of a folder that was made from this one's, a clamped checkpoint.
+
+        Args:
+            files: sha256 of every other file, by its path in the folder.
+            carrier: of the new folder.
+            more: what this carrier has to say about itself, by field.
+        """
+        return self.changed(
+            bakeout=version("bakeout"),
+            carrier=carrier,
+            exact=CARRIERS[carrier].exact,
+            tools=versions(),
+            files=files,
+            **more,
+        )
+
+    def changed(self, **fields: Any) -> Self:
+        """The same with other values of some fields; files are put in order."""
+        if "files" in fields:
+            fields["files"] = dict(sorted(fields["files"].items()))
+        return self.model_copy(update=fields)
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder, as its last file, and bring it to disk."""
+        data = self.model_dump(by_alias=True, exclude_unset=True)
+        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(json_text(data))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _check_schema(path: Path, data: object) -> None:
+    """Refuse a manifest that a newer bakeout wrote; one that names no version is of the first."""
+    schema = data.get("schema", 1) if isinstance(data, dict) else 1
+    if type(schema) is not int or schema < 1:
+        raise FolderError(f'{path}: "schema" is {_shown(schema)}; expected {SCHEMA}')
+    if schema > SCHEMA:
+        raise FolderError(
+            f'{path}: "schema" is {schema}, and this bakeout knows up to {SCHEMA}; update bakeout'
+        )
+
+
+def _shown(value: object) -> str:
+    text = re.sub(r"\s+", " ", repr(value))
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def versions() -> dict[str, str]:
+    """The versions of `TOOLS` here."""
+    return {tool: version(tool) for tool in TOOLS}
 
 
 def json_text(data: dict[str, Any]) -> str:
     """JSON as bakeout writes it into a folder."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-
-
-def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
-    """Write the manifest into a folder, as its last file, and bring it to disk."""
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(json_text(contents))
-        file.flush()
-        os.fsync(file.fileno())

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import bake.modeling_clamped_gemma as modeling
 from bake.rounding import DRAWS, EPSILON, disturbed, rounding_parts
-from export.clamped import Clamped, StoredTensor
+from bake.tensors import StoredTensor
+from export.clamped import Clamped
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,14 @@ from typing import Literal
 
 from huggingface_hub import EvalResult
 
-from bake.recipe import QuestionSource, TextSource, Verify
-from verify.intervals import wilson
-from verify.measures import Attack, HarnessScore
-from verify.report import EngineReport, VerifyReport
-from verify.wording import (
+from bake.recipe import Verify
+from bake.sources import QuestionSource, TextSource
+from verify.attacks.attacks import ATTACKS
+from verify.engines.engine_names import engine_of
+from verify.report.findings import EngineReport, VerifyReport
+from verify.report.intervals import wilson
+from verify.report.measures import Attack, HarnessScore
+from verify.report.wording import (
     SOURCES,
     accuracy_text,
     answers_of,
@@ -31,13 +34,7 @@ QUESTIONS_FROM = "chat form of Farrell et al., plain form of lm-evaluation-harne
 """How accuracies are measured. The hub's index has one source for all figures of a data set."""
 HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 Kind = Literal["forget", "retain"]
-WAYS = {
-    "reworded": "reword or translate",
-    "hints": "give hints in context",
-    "padding": "pad the prompt",
-    "suffix": "search for a suffix",
-    "weights": "round the weights",
-}
+WAYS = {name: way.does for name, way in ATTACKS.items() if name != "as asked"}
 """Attacks without training, and what somebody does."""
 SHOWN_TASKS = 20
 """Most tasks of lm-evaluation-harness in a card's text; the index has all."""
@@ -72,7 +69,7 @@ class Figures:
             rounded=tuple(
                 e
                 for e in report.engines
-                if e.name.startswith("onnx-")
+                if engine_of(e.name).rounding is not None
                 and e.forget is not None
                 and f"weights: {e.name}" not in names
             ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bake.base import BaseModel
-from bake.clamp import ClampWeights, parameters, sae_name
-from bake.errors import FolderError
-from bake.recipe import Clamp, Recipe, Verify, layer_of
-from export.new_folder import MANIFEST
-from verify.integrity import read_manifest
+from bake.clamp import ClampWeights, sae_name
+from bake.recipe import Clamp, Recipe, Verify
+from bake.sources import layer_of
+from export.manifest import CompiledEntry, Manifest
 
 GEMMA_SCOPE = (
     "Gemma Scope, by Google DeepMind (Lieberum et al., arXiv 2408.05147), licensed CC BY 4.0"
@@ -64,7 +62,7 @@ class CardFacts:
     """The recipe's questions and texts."""
     unmeasured: str
     """What stands in place of a figure that there is not."""
-    compiled: Mapping[str, Any] | None = None
+    compiled: CompiledEntry | None = None
     """What a compiled folder's manifest says of its layers."""
 
 
@@ -100,44 +98,37 @@ def facts_of_folder(folder: Path) -> CardFacts:
     """Of a folder, from its manifest and recipe.
 
     Raises:
-        FolderError: one of them is missing or does not say what a card needs.
+        FolderError: the manifest is missing or damaged.
         RecipeError: the recipe cannot be read.
     """
-    read_manifest(folder)
-    found = json.loads((folder / MANIFEST).read_bytes())
-    try:
-        return facts_of_manifest(found, Recipe.load(folder / "recipe.toml"), "not measured")
-    except (KeyError, TypeError, ValueError) as error:
-        raise FolderError(
-            f"{folder}: {MANIFEST} does not say what a card needs ({type(error).__name__}: "
-            f"{error}); bake or download the folder again"
-        ) from error
+    manifest = Manifest.read(folder)
+    return facts_of_manifest(manifest, Recipe.load(folder / "recipe.toml"), "not measured")
 
 
 def facts_of_manifest(
-    found: Mapping[str, Any], recipe: Recipe, unmeasured: str = "not measured yet"
+    manifest: Manifest, recipe: Recipe, unmeasured: str = "not measured yet"
 ) -> CardFacts:
     """Of a folder whose manifest is known, perhaps not written yet."""
     return CardFacts(
-        base=str(found["base"]["model"]),
-        revision=found["base"]["revision"],
+        base=manifest.base.model,
+        revision=manifest.base.revision,
         license=recipe.base.license,
-        carrier=str(found["carrier"]),
-        exact=bool(found["exact"]),
+        carrier=manifest.carrier,
+        exact=manifest.exact,
         clamps=tuple(
             ClampFacts(
-                int(clamp["layer"]),
-                str(clamp["hook_point"]),
-                str(clamp["method"]),
-                dict(clamp["parameters"]),
-                list(clamp["features"]),
-                str(clamp["sae"]["name"]),
+                clamp.layer,
+                clamp.hook_point,
+                clamp.method,
+                clamp.parameters,
+                clamp.features,
+                clamp.sae.name,
             )
-            for clamp in found["clamps"]
+            for clamp in manifest.clamps
         ),
         verify=recipe.verify,
         unmeasured=unmeasured,
-        compiled=found.get("compiled"),
+        compiled=manifest.compiled,
     )
 
 
@@ -147,7 +138,7 @@ def _clamp_facts(clamp: Clamp, hook_point: str) -> ClampFacts:
         layer_of(hook_point),
         hook_point,
         clamp.method,
-        parameters(clamp),
+        clamp.parameters,
         features,
         sae_name(clamp),
     )

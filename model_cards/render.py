@@ -13,14 +13,16 @@ from jinja2 import Environment, StrictUndefined
 from bake.base import BaseModel
 from bake.clamp import ClampWeights
 from bake.recipe import Recipe
+from bake.rounding import BAR
+from export.carriers.carriers import CARRIERS
 from model_cards.evaluation import SHOWN_TASKS, WAYS, Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
-from verify.report import VerifyReport
-from verify.wording import CONTROLS, nats, share_text, shown_text, title_of
+from verify.evidence.kinds import other_lines
+from verify.report.findings import VerifyReport
+from verify.report.wording import CONTROLS, nats, share_text, shown_text, title_of
 
+UNKNOWN = "How these files carry the clamp ({{ facts.carrier|text }}) is not known here.\n"
 TAGS = ("unlearning", "sparse-autoencoder", "custom_code", "bakeout")
-_RELATIONS = {"adapter": "adapter"}
-"""How a carrier relates to the base, in the hub's words, where that is not `finetune`."""
 
 
 def render_card(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> str:
@@ -39,17 +41,25 @@ def render(
         unverified: say that the folder is published without a verification that passed.
     """
     hub_id = facts.revision is not None
+    carrier = CARRIERS.get(facts.carrier)
+    over_base = carrier is not None and carrier.over_base
+    own_code = carrier is not None and carrier.own_code
     data = ModelCardData(
         base_model=one_line(facts.base) if hub_id else None,
-        base_model_relation=_RELATIONS.get(facts.carrier, "finetune") if hub_id else None,
+        base_model_relation=("adapter" if over_base else "finetune") if hub_id else None,
         license=one_line(facts.license),
-        library_name="peft" if facts.carrier == "adapter" else "transformers",
+        library_name="peft" if over_base else "transformers",
         pipeline_tag="text-generation",
-        tags=[tag for tag in TAGS if tag != "custom_code" or facts.carrier == "layer"],
+        tags=[tag for tag in TAGS if tag != "custom_code" or own_code],
         eval_results=eval_results(facts.verify, report) or None,
         model_name=None if report is None else one_line(report.folder),
     )
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters |= {
         "text": as_text,
         "number": _number,
@@ -65,13 +75,18 @@ def render(
     figures = None if report is None else Figures.of(report)
     body = template.render(
         facts=facts,
+        carrier=carrier,
+        what=environment.from_string(carrier.card if carrier else UNKNOWN).render(facts=facts),
+        loading=environment.from_string(carrier.loading if carrier else "").render(facts=facts),
         report=report,
         figures=figures,
         unverified=unverified,
+        others=() if report is None else other_lines(report),
         ways=list(WAYS.values()),
         shown_tasks=SHOWN_TASKS,
+        bar=BAR,
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
 
 
 def as_text(value: object) -> str:

@@ -12,8 +12,12 @@ from typing import Any
 
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
-from bake.recipe import Recipe, RowSource, TextSource
-from verify.report import Failure
+from bake.new_folder import MANIFEST
+from bake.recipe import Recipe
+from bake.sources import RowSource, TextSource
+from export.carriers.carriers import CARRIERS
+from export.manifest import Manifest
+from verify.report.findings import Failure
 
 RECIPE = "recipe.toml"
 _REWRITTEN = ("config.json", "model.safetensors.index.json", "README.md", "manifest.json", "NOTICE")
@@ -24,25 +28,18 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Fields of a config in which base and checkpoint must agree."""
 
 
-CONFIG_FILES = {
-    "layer": "config.json",
-    "compiled": "manifest.json",
-    "adapter": "adapter_config.json",
-}
-"""Which file of a folder says where its clamps sit and how large the base is, by carrier."""
-
-
 def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
     """Where a folder's clamps sit in the base (`sae_clamp.sites`), and the base's sizes.
 
     Raises:
         FolderError: the file that says so is missing, not readable, or does not say it.
     """
-    path = folder / CONFIG_FILES[carrier]
+    path = folder / CARRIERS[carrier].sites_in
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if carrier == "compiled":
-            config = _compiled_config(folder, config)
+        if path.name == MANIFEST:
+            config = _compiled_config(folder)
+        else:
+            config = json.loads(path.read_text(encoding="utf-8"))
         sites = config["sae_clamp"]["sites"]
         if not sites or not all(type(site["layer"]) is int for site in sites):
             raise ValueError("no sites")
@@ -57,19 +54,19 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
     return dict(config)
 
 
-def _compiled_config(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _compiled_config(folder: Path) -> dict[str, Any]:
     """What a compiled folder says of its base: its own config.json less what was added."""
+    manifest = Manifest.read(folder)
     config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    added = manifest["compiled"]
-    narrow, wide = added["hidden_size"]
-    if config["hidden_size"] != wide:
+    added = manifest.compiled
+    if added is None or config["hidden_size"] != added.hidden_size[1]:
         raise ValueError("hidden_size is not the manifest's")
     return {
-        "hidden_size": narrow,
-        "num_hidden_layers": config["num_hidden_layers"] - added["layers_added"],
+        "hidden_size": added.hidden_size[0],
+        "num_hidden_layers": config["num_hidden_layers"] - added.layers_added,
         "vocab_size": config["vocab_size"],
-        "dtype": added["dtype"],
-        "sae_clamp": {"sites": [{"layer": clamp["layer"]} for clamp in manifest["clamps"]]},
+        "dtype": added.dtype,
+        "sae_clamp": {"sites": [{"layer": clamp.layer} for clamp in manifest.clamps]},
     }
 
 

@@ -2,8 +2,8 @@
 
 An engine that claims to compute the clamp, or to do so but for rounding, is held to what rounding
 explains: `BAR` roundings at any token, `TYPICAL_BAR` on the average. What a rounding is worth is
-measured on the reference itself (`verify.sensitivity`), so that the same file passes on every
-processor, and a fault fails on every one.
+measured on the reference itself (`verify.compare.sensitivity`), so that the same file passes on
+every processor, and a fault fails on every one.
 """
 
 from __future__ import annotations
@@ -12,30 +12,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import inf
 
-from bake.rounding import BAR, EPSILON
-from verify.engines import NAMES
-from verify.onnx_files import EXACT
-from verify.report import EngineReport, Failure, Parity, Rounding, Witnessed
+from bake.rounding import BAR, EPSILON, MIN_EFFECT
+from export.carriers.carriers import CARRIERS
+from verify.engines.engine_names import engine_of
+from verify.report.findings import EngineReport, Failure, Parity, Rounding, Witnessed
 
 TYPICAL_BAR = 3.0
 """How many roundings an engine may be away on the average: the root of its mean KL over the mean KL
 of one rounding, for a KL grows with the square of what moves it."""
 EDGE_SHARE = 0.5
 """Most of the compared tokens that may be edge tokens, or follow one."""
-COMPILED_FLIPS = 0.02
-"""Share of the answers that a compiled folder may give otherwise, at edges; but always one."""
 MORE_REMEMBERED = 0.05
 """How far forget accuracy may be above the reference's where weights are rounded; but always by one
 answer."""
-MIN_EFFECT = 0.5
-"""How much of the clamp's effect on the witnesses an engine must show, 1 being all of it."""
-
-
-def is_held(engine: str) -> bool:
-    """Whether an engine claims to compute the clamp, itself or but for rounding. A graph of rounded
-    weights does not, and neither does a reference.
-    """
-    return engine in (*NAMES.values(), EXACT)
 
 
 def unit_of(engine: str, dtype: str) -> float:
@@ -45,8 +34,7 @@ def unit_of(engine: str, dtype: str) -> float:
         engine: its name.
         dtype: what its weights are stored in and it computes in, where its name does not say it.
     """
-    precision = engine.removeprefix(f"{EXACT}-")
-    return EPSILON[{"fp16": "float16"}.get(precision, precision) if precision != engine else dtype]
+    return EPSILON[engine_of(engine).rounding or dtype]
 
 
 def kl_bar(rounding: Rounding) -> float:
@@ -78,8 +66,9 @@ def parity_failures(engine: str, parity: Parity, n_answers: int) -> Iterator[Fai
     if rounding.flips:
         yield Failure("parity", engine, "answer_flips", rounding.flips, 0, _first_flip(parity))
     # Layers that compare in 16 bits have edges of their own, which the reference does not know.
-    most = max(1, int(COMPILED_FLIPS * n_answers))
-    if engine == NAMES["compiled"] and len(parity.flips) > most and not rounding.flips:
+    share = engine_of(engine).edge_flips
+    most = max(1, int(share * n_answers))
+    if share and len(parity.flips) > most and not rounding.flips:
         measured = len(parity.flips)
         yield Failure("parity", engine, "answer_flips", measured, most, _first_flip(parity))
 
@@ -131,6 +120,16 @@ def unlearning_failures(engine: EngineReport, reference: EngineReport, n: int) -
     ]
 
 
+def loss_bar(sensitivity: float) -> float:
+    """How far rounding may move one token's loss, in nats: a loss is a difference of two terms,
+    each of which may move by as much as a logit.
+
+    Args:
+        sensitivity: how far one rounding moves the most sensitive token's logits.
+    """
+    return 2 * BAR * sensitivity
+
+
 def loss_failures(engine: EngineReport) -> Iterator[Failure]:
     """Before a clamp has fired nothing has changed: where the base's own arithmetic is used, no
     token's loss may move by more than rounding explains.
@@ -151,7 +150,8 @@ def witness_bar(engine: str, witnessed: Witnessed, carrier: str) -> float | None
         witnessed: what it said.
         carrier: of the folder.
     """
-    if carrier != "layer" or not is_held(engine) or witnessed.sensitivity is None:
+    own = carrier in CARRIERS and CARRIERS[carrier].own_code
+    if not own or not engine_of(engine).held or witnessed.sensitivity is None:
         return None
     return BAR * witnessed.sensitivity
 

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from bake.rounding import BAR
-from bakeout.demo import MINIATURE
+from bakeout.verbs.demo import MINIATURE
 
 SETTINGS: dict[str, dict[str, str]] = {
     "as it is": {},

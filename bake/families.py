@@ -1,0 +1,101 @@
+"""The Gemma families that are supported: every fact of a family that code depends on, once.
+
+To add one: an entry here, and its classes in `bake/modeling_clamped_gemma.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+GEMMA_BOS = 2
+"""BOS id of every Gemma, and transformers' default where a config does not state it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family, by the `model_type` of its config.json."""
+
+    architecture: str
+    """transformers' class."""
+    clamped: str
+    """Our class, in modeling_clamped_gemma.py."""
+    config: str
+    """Our config class, there too."""
+    model_type: str
+    """Our `model_type`."""
+    rope: str
+    """transformers' class of rotary embeddings, in the module of `architecture`."""
+    sliding: Literal["never", "alternating", "by pattern"] = "by pattern"
+    """Which layers see a window only, where the config does not list them: none, every other one
+    beginning with the first, or all but each `sliding_window_pattern`-th."""
+    activation_field: str = "hidden_activation"
+    """The config's name for the MLP's activation."""
+    norms_after: bool = True
+    """A block's output has a norm of its own before it is added."""
+    head_norms: bool = True
+    """Queries and keys have a norm of their own; and windowed layers other rotary frequencies."""
+    images: bool = False
+    """It takes images too: clamped and as an adapter only, neither compiled nor in ONNX."""
+    auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)
+    """Auto classes of transformers that load it."""
+
+    @property
+    def backbone(self) -> str:
+        """What stands before `layers` in the module names of transformers' base model."""
+        return "language_model." if self.images else ""
+
+
+FAMILIES: dict[str, Family] = {
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        clamped="ClampedGemmaForCausalLM",
+        config="ClampedGemmaConfig",
+        model_type="clamped_gemma",
+        rope="GemmaRotaryEmbedding",
+        sliding="never",
+        activation_field="hidden_act",
+        norms_after=False,
+        head_norms=False,
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        clamped="ClampedGemma2ForCausalLM",
+        config="ClampedGemma2Config",
+        model_type="clamped_gemma2",
+        rope="Gemma2RotaryEmbedding",
+        sliding="alternating",
+        head_norms=False,
+    ),
+    "gemma3_text": Family(
+        architecture="Gemma3ForCausalLM",
+        clamped="ClampedGemma3ForCausalLM",
+        config="ClampedGemma3TextConfig",
+        model_type="clamped_gemma3_text",
+        rope="Gemma3RotaryEmbedding",
+    ),
+    "gemma3": Family(
+        architecture="Gemma3ForConditionalGeneration",
+        clamped="ClampedGemma3ForConditionalGeneration",
+        config="ClampedGemma3Config",
+        model_type="clamped_gemma3",
+        rope="Gemma3RotaryEmbedding",
+        images=True,
+        auto_classes=("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    ),
+}
+"""The table."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a stock model_type or of ours.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return FAMILIES[model_type.removeprefix("clamped_")]
+
+
+def text_families() -> str:
+    """The model_types of those without images, for messages."""
+    return ", ".join(name for name, family in FAMILIES.items() if not family.images)

@@ -1,0 +1,1 @@
+"""What models are asked: rows of files, texts, questions, prompts, and what an answer is worth."""

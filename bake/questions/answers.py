@@ -1,0 +1,163 @@
+"""Multiple choice: which letter a model answers, and how often that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bake.errors import ModelError
+from bake.questions.multiple_choice import LETTERS, Question
+from bake.questions.prompts import QUESTION_FORMS, Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of questions answered right, 0 to 1, under each prompt form."""
+
+    plain: float
+    chat: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.plain <= 1 and 0 <= self.chat <= 1):
+            raise ValueError(f"accuracies {self.plain} and {self.chat}; expected 0 to 1")
+
+
+@dataclass(frozen=True)
+class LetterTokens:
+    """The tokens that count as an answer: per letter A to D, one or more token ids."""
+
+    chat: tuple[tuple[int, ...], ...]
+    """The bare letter and the letter after a space."""
+    plain: tuple[tuple[int, ...], ...]
+    """The letter after a space."""
+
+
+def letter_tokens(tokenizer: Any) -> LetterTokens:
+    """The answer tokens of a tokenizer.
+
+    Raises:
+        ModelError: a letter is not one token of its own.
+    """
+    bare = [_single_token(tokenizer, letter) for letter in LETTERS]
+    spaced = [_single_token(tokenizer, f" {letter}") for letter in LETTERS]
+    chat = []
+    for letter, ids in zip(LETTERS, zip(bare, spaced, strict=True), strict=True):
+        known = tuple(dict.fromkeys(token for token in ids if token is not None))
+        if not known:
+            raise ModelError(_not_a_token(letter))
+        chat.append(known)
+    plain = []
+    for letter, token in zip(LETTERS, spaced, strict=True):
+        if token is None:
+            raise ModelError(_not_a_token(f" {letter}"))
+        plain.append((token,))
+    return LetterTokens(chat=tuple(chat), plain=tuple(plain))
+
+
+def _single_token(tokenizer: Any, text: str) -> int | None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return int(ids[0]) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def _not_a_token(text: str) -> str:
+    return (
+        f'the base model\'s tokenizer has no single token for "{text}"; multiple choice needs one '
+        "for each of A to D, as Gemma's has"
+    )
+
+
+def best_letters(logits: Tensor, letters: Sequence[Sequence[int]]) -> list[int]:
+    """The letter with the largest logit, each letter at the better of its tokens.
+
+    Args:
+        logits: [batch, vocab], at the last real token.
+        letters: per letter, its token ids.
+
+    Returns:
+        Per row, an index into A to D. Log-likelihoods differ from logits by a constant per row,
+        so they choose the same.
+
+    Source: Farrell et al., arXiv 2410.19278 (chat form); lm-evaluation-harness (plain form).
+    """
+    import torch
+
+    per_letter = [logits[:, list(ids)].amax(dim=-1) for ids in letters]
+    return [int(letter) for letter in torch.stack(per_letter, dim=-1).argmax(dim=-1)]
+
+
+def letter_log_likelihoods(logits: Tensor, letters: LetterTokens) -> np.ndarray:
+    """Log-likelihoods of each letter as the next token, bare and after a space.
+
+    Args:
+        logits: [n, vocab].
+        letters: of the tokenizer.
+
+    Returns:
+        [n, 4, 2] float64, nats; -inf where the tokenizer has no such token.
+    """
+    normaliser = logits.double().logsumexp(dim=-1)
+    found = np.full((len(logits), len(LETTERS), 2), -np.inf)
+    for letter, (spaced,) in enumerate(letters.plain):
+        for token in letters.chat[letter]:
+            likelihood = logits[:, token].double() - normaliser
+            found[:, letter, int(token == spaced)] = likelihood.numpy()
+    return found
+
+
+@dataclass
+class Answers:
+    """What one engine answered, collected batch by batch."""
+
+    letters: LetterTokens
+    given: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    """(source, form, item) → index into A to D."""
+    likelihoods: dict[tuple[str, int], list[list[float]]] = field(default_factory=dict)
+    """(source, item) → [4, 2] nats, chat form: each letter as the next token, bare and after a
+    space."""
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Take in a batch's logits: [batch, seq or 1, vocab]; text is passed over."""
+        self.take(batch, self.found(batch, logits))
+
+    def found(self, batch: Batch, logits: Tensor) -> list[Any]:
+        """What a batch's logits say, as JSON data: (row, letter, likelihoods) per question."""
+        found: list[Any] = []
+        for form in QUESTION_FORMS:
+            rows = [row for row, prompt in enumerate(batch.prompts) if prompt.form == form]
+            if not rows:
+                continue
+            last = logits[rows, -1]
+            chosen = best_letters(last, getattr(self.letters, form))
+            likelihoods: list[Any] = [None] * len(rows)
+            if form == "chat":
+                likelihoods = letter_log_likelihoods(last, self.letters).tolist()
+            found += zip(rows, chosen, likelihoods, strict=True)
+        return found
+
+    def take(self, batch: Batch, found: Iterable[Any]) -> None:
+        """Take in what `found` gave for a batch."""
+        for row, letter, likelihoods in found:
+            prompt = batch.prompts[row]
+            self.given[prompt.source, prompt.form, prompt.item] = letter
+            if likelihoods is not None:
+                self.likelihoods[prompt.source, prompt.item] = likelihoods
+
+    def chosen(self, source: str, form: str, n: int) -> list[int]:
+        """The letters given to the n questions of a source, in their order."""
+        return [self.given[source, form, item] for item in range(n)]
+
+    def accuracy(self, source: str, questions: Sequence[Question]) -> Accuracy:
+        """Share of a source's questions that were answered right."""
+
+        def share(form: str) -> float:
+            chosen = self.chosen(source, form, len(questions))
+            right = [a == question.answer for a, question in zip(chosen, questions, strict=True)]
+            return sum(right) / len(right)
+
+        return Accuracy(plain=share("plain"), chat=share("chat"))

@@ -1,0 +1,197 @@
+"""Corpora: texts of a source, packed into windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bake.errors import DataError, ModelError
+from bake.questions.rows import field_of, rows_of
+from bake.recipe import Recipe
+from bake.sources import Corpus
+
+MIN_CHARACTERS = 50
+"""A text counts when it is longer. Source: Farrell et al., arXiv 2410.19278."""
+SHUFFLE_BUFFER = 10_000
+"""Texts among which a seeded order draws the next one."""
+_TOKENISED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A corpus as tokens."""
+
+    name: str
+    """Of its source."""
+    ids: NDArray[np.int32] = field(repr=False)
+    """[n_windows, seq], BOS first."""
+    special_ids: tuple[int, ...]
+    """BOS, EOS and PAD: never counted."""
+    n_texts: int
+    """How many texts the windows were cut from."""
+
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        """[n_windows, seq]: tokens that statistics count."""
+        return ~np.isin(self.ids, self.special_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens are counted."""
+        return int(self.counted.sum())
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens, their layout and what is not counted."""
+        about = f"{self.ids.shape} {self.special_ids} ".encode()
+        return hashlib.sha256(about + self.ids.astype("<i4").tobytes()).hexdigest()
+
+
+def load_windows(
+    source: Corpus, recipe: Recipe, tokenizer: Any, *, seq_len: int, n_seqs: int, seed: int | None
+) -> Windows:
+    """Read, tokenise and pack a corpus; reading stops when there are enough windows.
+
+    Args:
+        source: the corpus.
+        recipe: where relative paths start.
+        tokenizer: the base model's.
+        seq_len: window length, BOS included.
+        n_seqs: most windows.
+        seed: of the order of the texts; None takes them as they come.
+
+    Raises:
+        DataError: the source cannot be read, a row lacks the field, or no text is long enough.
+        ModelError: the tokenizer has no BOS, no EOS, or no chat template where one is needed.
+    """
+    bos, eos, pad = special_ids(tokenizer)
+    texts = corpus_texts(source, recipe, tokenizer)
+    if seed is not None:
+        texts = shuffled(texts, seed)
+    n_texts = 0
+
+    def encoded() -> Iterator[list[int]]:
+        nonlocal n_texts
+        while some := list(islice(texts, _TOKENISED_AT_ONCE)):
+            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+                n_texts += 1
+                yield ids
+
+    name = " ".join(filter(None, (source.path, source.dataset, source.config)))
+    rows = list(pack(encoded(), bos=bos, eos=eos, seq_len=seq_len, n_seqs=n_seqs))
+    if not rows:
+        raise DataError(
+            f"{name}: holds no text over {MIN_CHARACTERS} characters; expected at least one"
+        )
+    special = tuple(sorted({bos, eos, *([] if pad is None else [pad])}))
+    return Windows(name, np.stack(rows), special, n_texts)
+
+
+def pack(
+    texts: Iterable[list[int]], *, bos: int, eos: int, seq_len: int, n_seqs: int
+) -> Iterator[NDArray[np.int32]]:
+    """Join tokenised texts by EOS and cut them into windows with BOS in front.
+
+    The last window is dropped when it is short, unless it is the only one.
+
+    Yields:
+        [seq_len] each; a single short window is [1 + n].
+    """
+    body = seq_len - 1
+    stream: list[int] = []
+    n_windows = 0
+    for i, ids in enumerate(texts):
+        stream += [eos, *ids] if i else ids
+        while len(stream) >= body:
+            yield np.array([bos, *stream[:body]], np.int32)
+            del stream[:body]
+            n_windows += 1
+            if n_windows == n_seqs:
+                return
+    if stream and not n_windows:
+        yield np.array([bos, *stream], np.int32)
+
+
+def corpus_texts(source: Corpus, recipe: Recipe, tokenizer: Any) -> Iterator[str]:
+    """The texts of a corpus that are over 50 characters, as they are to be tokenised.
+
+    Raises:
+        DataError: a row lacks the field, or holds neither text nor messages.
+        ModelError: `chat` is asked for and the tokenizer has no chat template.
+    """
+    if source.chat and not tokenizer.chat_template:
+        raise ModelError(
+            "chat = true: the base model's tokenizer has no chat template; remove `chat`, or "
+            "take an instruction-tuned base"
+        )
+    name, rows = rows_of(source, recipe, streaming=True)
+    for number, row in rows:
+        entry = field_of(name, number, row, source.field)
+        messages = [{"role": "user", "content": entry}]
+        if source.chat and _are_messages(entry):
+            messages = entry
+        elif not isinstance(entry, str):
+            kind = "a string, or a list of messages" if source.chat else "a string"
+            raise DataError(f"{name}, row {number}: `{source.field}` is {entry!r}; expected {kind}")
+        if sum(len(message["content"]) for message in messages) <= MIN_CHARACTERS:
+            continue
+        if not source.chat:
+            yield entry
+            continue
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # whatever a template raises, roles out of turn mostly
+            raise DataError(
+                f"{name}, row {number}: the chat template refuses it ({error}); expected messages "
+                "of user and assistant in turn"
+            ) from error
+        yield str(text).removeprefix(tokenizer.bos_token)
+
+
+def shuffled(texts: Iterable[str], seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[str]:
+    """The texts in an order drawn from a seed, through a buffer of fixed size."""
+    rng = random.Random(seed)
+    buffer: list[str] = []
+    for text in texts:
+        if len(buffer) < buffer_size:
+            buffer.append(text)
+            continue
+        place = rng.randrange(buffer_size)
+        yield buffer[place]
+        buffer[place] = text
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def special_ids(tokenizer: Any) -> tuple[int, int, int | None]:
+    """(BOS, EOS, PAD) of a tokenizer.
+
+    Raises:
+        ModelError: it has no BOS or no EOS.
+    """
+    for name in ("bos", "eos"):
+        if getattr(tokenizer, f"{name}_token_id") is None:
+            raise ModelError(
+                f"the base model's tokenizer has no {name.upper()} token; expected Gemma's <{name}>"
+            )
+    return tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
+def _are_messages(entry: Any) -> bool:
+    return (
+        isinstance(entry, list)
+        and bool(entry)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in entry
+        )
+    )

@@ -1,0 +1,68 @@
+"""Loss: mean cross-entropy per token of text, in nats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bake.questions.prompts import Batch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Cross-entropy of every token that has a real token before it.
+
+    Args:
+        logits: [batch, seq, vocab]; those at position t predict the token at t + 1.
+        input_ids: [batch, seq].
+        attention_mask: [batch, seq], 1 at real tokens.
+
+    Returns:
+        [n] float64, nats. BOS predicts the first token and is itself not predicted; padding
+        neither predicts nor is predicted.
+    """
+    from torch.nn.functional import cross_entropy
+
+    counted = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
+    return cross_entropy(
+        logits[:, :-1][counted].float(), input_ids[:, 1:][counted], reduction="none"
+    ).double()
+
+
+@dataclass
+class LossSum:
+    """One engine's loss on text, collected batch by batch."""
+
+    losses: list[float] = field(default_factory=list)
+    """Cross-entropy of every token, in nats."""
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Take in a batch's logits: [batch, seq, vocab]; questions are passed over."""
+        self.losses += self.found(batch, logits)
+
+    @staticmethod
+    def found(batch: Batch, logits: Tensor) -> list[float]:
+        """What a batch's logits say: the loss of every token of its texts."""
+        rows = text_rows(batch)
+        if not rows:
+            return []
+        losses = token_losses(logits[rows], batch.input_ids[rows], batch.attention_mask[rows])
+        return list(losses.tolist())
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens."""
+        return len(self.losses)
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+
+
+def text_rows(batch: Batch) -> list[int]:
+    """The rows of a batch that hold text rather than questions."""
+    return [row for row, prompt in enumerate(batch.prompts) if prompt.source == "text"]

@@ -1,0 +1,159 @@
+"""Rows of local files and of data sets, numbered, and what to call their source."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bake.errors import DataError
+from bake.recipe import Recipe
+from bake.sources import RowSource, TextSource
+
+Rows = Iterator[tuple[int, Any]]
+"""(number from 1, row); of a file of lines, the number is that of the line."""
+LONGEST_SHOWN = 200
+"""Most characters of a wrong value that an error shows."""
+
+
+def rows_of(
+    source: RowSource | TextSource, recipe: Recipe, *, streaming: bool = False
+) -> tuple[str, Rows]:
+    """What to call a source, and its rows in order.
+
+    Args:
+        source: what the recipe names.
+        recipe: where relative paths start.
+        streaming: read a hub data set row by row instead of downloading all of it.
+
+    Raises:
+        DataError: while rows are taken, when the source cannot be read.
+    """
+    if source.path is not None:
+        path, name = recipe.local(source.path), printable(source.path)
+        if path.suffix == ".parquet":
+            return name, _parquet_rows(name, path)
+        field = getattr(source, "field", None) if path.suffix == ".txt" else None
+        return name, _line_rows(name, path, field)
+    assert source.dataset is not None
+    parts = (source.dataset, source.config, source.split)
+    name = " ".join(printable(part) for part in parts if part)
+    return name, _dataset_rows(name, source, recipe, streaming)
+
+
+def field_of(name: str, number: int, row: Any, field: str) -> Any:
+    """A row's field.
+
+    Raises:
+        DataError: the row is no object, or lacks the field.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{name}, row {number}: is {shown(row)}; expected a JSON object")
+    if field not in row:
+        keys = ", ".join(f"`{printable(key)}`" for key in row) or "no keys"
+        raise DataError(f"{name}, row {number}: has no `{field}`; it has {_short(keys)}")
+    return row[field]
+
+
+def check_whole(where: str, key: str, *texts: str) -> None:
+    """Raise for half a character, which JSON can spell and no tokenizer can read."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: `{key}` holds {shown(text[error.start])}, half of a surrogate pair; "
+                "expected text"
+            ) from error
+
+
+def printable(text: str) -> str:
+    """A text on one line, with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def shown(value: Any) -> str:
+    """What came, for an error's one line."""
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
+
+
+def _line_rows(name: str, path: Path, field: str | None) -> Rows:
+    """JSON lines; with `field`, lines of plain text that become rows with that field."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, {field: line.strip()} if field else _json(name, number, line)
+    except OSError as error:
+        raise DataError(
+            f"{name}: cannot be read ({error.strerror}); expected a JSONL file beside the recipe"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: is no UTF-8 text ({error.reason}); expected JSONL") from error
+
+
+def _json(name: str, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{name}, row {number}: is no JSON ({error}); expected JSONL") from error
+    except RecursionError as error:
+        raise DataError(f"{name}, row {number}: is nested too deep; expected JSONL") from error
+
+
+def _parquet_rows(name: str, path: Path) -> Rows:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{name}: cannot be read ({reason}); expected a Parquet file beside the recipe"
+        ) from error
+
+
+def _dataset_rows(
+    name: str, source: RowSource | TextSource, recipe: Recipe, streaming: bool
+) -> Rows:
+    """Rows of a hub data set, or of a local folder in any layout that `datasets` reads."""
+    dataset = source.dataset
+    assert dataset is not None
+    local = recipe.local(dataset)
+    if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
+        raise DataError(
+            f"{name}: no such folder beside the recipe; expected a folder, or a hub id (owner/name)"
+        )
+    import datasets
+
+    path = str(local) if local.is_dir() else dataset
+    # Offline, a data set that was downloaded once is read from the cache, which cannot stream.
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+    options = {"streaming": True} if streaming and not offline else {}
+    try:
+        rows = datasets.load_dataset(path, source.config, split=source.split, **options)
+        yield from enumerate(rows, 1)
+    except Exception as error:  # datasets raises many kinds, network errors among them
+        reason = printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
+        if "gated" in f"{type(error).__name__} {error}".lower():
+            raise DataError(
+                f"{name}: is gated; ask for access on its page on the hub (datasets/{dataset}), "
+                "then log in with `hf auth login`"
+            ) from error
+        raise DataError(
+            f"{name}: cannot be loaded ({reason}); check the name, the split and the network, "
+            "or name a local file with `path`"
+        ) from error

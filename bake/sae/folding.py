@@ -1,0 +1,167 @@
+"""Any SAE, cut down to the features that a clamp needs, with everything foldable folded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bake.errors import SAEError
+from bake.sae.array_file import ArrayFile
+from bake.sae.layouts import SAEFiles
+from bake.tensors import Array
+
+
+@dataclass(frozen=True)
+class SAESlice:
+    """A few features of an SAE: everything that their activations and directions depend on."""
+
+    W_enc: Array = field(repr=False)
+    """[d_in, k]."""
+    b_enc: Array = field(repr=False)
+    """[k], with b_dec and input normalisation folded in."""
+    theta: Array = field(repr=False)
+    """[k], JumpReLU threshold; 0 is ReLU."""
+    W_dec: Array = field(repr=False)
+    """[k, d_in]."""
+    features: tuple[int, ...]
+    """The k features, in the order of the arrays."""
+    architecture: str
+    sha256: str
+    """Of the SAE's weights file."""
+
+
+@dataclass(frozen=True)
+class SAEEncoder:
+    """What the activations of every feature of an SAE depend on."""
+
+    W_enc: Array = field(repr=False)
+    """[d_in, d_sae]."""
+    b_enc: Array = field(repr=False)
+    """[d_sae], folded."""
+    theta: Array = field(repr=False)
+    """[d_sae], at least 0: a feature fires where pre > theta, and its activation is then pre."""
+    sha256: str
+    """Of the SAE's weights file."""
+
+
+def size_of(files: SAEFiles) -> tuple[int, int]:
+    """(d_in, d_sae) of an SAE, from its file's directory."""
+    arrays = ArrayFile.open(files.weights)
+    shape = arrays.shapes.get(_key(files, "W_enc"), ())
+    if len(shape) != 2:
+        raise SAEError(
+            f"SAE file {files.weights}: W_enc has shape {list(shape)}; expected [d_in, d_sae]"
+        )
+    return shape[0], shape[1]
+
+
+def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
+    """Read the given features of an SAE, folded, in its own activation units.
+
+    Raises:
+        SAEError: a tensor is missing, of the wrong shape, or not finite anywhere in the file.
+    """
+    arrays, k = ArrayFile.open(files.weights), list(features)
+    d_in, d_sae = size_of(files)
+    W_dec = arrays.rows(_checked(files, arrays, "W_dec", d_sae, d_in), k)
+    W_enc, b_enc, theta = _encoder(files, arrays, k)
+    return SAESlice(
+        W_enc,
+        b_enc,
+        theta,
+        W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale),
+        tuple(k),
+        files.architecture,
+        sha256_of(files),
+    )
+
+
+def load_encoder(files: SAEFiles) -> SAEEncoder:
+    """Read the encoder of every feature, folded, in the SAE's own activation units.
+
+    Raises:
+        SAEError: as `load_slice`.
+    """
+    W_enc, b_enc, theta = _encoder(files, ArrayFile.open(files.weights), None)
+    return SAEEncoder(W_enc, b_enc, np.maximum(theta, 0), sha256_of(files))
+
+
+def load_decoder(files: SAEFiles) -> Array:
+    """Read the decoder row of every feature, folded: [d_sae, d_in]."""
+    arrays = ArrayFile.open(files.weights)
+    d_in, d_sae = size_of(files)
+    key = _checked(files, arrays, "W_dec", d_sae, d_in)
+    W_dec = arrays.matrix(key)
+    return W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
+
+
+def sha256_of(files: SAEFiles) -> str:
+    """sha256 of the SAE's weights file."""
+    with files.weights.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _encoder(files: SAEFiles, arrays: ArrayFile, k: list[int] | None) -> tuple[Array, Array, Array]:
+    """(W_enc [d_in, k], b_enc [k], theta [k]) of some features, or of all, folded."""
+    d_in, d_sae = size_of(files)
+
+    def vector(name: str) -> Array:
+        whole = arrays.vector(_checked(files, arrays, name, d_sae))
+        return whole if k is None else whole[k]
+
+    key = _checked(files, arrays, "W_enc", d_in, d_sae)
+    W_enc = arrays.matrix(key) if k is None else arrays.columns(key, k)
+    b_dec = arrays.vector(_checked(files, arrays, "b_dec", d_in))
+    if files.architecture == "gated":
+        W_enc, b_enc, theta = _gate_as_threshold(
+            W_enc, vector("b_gate"), vector("b_mag"), vector("r_mag")
+        )
+    elif files.architecture == "jumprelu":
+        b_enc, theta = vector("b_enc"), vector("threshold")
+    else:
+        b_enc = vector("b_enc")
+        theta = np.zeros_like(b_enc)
+    if files.input_scale != 1.0:
+        # encode(s·x) as an encoder of x. Source: sae_lens, fold_activation_norm_scaling_factor.
+        W_enc = W_enc * np.float32(files.input_scale)
+        b_dec = b_dec / np.float32(files.input_scale)
+    if files.apply_b_dec_to_input:
+        b_enc = _fold_b_dec(b_enc, b_dec, W_enc)
+    return W_enc, b_enc, theta
+
+
+def _checked(files: SAEFiles, arrays: ArrayFile, name: str, *shape: int) -> str:
+    """A tensor's key, once its shape is what it has to be."""
+    key = _key(files, name)
+    if arrays.shapes.get(key) != shape:
+        got = list(arrays.shapes[key]) if key in arrays.shapes else "nothing"
+        raise SAEError(f"SAE file {files.weights}: {key} has shape {got}; expected {list(shape)}")
+    return key
+
+
+# ------------------------------------------------------------------------------- the folding
+
+
+def _gate_as_threshold(
+    W_enc: Array, b_gate: Array, b_mag: Array, r_mag: Array
+) -> tuple[Array, Array, Array]:
+    """A gated SAE as JumpReLU.
+
+    It fires where x·W + b_gate > 0, with activation relu(x·W·exp(r) + b_mag). Multiplying the
+    gate by exp(r) > 0 gives pre > b_mag - b_gate·exp(r) for pre = x·W·exp(r) + b_mag.
+    """
+    gain = np.exp(r_mag.astype(np.float64))
+    theta = b_mag.astype(np.float64) - b_gate * gain
+    return (W_enc * gain).astype(np.float32), b_mag, theta.astype(np.float32)
+
+
+def _fold_b_dec(b_enc: Array, b_dec: Array, W_enc: Array) -> Array:
+    """(x - b_dec) @ W_enc + b_enc  =  x @ W_enc + (b_enc - b_dec @ W_enc)."""
+    return (b_enc - b_dec.astype(np.float64) @ W_enc).astype(np.float32)
+
+
+def _key(files: SAEFiles, name: str) -> str:
+    return name.replace("W_", "w_") if files.lower_case else name

@@ -1,0 +1,296 @@
+"""Measures many clamps on the same prompts: everything below the hook layer is run once.
+
+The clamp is `bake`'s own module: this is how settings are found. That a checkpoint computes what
+it should is for `verify` to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bake.clamp import ClampWeights, SAESite
+from bake.errors import DataError
+from bake.modeling_clamped_gemma import SAEClamp
+from bake.questions.answers import LetterTokens, best_letters
+from bake.questions.loss import token_losses
+from bake.questions.multiple_choice import Question
+from bake.questions.prompts import Batch, Prompt, batches
+from bake.recipe import Clamp
+from bake.sae.folding import SAESlice, load_decoder, load_encoder
+from bake.search.statistics import available_memory, check_memory
+
+Key = tuple[str, str, int]
+"""(source, form, item)."""
+
+
+@dataclass
+class Results:
+    """What a model answered, and what text cost it."""
+
+    letters: dict[Key, int] = field(default_factory=dict)
+    """Of each question, the index of the letter that was answered."""
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    """Of each window of text: summed cross-entropy in nats, tokens."""
+    tokens_fired: int = 0
+    """Tokens that a clamp changed."""
+
+    def accuracy(self, source: str, form: str, questions: Sequence[Question]) -> float:
+        """Share of a source's questions that were answered right."""
+        right = [
+            self.letters[source, form, item] == question.answer
+            for item, question in enumerate(questions)
+        ]
+        return sum(right) / len(right)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token of text."""
+        return sum(nats for nats, _ in self.losses) / max(1, sum(n for _, n in self.losses))
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A batch, what reaches the hook layer of it, and what the base makes of it."""
+
+    batch: Batch
+    h: Tensor
+    """[batch, seq, d_in]: output of the hook layer."""
+    base: list[Any]
+    """Per prompt: a letter, or (nats, tokens)."""
+
+
+class Bench:
+    """A base model with prompts, ready to be measured under one clamp after another.
+
+    Args:
+        model: a stock Gemma.
+        prompts: what to measure on.
+        letters: the answer tokens.
+        layer: the lowest layer that is going to be clamped.
+        pad_id: stands in front of shorter prompts.
+
+    Raises:
+        DataError: the cached activations do not fit into memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        letters: LetterTokens,
+        layer: int,
+        pad_id: int,
+        progress: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self._model, self._letters, self.layer = model, letters, layer
+        config = model.config.get_text_config()
+        self._bos_id: int | None = config.bos_token_id
+        n_tokens = sum(len(prompt.ids) for prompt in prompts)
+        needed = 2 * n_tokens * config.hidden_size * model.dtype.itemsize
+        if needed > available_memory():
+            raise DataError(
+                f"{len(prompts):,} prompts: their activations need {needed / 1e9:.1f} GB, "
+                f"{available_memory() / 1e9:.1f} GB are free; name fewer questions in [select]"
+            )
+        self._cached: list[_Cached] = []
+        done = 0
+        for batch in batches(prompts, pad_id=pad_id, vocab_size=config.vocab_size):
+            h, logits = self._first_pass(batch)
+            self._cached.append(_Cached(batch, h, self._read(batch, logits)))
+            done += sum(len(prompt.ids) for prompt in batch.prompts)
+            progress(done / n_tokens)
+
+    @property
+    def base(self) -> Results:
+        """The base model's."""
+        return self._collect((cached.base for cached in self._cached), 0)
+
+    def measure(self, clamps: Sequence[ClampWeights]) -> Results:
+        """What the model makes of the prompts under these clamps.
+
+        Where no clamp fires in a prompt, the base's answer stands and nothing is run.
+
+        Args:
+            clamps: the lowest of them at `layer` or above.
+        """
+        found, fired = [], 0
+        for _, answers, changed in self._under(clamps):
+            found.append(answers)
+            fired += changed
+        return self._collect(found, fired)
+
+    def changes(self, clamps: Sequence[ClampWeights]) -> bool:
+        """Whether any answer is another than the base's; stops at the first that is."""
+        return any(answers != cached.base for cached, answers, _ in self._under(clamps))
+
+    @torch.inference_mode()
+    def _under(self, clamps: Sequence[ClampWeights]) -> Iterator[tuple[_Cached, list[Any], int]]:
+        """(batch, its answers, tokens that a clamp changed), batch by batch."""
+        modules = {clamp.layer: _module(clamp, self._model.device) for clamp in clamps}
+        exempt_bos = {clamp.layer: clamp.clamp.exempt_bos for clamp in clamps}
+        for cached in self._cached:
+            answers, fired = list(cached.base), 0
+            rows = torch.arange(len(answers))
+            if set(modules) == {self.layer}:
+                exempt = self._exempt(cached.batch.input_ids, exempt_bos[self.layer])
+                real = cached.batch.attention_mask.bool()
+                changed = _changed(modules[self.layer], cached.h).cpu() & real & ~exempt
+                fired = int(changed.sum())
+                rows = changed.any(dim=1).nonzero().flatten()
+            if len(rows):
+                part = _rows(cached.batch, rows)
+                with self._clamped(part, cached.h[rows.to(cached.h.device)], modules, exempt_bos):
+                    logits = self._logits(part)
+                for row, answer in zip(rows.tolist(), self._read(part, logits), strict=True):
+                    answers[row] = answer
+            yield cached, answers, fired
+
+    def _exempt(self, input_ids: Tensor, exempt_bos: bool) -> Tensor:
+        """[batch, seq] bool."""
+        if not exempt_bos or self._bos_id is None:
+            return torch.zeros_like(input_ids, dtype=torch.bool)
+        return input_ids == self._bos_id
+
+    def _first_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(output of the hook layer, logits) of the base."""
+        kept: list[Tensor] = []
+
+        def keep(_: Any, __: Any, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = self._model.get_decoder().layers[self.layer].register_forward_hook(keep)
+        try:
+            with torch.inference_mode():
+                logits = self._logits(batch)
+        finally:
+            handle.remove()
+        return kept[0], logits
+
+    def _logits(self, batch: Batch) -> Tensor:
+        mask = batch.attention_mask.to(self._model.device)
+        logits: Tensor = self._model(
+            input_ids=batch.input_ids.to(self._model.device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1 if batch.last_only else 0,
+        ).logits
+        return logits.float().cpu()
+
+    @contextmanager
+    def _clamped(
+        self,
+        batch: Batch,
+        h: Tensor,
+        modules: Mapping[int, SAEClamp],
+        exempt_bos: Mapping[int, bool],
+    ) -> Iterator[None]:
+        """Within the block, the forward of these rows starts from h at the hook layer."""
+        layers = self._model.get_decoder().layers
+        exempt = {
+            layer: self._exempt(batch.input_ids, spared).to(h.device)
+            for layer, spared in exempt_bos.items()
+        }
+
+        def clamp(layer: int) -> Callable[[Any, Any, Any], Any]:
+            def hook(_: Any, __: Any, output: Any) -> Any:
+                return modules[layer](output, exempt[layer])
+
+            return hook
+
+        with ExitStack() as undo:
+            for i in range(self.layer + 1):
+                layers[i].forward = lambda hidden_states, *_, **__: hidden_states
+                undo.callback(delattr, layers[i], "forward")
+            start = layers[self.layer]
+            start.forward = lambda *_, **__: h
+            for layer in modules:
+                undo.callback(layers[layer].register_forward_hook(clamp(layer)).remove)
+            yield
+
+    def _read(self, batch: Batch, logits: Tensor) -> list[Any]:
+        """Per prompt: the letter that is answered, or (nats, tokens) of a text."""
+        if batch.prompts[0].source == "text":
+            found = []
+            for row in range(len(batch.prompts)):
+                one = slice(row, row + 1)
+                losses = token_losses(logits[one], batch.input_ids[one], batch.attention_mask[one])
+                found.append((float(losses.sum()), len(losses)))
+            return found
+        by_form = {
+            form: best_letters(logits[:, -1], getattr(self._letters, form))
+            for form in {prompt.form for prompt in batch.prompts}
+        }
+        return [by_form[prompt.form][row] for row, prompt in enumerate(batch.prompts)]
+
+    def _collect(self, found: Any, fired: int) -> Results:
+        results = Results(tokens_fired=fired)
+        for cached, answers in zip(self._cached, found, strict=True):
+            for prompt, answer in zip(cached.batch.prompts, answers, strict=True):
+                if prompt.source == "text":
+                    results.losses.append(answer)
+                else:
+                    results.letters[prompt.source, prompt.form, prompt.item] = answer
+        return results
+
+
+class Clamper:
+    """A table's whole SAE in memory, from which clamps of any features are cut.
+
+    Args:
+        site: the SAE.
+
+    Raises:
+        SAEError: it does not fit into memory.
+    """
+
+    def __init__(self, site: SAESite) -> None:
+        check_memory(site.name, site.d_in, site.d_sae, decoder=True)
+        self.site = site
+        self.encoder, self.W_dec = load_encoder(site.files), load_decoder(site.files)
+
+    def weights(self, clamp: Clamp) -> ClampWeights:
+        """The clamp of a table of this SAE.
+
+        Raises:
+            SAEError: a feature is out of range.
+        """
+        rows = self.site.rows(clamp)
+        k = list(rows.features)
+        encoder = self.encoder
+        cut = SAESlice(
+            encoder.W_enc[:, k],
+            encoder.b_enc[k],
+            encoder.theta[k],
+            self.W_dec[k],
+            rows.features,
+            self.site.files.architecture,
+            encoder.sha256,
+        )
+        return ClampWeights(self.site.layer, self.site.hook_point, clamp, cut, rows)
+
+
+def _module(clamp: ClampWeights, device: Any) -> SAEClamp:
+    module = SAEClamp(clamp.sae.W_enc.shape[0], clamp.k)
+    tensors = {name: torch.tensor(array, device=device) for name, array in clamp.tensors.items()}
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def _changed(module: SAEClamp, h: Tensor) -> Tensor:
+    """[batch, seq] bool: where the clamp changes a feature."""
+    acts = module.feature_acts(h)
+    changed: Tensor = (module.edited(acts) != acts).any(dim=-1)
+    return changed
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    """Some prompts of a batch."""
+    prompts = tuple(batch.prompts[row] for row in rows.tolist())
+    return Batch(prompts, batch.input_ids[rows], batch.attention_mask[rows], batch.last_only)

@@ -1,0 +1,174 @@
+"""A recipe's feature statistics: read from the cache, or taken and put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bake.base import BaseModel, find_base
+from bake.clamp import SAESite, find_site
+from bake.errors import RecipeError
+from bake.questions.corpora import Windows, load_windows
+from bake.recipe import Recipe, Select
+from bake.sae.folding import load_encoder, sha256_of
+from bake.search.cache import Entry, Unfinished, cache_folder, entry, model_sha256
+from bake.search.statistics import FeatureSite, FeatureStatistics, check_memory, statistics
+from bake.stock import load_base, load_tokenizer
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done, and the share of it that is done, 0 to 1."""
+SIDES = ("forget", "retain")
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What the features of one table's SAE did on both corpora."""
+
+    site: SAESite
+    forget: FeatureStatistics
+    retain: FeatureStatistics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that statistics were taken from, and the statistics."""
+
+    sites: list[SiteStatistics]
+    """One for each [[clamp]] table, in the recipe's order."""
+    corpora: dict[str, Windows]
+    """forget and retain."""
+    material: Material
+
+
+class Material:
+    """A recipe's model and tokenizer, each loaded when it is first needed."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The model as it lies on disk."""
+        return find_base(self.recipe)
+
+    @cached_property
+    def model(self) -> Any:
+        """The stock model in memory."""
+        return load_base(self.recipe)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's."""
+        return load_tokenizer(self.recipe)
+
+
+def select_table(recipe: Recipe) -> Select:
+    """The recipe's [select] table.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    if recipe.select is None:
+        raise RecipeError(
+            "the recipe has no [select] table; expected one that names a forget and a retain corpus"
+        )
+    return recipe.select
+
+
+def measure(
+    recipe: Recipe,
+    *,
+    material: Material | None = None,
+    cache: Path | None = None,
+    progress: Progress = lambda _what, _share: None,
+) -> Measured:
+    """Take the statistics of every table's SAE on both corpora, or read them.
+
+    Args:
+        recipe: with a [select] table.
+        material: the recipe's, where it is loaded already.
+        cache: folder for statistics; the user's cache folder by default.
+        progress: told how far it is.
+
+    Raises:
+        BakeoutError: of the kind of trouble it meets.
+    """
+    select = select_table(recipe)
+    material = material or Material(recipe)
+    sites = [find_site(clamp, recipe, material.base) for clamp in recipe.clamp]
+    for site in sites:
+        check_memory(site.name, site.d_in, site.d_sae)
+    corpora = {
+        side: load_windows(
+            getattr(select, side),
+            recipe,
+            material.tokenizer,
+            seq_len=select.seq_len,
+            n_seqs=select.n_seqs,
+            seed=select.seed,
+        )
+        for side in SIDES
+    }
+    weights = model_sha256(material.base)
+    found: dict[str, list[FeatureStatistics]] = {}
+    for side, windows in corpora.items():
+        entries = [
+            _entry(cache or cache_folder(), site, weights, recipe, material.base, windows)
+            for site in sites
+        ]
+        found[side] = _read_or_take(sites, entries, windows, material, progress, side)
+    both = zip(sites, found["forget"], found["retain"], strict=True)
+    return Measured([SiteStatistics(*of_site) for of_site in both], corpora, material)
+
+
+def _entry(
+    cache: Path, site: SAESite, weights: str, recipe: Recipe, base: BaseModel, windows: Windows
+) -> Entry:
+    files = site.files
+    read_as = f"{files.architecture} {files.apply_b_dec_to_input} {files.input_scale}"
+    return entry(
+        cache,
+        model=weights,
+        dtype=recipe.base.dtype,
+        layer=site.layer,
+        sae=f"{sha256_of(files)} {read_as}",
+        windows=windows,
+        names={
+            "model": base.name,
+            "revision": base.revision or "",
+            "sae": site.name,
+            "corpus": Path(windows.name).name,
+        },
+    )
+
+
+def _read_or_take(
+    sites: list[SAESite],
+    entries: list[Entry],
+    windows: Windows,
+    material: Material,
+    progress: Progress,
+    side: str,
+) -> list[FeatureStatistics]:
+    """One pass over the corpus for all SAEs whose statistics are not there yet."""
+    found = [entry.read() for entry in entries]
+    absent = [i for i, known in enumerate(found) if known is None]
+    if absent:
+        wanted = [entries[i] for i in absent]
+        unfinished = Unfinished.of(wanted)
+        taken = statistics(
+            material.model,
+            [FeatureSite(sites[i].layer, load_encoder(sites[i].files)) for i in absent],
+            windows,
+            resume=unfinished.load,
+            keep=unfinished.saver(),
+            progress=lambda share: progress(f"{side} corpus", share),
+        )
+        for i, new in zip(absent, taken, strict=True):
+            entries[i].write(new, windows)
+            found[i] = new
+        unfinished.remove()
+    return [known for known in found if known is not None]

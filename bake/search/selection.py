@@ -1,0 +1,279 @@
+"""`features = "select"`: from a recipe's corpora to feature numbers, and what speaks for each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bake.clamp import ClampWeights
+from bake.errors import DataError, RecipeError
+from bake.questions.answers import LetterTokens, letter_tokens
+from bake.questions.corpora import special_ids
+from bake.questions.multiple_choice import Question, load_questions
+from bake.questions.orders import all_orders
+from bake.questions.prompts import Prompt, question_prompts
+from bake.recipe import Recipe
+from bake.search.attribution import attribution, candidates, residual_gradient
+from bake.search.bench import Bench, Clamper
+from bake.search.corpus_statistics import Measured, Progress, SiteStatistics, measure, select_table
+from bake.search.select import Chosen, Scores, by_attribution, by_ratio, by_sparsity, prove_alone
+from bake.search.statistics import FeatureSite
+
+VALIDATION_SHARE = 0.4
+"""Of [verify]'s questions, the part that selection and sweeps may look at where [select] names
+none of its own."""
+CANDIDATES_PER_FEATURE = 8
+"""attribution: for each feature that is wanted, how many are tried alone at most."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was selected for one [[clamp]] table."""
+
+    sae: str
+    hook_point: str
+    by: str
+    d_sae: int
+    forget_tokens: int
+    """Tokens of the forget corpus that were counted."""
+    retain_tokens: int
+    chosen: tuple[Chosen, ...]
+
+    @property
+    def features(self) -> list[int]:
+        """In the order of their rank."""
+        return [chosen.feature for chosen in self.chosen]
+
+
+@dataclass(frozen=True)
+class SplitQuestions:
+    """Questions that settings may be picked on, and those that only report."""
+
+    validation: dict[str, list[Question]]
+    """forget and retain."""
+    test: dict[str, list[Question]]
+
+
+def selected_recipe(
+    recipe: Recipe,
+    *,
+    cache: Path | None = None,
+    progress: Progress = lambda _what, _share: None,
+    measured: Measured | None = None,
+) -> tuple[Recipe, list[Selection]]:
+    """The recipe with feature numbers in place of "select", and why these.
+
+    A recipe that names all its features comes back as it is.
+
+    Raises:
+        BakeoutError: of the kind of trouble it meets.
+    """
+    if not recipe.selects:
+        return recipe, []
+    measured = measured or measure(recipe, cache=cache, progress=progress)
+    clamps, selections = [], []
+    for index, clamp in enumerate(recipe.clamp):
+        if clamp.features != "select":
+            clamps.append(clamp)
+            continue
+        selection = select_features(recipe, measured, index, progress)
+        selections.append(selection)
+        clamps.append(clamp.model_copy(update={"features": selection.features}))
+    return recipe.with_clamps(clamps), selections
+
+
+def select_features(
+    recipe: Recipe, measured: Measured, index: int, progress: Progress = lambda _what, _share: None
+) -> Selection:
+    """Select the features of one [[clamp]] table.
+
+    Args:
+        recipe: whose [select] table says how.
+        measured: its statistics.
+        index: of the table.
+        progress: told how far attribution is.
+    """
+    select = select_table(recipe)
+    found = measured.sites[index]
+    refusal = found.site.clamp.refusal_feature
+    exclude = [] if refusal is None else [refusal]
+    if select.by == "sparsity":
+        chosen = by_sparsity(
+            found.forget,
+            found.retain,
+            retain_threshold=select.retain_threshold,
+            n_features=select.n_features,
+            exclude=exclude,
+        )
+    elif select.by == "ratio":
+        chosen = by_ratio(
+            found.forget,
+            found.retain,
+            percentile=select.ratio_percentile,
+            n_features=select.n_features,
+            exclude=exclude,
+        )
+    else:
+        chosen = _attributed(recipe, measured, found, exclude, progress)
+    return Selection(
+        sae=found.site.name,
+        hook_point=found.site.hook_point,
+        by=select.by,
+        d_sae=found.site.d_sae,
+        forget_tokens=found.forget.n_tokens,
+        retain_tokens=found.retain.n_tokens,
+        chosen=tuple(chosen),
+    )
+
+
+# --------------------------------------------------------------------------- questions
+
+
+def split_questions(recipe: Recipe) -> SplitQuestions:
+    """The recipe's questions for picking and for reporting; no question is in both.
+
+    Where [select] names questions, those are for picking and [verify]'s for reporting. Where it
+    does not, [verify]'s are split, in an order drawn from their number.
+
+    Raises:
+        RecipeError: there is no [verify] table.
+        DataError: a question of [select] is also one of [verify].
+    """
+    if recipe.verify is None:
+        raise RecipeError("the recipe has no [verify] table; attribution and sweeps need questions")
+    validation, test = {}, {}
+    for side in ("forget", "retain"):
+        report = load_questions(getattr(recipe.verify, f"{side}_questions"), recipe)
+        named = getattr(recipe.select, f"{side}_questions", None)
+        if named is not None:
+            picking = load_questions(named, recipe)
+            if both := {q.question for q in picking} & {q.question for q in report}:
+                raise DataError(
+                    f"{side} questions: [select] and [verify] share {len(both)}, the first is "
+                    f'"{min(both)}"; expected two splits without a common question'
+                )
+        else:
+            order = random.Random(len(report)).sample(range(len(report)), len(report))
+            cut = max(1, round(VALIDATION_SHARE * len(report)))
+            if cut == len(report):
+                raise DataError(
+                    f"{side} questions: one alone cannot be split; name others in [select]"
+                )
+            picking = [report[i] for i in sorted(order[:cut])]
+            report = [report[i] for i in sorted(order[cut:])]
+        validation[side], test[side] = picking, report
+    return SplitQuestions(validation, test)
+
+
+def prompts_of(source: str, asked: Sequence[Question], tokenizer: Any, form: str) -> list[Prompt]:
+    """Questions in one prompt form."""
+    both = question_prompts(source, asked, tokenizer, compared=False)
+    return [prompt for prompt in both if prompt.form == form]
+
+
+# --------------------------------------------------------------------------- attribution
+
+
+def _attributed(
+    recipe: Recipe,
+    measured: Measured,
+    found: SiteStatistics,
+    exclude: list[int],
+    progress: Progress,
+) -> list[Chosen]:
+    """Known questions → attribution → what each candidate does alone → order by loss added."""
+    select, split = select_table(recipe), split_questions(recipe)
+    assert recipe.verify is not None
+    material, form, site = measured.material, recipe.verify.prompt, found.site
+    tokenizer, letters = material.tokenizer, letter_tokens(material.tokenizer)
+    clamper = Clamper(site)
+    turned = [order for q in split.validation["forget"] for order in all_orders(q)]
+    pad_id = tokenizer.pad_token_id or 0
+
+    def bench(prompts: Sequence[Prompt], what: str) -> Bench:
+        return Bench(
+            material.model,
+            prompts,
+            letters,
+            site.layer,
+            pad_id,
+            lambda share: progress(what, share),
+        )
+
+    n_orders = len(turned) // len(split.validation["forget"])
+    every = prompts_of("forget", turned, tokenizer, form)
+    answers = bench(every, "24 orders of each question").base.letters
+    known = [
+        item
+        for item in range(0, len(turned), n_orders)
+        if all(answers["forget", form, i] == turned[i].answer for i in range(item, item + n_orders))
+    ]
+    if not known:
+        raise DataError(
+            f"selection by attribution: of {len(split.validation['forget'])} forget questions none "
+            "is answered right under all 24 orders, so none is known; select by sparsity"
+        )
+    known_orders = [order for item in known for order in turned[item : item + n_orders]]
+    prompts = prompts_of("forget", known_orders, tokenizer, form)
+    right = [turned[item].answer for item in known]
+    per_question = _attributions(prompts[::n_orders], right, measured, clamper, letters)
+    for scores in per_question:
+        scores[exclude] = -1.0
+    proposed = candidates(per_question, CANDIDATES_PER_FEATURE * select.n_features)
+    forget = bench(prompts, "known questions")
+    asked = split.validation["retain"]
+    retain = bench(prompts_of("retain", asked, tokenizer, form), "retained questions")
+    text = bench(_corpus_prompts(measured), "retained text")
+    base_loss = text.base.loss
+
+    def alone(feature: int) -> list[ClampWeights]:
+        clamp = site.clamp.model_copy(update={"features": [feature]})
+        return [clamper.weights(clamp)]
+
+    def breaks(feature: int) -> bool:
+        progress("features alone", proposed.index(feature) / len(proposed))
+        return forget.changes(alone(feature))
+
+    proved = prove_alone(
+        proposed,
+        breaks=breaks,
+        spares=lambda feature: not retain.changes(alone(feature)),
+        loss_added=lambda feature: text.measure(alone(feature)).loss - base_loss,
+    )
+    total: Scores = sum(per_question[1:], start=per_question[0])
+    return by_attribution(found.forget, found.retain, total, proved, n_features=select.n_features)
+
+
+def _attributions(
+    prompts: Sequence[Prompt],
+    answers: Sequence[int],
+    measured: Measured,
+    clamper: Clamper,
+    letters: LetterTokens,
+) -> list[Scores]:
+    """[d_sae] for each prompt, over all positions but the markers."""
+    model, layer = measured.material.model, clamper.site.layer
+    feature_site = FeatureSite(layer, clamper.encoder)
+    W_dec = torch.from_numpy(clamper.W_dec).to(model.device)
+    special = set(special_ids(measured.material.tokenizer))
+    scores = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor(prompt.ids, device=model.device)
+        h, gradient = residual_gradient(model, layer, ids, getattr(letters, prompt.form), answer)
+        counted = torch.tensor([token not in special for token in prompt.ids], device=model.device)
+        scores.append(attribution(h[counted], gradient[counted], feature_site, W_dec))
+    return scores
+
+
+def _corpus_prompts(measured: Measured, most_tokens: int = 16_384) -> list[Prompt]:
+    """The first windows of the retain corpus, as text to take the loss of."""
+    ids = measured.corpora["retain"].ids
+    return [
+        Prompt("text", "text", row, tuple(window.tolist()), every_token=True)
+        for row, window in enumerate(ids[: max(1, most_tokens // ids.shape[1])], 1)
+    ]

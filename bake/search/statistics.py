@@ -1,0 +1,341 @@
+"""Feature statistics: how often, how strongly and where each feature of an SAE fires on a corpus.
+
+The model runs up to the hook layer and no further. Codes are formed block by block, so memory
+grows neither with the corpus nor with tokens × d_sae.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bake.errors import SAEError
+from bake.questions.corpora import Windows
+from bake.sae.folding import SAEEncoder
+
+BATCH_TOKENS = 2048
+"""Tokens of one forward, about."""
+BLOCK_BYTES = 32 << 20
+"""Bytes of one block of feature activations, about."""
+CONTEXTS = 12
+"""Top activating windows that are kept of every feature."""
+BINS = 32
+"""Bins of the histogram of activations: half octaves from 2⁻⁶ to 2¹⁰, open at both ends."""
+LOWEST_BIN, BINS_PER_OCTAVE = -6, 2
+NEAR = 1e-6
+"""An activation this near to its threshold is listed: another rounding may decide otherwise."""
+_ROUNDING = 2e-6
+"""float32 is trusted beyond this share of |h|·|W_enc|; nearer to the threshold, float64 decides."""
+_EXACT_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """What every feature of one SAE did on one corpus."""
+
+    n_tokens: int
+    """Tokens counted: all but BOS, EOS and PAD."""
+    fired: NDArray[np.int64] = field(repr=False)
+    """[d_sae]: tokens on which the activation was greater than 0."""
+    total: NDArray[np.float64] = field(repr=False)
+    """[d_sae]: sum of activations."""
+    squares: NDArray[np.float64] = field(repr=False)
+    """[d_sae]: sum of squared activations."""
+    maximum: NDArray[np.float32] = field(repr=False)
+    """[d_sae]: largest activation."""
+    near: NDArray[np.int64] = field(repr=False)
+    """[d_sae]: tokens on which the pre-activation was within `NEAR` of the threshold."""
+    histogram: NDArray[np.int64] = field(repr=False)
+    """[d_sae, BINS]: activations by size, see `bin_edges`."""
+    top_values: NDArray[np.float32] = field(repr=False)
+    """[CONTEXTS, d_sae]: largest activation in a window, the windows in descending order."""
+    top_places: NDArray[np.int64] = field(repr=False)
+    """[CONTEXTS, d_sae]: where that is, as window · seq + position; -1 where nothing fired."""
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """[d_sae]: share of counted tokens on which each feature fired."""
+        return self.fired / self.n_tokens
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """[d_sae]: mean activation over counted tokens."""
+        return self.total / self.n_tokens
+
+    @property
+    def mean_square(self) -> NDArray[np.float64]:
+        """[d_sae]: mean squared activation over counted tokens."""
+        return self.squares / self.n_tokens
+
+
+@dataclass(frozen=True)
+class FeatureSite:
+    """An SAE's encoder and the decoder layer whose output it reads."""
+
+    layer: int
+    encoder: SAEEncoder
+
+
+def bin_edges() -> NDArray[np.float64]:
+    """[BINS + 1] edges of the histogram; the first stands for 0 and the last for infinity."""
+    return np.exp2(LOWEST_BIN + np.arange(BINS + 1) / BINS_PER_OCTAVE)
+
+
+def statistics(
+    model: Any,
+    sites: Sequence[FeatureSite],
+    windows: Windows,
+    *,
+    resume: Callable[[], dict[str, Tensor] | None] = lambda: None,
+    keep: Callable[[dict[str, Tensor]], None] = lambda _: None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> list[FeatureStatistics]:
+    """Run a corpus through the model up to the last hook layer, and count.
+
+    Args:
+        model: a stock Gemma.
+        sites: SAEs of its residual stream; all are served by the same pass.
+        windows: the corpus.
+        resume: gives what `keep` was last given, or None to begin anew.
+        keep: called after each batch with everything that is needed to go on from there.
+        progress: called with the share that is done.
+
+    Returns:
+        One for each site; interrupted and resumed or not, the same to the last bit.
+
+    Raises:
+        SAEError: an SAE does not fit the model, or not into memory.
+    """
+    counters = [_Counter(site, model) for site in sites]
+    ids = torch.from_numpy(windows.ids.astype(np.int64))
+    counted = torch.from_numpy(windows.counted)
+    start = 0
+    if (state := resume()) is not None:
+        start = int(state["start"])
+        for i, counter in enumerate(counters):
+            counter.load({name: state[f"{i}.{name}"] for name in counter.state})
+    step = max(1, BATCH_TOKENS // ids.shape[1])
+    layers = sorted({site.layer for site in sites})
+    while start < len(ids):
+        part = slice(start, start + step)
+        at = residuals(model, layers, ids[part].to(model.device))
+        for counter in counters:
+            counter.add(at[counter.layer], counted[part].to(model.device), start)
+        start = min(start + step, len(ids))
+        state = {f"{i}.{k}": v for i, c in enumerate(counters) for k, v in c.state.items()}
+        keep({"start": torch.tensor(start), **state})
+        progress(start / len(ids))
+    return [counter.result(windows.n_tokens) for counter in counters]
+
+
+class _Reached(Exception):  # noqa: N818
+    """The last hook layer has run: the rest of the forward is not needed."""
+
+
+@torch.inference_mode()
+def residuals(
+    model: Any, layers: Sequence[int], ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[int, Tensor]:
+    """The outputs of some decoder layers; nothing above the highest of them is run.
+
+    Args:
+        model: a stock Gemma.
+        layers: from 0.
+        ids: [batch, seq].
+        attention_mask: [batch, seq], 1 at real tokens; without one, all are.
+
+    Returns:
+        layer → [batch, seq, d_in], in the model's dtype.
+    """
+    decoder = model.get_decoder()
+    seen: dict[int, Tensor] = {}
+
+    def take(layer: int) -> Callable[[Any, Any, Any], None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+            if layer == max(layers):
+                raise _Reached
+
+        return hook
+
+    handles = [decoder.layers[layer].register_forward_hook(take(layer)) for layer in layers]
+    positions = None
+    if attention_mask is not None:
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    try:
+        decoder(
+            input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        )
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@dataclass
+class _Sums:
+    """What is added up over a corpus; fields as in `FeatureStatistics`."""
+
+    fired: Tensor
+    total: Tensor
+    squares: Tensor
+    near: Tensor
+    histogram: Tensor
+    top_values: Tensor
+    top_places: Tensor
+
+    @classmethod
+    def zero(cls, d_sae: int, device: Any) -> _Sums:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            fired=zeros(d_sae, dtype=torch.int64),
+            total=zeros(d_sae, dtype=torch.float64),
+            squares=zeros(d_sae, dtype=torch.float64),
+            near=zeros(d_sae, dtype=torch.int64),
+            histogram=zeros(d_sae, BINS, dtype=torch.int64),
+            top_values=zeros(CONTEXTS, d_sae, dtype=torch.float32),
+            top_places=zeros(CONTEXTS, d_sae, dtype=torch.int64) - 1,
+        )
+
+
+class _Counter:
+    """Counts one SAE's features, batch by batch."""
+
+    def __init__(self, site: FeatureSite, model: Any) -> None:
+        W_enc = site.encoder.W_enc
+        d_in, self.d_sae = W_enc.shape
+        if d_in != (width := model.config.get_text_config().hidden_size):
+            raise SAEError(
+                f"SAE at layer {site.layer}: d_in is {d_in}, the model's hidden size is {width}; "
+                "take an SAE of this model"
+            )
+        self.layer = site.layer
+        device = model.device
+        self._W_enc = torch.from_numpy(W_enc).to(device)
+        self._b_enc = torch.from_numpy(site.encoder.b_enc).to(device)
+        self._theta = torch.from_numpy(site.encoder.theta).to(device)
+        self._longest = float(torch.linalg.vector_norm(self._W_enc, dim=0).max())
+        self._sums = _Sums.zero(self.d_sae, device)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Every sum by its name."""
+        return {field.name: getattr(self._sums, field.name) for field in fields(self._sums)}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from the sums of an earlier run."""
+        device = self._b_enc.device
+        self._sums = _Sums(**{name: tensor.to(device) for name, tensor in state.items()})
+
+    @torch.inference_mode()
+    def add(self, h: Tensor, counted: Tensor, start: int) -> None:
+        """Take in a batch of windows.
+
+        Args:
+            h: [windows, seq, d_in].
+            counted: [windows, seq] bool.
+            start: index of the first window in the corpus.
+        """
+        x = h.flatten(0, 1).float()
+        left_out = ~counted.flatten()
+        step = max(1, BLOCK_BYTES // (4 * len(x)))
+        for low in range(0, self.d_sae, step):
+            part = slice(low, min(low + step, self.d_sae))
+            acts, fired = self._activations(x, left_out, part)
+            self._add_sums(acts, fired, part)
+            self._add_contexts(acts.view(*counted.shape, -1), start, part)
+
+    def _activations(self, x: Tensor, left_out: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """(activations [tokens, features], whether each is above 0), exact at the threshold."""
+        W, b, theta = self._W_enc[:, part], self._b_enc[part], self._theta[part]
+        pre = torch.addmm(b, x, W)
+        pre[left_out] = -torch.inf
+        fired = pre > theta
+        slack = NEAR + _ROUNDING * self._longest * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        places = ((pre - theta).abs_() <= slack).nonzero()
+        for rows, columns in (some.unbind(1) for some in places.split(_EXACT_AT_ONCE)):
+            exact = (x[rows].double() * W.T[columns].double()).sum(1) + b[columns].double()
+            above = exact - theta[columns].double()
+            fired[rows, columns] = above > 0
+            near = torch.bincount(columns[above.abs() <= NEAR], minlength=len(b))
+            self._sums.near[part] += near
+        return pre.masked_fill_(~fired, 0.0), fired
+
+    def _add_sums(self, acts: Tensor, fired: Tensor, part: slice) -> None:
+        """Counts, sums and histogram of a block [tokens, features]; most of it is zero."""
+        sums, n_features = self._sums, acts.shape[1]
+        features = fired.nonzero()[:, 1]
+        values = acts[fired].double()
+        bins = ((values.log2() - LOWEST_BIN) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
+        counts = torch.bincount(features * BINS + bins, minlength=n_features * BINS)
+        histogram = counts.view(n_features, BINS)
+        sums.histogram[part] += histogram
+        sums.fired[part] += histogram.sum(1)
+        sums.total[part] += torch.bincount(features, values, n_features)
+        sums.squares[part] += torch.bincount(features, values.square(), n_features)
+
+    def _add_contexts(self, acts: Tensor, start: int, part: slice) -> None:
+        """Merge the strongest place of each window into the best so far."""
+        n_windows, seq, _ = acts.shape
+        best, at = acts.max(dim=1)  # [windows, features]
+        windows = torch.arange(start, start + n_windows, device=acts.device)[:, None]
+        places = torch.where(best > 0, windows * seq + at, -1)
+        values = torch.cat([self._sums.top_values[:, part], best])
+        places = torch.cat([self._sums.top_places[:, part], places])
+        top, order = values.topk(CONTEXTS, dim=0)
+        self._sums.top_values[:, part] = top
+        self._sums.top_places[:, part] = places.gather(0, order)
+
+    def result(self, n_tokens: int) -> FeatureStatistics:
+        """The finished statistics."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.state.items()}
+        return FeatureStatistics(
+            n_tokens=n_tokens, maximum=arrays["top_values"][0].copy(), **arrays
+        )
+
+
+def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> None:
+    """Refuse an SAE before it is read, when it cannot fit into memory.
+
+    Raises:
+        SAEError: says how much it needs and how much there is.
+    """
+    per_feature = 4 * d_in * (2 if decoder else 1) + 8 * (4 + BINS) + 12 * CONTEXTS * 2
+    needed, free = d_sae * per_feature + 8 * BLOCK_BYTES, available_memory()
+    if needed > free:
+        raise SAEError(
+            f"SAE {name}: d_sae {d_sae:,} × d_in {d_in:,} needs {needed / 1e9:,.1f} GB of memory, "
+            f"{free / 1e9:,.1f} GB are free; take a narrower SAE, or a machine with more"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the system's, or its control group's if less."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * page
+    free = max([free, *_numbers(Path("/proc/meminfo"), "MemAvailable:", 1024)])
+    group = Path("/sys/fs/cgroup")
+    limit, used = _numbers(group / "memory.max"), _numbers(group / "memory.current")
+    return min([free, *(most - now for most, now in zip(limit, used, strict=False))])
+
+
+def _numbers(path: Path, label: str = "", unit: int = 1) -> Iterator[int]:
+    """The first number after a label in one of the system's own text files, if it is there."""
+    try:
+        words = path.read_text().split(label, 1)[-1].split() if label else path.read_text().split()
+    except OSError:
+        return
+    if words and words[0].isdigit():
+        yield int(words[0]) * unit

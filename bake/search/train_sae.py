@@ -1,0 +1,331 @@
+"""`bakeout train-sae`: an SAE for a model that has no public one, by sae_lens's own trainer.
+
+Activations come from the stock transformers model, cut off after the hook layer, not from another
+library's rebuilding of it: an SAE must see what the clamp will see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, ValidationError
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.mixing_buffer import mixing_buffer
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from bake.base import find_base
+from bake.errors import DataError, ModelError, RecipeError
+from bake.new_folder import check_output, new_folder
+from bake.questions.corpora import Windows, load_windows
+from bake.recipe import Base, Recipe
+from bake.search.statistics import BATCH_TOKENS, residuals
+from bake.sources import Corpus, layer_of
+from bake.stock import load_base, load_tokenizer
+from bake.tables import Table, one_line
+
+MIXED_BATCHES = 64
+"""Batches of activations among which tokens are mixed."""
+HELD_OUT_TOKENS = 16_384
+"""Tokens that the SAE is not trained on, or a tenth of the corpus if that is less: by them it is
+judged."""
+
+
+class SAETable(Table):
+    """What is trained."""
+
+    hook_point: str
+    """blocks.L.hook_resid_post or blocks.L.hook_resid_pre."""
+    architecture: Literal["batchtopk", "jumprelu", "standard"] = "batchtopk"
+    """batchtopk is saved as JumpReLU."""
+    d_sae: int = Field(default=16_384, ge=2)
+    """Number of features. Farrell et al., arXiv 2410.19278, took 16k for layer 9 of gemma-2b-it."""
+    k: float = Field(default=20.0, gt=0)
+    """batchtopk only: mean number of features active per token."""
+    sparsity_coefficient: float = Field(default=1.0, gt=0)
+    """jumprelu and standard: weight of the L0 or L1 term."""
+
+
+class TrainTable(Table):
+    """How, and on what."""
+
+    text: Corpus
+    """Texts of the kind that the model is going to see."""
+    seq_len: int = Field(default=1024, ge=2)
+    """Window length in tokens, BOS included."""
+    n_tokens: int = Field(default=100_000_000, ge=1)
+    """Tokens to train on; the corpus is gone through as often as that takes."""
+    batch_tokens: int = Field(default=4096, ge=1)
+    """Tokens per step."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak; warmed up at the start, brought down to a hundredth over the last quarter."""
+    seed: int = 0
+    """Of initial weights, order of texts and mixing of tokens."""
+
+
+class TrainConfig(Table):
+    """A whole training configuration, as `bakeout train-sae` reads it."""
+
+    schema_version: Literal[1] = Field(alias="schema")
+    """Version of this format."""
+    base: Base
+    """The model."""
+    sae: SAETable
+    """What is trained."""
+    train: TrainTable
+    """How, and on what."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a configuration file.
+
+        Raises:
+            RecipeError: it is missing, is no TOML, or a value is wrong; one line.
+        """
+        try:
+            config = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            layer_of(config.sae.hook_point)
+        except OSError as error:
+            raise RecipeError(
+                f"config {path}: cannot be read ({error.strerror}); expected a TOML file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"config {path}: is no TOML: {error}") from error
+        except ValidationError as error:
+            raise RecipeError(f"config {path}: {one_line(error, cls)}") from error
+        except ValueError as error:
+            raise RecipeError(f"config {path}: sae.hook_point: {error}") from error
+        return config
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How an SAE is trained; what sae_lens's trainer is told."""
+
+    d_sae: int
+    n_steps: int
+    batch_size: int
+    """Tokens per step."""
+    learning_rate: float
+    architecture: str = "batchtopk"
+    k: float = 20.0
+    """batchtopk: mean number of features active per token."""
+    sparsity_coefficient: float = 1.0
+    """jumprelu, standard: weight of the sparsity term."""
+    warm_up_steps: int = 50
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well an SAE does on tokens that it was not trained on."""
+
+    l0: float
+    """Mean number of features active per token."""
+    explained: float
+    """Share of the variance that the reconstruction explains."""
+    dead: int
+    """Features that fire on none of these tokens."""
+    n_tokens: int
+
+
+def train_config(
+    file: Path, out: Path, progress: Callable[[str, float], None] = lambda _what, _share: None
+) -> Quality:
+    """Train what a configuration file asks for, and write the SAE as a sae_lens folder.
+
+    Raises:
+        BakeoutError: of the kind of trouble it meets; nothing is written then.
+    """
+    config = TrainConfig.load(file)
+    recipe = _as_recipe(config, file.resolve().parent)
+    sae, train = config.sae, config.train
+    base = find_base(recipe)
+    layer = layer_of(sae.hook_point)
+    if layer >= base.n_layers:
+        raise ModelError(
+            f"config {file}: sae.hook_point is {sae.hook_point}, but {base.name} has "
+            f"{base.n_layers} layers (0 to {base.n_layers - 1})"
+        )
+    size = 8 * base.d_in * sae.d_sae
+    check_output(out, inputs=[file, base.folder], size=size, force=False)
+    tokenizer, model = load_tokenizer(recipe), load_base(recipe)
+    windows = load_windows(
+        train.text,
+        recipe,
+        tokenizer,
+        seq_len=train.seq_len,
+        n_seqs=-(-(train.n_tokens + HELD_OUT_TOKENS) // (train.seq_len - 1)),
+        seed=train.seed,
+    )
+    if len(windows.ids) < 2:
+        raise DataError(
+            f"{windows.name}: {windows.n_tokens:,} tokens make no two windows of seq_len "
+            f"{train.seq_len}, one to train on and one to judge by; add texts, or shorten seq_len"
+        )
+    n_steps = train.n_tokens // train.batch_tokens
+    if n_steps < 4:
+        raise DataError(
+            f"config {file}: n_tokens {train.n_tokens:,} makes {n_steps} steps of "
+            f"{train.batch_tokens:,}; expected at least 4"
+        )
+    held_out = max(1, min(len(windows.ids) // 10, HELD_OUT_TOKENS // train.seq_len))
+    torch.manual_seed(train.seed)
+    done = 0
+
+    def told() -> Iterator[Tensor]:
+        nonlocal done
+        loader = activations(model, layer, windows, held_out)
+        mixed = MIXED_BATCHES * train.batch_tokens
+        for batch in mixing_buffer(mixed, train.batch_tokens, loader):
+            progress("train", min(1.0, done / n_steps))
+            done += 1
+            yield batch
+
+    schedule = Schedule(
+        d_sae=sae.d_sae,
+        n_steps=n_steps,
+        batch_size=train.batch_tokens,
+        learning_rate=train.learning_rate,
+        architecture=sae.architecture,
+        k=sae.k,
+        sparsity_coefficient=sae.sparsity_coefficient,
+        warm_up_steps=min(1000, n_steps // 10),
+    )
+    metadata = SAEMetadata(
+        model_name=base.name,
+        hook_name=sae.hook_point,
+        context_size=train.seq_len,
+        prepend_bos=True,
+        exclude_special_tokens=list(windows.special_ids),
+    )
+    trained = train_sae(told(), base.d_in, train.seed, schedule, metadata)
+    with new_folder(out) as folder:
+        save_sae(trained, folder)
+    return quality(SAE.load_from_disk(out), model, layer, windows, held_out)
+
+
+def save_sae(trained: Any, folder: Path) -> None:
+    """Write a trained SAE into a folder; the same SAE gives the same bytes."""
+    trained.save_inference_model(folder)
+    cfg = folder / "cfg.json"  # sae_lens writes its keys in an order that changes from run to run
+    config = json.loads(cfg.read_text(encoding="utf-8"))
+    cfg.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def activations(model: Any, layer: int, windows: Windows, first: int) -> Iterator[Tensor]:
+    """A layer's output on the counted tokens of windows from `first` on, over and over.
+
+    Yields:
+        [n, d_in] float32.
+    """
+    step = max(1, BATCH_TOKENS // windows.ids.shape[1])
+    while True:
+        for start in range(first, len(windows.ids), step):
+            yield _batch(model, layer, windows, slice(start, start + step))
+
+
+def _batch(model: Any, layer: int, windows: Windows, part: slice) -> Tensor:
+    ids = torch.from_numpy(windows.ids[part].astype("int64")).to(model.device)
+    counted = torch.from_numpy(windows.counted[part]).to(model.device)
+    return residuals(model, [layer], ids)[layer][counted].float().clone()
+
+
+def train_sae(
+    batches: Iterator[Tensor], d_in: int, seed: int, schedule: Schedule, metadata: SAEMetadata
+) -> Any:
+    """Train an SAE with sae_lens's trainer; its input scaling is folded into the weights.
+
+    Args:
+        batches: [batch_size, d_in] each, without end.
+        d_in: width of the residual stream.
+        seed: of the initial weights.
+        schedule: sizes and steps.
+        metadata: what the SAE says of itself.
+
+    Returns:
+        The SAE in training form; `save_inference_model` writes it ready for use.
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    cfg = SAETrainerConfig(
+        total_training_samples=schedule.n_steps * schedule.batch_size,
+        train_batch_size_samples=schedule.batch_size,
+        lr=schedule.learning_rate,
+        lr_warm_up_steps=schedule.warm_up_steps,
+        lr_end=0.01 * schedule.learning_rate,
+        lr_decay_steps=schedule.n_steps // 4,
+        dead_feature_window=100,
+        feature_sampling_window=schedule.n_steps + 1,
+        n_batches_for_norm_estimate=20,
+    )
+    sae = _untrained(d_in, schedule, metadata)
+    with contextlib.redirect_stderr(io.StringIO()):
+        SAETrainer(cfg=cfg, sae=sae, data_provider=batches).fit()
+    return sae
+
+
+def _untrained(d_in: int, schedule: Schedule, metadata: SAEMetadata) -> Any:
+    common: dict[str, Any] = {
+        "d_in": d_in,
+        "d_sae": schedule.d_sae,
+        "normalize_activations": "expected_average_only_in",
+        "metadata": metadata,
+    }
+    warm_up = schedule.n_steps // 10
+    if schedule.architecture == "jumprelu":
+        return JumpReLUTrainingSAE(
+            JumpReLUTrainingSAEConfig(
+                l0_coefficient=schedule.sparsity_coefficient, l0_warm_up_steps=warm_up, **common
+            )
+        )
+    if schedule.architecture == "standard":
+        return StandardTrainingSAE(
+            StandardTrainingSAEConfig(
+                l1_coefficient=schedule.sparsity_coefficient, l1_warm_up_steps=warm_up, **common
+            )
+        )
+    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=schedule.k, **common))
+
+
+@torch.no_grad()
+def quality(sae: Any, model: Any, layer: int, windows: Windows, n_windows: int) -> Quality:
+    """An SAE on the first windows of a corpus."""
+    h = _batch(model, layer, windows, slice(0, n_windows)).cpu()
+    acts = sae.encode(h)
+    residue = (h - sae.decode(acts)).square().sum()
+    fired = acts > 0
+    return Quality(
+        l0=float(fired.sum(-1).float().mean()),
+        explained=1.0 - float(residue / (h - h.mean(0)).square().sum()),
+        dead=int((~fired.any(0)).sum()),
+        n_tokens=len(h),
+    )
+
+
+def _as_recipe(config: TrainConfig, folder: Path) -> Recipe:
+    """The base and the place where paths start, as what loads a model wants them."""
+    clamp = {"sae": {"path": "."}, "method": "zero", "features": [0]}
+    base = config.base.model_dump(exclude_unset=True)
+    data = {"schema": 1, "base": base, "clamp": [clamp]}
+    return Recipe.parse(data, name="train-sae", folder=folder)

@@ -1,0 +1,102 @@
+"""Tensors as safetensors files hold them: where they lie, and their numbers as bits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+Array = NDArray[np.float32]
+BITS: dict[str, str] = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
+"""Numbers that can be read, as safetensors names their formats, and what holds their bits."""
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""As config.json and as safetensors write them."""
+_ROW_BYTES = 32 << 20
+"""Bytes of float32 that `StoredTensor.blocks` gives at once, about."""
+Raw = NDArray[np.unsignedinteger[Any]]
+
+
+def to_float32(raw: Raw, dtype: str) -> NDArray[np.float32]:
+    """The bits of F64, F32, BF16 or F16 numbers → float32."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    kind = {"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype]
+    return raw.view(kind).astype(np.float32, copy=False)
+
+
+def to_bits(values: NDArray[np.floating[Any]], dtype: str) -> Raw:
+    """float32 or float64 → bits of F32, BF16 or F16, to nearest even."""
+    values = np.ascontiguousarray(values, np.float32)
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype == "F16":
+        return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, from its header; none is read.
+
+    Raises:
+        SafetensorError, OSError, ValueError: the file is damaged, or its tensors overlap.
+    """
+    with safe_open(path, framework="np"):
+        pass  # checks that offsets neither overlap nor leave the file
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(
+            path,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + size + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, found by its header."""
+
+    file: Path
+    dtype: str
+    """As safetensors names it: F32, F16, BF16, BOOL, …"""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+    length: int
+    """Bytes."""
+
+    def rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Some rows, [stop - start, …]: float32, or bool where flags are stored.
+
+        Reads these rows and nothing else.
+        """
+        stored = np.dtype("?" if self.dtype == "BOOL" else BITS[self.dtype])
+        n_columns = int(np.prod(self.shape[1:]))
+        with self.file.open("rb") as file:
+            file.seek(self.offset + start * n_columns * stored.itemsize)
+            data = np.fromfile(file, stored, (stop - start) * n_columns)
+        block = data.reshape(stop - start, *self.shape[1:])
+        return block if self.dtype == "BOOL" else to_float32(block, self.dtype)
+
+    def array(self) -> NDArray[Any]:
+        """All of it, as `rows` gives it."""
+        return self.rows(0, self.shape[0])
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Row ranges of about 32 MB of float32 each, in order."""
+        row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
+        step = max(1, _ROW_BYTES // row_bytes)
+        n = self.shape[0]
+        return [(start, min(start + step, n)) for start in range(0, n, step)]

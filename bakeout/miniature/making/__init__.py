@@ -1,0 +1,1 @@
+"""Builds the miniature's files from a seed."""

@@ -1,0 +1,1 @@
+"""What `features`, `select` and `sweep` show."""

@@ -1,0 +1,243 @@
+"""Self-contained HTML pages: a recipe's features, and a sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from bake.errors import DataError, OutputError
+from bake.questions.corpora import Windows
+from bake.recipe import Recipe
+from bake.sae.layouts import neuronpedia_id
+from bake.search.corpus_statistics import Measured, SiteStatistics, measure
+from bake.search.select import Chosen
+from bake.search.selection import Selection, selected_recipe
+from bake.search.statistics import CONTEXTS
+from bakeout.pages.charts import (
+    Histogram,
+    Scatter,
+    activation_histogram,
+    share_scatter,
+    sweep_scatter,
+)
+from bakeout.pages.selection_view import write_whole
+from bakeout.terminal import progress
+
+AROUND = 18
+"""Tokens shown on either side of the one that activates."""
+NEURONPEDIA = "https://www.neuronpedia.org"
+
+
+@dataclass(frozen=True)
+class Context:
+    """A piece of a corpus around the token on which a feature is strongest."""
+
+    side: str
+    """forget | retain."""
+    value: float
+    before: str
+    token: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One selected feature."""
+
+    feature: int
+    why: Chosen | None
+    """None where the recipe itself names it."""
+    forget_share: float
+    retain_share: float
+    contexts: list[Context]
+    """From both corpora, strongest first."""
+    from_forget: int
+    """How many of them are from the forget corpus."""
+    histogram: Histogram
+    link: str | None
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """One [[clamp]] table."""
+
+    name: str
+    hook_point: str
+    method: str
+    trigger: float
+    d_sae: int
+    forget_tokens: int
+    retain_tokens: int
+    scatter: Scatter
+    cards: list[Card]
+
+
+def features_page(file: Path, html: Path, sweep: Path | None, *, force: bool) -> None:
+    """`bakeout features --html`: statistics, selection, page.
+
+    Raises:
+        BakeoutError: of the kind of trouble it meets.
+    """
+    recipe = Recipe.load(file)
+    inputs = [source.resolve() for source in recipe.local_sources]
+    if html.resolve() in inputs or html.is_dir() or (html.exists() and not force):
+        raise OutputError(f"--html {html}: exists; choose another name, or pass --force")
+    if not html.resolve().parent.is_dir():
+        raise OutputError(f"--html {html}: its folder does not exist; make it first")
+    report = None if sweep is None else _sweep_report(sweep)
+    with progress("features") as advance:
+        measured = measure(recipe, progress=advance)
+        selected, selections = selected_recipe(recipe, measured=measured, progress=advance)
+    views = site_views(selected, measured, selections)
+    text = _render(
+        title=f"Features of {measured.material.base.name}",
+        sites=views,
+        sweep=None if report is None else sweep_scatter(report),
+        report=report,
+    )
+    write_whole(html, text, option=f"--html {html}")
+
+
+def sweep_page(report: dict[str, Any]) -> str:
+    """The page of a sweep: its Pareto plot and what the best point does on the test split."""
+    return _render(title="Sweep", sites=[], sweep=sweep_scatter(report), report=report)
+
+
+def site_views(
+    recipe: Recipe, measured: Measured, selections: Sequence[Selection]
+) -> list[SiteView]:
+    """What the page shows of each table.
+
+    Args:
+        recipe: with feature numbers.
+        measured: its statistics.
+        selections: of the tables that were selected for.
+    """
+    why = {
+        (selection.hook_point, chosen.feature): chosen
+        for selection in selections
+        for chosen in selection.chosen
+    }
+    views = []
+    for clamp, found in zip(recipe.clamp, measured.sites, strict=True):
+        assert isinstance(clamp.features, list)
+        site = found.site
+        stated = neuronpedia_id(clamp.sae, recipe)
+        cards = [
+            _card(
+                feature,
+                found,
+                measured,
+                why.get((site.hook_point, feature)),
+                clamp.trigger,
+                None if stated is None else f"{NEURONPEDIA}/{stated}/{feature}",
+            )
+            for feature in clamp.features
+        ]
+        views.append(
+            SiteView(
+                name=site.name,
+                hook_point=site.hook_point,
+                method=clamp.method,
+                trigger=clamp.trigger,
+                d_sae=site.d_sae,
+                forget_tokens=found.forget.n_tokens,
+                retain_tokens=found.retain.n_tokens,
+                scatter=share_scatter(found.forget, found.retain, clamp.features),
+                cards=cards,
+            )
+        )
+    return views
+
+
+def _card(
+    feature: int,
+    found: SiteStatistics,
+    measured: Measured,
+    why: Chosen | None,
+    trigger: float,
+    link: str | None,
+) -> Card:
+    if feature >= found.site.d_sae:
+        raise DataError(
+            f"SAE {found.site.name}: feature {feature} is out of range; "
+            f"expected 0 to {found.site.d_sae - 1}"
+        )
+    contexts = top_contexts(feature, found, measured)
+    return Card(
+        feature=feature,
+        why=why,
+        forget_share=float(found.forget.share[feature]),
+        retain_share=float(found.retain.share[feature]),
+        contexts=contexts,
+        from_forget=sum(context.side == "forget" for context in contexts),
+        histogram=activation_histogram(found.forget, found.retain, feature, trigger),
+        link=link,
+    )
+
+
+def top_contexts(feature: int, found: SiteStatistics, measured: Measured) -> list[Context]:
+    """The strongest places of a feature in both corpora, at most `CONTEXTS`, one per window."""
+    places = [
+        (float(value), side, int(place))
+        for side in ("forget", "retain")
+        for value, place in zip(
+            getattr(found, side).top_values[:, feature],
+            getattr(found, side).top_places[:, feature],
+            strict=True,
+        )
+        if place >= 0
+    ]
+    places.sort(key=lambda one: -one[0])
+    tokenizer = measured.material.tokenizer
+    return [
+        Context(side, value, *_around(measured.corpora[side], place, tokenizer))
+        for value, side, place in places[:CONTEXTS]
+    ]
+
+
+def _around(windows: Windows, place: int, tokenizer: Any) -> tuple[str, str, str]:
+    """(text before, the token, text after) of a place in a corpus."""
+    window, position = divmod(place, windows.ids.shape[1])
+    ids = windows.ids[window].tolist()
+    start, end = max(1, position - AROUND), position + 1 + AROUND
+
+    def text(until: int) -> str:
+        return str(tokenizer.decode(ids[start:until], clean_up_tokenization_spaces=False))
+
+    before, upto, whole = text(position), text(position + 1), text(end)
+    return (
+        _printable(before),
+        _printable(upto[len(before) :]) or "·",
+        _printable(whole[len(upto) :]),
+    )
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "\ufffd" for c in text)
+
+
+def _sweep_report(folder: Path) -> dict[str, Any]:
+    path = folder / "report.json"
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        sweep_scatter(report)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"--sweep {folder}: has no readable report.json; expected a finished sweep's folder"
+        ) from error
+    return report
+
+
+def _render(**contents: Any) -> str:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = files("bakeout.pages").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(**contents)

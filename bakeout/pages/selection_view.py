@@ -1,0 +1,152 @@
+"""What a person, a script and the next run see of a selection: table, JSON, recipe file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bake.errors import OutputError, RecipeError
+from bake.new_folder import whole_file
+from bake.recipe import Recipe
+from bake.search.select import Chosen
+from bake.search.selection import Selection, selected_recipe
+from bakeout.terminal import console, progress, write_json
+
+SCHEMA = 1
+SCORES = {"sparsity": "forget share", "ratio": "mean square", "attribution": "loss added"}
+"""What a procedure orders its features by."""
+
+
+def run_select(file: Path, write: Path | None, json_file: Path | None, *, force: bool) -> None:
+    """`bakeout select`: select, print or write, and say where the numbers went.
+
+    Raises:
+        RecipeError: the recipe leaves no feature to be selected.
+    """
+    recipe = Recipe.load(file)
+    if not recipe.selects:
+        raise RecipeError(
+            f'recipe {file}: names its features; expected features = "select" in a [[clamp]] table'
+        )
+    if write is not None:
+        check_new_file(recipe, write, force=force)
+    with progress("select") as advance:
+        selected, selections = selected_recipe(recipe, progress=advance)
+    if json_file is None or str(json_file) != "-":
+        show_selections(selections)
+    if write is not None:
+        write_recipe(selected, write, force=force)
+    if json_file is not None:
+        write_json(selections_dict(selections), json_file)
+
+
+def show_selections(selections: Sequence[Selection]) -> None:
+    """Print one table for each selection."""
+    out = console()
+    for selection in selections:
+        out.print(selection_table(selection))
+        out.print(
+            f"{len(selection.chosen)} of {selection.d_sae:,} features of {selection.sae} at "
+            f"{selection.hook_point}, by {selection.by}; shares of {selection.forget_tokens:,} "
+            f"forget and {selection.retain_tokens:,} retain tokens\n",
+            markup=False,
+        )
+
+
+def selection_table(selection: Selection) -> Table:
+    """One row for each selected feature."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("rank", "feature", "forget share", "retain share", *_extra(selection.by)):
+        table.add_column(name, justify="right")
+    for chosen in selection.chosen:
+        table.add_row(
+            str(chosen.rank),
+            str(chosen.feature),
+            f"{chosen.forget_share:.5f}",
+            f"{chosen.retain_share:.5f}",
+            *_extra_cells(selection.by, chosen),
+        )
+    return table
+
+
+def _extra(by: str) -> tuple[str, ...]:
+    return {
+        "sparsity": (),
+        "ratio": ("mean square", "ratio"),
+        "attribution": ("attribution", "loss added"),
+    }[by]
+
+
+def _extra_cells(by: str, chosen: Chosen) -> tuple[str, ...]:
+    if by == "ratio":
+        return (f"{chosen.score:.4g}", f"{chosen.ratio:.3g}")
+    if by == "attribution":
+        return (f"{chosen.attribution:+.4f}", f"{chosen.score:+.5f}")
+    return ()
+
+
+def selections_dict(selections: Sequence[Selection]) -> dict[str, Any]:
+    """The JSON of `bakeout select --json`."""
+    return {
+        "schema": SCHEMA,
+        "selections": [
+            {
+                "sae": selection.sae,
+                "hook_point": selection.hook_point,
+                "by": selection.by,
+                "ordered_by": SCORES[selection.by],
+                "d_sae": selection.d_sae,
+                "forget_tokens": selection.forget_tokens,
+                "retain_tokens": selection.retain_tokens,
+                "features": [
+                    {key: value for key, value in vars(chosen).items() if value is not None}
+                    for chosen in selection.chosen
+                ],
+            }
+            for selection in selections
+        ],
+    }
+
+
+def check_new_file(recipe: Recipe, file: Path, *, force: bool) -> None:
+    """Refuse a recipe file before anything is computed.
+
+    Raises:
+        OutputError: it is one of the recipe's inputs, or exists and `force` is not given.
+    """
+    if any(file.resolve() == source.resolve() for source in recipe.local_sources):
+        raise OutputError(f"--write {file}: is an input; choose another name")
+    if file.exists() and not (force and file.is_file()):
+        raise OutputError(f"--write {file}: exists; choose another name, or pass --force")
+    if not file.resolve().parent.is_dir():
+        raise OutputError(f"--write {file}: its folder does not exist; make it first")
+
+
+def write_recipe(recipe: Recipe, file: Path, *, force: bool) -> None:
+    """Write a recipe file, its local paths starting from where the file lies.
+
+    Raises:
+        OutputError: as `check_new_file`, or it cannot be written.
+    """
+    check_new_file(recipe, file, force=force)
+    there = file.resolve()
+    text = recipe.at(there.parent).to_toml()
+    write_whole(there, text, option=f"--write {file}")
+
+
+def write_whole(file: Path, text: str, *, option: str) -> None:
+    """Write a file whole or not at all; `option` leads the error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        with whole_file(file) as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{option}: cannot be written ({error.strerror}); choose another place"
+        ) from error

@@ -1,0 +1,193 @@
+"""What a person sees in the terminal: progress, tables, folders."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bake.errors import BakeoutError
+from export.carriers.carriers import claim_of
+from export.manifest import ClampEntry, CompiledEntry, Manifest
+from verify.evidence.kinds import lines_of
+from verify.report.findings import EngineReport, VerifyReport
+from verify.report.wording import number, title_of
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables when it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[str, float], None]]:
+    """Yield `advance(what, share done)`: a bar on stderr, nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _what, _share: None
+        return
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def advance(what: str, share: float) -> None:
+            # A task that is complete stops its clock, and the next stage begins at 0 again.
+            bar.update(task, description=escape(what), completed=min(share, 0.999))
+
+        yield advance
+
+
+def write_json(report: dict[str, Any], file: Path) -> None:
+    """Write a report as JSON to a file, or to stdout where the file is `-`."""
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    if str(file) == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BakeoutError(
+            f"--json {file}: cannot be written ({error.strerror}); name a file in a folder "
+            "that exists"
+        ) from error
+
+
+def show_report(report: VerifyReport) -> None:
+    """Print the engines table, failures, flips and the verdict."""
+    out = console()
+    if any(engine.parity or engine.forget or engine.loss is not None for engine in report.engines):
+        out.print(engines_table(report))
+    for line in lines_of(report):
+        out.print(escape(printable(line).replace("\n", " ")))
+    for warning in report.warnings:
+        out.print(f"warning: {escape(printable(warning))}")
+    for failure in report.failures:
+        out.print(f"[red]fail[/red]  {escape(printable(str(failure)))}")
+    for line in flip_lines(report):
+        out.print(escape(printable(line)))
+    colour = "green" if report.verdict == "pass" else "red"
+    exact = claim_of(report.carrier, exact=report.exact)
+    out.print(
+        f"[{colour}]{report.verdict}[/{colour}]  "
+        + escape(printable(f"{report.folder}: {report.carrier}, {exact}; scope {report.scope}"))
+    )
+
+
+def engines_table(report: VerifyReport) -> Table:
+    """One row per engine: what it knows, what it lost, and how far it is from the reference."""
+    form = report.prompt or "chat"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in (
+        f"forget accuracy\n{form}",
+        f"retained accuracy\n{form}",
+        "loss added\nnats/token",
+        "max |Δlogit|\nto the hook",
+        "roundings\nworst token",
+        "mean KL\nnats",
+        "answer\nflips",
+        "tokens\nfired",
+    ):
+        table.add_column(name, justify="right")
+    for engine in report.engines:
+        table.add_row(*_engine_row(engine, form))
+    return table
+
+
+def _engine_row(engine: EngineReport, form: str) -> list[str]:
+    def accuracy(of: Any) -> str:
+        return "–" if of is None else f"{getattr(of, form):.3f}"
+
+    row = [escape(printable(title_of(engine))), accuracy(engine.forget)]
+    row += [accuracy(engine.retain)]
+    row += ["–" if engine.loss_added is None else f"{engine.loss_added:+.4f}"]
+    if (parity := engine.parity) is None:
+        return [*row, *("–",) * 5]
+    return [
+        *row,
+        f"{parity.max_abs_logit:.1e}",
+        "–" if parity.rounding is None else number(parity.rounding.worst),
+        f"{parity.mean_kl:.1e}",
+        str(len(parity.flips)),
+        str(parity.tokens_fired),
+    ]
+
+
+def flip_lines(report: VerifyReport, most: int = 10) -> list[str]:
+    """Questions that an engine answers otherwise than the reference; not the base's."""
+    lines = [
+        f"flip  {engine.name}: {flip.source} row {flip.row} ({flip.form}): "
+        f"{flip.engine} for {flip.reference}, right is {flip.right}: {flip.question}"
+        for engine in report.engines
+        if engine.parity is not None and engine.name != "base"
+        for flip in engine.parity.flips
+    ]
+    more = [f"… and {len(lines) - most} more flips"] if len(lines) > most else []
+    return lines[:most] + more
+
+
+def show_folder(folder: Path) -> None:
+    """Print what a folder says it is. Nothing in it is run or checked."""
+    manifest = Manifest.read(folder)
+    rows = [
+        ("carrier", f"{manifest.carrier}, {claim_of(manifest.carrier, exact=manifest.exact)}"),
+        ("base", manifest.base.title),
+        *((f"clamp, layer {clamp.layer}", _clamp_text(clamp)) for clamp in manifest.clamps),
+        *compiled_lines(manifest.compiled),
+        ("recipe sha256", manifest.recipe_sha256),
+        ("made with", ", ".join(f"{name} {v}" for name, v in manifest.tools.items())),
+        ("files", f"{len(manifest.files)}, checked by `bakeout verify`, not by this"),
+    ]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, escape(printable(text)))
+    console().print(table)
+
+
+def compiled_lines(compiled: CompiledEntry | None) -> list[tuple[str, str]]:
+    """What a compiled folder's manifest says about its layers; nothing for other folders."""
+    if compiled is None:
+        return []
+    narrow, wide = compiled.hidden_size
+    lines = [("compiled", f"hidden size {narrow} to {wide}, {compiled.dtype}")]
+    for site in compiled.sites:
+        distance = site.distance
+        lines.append(
+            (
+                "layers " + " and ".join(str(layer) for layer in site.layers),
+                f"{site.flags} flags, {max(site.neurons)} neurons; off by {distance.median:.1e} of "
+                f"the residual stream (median; at most {distance.largest_share_of_bound:.2g} of "
+                f"the bound) on {distance.tokens} random tokens",
+            )
+        )
+    return lines
+
+
+def _clamp_text(clamp: ClampEntry) -> str:
+    features = ", ".join(str(feature) for feature in clamp.features)
+    parameters = ", ".join(f"{k} {v}" for k, v in clamp.parameters.items())
+    return (
+        f"{clamp.method} at {clamp.hook_point} ({parameters})\n"
+        f"features {features}\n"
+        f"of {clamp.sae.name} ({clamp.sae.architecture}, sha256 {clamp.sae.sha256[:16]}…)"
+    )
+
+
+def printable(text: str) -> str:
+    """Text from a file as it may be shown: no control characters but line ends."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

@@ -1,0 +1,135 @@
+"""`bakeout export compiled` and `bakeout export adapter`: checkpoint → plan → card → folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bake.new_folder import check_output
+from bake.recipe import Recipe
+from bakeout.terminal import compiled_lines, progress
+from bakeout.verbs.arguments import FolderPath
+from export.carriers.adapter import write_adapter
+from export.carriers.carriers import CARRIERS
+from export.carriers.compiled.compiling import describe, plan_compiled, write_compiled
+from export.carriers.onnx.onnx_folder import export_onnx as write
+from export.carriers.onnx.precisions import PRECISIONS
+from export.clamped import open_clamped
+from export.clamped_source import open_source
+from export.manifest import Manifest
+from model_cards.facts import facts_of_manifest
+from model_cards.render import render
+
+app = typer.Typer(help="Carry a clamped checkpoint's clamp in another form.", no_args_is_help=True)
+
+
+def export_compiled(
+    folder: Path,
+    out: Path,
+    *,
+    pad: int | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+) -> str:
+    """Compile a clamped checkpoint; returns what was written, in a few lines."""
+    with progress("compile") as advance:
+        advance(f"measuring {folder.name}", 0.0)
+        plan = plan_compiled(folder, pad=pad, dtype=dtype)
+        size, done = plan.size, 0
+        check_output(out, inputs=[folder], size=size, force=force)
+        compiled = describe(plan)
+        card = _card(folder, plan.source.manifest, "compiled", compiled=compiled)
+
+        def written(n: int) -> None:
+            nonlocal done
+            done += n
+            advance(f"writing {out.name}", done / size)
+
+        write_compiled(plan, out, card=card, force=force, advance=written)
+    return "\n".join(f"{name:<12} {text}" for name, text in compiled_lines(compiled))
+
+
+def rounded_card(folder: Path) -> str:
+    """The card of a folder that holds a checkpoint's graph with rounded weights, and no others."""
+    clamped = open_clamped(folder, with_graphs=True)
+    return _card(folder, clamped.manifest, clamped.manifest.carrier, exact=False)
+
+
+def export_adapter(folder: Path, out: Path, *, force: bool = False) -> str:
+    """Write a clamped checkpoint's adapter; returns what was written, in a line."""
+    source = open_source(folder)
+    card = _card(folder, source.manifest, "adapter")
+    write_adapter(source, out, card=card, force=force)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return f"adapter      {size / 1e3:,.1f} kB, for {source.manifest.base.model}"
+
+
+EXPORTS = {"compiled": export_compiled, "adapter": export_adapter}
+"""The carriers that are exported into a folder of their own, by name."""
+
+
+def _card(folder: Path, manifest: Manifest, carrier: str, **more: Any) -> str:
+    """The card of what is about to be exported, whose manifest says `more` than the folder's."""
+    recipe = Recipe.load(folder / "recipe.toml")
+    fields = {"carrier": carrier, "exact": CARRIERS[carrier].exact} | more
+    return render(facts_of_manifest(manifest.changed(**fields), recipe))
+
+
+@app.command()
+def onnx(
+    folder: FolderPath,
+    precision: Annotated[
+        str,
+        typer.Option(help="; ".join(f"{name}: {of.what}" for name, of in PRECISIONS.items()) + "."),
+    ] = "shared",
+    out: Annotated[
+        Path | None, typer.Option(help="A folder of its own for a rounded graph.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a graph that is there.")] = False,
+) -> None:
+    """Write a graph for ONNX Runtime that holds the clamp as a custom operator, and check it."""
+    with progress("export onnx") as advance:
+        done = write(
+            folder,
+            precision=precision,
+            out=out,
+            force=force,
+            card="" if out is None else rounded_card(folder),
+            progress=advance,
+        )
+    typer.echo(
+        f"clamps {done.n_clamps}\n"
+        f"check  onnx.checker and ONNX Runtime in a fresh process: max |Δlogit| to the checkpoint "
+        f"{done.difference:.1e}, of which the clamp moves {done.effect:.1e}\n"
+        f"written to {done.graph}"
+    )
+
+
+@app.command()
+def compiled(
+    folder: FolderPath,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    pad: Annotated[
+        int | None, typer.Option(help="Channels to add to the residual stream; else the least.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; else the checkpoint's.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what bakeout wrote.")] = False,
+) -> None:
+    """Compile the clamp into two stock decoder layers: no custom code."""
+    typer.echo(
+        f"{export_compiled(folder, out, pad=pad, dtype=dtype, force=force)}\nwritten to {out}"
+    )
+
+
+@app.command()
+def adapter(
+    folder: FolderPath,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what bakeout wrote.")] = False,
+) -> None:
+    """Write the clamp as a PEFT adapter: no weights of the base."""
+    typer.echo(f"{export_adapter(folder, out, force=force)}\nwritten to {out}")

@@ -1,0 +1,258 @@
+"""`bakeout card` and `bakeout push`: a folder's card from what was measured, and its upload."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from bake.errors import BakeoutError, FolderError, OutputError, ReportError
+from bake.new_folder import MANIFEST, disk_full
+from bakeout.terminal import printable, progress
+from bakeout.verbs.arguments import FolderPath
+from export.manifest import CARD, Manifest
+from model_cards.facts import facts_of_folder
+from model_cards.render import render
+from verify.evidence.integrity import check_integrity
+from verify.report.findings import VerifyReport
+from verify.report.reading import check_fresh, read_report
+
+Advance = Callable[[float], None]
+
+
+class PushError(BakeoutError):
+    """An upload that the hub refused, or that did not reach it."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes to the hub."""
+
+    repo: str
+    private: bool
+    files: tuple[tuple[str, int], ...]
+    """(name, bytes), the manifest last."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size in self.files)
+
+
+# --------------------------------------------------------------------------- card
+
+
+def card_folder(folder: Path, report_file: Path | None, advance: Advance) -> Path:
+    """Write a folder's README.md anew, from its manifest and a report of it.
+
+    Args:
+        folder: what bakeout wrote.
+        report_file: what `bakeout verify --json` wrote; without one, nothing was measured.
+        advance: called with the share of bytes hashed so far.
+
+    Raises:
+        ReportError: the report cannot be read, or the folder has changed since.
+    """
+    report = None
+    if report_file is not None:
+        report = read_report(report_file)
+        check_fresh(report, folder, advance)
+    return write_card(folder, render(facts_of_folder(folder), report))
+
+
+def write_card(folder: Path, card: str) -> Path:
+    """Change README.md and its hash in the manifest. Both are written and on disk before either
+    takes its place, so nothing but a crash between two renames leaves them apart.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    manifest = Manifest.read(folder)
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    manifest = manifest.changed(files=manifest.files | {CARD: digest})
+    path = folder.resolve()
+    try:
+        # Beside the folder, not in it: what a killed run leaves behind must not break integrity.
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.bakeout-", dir=path.parent))
+        try:
+            with disk_full(folder):
+                with (aside / CARD).open("w", encoding="utf-8") as file:
+                    file.write(card)
+                    file.flush()
+                    os.fsync(file.fileno())
+                manifest.write(aside)
+            (aside / CARD).replace(path / CARD)
+            (aside / MANIFEST).replace(path / MANIFEST)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: its card cannot be written ({error.strerror}); check the permissions of "
+            "the folder and of the one above it"
+        ) from error
+    return folder / CARD
+
+
+# --------------------------------------------------------------------------- push
+
+
+def push_folder(
+    folder: Path,
+    repo: str,
+    *,
+    report_file: Path | None,
+    unverified: bool,
+    private: bool,
+    dry_run: bool,
+    advance: Advance,
+) -> Upload:
+    """Upload a verified folder to the hub, with a card that shows the evidence.
+
+    Args:
+        folder: what bakeout wrote.
+        repo: hub id, `user/name`.
+        report_file: of a verification of this folder that passed in full.
+        unverified: upload without one; the card then says so.
+        private: create the repository as a private one.
+        dry_run: change and upload nothing.
+        advance: called with the share of bytes hashed so far.
+
+    Raises:
+        ReportError: there is no such report, it did not pass in full, or it is stale.
+        FolderError: a file is not what the manifest says.
+        PushError: the hub refuses, or cannot be reached.
+    """
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repo, re.ASCII):
+        raise PushError(f"{repo}: is no hub id; expected user/name")
+    report = _admissible(folder, report_file, unverified, advance)
+    passed = report is not None and (report.verdict, report.scope) == ("pass", "full")
+    card = render(facts_of_folder(folder), report, unverified=not passed)
+    upload = _plan(folder, repo, private, card)
+    if not dry_run:
+        write_card(folder, card)
+        _send(folder, upload)
+    return upload
+
+
+def _admissible(
+    folder: Path, report_file: Path | None, unverified: bool, advance: Advance
+) -> VerifyReport | None:
+    """The report that allows a folder to be uploaded; None where that is forgone."""
+    if report_file is None:
+        if not unverified:
+            raise ReportError(
+                f"{folder}: no report; expected --report with what `bakeout verify FOLDER --json "
+                "FILE` wrote, or --unverified, which the card then says"
+            )
+        broken = check_integrity(folder, Manifest.read(folder), advance)
+        if broken:
+            raise FolderError(
+                f"{folder}: {broken[0].what}; what is not as its manifest says is never uploaded"
+            )
+        return None
+    report = read_report(report_file)
+    check_fresh(report, folder, advance)
+    if unverified:
+        return report
+    if report.verdict != "pass":
+        raise ReportError(
+            f"report {report_file}: its verdict is fail ({report.failures[0]}); expected pass, or "
+            "--unverified, which the card then says"
+        )
+    if report.scope != "full":
+        raise ReportError(
+            f"report {report_file}: its scope is {report.scope}; expected full, from `bakeout "
+            "verify FOLDER --recipe RECIPE --json FILE`, or --unverified, which the card then says"
+        )
+    return report
+
+
+def _plan(folder: Path, repo: str, private: bool, card: str) -> Upload:
+    names = sorted(name for name in Manifest.read(folder).files if name != CARD)
+    sizes = [(name, (folder / name).stat().st_size) for name in [*names, MANIFEST]]
+    return Upload(repo, private, ((CARD, len(card.encode())), *sizes))
+
+
+def _send(folder: Path, upload: Upload) -> None:
+    """Create the repository where it is not there, and upload in one commit."""
+    try:
+        api = HfApi(library_name="bakeout")
+        api.create_repo(upload.repo, private=upload.private, exist_ok=True, repo_type="model")
+        api.upload_folder(
+            repo_id=upload.repo,
+            folder_path=folder,
+            repo_type="model",
+            commit_message="Upload a clamped model with its evidence",
+            allow_patterns=[_literal(name) for name, _ in upload.files],
+        )
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PushError(
+            f"{upload.repo}: the upload failed ({type(error).__name__}: {first}); check the "
+            "network, `hf auth whoami`, and that the token may write there; then push again"
+        ) from error
+
+
+def _literal(name: str) -> str:
+    """A file name as a pattern that matches nothing else."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def card(
+    folder: FolderPath,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="What `bakeout verify FOLDER --json FILE` wrote.", show_default=False),
+    ] = None,
+) -> None:
+    """Write the folder's README.md anew: what was removed, what was measured, what remains."""
+    with progress("card") as advance:
+        written = card_folder(folder, report, lambda share: advance("hash", share))
+    typer.echo(f"written to {written}")
+
+
+def push(
+    folder: FolderPath,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id: user/name.")],
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `bakeout verify FOLDER --json FILE` wrote: pass, and in full.",
+            show_default=False,
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create it as private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be uploaded; change nothing.")
+    ] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Without a passing report; the card says so.")
+    ] = False,
+) -> None:
+    """Upload a folder that passed its verification to the hub, with a card that shows it."""
+    with progress("push") as advance:
+        upload = push_folder(
+            folder,
+            repo,
+            report_file=report,
+            unverified=unverified,
+            private=private,
+            dry_run=dry_run,
+            advance=lambda share: advance("hash", share),
+        )
+    for name, size in upload.files:
+        typer.echo(printable(f"{size / 1e6:>12,.3f} MB  {name}"))
+    kind = "private" if upload.private else "public"
+    total = f"{len(upload.files)} files, {upload.size / 1e6:,.1f} MB, {kind}: {upload.repo}"
+    typer.echo(f"would upload {total}\nnothing sent (--dry-run)" if dry_run else f"sent {total}")

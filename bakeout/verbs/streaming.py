@@ -1,0 +1,294 @@
+"""Models that answer token by token, in torch or in ONNX Runtime, and the words for it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safetensors import SafetensorError
+
+from bake.errors import BakeoutError, FolderError, ModelError
+from bakeout.terminal import printable
+from export.carriers.onnx.genai_config import read_generation_config
+from verify.clamped_folder import read_config
+from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
+from verify.engines.sampling import Chooser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENGINES = ("torch", "onnx")
+END_OF_TURN = "<end_of_turn>"
+_TROUBLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+"""What transformers raises where a model or tokenizer is missing or damaged."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How answers are made."""
+
+    max_new_tokens: int
+    temperature: float | None = None
+    """Of the draws; None or 0 takes the likeliest token."""
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise BakeoutError(
+                f"--temperature {self.temperature}: expected 0 (the likeliest token) or above"
+            )
+
+
+class Speaker(Protocol):
+    """A loaded model that goes on with a prompt."""
+
+    def tokens(self, ids: list[int], manner: Manner, seed: int) -> Iterator[int]:
+        """Tokens after `ids`, as they are made; up to `max_new_tokens`, whatever they say."""
+        ...
+
+
+class TorchSpeaker:
+    """A model of transformers.
+
+    Args:
+        model: any causal language model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def tokens(self, ids: list[int], manner: Manner, seed: int) -> Iterator[int]:
+        """See `Speaker`."""
+        import torch
+
+        choose = _chooser(manner, seed)
+        new: Tensor = torch.tensor([ids])
+        cache = None
+        for _ in range(manner.max_new_tokens):
+            with torch.inference_mode():
+                output = self._model(
+                    input_ids=new.to(self._model.device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            cache = output.past_key_values
+            token = choose(output.logits[:, -1].float().cpu())
+            yield int(token)
+            new = token[:, None]
+
+
+class OnnxSpeaker:
+    """A graph in ONNX Runtime."""
+
+    def __init__(self, runner: OnnxRunner) -> None:
+        self._runner = runner
+
+    def tokens(self, ids: list[int], manner: Manner, seed: int) -> Iterator[int]:
+        """See `Speaker`."""
+        import torch
+
+        prompt = torch.tensor([ids])
+        steps = self._runner.generate(
+            prompt,
+            torch.ones_like(prompt),
+            max_new_tokens=manner.max_new_tokens,
+            do_sample=bool(manner.temperature),
+            temperature=manner.temperature or 1.0,
+            seed=seed,
+        )
+        return (int(token) for token in steps)
+
+
+def _chooser(manner: Manner, seed: int) -> Chooser:
+    return Chooser(bool(manner.temperature), manner.temperature or 1.0, seed=seed)
+
+
+class Language:
+    """A clamped folder's tokenizer: prompts to tokens, tokens to text.
+
+    Args:
+        folder: the clamped folder.
+
+    Raises:
+        FolderError: its tokenizer or its configs cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoConfig
+
+        try:
+            self.tokenizer = load_tokenizer(str(folder))
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+        except (ModelError, *_TROUBLE) as error:
+            raise FolderError(f"{folder}: {_reason(error)}") from error
+        self.context: int = config.max_position_embeddings
+        """Longest prompt and answer together, in tokens."""
+        self.ends = self._ends(read_generation_config(folder), config)
+        """Tokens that end an answer."""
+
+    def _ends(self, generation: dict[str, Any], config: Any) -> frozenset[int]:
+        stated = generation.get("eos_token_id")
+        stated = config.eos_token_id if stated is None else stated
+        ends = stated if isinstance(stated, list) else [stated]
+        # Not every Gemma that was taught to chat says so in its generation_config.json.
+        ends = [*ends, self.tokenizer.get_vocab().get(END_OF_TURN)]
+        return frozenset(end for end in ends if isinstance(end, int))
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """A prompt in the folder's chat template, or after BOS as it is where there is none."""
+        text = prompt
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+            )
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Text as it grows, fit for a terminal; ends where the answer does."""
+        ids: list[int] = []
+        shown = text = ""
+        for token in tokens:
+            if token in self.ends:
+                break
+            ids.append(token)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            # A character of several tokens is not shown until it is whole.
+            if not text.endswith("\ufffd"):
+                yield _plain(text[len(shown) :])
+                shown = text
+        if text != shown:
+            yield _plain(text[len(shown) :])
+
+
+def _plain(text: str) -> str:
+    return printable(text.replace("\t", "    ").replace("\r\n", "\n"))
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
+    """Load a clamped folder.
+
+    Raises:
+        FolderError: it is no clamped folder, lacks what the engine needs, or is damaged.
+        ProviderError: the engine cannot use the device here.
+    """
+    read_config(folder)
+    if engine not in ENGINES:
+        raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
+    check_device(device)
+    if engine == "onnx":
+        return OnnxSpeaker(open_runner(folder, device=device))
+    if not any(folder.glob("*.safetensors")):
+        raise FolderError(f"{folder}: holds no weights for torch; pass --engine onnx")
+    try:
+        return load_torch(str(folder), device)
+    except ModelError as error:
+        raise FolderError(f"{folder}: {error}") from error
+
+
+def open_base(name: str, device: str, language: Language) -> Speaker:
+    """Load a model that is to read the same tokens as a clamped folder.
+
+    Raises:
+        ModelError: it cannot be loaded, or its tokenizer has another vocabulary.
+    """
+    try:
+        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            raise ModelError("no such folder; expected one, or a hub id")
+        vocabulary = load_tokenizer(name).get_vocab()
+        if vocabulary != language.tokenizer.get_vocab():
+            raise ModelError(
+                f"its tokenizer has {len(vocabulary)} tokens that are not the clamped folder's "
+                f"{len(language.tokenizer.get_vocab())}; expected the model that was baked"
+            )
+        return load_torch(name, device)
+    except ModelError as error:
+        raise ModelError(f"--beside {name}: {error}") from error
+
+
+def check_device(device: str) -> None:
+    """Raise BakeoutError unless it names one that bakeout knows."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise BakeoutError(f"--device {device}: expected cpu or cuda")
+
+
+def load_torch(name: str, device: str) -> TorchSpeaker:
+    """A causal model by folder or hub id, in the dtype that it is stored in.
+
+    A clamped folder is loaded by the classes of this installation: code in it is not run.
+
+    Raises:
+        ModelError: it is missing or damaged.
+        ProviderError: torch does not have the device.
+    """
+    import torch
+    import transformers
+
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ProviderError(
+            f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "devices here; pass --device cpu, or install torch for CUDA"
+        )
+    try:
+        with _quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype="auto",
+                attn_implementation="eager",
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except _TROUBLE as error:
+        raise ModelError(f"transformers cannot load it ({_reason(error)})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"has no {missing[0]}, which transformers would make up")
+    return TorchSpeaker(model.to(device).eval())
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer by folder or hub id.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        ids = set(tokenizer("A", add_special_tokens=False)["input_ids"])
+    except _TROUBLE as error:
+        raise ModelError(f"its tokenizer cannot be loaded ({_reason(error)})") from error
+    # Where the files are missing, a Gemma tokenizer that knows no text comes without a word.
+    if ids <= {tokenizer.unk_token_id}:
+        raise ModelError("has no tokenizer, or one that knows no letters")
+    return tokenizer
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars, which would stand among the answers."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,92 @@
+"""`bakeout verify`: gather evidence about a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bake.errors import BakeoutError
+from bake.recipe import Recipe
+from bakeout.terminal import progress, show_report, write_json
+from bakeout.verbs.arguments import FolderPath, JsonFile
+from verify.evidence.kinds import KINDS
+from verify.options import Options
+from verify.run import verify_folder
+
+
+def verify(
+    folder: FolderPath,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Rebuild the hooked reference from this recipe.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="KIND…", help=f"Only {', '.join(KINDS)}.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    budget: Annotated[
+        int, typer.Option(help="Steps of the suffix search; 0 leaves it out.", min=0)
+    ] = Options.budget,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK,…",
+            help="Run lm-evaluation-harness too, on every engine: its own tasks (wmdp_bio, mmlu), "
+            "or local, the recipe's own questions.",
+        ),
+    ] = "",
+    evals: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where --tasks writes the harness's own results.")
+    ] = Options.evals,
+    json_file: JsonFile = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
+    ] = None,
+) -> None:
+    """Compare a folder with the hooked reference. Exit code 1 when it does not hold.
+
+    Interrupted, the same command goes on where it was.
+    """
+    _check_place("--json", json_file)
+    _check_place("--html", html_file)
+
+    chosen = frozenset(only or ())
+    loaded = Recipe.load(recipe) if recipe is not None else None
+    named = tuple(task.strip() for task in tasks.split(",") if task.strip())
+    options = Options(device, _cache(), budget, named, evals)
+    with progress("verify") as advance:
+        report = verify_folder(folder, loaded, chosen, advance, options)
+    if json_file is None or str(json_file) != "-":
+        show_report(report)
+    if json_file is not None:
+        write_json(report.to_dict(), json_file)
+    if html_file is not None:
+        from verify.page.html import write_html
+
+        write_html(report, folder, html_file)
+    raise typer.Exit(report.exit_code)
+
+
+def _check_place(option: str, file: Path | None) -> None:
+    """Raise where a file cannot be written: known before hours of work rather than after."""
+    if file is not None and str(file) != "-" and (not file.parent.is_dir() or file.is_dir()):
+        raise BakeoutError(
+            f"{option} {file}: cannot be written; name a file in a folder that exists"
+        )
+
+
+def _cache() -> Path | None:
+    """The user's cache folder; None where it cannot be written and nobody asked for it."""
+    from bake.search.cache import cache_folder
+
+    folder = cache_folder()
+    if "BAKEOUT_CACHE" not in os.environ:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        if not os.access(folder, os.W_OK):
+            return None
+    return folder

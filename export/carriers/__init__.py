@@ -1,0 +1,1 @@
+"""The ways in which a folder can carry the clamp."""

@@ -1,0 +1,165 @@
+"""The ways in which a folder carries the clamp: every fact of a carrier that code depends on, once.
+
+To add one: an entry here, the file beside this one that writes it, and its command in
+`bakeout/verbs/exporting.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Claim = Literal["exact", "exact to rounding", "an approximation"]
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """One way."""
+
+    engine: str
+    """What `verify` calls the engine that loads such a folder in torch."""
+    claim: Claim
+    """What it says of itself: it computes the clamp, or does but for rounding, or resembles it."""
+    takes: str
+    """When to take it, for README."""
+    needs: str
+    """What loading it needs, for README."""
+    comes_off: str
+    """How the clamp is got rid of, for README."""
+    card: str
+    """What a card says that such a folder is: a template, rendered with the card's `facts`."""
+    loading: str
+    """How a card says to load it, likewise."""
+    sites_in: str
+    """The file that says where its clamps sit and how large the base is."""
+    own_code: bool = False
+    """It holds the base's own weights beside the clamp, and our modeling file; `config.json` names
+    classes of ours."""
+    over_base: bool = False
+    """It holds no weights of the base: peft loads it over one, with bakeout imported."""
+    edge_flips: float = 0.0
+    """Share of the answers that may be given otherwise, at edges of its own that the reference does
+    not know; but always one."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes the clamp itself."""
+        return self.claim == "exact"
+
+    @property
+    def strips(self) -> bool:
+        """Whether taking the clamp out leaves the base itself."""
+        return self.own_code or self.over_base
+
+
+_FROM_PRETRAINED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"%s)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+"""
+
+CARRIERS: dict[str, Carrier] = {
+    "layer": Carrier(
+        engine="checkpoint",
+        claim="exact",
+        takes="by default",
+        needs="one modeling file, which is in the folder; in ONNX nothing but ONNX Runtime",
+        comes_off="deleting the layer, or the graph's node",
+        sites_in="config.json",
+        own_code=True,
+        card="""\
+{% if facts.exact %}
+The base's weights are here byte for byte; the clamp is one more layer, in
+`model-sae-clamp.safetensors`. This is exact: it computes what a hook around the whole SAE computes.
+{% else %}
+The weights in `onnx/` are copies rounded to fewer bits, for ONNX Runtime; the clamp itself is in
+float32. It computes the clamp on a rounded model, which answers some questions otherwise.
+{% endif %}
+""",
+        loading="""\
+{% if facts.exact %}
+"""
+        + _FROM_PRETRAINED % ", trust_remote_code=True"
+        + """\
+
+`trust_remote_code` runs `modeling_clamped_gemma.py` from this folder: torch and transformers, and
+nothing else. Without it, loading fails on purpose: no class of transformers loads this folder and
+leaves the clamp out.
+
+Where `model.onnx` lies here, ONNX Runtime runs it, and onnxruntime-genai runs the folder as it is:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/model.onnx")
+```
+
+The graph uses the safetensors in place and holds the clamp as the operator `ai.bakeout::SAEClamp`
+with its body. `onnx/` holds copies with rounded weights. ONNX data may not be links, so download
+into a plain folder (`hf download REPO --local-dir FOLDER`).
+{% else %}
+onnxruntime-genai runs the folder as it is, ONNX Runtime the graph in `onnx/`:
+
+```python
+import onnxruntime_genai
+
+model = onnxruntime_genai.Model("FOLDER")
+```
+{% endif %}
+""",
+    ),
+    "compiled": Carrier(
+        engine="compiled",
+        claim="exact to rounding",
+        takes="a server, converter or builder knows stock Gemma and nothing else",
+        needs="nothing",
+        comes_off="deleting two layers per clamp, if one knows",
+        sites_in="manifest.json",
+        edge_flips=0.02,
+        card="""\
+{% if facts.compiled %}
+The clamp is compiled into {{ facts.compiled.layers_added }} further stock decoder layers, without training; the hidden size
+is {{ facts.compiled.hidden_size[1] }} instead of {{ facts.compiled.hidden_size[0] }}, and the base's matrices have zeros beside them. It computes the clamp
+up to rounding in {{ facts.compiled.dtype|text }}: on {{ facts.compiled.sites[0].distance.tokens }} random tokens, every feature pushed above and below its
+threshold, the residual stream behind the new layers is off by
+{% for site in facts.compiled.sites %}{{ "%.1e"|format(site.distance.median) }} (median, relative; at most {{ "%.2g"|format(site.distance.largest_share_of_bound) }} of the computed bound) at layer {{ site.layers[0] }}{{ ", " if not loop.last else "" }}{% endfor %}.
+A quantiser should leave the MLPs of layers {% for site in facts.compiled.sites %}{{ site.layers|join(" and ") }}{{ ", " if not loop.last else "" }}{% endfor %} in the dtype they are in: they compare
+numbers.
+{% else %}
+The clamp is compiled into further stock decoder layers. It computes the clamp up to rounding.
+{% endif %}
+""",  # noqa: E501
+        loading=_FROM_PRETRAINED % "",
+    ),
+    "adapter": Carrier(
+        engine="adapter",
+        claim="exact",
+        takes="the base's weights may not be copied, or are there already",
+        needs="bakeout and peft imported",
+        comes_off="not loading it",
+        sites_in="adapter_config.json",
+        over_base=True,
+        card="""\
+These files are an adapter that adds the clamp to the unchanged base. This is exact: it computes
+what a hook around the whole SAE computes.
+""",
+        loading="""\
+```python
+import bakeout  # registers the adapter with peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "FOLDER")
+```
+""",
+    ),
+}
+"""By the name that stands in a folder's manifest."""
+
+
+def claim_of(carrier: str, *, exact: bool) -> Claim:
+    """What a folder says of itself; one of rounded weights only resembles what its carrier does."""
+    known = CARRIERS.get(carrier)
+    return known.claim if known is not None and known.exact == exact else "an approximation"

@@ -1,0 +1,273 @@
+"""The clamped checkpoint: the base's shards byte for byte, and one small shard with the clamp.
+
+Nothing of the model is held in memory: files are copied block by block and hashed on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import bake
+from bake.base import INDEX, WEIGHTS, BaseModel, find_base
+from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
+from bake.new_folder import check_output, new_folder
+from bake.recipe import Recipe
+from export.carriers.carriers import CARRIERS
+from export.copying import copy_all, hash_new
+from export.manifest import (
+    SCHEMA,
+    BaseEntry,
+    ClampEntry,
+    Manifest,
+    SAEEntry,
+    json_text,
+    versions,
+)
+
+CLAMP_SHARD = "model-sae-clamp.safetensors"
+RENAMED_WEIGHTS = "model-00001-of-00001.safetensors"
+"""transformers prefers a file called model.safetensors over any index, so ours has another name."""
+MODELING_FILE = "modeling_clamped_gemma.py"
+GUARD = "clamped, load with trust_remote_code=True: "
+GEMMA_NOTICE = (
+    "Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms\n"
+)
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+"""What a base brings along beside its weights and config."""
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """A checkpoint that could be written: every input was found, read and checked."""
+
+    recipe: Recipe
+    base: BaseModel
+    clamps: list[ClampWeights]
+
+    @property
+    def copies(self) -> list[tuple[Path, str]]:
+        """Files of the base that are copied, and their names in the checkpoint."""
+        folder = self.base.folder
+        shards = [(folder / shard, _shard_name(shard)) for shard in self.base.shards]
+        return shards + companions(folder)
+
+    @property
+    def clamp_size(self) -> int:
+        """Bytes of the clamp's tensors."""
+        return sum(t.nbytes for clamp in self.clamps for t in clamp.tensors.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes that the checkpoint will take, within a few kilobytes."""
+        return self.clamp_size + sum(source.stat().st_size for source, _ in self.copies)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Folders and files that are read."""
+        return [self.base.folder, *self.recipe.local_sources]
+
+
+def companions(folder: Path) -> list[tuple[Path, str]]:
+    """Files of a model folder that go along with its weights and config, and their names."""
+    names = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in _COMPANIONS
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
+    return [(path, name) for name, path in names.items()]
+
+
+def plan_checkpoint(recipe: Recipe) -> CheckpointPlan:
+    """Find and check everything that a recipe names.
+
+    Raises:
+        BakeoutError: of the kind of trouble it meets.
+    """
+    base = find_base(recipe)
+    return CheckpointPlan(recipe, base, load_clamps(recipe, base))
+
+
+def write_checkpoint(
+    plan: CheckpointPlan,
+    out: Path,
+    *,
+    card: str,
+    force: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+    witness_prompts: Sequence[Sequence[int]] | None = None,
+) -> Path:
+    """Write a checkpoint folder, whole or not at all.
+
+    Args:
+        plan: what to write.
+        out: the folder; it may exist only with `force`.
+        card: text of the folder's README.md.
+        force: replace a folder that bakeout wrote.
+        advance: called with the bytes copied, as they are.
+        witness_prompts: token ids of prompts that may fire the clamp; witnesses are chosen from
+            them, or searched for where none fires. None writes no witnesses.
+
+    Raises:
+        OutputError: `out` exists, overlaps an input, or does not fit on the disk.
+    """
+    check_output(out, inputs=plan.inputs, size=plan.size, force=force)
+    with new_folder(out) as folder:
+        copies = [(source, folder / name) for source, name in plan.copies]
+        for target in {target.parent for _, target in copies}:
+            target.mkdir(exist_ok=True)
+        hashes = copy_all(copies, advance)
+        written = {path: hash_new(path) for path in _write_new_files(plan, folder, card)}
+        files = {
+            path.relative_to(folder).as_posix(): sha256
+            for path, sha256 in {**hashes, **written}.items()
+        }
+        manifest = manifest_of(plan, files)
+        if witness_prompts is not None:
+            manifest = _with_witnesses(manifest, folder, witness_prompts)
+        manifest.write(folder)
+    return out
+
+
+def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path]:
+    """Everything in the folder that is not a copy of the base's."""
+    # safetensors writes an array's memory as it lies, whatever its strides say.
+    tensors = {
+        f"{plan.base.layer_prefix}{clamp.layer}.sae_clamp.{name}": np.ascontiguousarray(tensor)
+        for clamp in plan.clamps
+        for name, tensor in clamp.tensors.items()
+    }
+    save_file(tensors, folder / CLAMP_SHARD, metadata={"format": "pt"})
+    (folder / CLAMP_SHARD).chmod(0o644)  # it is made readable by its owner alone
+    shutil.copyfile(Path(bake.__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
+    texts = {
+        INDEX: json_text(_index(plan.base, tensors)),
+        "config.json": json_text(clamped_config(plan.recipe, plan.base, plan.clamps)),
+        "recipe.toml": plan.recipe.shareable().to_toml(),
+        "README.md": card,
+    }
+    if plan.recipe.base.license == "gemma" and not (folder / "NOTICE").exists():
+        texts["NOTICE"] = GEMMA_NOTICE
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in (CLAMP_SHARD, MODELING_FILE, *texts)]
+
+
+def _with_witnesses(manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]]) -> Manifest:
+    """Run the new checkpoint; nothing is written where no prompt fires its clamp."""
+    from export.clamped import open_listed
+    from export.witness_prompts import find_witnesses
+
+    witnesses = find_witnesses(open_listed(folder, manifest), prompts)
+    if witnesses is None:
+        return manifest
+    path = witnesses.save(folder)
+    return manifest.changed(files=manifest.files | {path.name: hash_new(path)})
+
+
+def manifest_of(plan: CheckpointPlan, files: dict[str, str]) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Args:
+        plan: what is written.
+        files: sha256 of every other file, by its path in the folder.
+    """
+    return Manifest(
+        schema=SCHEMA,
+        bakeout=version("bakeout"),
+        carrier="layer",
+        exact=CARRIERS["layer"].exact,
+        base=BaseEntry(model=plan.base.name, revision=plan.base.revision),
+        recipe_sha256=files["recipe.toml"],
+        clamps=[_clamp_entry(clamp) for clamp in plan.clamps],
+        sources=_local_files(plan.recipe),
+        tools=versions(),
+        files=dict(sorted(files.items())),
+    )
+
+
+def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
+    assert isinstance(clamp.clamp.features, list)
+    return ClampEntry(
+        layer=clamp.layer,
+        hook_point=clamp.hook_point,
+        method=clamp.clamp.method,
+        parameters=clamp.clamp.parameters,
+        features=clamp.clamp.features,
+        k=clamp.k,
+        sae=SAEEntry(
+            name=sae_name(clamp.clamp),
+            architecture=clamp.sae.architecture,
+            sha256=clamp.sae.sha256,
+        ),
+    )
+
+
+def _local_files(recipe: Recipe) -> dict[str, str]:
+    """sha256 of every local file (questions, texts) that the recipe names, by file name."""
+    files = [path for path in recipe.local_sources[1:] if path.is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) -> dict[str, Any]:
+    """The base's config.json with our classes, the clamp's sites, and the guard.
+
+    The guard stands before the activation's name in both fields that stock Gemma classes read it
+    from; only our config class takes it off, so no stock class can load the checkpoint.
+    """
+    family = base.family
+    module = Path(MODELING_FILE).stem
+    config = dict(base.config)
+    text = config
+    if "text_config" in config:
+        text = config["text_config"] = dict(config["text_config"])
+        text["model_type"] = f"{family.model_type}_text"
+    default = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
+    for name in ("hidden_activation", "hidden_act"):
+        text[name] = GUARD + (text.get(name) or default)
+    if recipe.base.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = recipe.base.dtype
+    return config | {
+        "model_type": family.model_type,
+        "architectures": [family.clamped],
+        "auto_map": {"AutoConfig": f"{module}.{family.config}"}
+        | dict.fromkeys(family.auto_classes, f"{module}.{family.clamped}"),
+        "sae_clamp": clamp_section(clamps, base.bos_token_id),
+    }
+
+
+def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
+    weight_map = {key: _shard_name(shard) for key, shard in base.weight_map.items()}
+    weight_map |= dict.fromkeys(tensors, CLAMP_SHARD)
+    size = sum((base.folder / shard).stat().st_size for shard in base.shards)
+    return {
+        "metadata": {"total_size": size + sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _shard_name(shard: str) -> str:
+    return RENAMED_WEIGHTS if shard == WEIGHTS else shard

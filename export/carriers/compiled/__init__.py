@@ -1,0 +1,1 @@
+"""The clamp as two stock decoder layers."""

@@ -1,0 +1,318 @@
+"""The clamp as two ordinary decoder layers: a stock Gemma folder, no custom code, no training.
+
+From a clamped checkpoint. The residual stream grows by a few channels (`widening.py`), and
+behind every clamped layer stand two more decoder layers whose attention writes nothing and whose
+MLPs compute the clamp (`stock_layers.py`), with numbers chosen from what was measured on the
+model (`rule.py`, `trial.py`). In short, for x̃ = [s·x, κ, …] and r̃ = rms(x̃):
+
+    flags   N_i = gelu(C·(1 - z_i/ζ_i)/r̃)            z_i = x·w_i + b_i - max(theta_i, trigger_i, 0)
+            φ_i = R - N_i,  ρ = R = gelu(C/r̃)        over the norm's own size: φ_i = ρ on, ≤ 0 off
+    action  m   = gelu(K·φ_i/r̃)·(v_j + (s_j - 1)·pre_j)/r̃ · W_dec_j  and  gelu(K·ρ/r̃)·M/r̃ aside
+            m / rms(m) · gain = Δ                    everything but Δ's own factors cancels
+
+Gemma, the first, has no norm after its MLP; there flags are written r̃² large (`unnormed_layers`),
+and any-of several triggers is refused. The base's matrices are copied with zeros beside them; only
+the norms before a block change, by sqrt(d/D). Everything is streamed: no more than a few megabytes
+of the base are held, one layer of it while it is measured, and of the new layers one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import export.carriers.compiled.unnormed_layers as unnormed
+from bake.base import INDEX
+from bake.errors import ExportError
+from bake.families import Family
+from bake.new_folder import check_output, new_folder
+from bake.tensors import DTYPES
+from export.carriers.checkpoint import companions
+from export.carriers.compiled.compiled_files import (
+    NewLayer,
+    index_of,
+    n_bytes,
+    tensor_files,
+    write_tensors,
+)
+from export.carriers.compiled.rule import Measured, choose_setting, error_bound, summary
+from export.carriers.compiled.stock_layers import (
+    MLP,
+    Array,
+    Logic,
+    Setting,
+    action_layer,
+    flag_layer,
+    logic_of,
+)
+from export.carriers.compiled.trial import Distance, measure, measure_distance, random_tokens
+from export.carriers.compiled.widening import Widening, plan_widening
+from export.clamped_source import ClampedSource, ClampSite, open_source
+from export.copying import copy_hashed, hash_new
+from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text
+from export.witness_file import WITNESSES
+
+ACTIVATION = "gelu_pytorch_tanh"
+PER_SITE = 2
+"""Decoder layers that a clamp becomes."""
+
+
+@dataclass(frozen=True)
+class CompiledSite:
+    """One clamp, compiled."""
+
+    site: ClampSite
+    logic: Logic
+    setting: Setting
+    layers: tuple[MLP, MLP]
+    measured: Measured
+    distance: Distance
+    """Of the two layers from the clamp, tried as stock modules in the plan's dtype."""
+    bound: float
+    """Largest share of its computed bound that any tried token's error takes, at most 1."""
+
+
+@dataclass(frozen=True)
+class CompiledPlan:
+    """A compiled folder that could be written."""
+
+    source: ClampedSource
+    widening: Widening
+    sites: tuple[CompiledSite, ...]
+
+    @property
+    def layers(self) -> list[NewLayer]:
+        """The layers that are added."""
+        return [
+            NewLayer(first + i, compiled.site.layer, mlp)
+            for compiled, first in zip(self.sites, added_layers(self.source), strict=True)
+            for i, mlp in enumerate(compiled.layers)
+        ]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json of the compiled folder."""
+        return compiled_config(self.source, self.widening)
+
+    @property
+    def size(self) -> int:
+        """Bytes that the folder will take, within a few kilobytes."""
+        files = [*tensor_files(self.source, self.widening, self.layers).values()]
+        stay = sum(path.stat().st_size for path, _ in companions(self.source.folder))
+        return stay + sum(n_bytes(shape, dtype) for f in files for dtype, shape, _ in f.values())
+
+
+def plan_compiled(
+    folder: Path, *, pad: int | None = None, dtype: str | None = None
+) -> CompiledPlan:
+    """Read a clamped checkpoint, measure it, choose the layers' numbers, and try them.
+
+    Args:
+        folder: a clamped checkpoint.
+        pad: channels to add; None takes the least that fits.
+        dtype: of the compiled weights, float32 or bfloat16; None takes the checkpoint's.
+
+    Raises:
+        BakeoutError: the folder is none, or its clamp cannot be compiled; the line says why.
+    """
+    source = open_source(folder)
+    _check_family(source)
+    dtype = dtype or _stored_dtype(source)
+    if dtype not in DTYPES:
+        raise ExportError(f"--dtype {dtype}: expected float32 or bfloat16")
+    logics = [logic_of(site) for site in source.sites]
+    needed = max(_neurons(logic, source.family) for logic in logics)
+    widening = plan_widening(source, logics, n_neurons=needed, dtype=dtype, pad=pad)
+    measured = measure(source, random_tokens(source))
+    parts = zip(source.sites, logics, widening.streams, widening.places, measured, strict=True)
+    sites = []
+    for site, logic, stream, place, seen in parts:
+        stream = replace(stream, mean=seen.x.mean(axis=0))
+        normed = widening.post_norm
+        setting = choose_setting(site, logic, stream, seen, dtype, post_norm=normed)
+        arguments = (site, logic, stream, place, setting)
+        if normed:
+            layers = (flag_layer(*arguments), action_layer(*arguments))
+        else:
+            reach = (seen.rms[0] / unnormed.REACH, seen.rms[1] * unnormed.REACH)
+            layers = (unnormed.flag_layer(*arguments, reach), unnormed.action_layer(*arguments))
+        distance = measure_distance(source, site, logic, layers, widening, stream, seen)
+        bound = error_bound(site, logic, setting, stream, distance.tried, dtype)
+        share = float((distance.error / bound).max())
+        if not share <= 1 or distance.exempt_error > 0:
+            raise ExportError(
+                f"layer {site.layer}: two stock layers miss the clamp by {share:.3g} times their "
+                f"bound on tokens that were tried (exempt ones by {distance.exempt_error:.1e}); "
+                "nothing was written. Pass --dtype float32"
+            )
+        sites.append(CompiledSite(site, logic, setting, layers, seen, distance, share))
+    return CompiledPlan(source, widening, tuple(sites))
+
+
+def write_compiled(
+    plan: CompiledPlan,
+    out: Path,
+    *,
+    card: str,
+    force: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Write a compiled folder, whole or not at all.
+
+    Args:
+        plan: what to write.
+        out: the folder; it may exist only with `force`.
+        card: text of the folder's README.md.
+        force: replace a folder that bakeout wrote.
+        advance: called with the bytes written, as they are.
+
+    Raises:
+        OutputError: `out` exists, overlaps the input, or does not fit on the disk.
+    """
+    source = plan.source
+    check_output(out, inputs=[source.folder], size=plan.size, force=force)
+    with new_folder(out) as folder:
+        files = tensor_files(plan.source, plan.widening, plan.layers)
+        with ThreadPoolExecutor(2) as pool:
+            jobs = {
+                name: pool.submit(write_tensors, folder / name, tensors, advance)
+                for name, tensors in files.items()
+            }
+            hashes = {name: job.result() for name, job in jobs.items()}
+        witnesses = source.folder / WITNESSES
+        kept = [(witnesses, WITNESSES)] if witnesses.exists() else []
+        for path, name in [*companions(source.folder), *kept]:
+            (folder / name).parent.mkdir(exist_ok=True)
+            hashes[name] = copy_hashed(path, folder / name, advance)
+        recipe = (source.folder / "recipe.toml").read_text(encoding="utf-8")
+        texts = {
+            INDEX: json_text(index_of(files)),
+            "config.json": json_text(plan.config),
+            "recipe.toml": recipe,
+            "README.md": card,
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            hashes[name] = hash_new(folder / name)
+        manifest = source.manifest.derived(hashes, carrier="compiled", compiled=describe(plan))
+        manifest.write(folder)
+    return out
+
+
+def describe(plan: CompiledPlan) -> CompiledEntry:
+    """What the manifest says about a compilation: where, with which numbers, how far off."""
+    wide = plan.widening
+    return CompiledEntry(
+        dtype=wide.dtype,
+        hidden_size=(wide.stream.d, wide.stream.width),
+        layers_added=PER_SITE * len(plan.sites),
+        kappa=wide.stream.kappa,
+        sites=[
+            LayersEntry(
+                layers=[first, first + 1],
+                flags=len(compiled.logic.flags),
+                neurons=[len(mlp.gate) for mlp in compiled.layers],
+                parameters=summary(compiled.setting, compiled.measured),
+                distance=CompiledDistance(
+                    what="|h' - hook's h'| / |h'| on random tokens, every feature pushed "
+                    "above and below its threshold",
+                    tokens=len(compiled.distance.error),
+                    median=float(np.median(_relative(compiled.distance))),
+                    largest=float(_relative(compiled.distance).max()),
+                    largest_share_of_bound=float(compiled.bound),
+                ),
+            )
+            for compiled, first in zip(plan.sites, added_layers(plan.source), strict=True)
+        ],
+    )
+
+
+def added_layers(source: ClampedSource) -> list[int]:
+    """The first of the two layers of every site, by its number in the compiled folder."""
+    return [site.layer + 1 + PER_SITE * i for i, site in enumerate(source.sites)]
+
+
+def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
+    """The base's config.json, wider and deeper, with every size spelled out."""
+    config = dict(source.config)
+    n = int(config["num_hidden_layers"])
+    types = _layer_types(config, n, source.family)
+    for site in reversed(source.sites) if types else ():
+        # Gemma 2 goes on alternating, also for runtimes that count layers instead of reading this.
+        after = site.layer + 1
+        types[after:after] = (
+            [types[site.layer - 1] if site.layer else _other(types[0]), types[site.layer]]
+            if source.family.sliding == "alternating"
+            else ["sliding_attention"] * PER_SITE
+        )
+    heads = int(config["num_attention_heads"])
+    any_q = next(name for name in source.tensors if name.endswith("q_proj.weight"))
+    config.pop("sliding_window_pattern", None)
+    config.pop("torch_dtype", None)
+    return config | {
+        "hidden_size": plan.stream.width,
+        "intermediate_size": plan.mlp,
+        "num_hidden_layers": n + PER_SITE * len(source.sites),
+        **({"layer_types": types} if types else {}),
+        "head_dim": source.tensors[any_q].shape[0] // heads,
+        "rms_norm_eps": plan.eps,
+        "dtype": plan.dtype,
+    }
+
+
+def _layer_types(config: dict[str, Any], n: int, family: Family) -> list[str]:
+    if family.sliding == "never":
+        return []
+    if config.get("layer_types"):
+        return list(config["layer_types"])
+    every = 2 if family.sliding == "alternating" else int(config.get("sliding_window_pattern", 6))
+    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)]
+
+
+def _other(kind: str) -> str:
+    return "sliding_attention" if kind == "full_attention" else "full_attention"
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def _check_family(source: ClampedSource) -> None:
+    name, family = source.name, source.family
+    if family.images:
+        raise ExportError(
+            f"{name}: takes images; only text models are compiled. Use the clamped checkpoint, or "
+            "its text model alone"
+        )
+    activation = source.config.get(family.activation_field) or ACTIVATION
+    if activation != ACTIVATION:
+        raise ExportError(
+            f"{name}: its activation is {activation}; expected {ACTIVATION}, which the two layers "
+            "are built from"
+        )
+
+
+def _stored_dtype(source: ClampedSource) -> str:
+    """What the checkpoint is loaded in."""
+    stated = source.config.get("dtype") or source.config.get("torch_dtype")
+    if stated is not None:
+        return str(stated)
+    name = next(name for name in source.tensors if name.endswith("embed_tokens.weight"))
+    return {value: key for key, value in DTYPES.items()}[source.tensors[name].dtype]
+
+
+def _neurons(logic: Logic, family: Family) -> int:
+    """What the larger of a site's two layers needs, at most."""
+    references = 1 if family.norms_after else unnormed.MOST_NODES
+    return max(references + len(logic.flags), len(logic.terms) + 1 + len(logic.counted))
+
+
+def _relative(distance: Distance) -> Array:
+    relative: Array = distance.error / np.maximum(
+        np.linalg.norm(distance.tried, axis=-1), distance.change
+    )
+    return relative

@@ -1,0 +1,227 @@
+"""A base's residual streams on a few tokens, and the compiled layers on them, by stock modules.
+
+The base runs decoder layer by decoder layer, each read from disk and let go again, so that memory
+does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from bake.tensors import DTYPES, to_bits, to_float32
+from export.carriers.compiled.rule import Measured
+from export.carriers.compiled.stock_layers import MLP, Array, Logic, Stream, wanted_change
+from export.carriers.compiled.widening import Widening, rounded
+from export.clamped_source import ClampedSource, ClampSite
+
+if TYPE_CHECKING:
+    import torch
+
+SEQUENCES, LENGTH = 4, 16
+FARTHEST = 3.0
+"""Largest norm of a stream that is tried, against the largest that was measured."""
+_MARGIN = 0.05
+"""How far above and below its threshold a feature is pushed, against |w|·|x|."""
+
+
+def random_tokens(source: ClampedSource) -> NDArray[np.int64]:
+    """[SEQUENCES, LENGTH] token ids, BOS first; always the same for a vocabulary."""
+    vocabulary = int(source.config["vocab_size"])
+    ids = np.random.default_rng(0).integers(0, vocabulary, (SEQUENCES, LENGTH))
+    bos = source.config.get("bos_token_id")
+    ids[:, 0] = bos if isinstance(bos, int) else 2
+    return ids
+
+
+def measure(source: ClampedSource, ids: NDArray[np.int64]) -> list[Measured]:
+    """Residual streams at every site, in float32, earlier sites' clamps applied.
+
+    Args:
+        source: whose base runs.
+        ids: [batch, seq].
+    """
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    last = source.sites[-1].layer
+    config = transformers.AutoConfig.for_model(**source.config)
+    config.num_hidden_layers = last + 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: last + 1]
+    config._attn_implementation = "eager"
+    stock = getattr(transformers, source.config["architectures"][0])
+    with torch.device("meta"), no_init_weights():
+        model = stock(config).model.eval()
+    model.rotary_emb = type(model.rotary_emb)(config)
+    model.norm = torch.nn.Identity()
+    prefix = next(n for n in source.tensors if n.endswith("embed_tokens.weight"))[:-19]
+    exempt = np.isin(ids, source.exempt_token_ids).reshape(-1)
+    sites = {site.layer: site for site in source.sites}
+    found: list[Measured] = []
+
+    def load(index: int) -> Any:
+        def hook(layer: torch.nn.Module, _: Any) -> None:
+            names = {name: f"{prefix}layers.{index}.{name}" for name, _ in layer.named_parameters()}
+            layer.load_state_dict({k: _tensor(source, v) for k, v in names.items()}, assign=True)
+
+        return hook
+
+    def clamp(index: int) -> Any:
+        def hook(layer: torch.nn.Module, _: Any, h: torch.Tensor) -> torch.Tensor:
+            layer.to("meta")
+            site = sites.get(index)
+            if site is None:
+                return h
+            x = h.reshape(-1, h.shape[-1]).double().numpy()
+            spared = exempt if site.exempt_bos else np.zeros_like(exempt)
+            found.append(Measured(x[~spared], x[spared]))
+            x = x + wanted_change(site, x) * ~spared[:, None]
+            return torch.from_numpy(x).to(h.dtype).reshape(h.shape)
+
+        return hook
+
+    for index, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(load(index))
+        layer.register_forward_hook(clamp(index))
+    embeddings = torch.from_numpy(_embedded(source, f"{prefix}embed_tokens.weight", ids))
+    with torch.no_grad():
+        model(inputs_embeds=embeddings, use_cache=False)
+    return found
+
+
+def _tensor(source: ClampedSource, name: str) -> torch.Tensor:
+    with safe_open(source.tensors[name].file, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name).float()
+        return tensor
+
+
+def _embedded(source: ClampedSource, name: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """[batch, seq, d] embeddings as Gemma scales them; only rows that are asked for are read."""
+    with safe_open(source.tensors[name].file, framework="pt") as file:
+        table = file.get_slice(name)
+        rows = {int(i): table[int(i) : int(i) + 1].float().numpy()[0] for i in np.unique(ids)}
+    d = int(source.config["hidden_size"])
+    return np.stack([[rows[int(i)] for i in row] for row in ids]) * np.float32(math.sqrt(d))
+
+
+# --------------------------------------------------------------------------- the layers themselves
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a site's two layers are from the clamp, on tokens that were tried."""
+
+    error: Array
+    """[n] |h'_compiled - h'|."""
+    change: Array
+    """[n] |Δ|."""
+    tried: Array
+    """[n, d] the residual streams, as the dtype holds them."""
+    exempt_error: float
+    """The largest |Δ_compiled| of an exempt token."""
+
+
+def trial_streams(site: ClampSite, logic: Logic, measured: Measured) -> Array:
+    """[n, d]: what was measured, and for every flag a stream that raises and one that lowers it,
+    unless that would take one far larger than any that was measured.
+    """
+    rows = [measured.x]
+    for i, flag in enumerate(logic.flags):
+        w = site.W_enc[:, flag.feature].astype(np.float64)
+        x = measured.x[i % len(measured.x)]
+        z = x @ w + site.b_enc[flag.feature] - flag.threshold
+        reach = _MARGIN * np.linalg.norm(w) * measured.largest
+        pushed = [x + (goal - z) / max(w @ w, 1e-30) * w for goal in (reach, -reach)]
+        rows += [row[None] for row in pushed if np.linalg.norm(row) <= FARTHEST * measured.largest]
+    return np.concatenate(rows)
+
+
+def measure_distance(
+    source: ClampedSource,
+    site: ClampSite,
+    logic: Logic,
+    layers: Sequence[MLP],
+    plan: Widening,
+    stream: Stream,
+    measured: Measured,
+) -> Distance:
+    """Run the two layers as stock modules in the plan's dtype, on streams of every kind."""
+    dtype, s, d = DTYPES[plan.dtype], plan.stream.scale, plan.stream.d
+    modules = [stock_block(source, mlp, plan) for mlp in layers]
+    tried = rounded(trial_streams(site, logic, measured) * s, dtype)
+    exempt = rounded(measured.exempt * s, dtype)
+    wide = (_widened(tried, stream.constants, plan), _widened(exempt, (), plan))
+    moved = [_through(modules, x, plan) for x in wide]
+    x = tried / s
+    change = wanted_change(site, x)
+    error = np.linalg.norm(moved[0][:, :d] / s - x - change, axis=-1)
+    stray = np.linalg.norm((moved[1][:, :d] - exempt) / s, axis=-1).max(initial=0.0)
+    return Distance(error, np.linalg.norm(change, axis=-1), x, float(stray))
+
+
+def _widened(x: Array, constants: tuple[int, ...], plan: Widening) -> Array:
+    """[n, d] → [n, D]: κ in the given channels; an exempt token has it in none."""
+    wide = np.zeros((len(x), plan.stream.width))
+    wide[:, : plan.stream.d] = x
+    wide[:, list(constants)] = plan.stream.kappa
+    return wide
+
+
+def _through(modules: Sequence[Any], wide: Array, plan: Widening) -> Array:
+    """Two layers, one after the other."""
+    import torch
+
+    h = torch.from_numpy(wide).to(getattr(torch, plan.dtype))
+    with torch.no_grad():
+        for before, mlp, after in modules:
+            h = h + after(mlp(before(h)))
+    return h.double().numpy()
+
+
+def stock_block(source: ClampedSource, mlp: MLP, plan: Widening) -> tuple[Any, Any, Any]:
+    """(norm before, MLP, norm after) of a stock decoder layer with these weights."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        **source.config
+        | {
+            "hidden_size": plan.stream.width,
+            "intermediate_size": len(mlp.gate),
+            "rms_norm_eps": plan.eps,
+            "num_hidden_layers": 1,
+            "layer_types": ["sliding_attention"],
+        }
+    )
+    stock = getattr(transformers, source.config["architectures"][0])
+    with torch.device("meta"):
+        model = stock(config).model
+    layer = model.layers[0]
+    stored = DTYPES[plan.dtype]
+
+    def weight(values: Array) -> torch.Tensor:
+        exact = torch.from_numpy(to_float32(to_bits(values, stored), stored))
+        return exact.to(getattr(torch, plan.dtype))
+
+    state = {
+        "gate_proj.weight": mlp.gate,
+        "up_proj.weight": mlp.up,
+        "down_proj.weight": mlp.down,
+    }
+    layer.mlp.load_state_dict({k: weight(v) for k, v in state.items()}, assign=True)
+    after: torch.nn.Module = torch.nn.Identity()
+    before = layer.post_attention_layernorm
+    if mlp.gain is not None:
+        before, after = layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
+    before.load_state_dict({"weight": weight(np.zeros(plan.stream.width))}, assign=True)
+    if mlp.gain is not None:
+        after.load_state_dict({"weight": weight(mlp.gain - 1)}, assign=True)
+    return before, layer.mlp, after

@@ -1,0 +1,1 @@
+"""The clamp in an ONNX graph."""

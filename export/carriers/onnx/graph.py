@@ -1,0 +1,330 @@
+"""The text-generation graph of a clamped Gemma, Gemma 2 or Gemma 3 (text), written from its config.
+
+    input_ids, attention_mask, position_ids, past_key_values.{i}.{key,value}
+        -> logits, present.{i}.{key,value}
+
+The residual stream is float32 whatever the weights are stored in. Attention is written out in
+standard operators, so that masks hold in prefill, in decode, past the sliding window, and with
+padding on either side; ONNX Runtime fuses what it can when it loads the graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import GraphProto, TensorProto, ValueInfoProto, helper
+
+from export.carriers.onnx.graph_builder import Builder
+from export.carriers.onnx.graph_weights import Weights
+from export.carriers.onnx.operator import DOMAIN, NAME
+from export.carriers.onnx.wiring import Architecture
+from export.clamped import CLAMP_TENSORS
+
+INT64, FLOAT, FLOAT16 = TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT16
+BATCH, SEQ = "batch_size", "sequence_length"
+PAST, TOTAL = "past_sequence_length", "total_sequence_length"
+HIDDEN = float(np.finfo(np.float32).min)
+"""Added to the score of what a token must not see, as transformers' eager attention does."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Values that every layer uses."""
+
+    split_queries: str
+    """Shape [batch, seq, n_heads, head_dim]."""
+    split_keys: str
+    """Shape [batch, seq, n_kv_heads, head_dim]."""
+    residual: str
+    """Shape [batch, seq, d_in]."""
+    scores: str
+    """Shape [batch, n_heads, seq, past + seq]."""
+    masks: dict[int | None, str]
+    """By window: [batch, 1, seq, past + seq], 0 or `HIDDEN`."""
+    ropes: dict[str, tuple[str, str]]
+    """Cosine and signed sine: [batch, 1, seq, head_dim]."""
+    exempt: dict[bool, str]
+    """By whether a site spares the exempt tokens: [batch, seq] bool."""
+
+
+class GraphWriter:
+    """Writes the graph of one architecture with one kind of weights.
+
+    Args:
+        arch: how it is wired.
+        weights: where the tensors come from.
+        prefix: before the layer's number in tensor names, `model.layers.`.
+        head: name of the output matrix, [vocab, d_in].
+        biases: names of the biases that exist.
+        cache: type of the keys and values that are kept.
+        exact: whether the weights are, so that rounding elsewhere is worth avoiding.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: Weights,
+        *,
+        prefix: str,
+        head: str,
+        biases: frozenset[str],
+        cache: int,
+        exact: bool,
+    ) -> None:
+        self.arch = arch
+        self.weights = weights
+        self.prefix = prefix
+        self.head = head
+        self.biases = biases
+        self.cache = cache
+        self.exact = exact
+        self.g = Builder()
+
+    def write(self) -> GraphProto:
+        """The whole graph."""
+        g, backbone = self.g, self.prefix.removesuffix("layers.")
+        g.scope = "embed"
+        ids = g.op("Reshape", "input_ids", g.ints(-1))
+        x = self.weights.lookup(g, f"{backbone}embed_tokens.weight", ids)  # [rows, d_in] from here
+        x = g.op("Mul", x, g.float(self.arch.d_in**0.5))
+        shared = self._shared()
+        for layer in range(self.arch.n_layers):
+            x = self._layer(x, layer, shared)
+        g.scope = "head"
+        logits = self.weights.linear(g, self._norm(x, f"{backbone}norm.weight"), self.head)
+        if self.arch.final_softcap is not None:
+            logits = self._softcap(logits, self.arch.final_softcap)
+        batch_seq = g.op("Concat", g.op("Shape", "input_ids"), g.ints(-1), axis=0)
+        g.nodes.append(helper.make_node("Reshape", [logits, batch_seq], ["logits"], name="logits"))
+        return helper.make_graph(
+            g.nodes, "main", self._inputs(), self._outputs(), list(g.initializers.values())
+        )
+
+    def _layer(self, x: str, layer: int, shared: Shared) -> str:
+        """One decoder layer, and its clamp: [rows, d_in] twice."""
+        g, name = self.g, f"{self.prefix}{layer}."
+        g.scope = f"layer.{layer}/attention"
+        attended = self._attention(self._norm(x, f"{name}input_layernorm.weight"), layer, shared)
+        after = f"{name}post_attention_layernorm.weight"
+        before_mlp = after
+        if self.arch.norms_after:
+            attended = self._norm(attended, after)
+            before_mlp = f"{name}pre_feedforward_layernorm.weight"
+        x = g.op("Add", x, attended)
+        g.scope = f"layer.{layer}/mlp"
+        m = self._mlp(self._norm(x, before_mlp), f"{name}mlp.")
+        if self.arch.norms_after:
+            m = self._norm(m, f"{name}post_feedforward_layernorm.weight")
+        x = g.op("Add", x, m)
+        if layer not in self.arch.sites:
+            return x
+        g.scope = f"layer.{layer}/sae_clamp"
+        h = g.op("Reshape", x, shared.residual)
+        tensors = [self.weights.exact(g, f"{name}sae_clamp.{tensor}") for tensor in CLAMP_TENSORS]
+        exempt = shared.exempt[self.arch.sites[layer]]
+        clamped = g.op(NAME, h, exempt, *tensors, domain=DOMAIN)
+        return g.op("Reshape", clamped, g.ints(-1, self.arch.d_in))
+
+    def _mlp(self, x: str, name: str) -> str:
+        """[rows, d_in] twice."""
+        g = self.g
+        gate = self._activation(self.weights.linear(g, x, f"{name}gate_proj.weight"))
+        hidden = g.op("Mul", gate, self.weights.linear(g, x, f"{name}up_proj.weight"))
+        return self.weights.linear(g, hidden, f"{name}down_proj.weight")
+
+    def _activation(self, x: str) -> str:
+        g, kind = self.g, self.arch.activation
+        if kind == "silu":
+            return g.op("Mul", x, g.op("Sigmoid", x))
+        if kind == "relu":
+            return g.op("Relu", x)
+        return g.op("Gelu", x, approximate="none" if kind == "gelu" else "tanh")
+
+    def _attention(self, x: str, layer: int, shared: Shared) -> str:
+        """[rows, d_in] twice; writes the layer's present keys and values."""
+        g, arch, name = self.g, self.arch, f"{self.prefix}{layer}.self_attn."
+        rope = shared.ropes[arch.ropes[layer]]
+        q = self._heads(x, f"{name}q_proj", shared.split_queries, f"{name}q_norm.weight", rope)
+        k = self._heads(x, f"{name}k_proj", shared.split_keys, f"{name}k_norm.weight", rope)
+        v = self._heads(x, f"{name}v_proj", shared.split_keys)
+        k = self._with_past(k, f"{layer}.key")
+        v = self._with_past(v, f"{layer}.value")
+        # Queries that share a key head stand below each other, so keys are not repeated.
+        grouped = g.ints(0, arch.n_kv_heads, -1, arch.head_dim)
+        q = g.op("Reshape", g.op("Mul", q, g.float(arch.attention_scale)), grouped)
+        scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
+        if arch.attention_softcap is not None:
+            scores = self._score_softcap(scores, arch.attention_softcap)
+        scores = g.op("Reshape", scores, shared.scores)
+        shares = g.op("Softmax", g.op("Add", scores, shared.masks[arch.windows[layer]]), axis=-1)
+        seen = g.op("Concat", g.ints(0, arch.n_kv_heads, -1), self._total(), axis=0)
+        mixed = g.op("MatMul", g.op("Reshape", shares, seen), v)
+        mixed = g.op("Reshape", mixed, g.op("Concat", *self._by_heads(), axis=0))
+        rows = g.op("Transpose", mixed, perm=[0, 2, 1, 3])
+        rows = g.op("Reshape", rows, g.ints(-1, arch.n_heads * arch.head_dim))
+        return self._linear(rows, f"{name}o_proj")
+
+    def _heads(
+        self,
+        x: str,
+        name: str,
+        shape: str,
+        norm: str | None = None,
+        rope: tuple[str, str] | None = None,
+    ) -> str:
+        """[rows, d_in] -> [batch, heads, seq, head_dim], normed and turned where asked for."""
+        g = self.g
+        heads = g.op("Reshape", self._linear(x, name), shape)
+        if norm is not None and self.arch.head_norms:
+            heads = self._norm(heads, norm)
+        heads = g.op("Transpose", heads, perm=[0, 2, 1, 3])
+        if rope is None:
+            return heads
+        half = self.arch.head_dim // 2
+        first, second = g.op_many("Split", heads, g.ints(half, half), n_outputs=2, axis=-1)
+        swapped = g.op("Concat", second, first, axis=-1)
+        cos, signed_sin = rope
+        return g.op("Add", g.op("Mul", heads, cos), g.op("Mul", swapped, signed_sin))
+
+    def _with_past(self, new: str, name: str) -> str:
+        """Past and new keys or values, [batch, n_kv_heads, past + seq, head_dim] float32."""
+        g, present = self.g, f"present.{name}"
+        kept = new if self.cache == FLOAT else g.cast(new, self.cache)
+        inputs = [f"past_key_values.{name}", kept]
+        g.nodes.append(helper.make_node("Concat", inputs, [present], name=present, axis=2))
+        return present if self.cache == FLOAT else g.cast(present, FLOAT)
+
+    def _linear(self, x: str, name: str) -> str:
+        bias = f"{name}.bias"
+        return self.weights.linear(
+            self.g, x, f"{name}.weight", bias if bias in self.biases else None
+        )
+
+    def _norm(self, x: str, name: str) -> str:
+        """Gemma's RMS norm, x / rms(x) * (1 + w), over the last axis."""
+        g = self.g
+        weight = self.weights.exact(g, name)
+        factor = g.once(f"1 + {name}", lambda: g.op("Add", weight, g.float(1.0)))
+        mean = g.op("ReduceMean", g.op("Pow", x, g.float(2.0)), g.ints(-1), keepdims=1)
+        rms = g.op("Sqrt", g.op("Add", mean, g.float(self.arch.norm_eps)))
+        return g.op("Mul", g.op("Div", x, rms), factor)
+
+    def _softcap(self, x: str, cap: float) -> str:
+        g = self.g
+        return g.op("Mul", g.op("Tanh", g.op("Div", x, g.float(cap))), g.float(cap))
+
+    def _score_softcap(self, x: str, cap: float) -> str:
+        """The same for attention scores. ONNX Runtime's float32 tanh is off by up to 4 units in the
+        last place, times the cap of 50; the softmax behind it makes that the largest error of the
+        graph. Where the weights are exact, it is taken in double precision.
+        """
+        g = self.g
+        if not self.exact:
+            return self._softcap(x, cap)
+        capped = g.op("Tanh", g.cast(g.op("Div", x, g.float(cap)), TensorProto.DOUBLE))
+        return g.op("Mul", g.cast(capped, FLOAT), g.float(cap))
+
+    # ----------------------------------------------------------------- what layers share
+
+    def _shared(self) -> Shared:
+        g, arch = self.g, self.arch
+        g.scope = "shared"
+        batch_seq = g.op("Shape", "input_ids")
+        return Shared(
+            split_queries=g.op("Concat", batch_seq, g.ints(arch.n_heads, arch.head_dim), axis=0),
+            split_keys=g.op("Concat", batch_seq, g.ints(arch.n_kv_heads, arch.head_dim), axis=0),
+            residual=g.op("Concat", batch_seq, g.ints(arch.d_in), axis=0),
+            scores=g.op(
+                "Concat",
+                g.op("Shape", "input_ids", start=0, end=1),
+                g.ints(arch.n_heads, -1),
+                self._total(),
+                axis=0,
+            ),
+            masks=self._masks(),
+            ropes={name: self._rope(*rope) for name, rope in arch.inv_freqs.items()},
+            exempt={spares: self._exempt(spares) for spares in set(arch.sites.values())},
+        )
+
+    def _total(self) -> str:
+        """Length of past and new tokens: [1]."""
+        g = self.g
+        return g.once("total", lambda: g.op("Shape", "attention_mask", start=1, end=2))
+
+    def _by_heads(self) -> list[str]:
+        """Parts of the shape [batch, n_heads, seq, head_dim]."""
+        g, arch = self.g, self.arch
+        seq = g.once("seq", lambda: g.op("Shape", "input_ids", start=1, end=2))
+        return [g.ints(0, arch.n_heads), seq, g.ints(arch.head_dim)]
+
+    def _masks(self) -> dict[int | None, str]:
+        """A token sees itself and what stands before it, but no padding, and no further back than
+        its layer's window, which counts real tokens: padding may stand anywhere.
+        """
+        g = self.g
+        total = g.op("Squeeze", self._total())
+        past = g.op("Shape", "past_key_values.0.key", start=2, end=3)
+        keys = g.op("Range", g.scalar(0), total, g.scalar(1))  # [past + seq]
+        queries = g.op("Range", g.op("Squeeze", past), total, g.scalar(1))
+        queries = g.op("Unsqueeze", queries, g.ints(-1))  # [seq, 1]
+        real = g.op("Unsqueeze", g.cast("attention_mask", TensorProto.BOOL), g.ints(1, 2))
+        seen = g.op("And", g.op("LessOrEqual", keys, queries), real)  # [batch, 1, seq, past + seq]
+        masks = {}
+        for window in dict.fromkeys(self.arch.windows):
+            near = seen
+            if window is not None:
+                counted = g.op("CumSum", "attention_mask", g.scalar(1))  # [batch, past + seq]
+                begin, end = past, g.ints(np.iinfo(np.int64).max)
+                here = g.op("Slice", counted, begin, end, g.ints(1))  # [batch, seq]
+                first = g.op("Sub", g.op("Unsqueeze", here, g.ints(1, 3)), g.scalar(window))
+                counted = g.op("Unsqueeze", counted, g.ints(1, 2))
+                near = g.op("And", seen, g.op("Greater", counted, first))
+            masks[window] = g.op("Where", near, g.float(0.0), g.float(HIDDEN))
+        return masks
+
+    def _rope(self, inv_freq: NDArray[np.float32], factor: float) -> tuple[str, str]:
+        """Cosine, and sine with the sign of the half that it is added to."""
+        g = self.g
+        positions = g.op("Unsqueeze", g.cast("position_ids", FLOAT), g.ints(1, 3))
+        angles = g.op("Mul", positions, g.constant(inv_freq))  # [batch, 1, seq, head_dim / 2]
+        cos, sin = g.op("Cos", angles), g.op("Sin", angles)
+        if factor != 1.0:
+            cos, sin = (g.op("Mul", x, g.float(factor)) for x in (cos, sin))
+        return (
+            g.op("Concat", cos, cos, axis=-1),
+            g.op("Concat", g.op("Neg", sin), sin, axis=-1),
+        )
+
+    def _exempt(self, spares: bool) -> str:
+        """Tokens that no clamp touches, by their ids: [batch, seq] bool."""
+        g = self.g
+        ids = self.arch.exempt_token_ids if spares else ()
+        exempt = g.op("Less", "input_ids", g.scalar(0)) if not ids else ""
+        for token_id in ids:
+            same = g.op("Equal", "input_ids", g.scalar(token_id))
+            exempt = g.op("Or", exempt, same) if exempt else same
+        return exempt
+
+    # ----------------------------------------------------------------- what goes in and out
+
+    def _inputs(self) -> list[ValueInfoProto]:
+        return [
+            helper.make_tensor_value_info("input_ids", INT64, [BATCH, SEQ]),
+            helper.make_tensor_value_info("attention_mask", INT64, [BATCH, TOTAL]),
+            helper.make_tensor_value_info("position_ids", INT64, [BATCH, SEQ]),
+            *self._cached("past_key_values", PAST),
+        ]
+
+    def _outputs(self) -> list[ValueInfoProto]:
+        logits = helper.make_tensor_value_info("logits", FLOAT, [BATCH, SEQ, self.arch.vocab])
+        return [logits, *self._cached("present", TOTAL)]
+
+    def _cached(self, name: str, length: str) -> list[ValueInfoProto]:
+        shape: list[str | int | None] = [BATCH, self.arch.n_kv_heads, length, self.arch.head_dim]
+        return [
+            helper.make_tensor_value_info(f"{name}.{layer}.{part}", self.cache, shape)
+            for layer in range(self.arch.n_layers)
+            for part in ("key", "value")
+        ]

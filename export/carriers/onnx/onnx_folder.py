@@ -1,0 +1,330 @@
+"""`bakeout export onnx`: a clamped checkpoint → its graph beside it, checked before it appears."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx.helper import make_model, make_opsetid, set_model_props
+
+from bake.errors import BakeoutError, FolderError, OutputError
+from bake.new_folder import MANIFEST, check_output, check_space, disk_full, new_folder
+from bake.rounding import MIN_EFFECT
+from export.carriers.onnx import graph_check as onnx_check
+from export.carriers.onnx.genai_config import GENAI_CONFIG, genai_config
+from export.carriers.onnx.graph import FLOAT, FLOAT16, GraphWriter
+from export.carriers.onnx.graph_weights import (
+    PackedWeights,
+    SharedWeights,
+    Weights,
+    packed_size,
+)
+from export.carriers.onnx.operator import function, opset_imports
+from export.carriers.onnx.precisions import PRECISIONS, Precision, precision_of
+from export.carriers.onnx.wiring import Architecture
+from export.clamped import Clamped, check_files, open_clamped
+from export.copying import hash_new
+from export.witness_file import WITNESSES, Witnesses
+from export.witness_prompts import find_witnesses
+
+IR_VERSION = 10
+"""Of the file format; ONNX Runtime reads it since 1.18."""
+GRAPH_BYTES = 4 << 20
+"""What a graph without its weights takes on the disk, at most."""
+_PARTIAL = ".bakeout-partial"
+"""What is being written has this name, or lies in a folder of this name."""
+
+
+class CheckError(BakeoutError):
+    """A graph that does not hold; it was not kept."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    graph: Path
+    n_clamps: int
+    difference: float
+    """Largest |Δlogit| to the checkpoint, over the witnesses."""
+    effect: float
+    """Largest |Δlogit| that the clamp makes in the graph there."""
+
+
+def export_onnx(
+    folder: Path,
+    *,
+    precision: str = "shared",
+    out: Path | None = None,
+    force: bool = False,
+    card: str = "",
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+) -> Exported:
+    """Write a clamped checkpoint's graph, whole or not at all.
+
+    Args:
+        folder: a clamped checkpoint of Gemma, Gemma 2 or Gemma 3 (text), or one compiled from it.
+        precision: of `PRECISIONS`; shared points into the checkpoint's own files, the others write
+            rounded copies.
+        out: a folder of its own for a rounded graph; default: beside the checkpoint.
+        force: replace a graph that is there.
+        card: text of README.md, in a folder of its own.
+        progress: told what is being done, and the share of it that is done, 0 to 1.
+
+    Raises:
+        FolderError: the folder is no clamped checkpoint, or a shard is not what the manifest says.
+        ModelError: its family is not supported.
+        OutputError: the graph exists, or does not fit on the disk.
+        CheckError: the graph does not say what the checkpoint says.
+    """
+    clamped, chosen = open_clamped(folder, with_graphs=True), precision_of(precision)
+    architecture = Architecture.of(clamped.config)
+    _check_target(clamped, chosen, out, force)
+    check_files(clamped, clamped.shards, lambda share: progress("hash", share))
+    progress("witnesses", 0.0)
+    stored = WITNESSES in clamped.manifest.files
+    if stored:
+        check_files(clamped, [WITNESSES])
+    if not stored and not clamped.sites:
+        raise FolderError(
+            f"{folder}: has no witnesses, so a graph cannot be checked; compile it from a "
+            "checkpoint that has some (`bakeout bake --witnesses`)"
+        )
+    witnesses = Witnesses.load(folder) if stored else find_witnesses(clamped, [])
+    if witnesses is None:
+        raise FolderError(
+            f"{folder}: no prompt was found that fires its clamp, so a graph cannot be checked; "
+            "bake it from a recipe with a [verify] table, whose forget questions are tried"
+        )
+    place = nullcontext(folder) if out is None else new_folder(out)
+    with place as root, _partial(root, chosen) as graph:
+        with disk_full(folder if out is None else out):
+            progress("write", 0.0)
+            write_graph(clamped, architecture, precision, graph)
+        progress("check", 0.0)
+        # What is compiled with 16-bit weights is rounded once more than the checkpoint.
+        rounded = not clamped.sites and clamped.stored_in != "float32"
+        exact = chosen.shared and not rounded
+        exported = check_graph(witnesses, graph, n_clamps=len(clamped.sites), exact=exact)
+        new = _keep(graph, root / chosen.file)
+        if out is not None:
+            new += _copy_companions(clamped, root)
+            (root / "README.md").write_text(card, encoding="utf-8")
+            new.append(root / "README.md")
+        if not stored:
+            new.append(witnesses.save(root))
+        if chosen.shared or not (root / PRECISIONS["shared"].file).exists():
+            new.append(_write_genai_config(clamped, root, chosen.file))
+        _list_files(clamped, root, new, keep=out is None)
+    return Exported((folder if out is None else out) / chosen.file, *exported)
+
+
+def _check_target(clamped: Clamped, precision: Precision, out: Path | None, force: bool) -> None:
+    """Raise OutputError before anything is written."""
+    size = GRAPH_BYTES
+    if not precision.shared:
+        size += packed_size(clamped.tensors, precision)
+    if out is None:
+        name = precision.file
+        # What the manifest does not list was left by an export that was killed.
+        if name in clamped.manifest.files and not force:
+            raise OutputError(f"output {clamped.folder / name}: exists; pass --force to replace it")
+        check_space(clamped.folder, size)
+    elif precision.shared:
+        rounded = ", ".join(name for name, of in PRECISIONS.items() if not of.shared)
+        raise OutputError(
+            f"output {out}: a shared graph uses the weights of {clamped.folder} in place and lies "
+            f"beside them; --out is for {rounded}"
+        )
+    else:
+        check_output(out, inputs=[clamped.folder], size=size, force=force)
+
+
+@contextmanager
+def _partial(root: Path, precision: Precision) -> Iterator[Path]:
+    """Where a graph is written first. A shared one must lie beside its weights even then."""
+    aside, beside = root / _PARTIAL, root / f"{_PARTIAL}.onnx"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        if precision.shared:
+            yield beside
+        else:
+            aside.mkdir()
+            yield aside / Path(precision.file).name
+    finally:
+        beside.unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_graph(clamped: Clamped, architecture: Architecture, name: str, graph: Path) -> None:
+    """Write one graph, and the data file beside it where its weights are rounded copies."""
+    precision = PRECISIONS[name]
+    if precision.shared:
+        model = _model(clamped, architecture, name, SharedWeights(clamped.tensors))
+    else:
+        data = graph.with_name(f"{graph.name}_data")
+        with data.open("wb") as file:
+            logic = tuple(f"{clamped.layer_prefix}{i}.mlp." for i in clamped.compiled_layers)
+            weights = PackedWeights(clamped.tensors, precision, file, data.name, logic)
+            model = _model(clamped, architecture, name, weights)
+    graph.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _model(
+    clamped: Clamped, architecture: Architecture, name: str, weights: Weights
+) -> onnx.ModelProto:
+    precision = PRECISIONS[name]
+    writer = GraphWriter(
+        architecture,
+        weights,
+        prefix=clamped.layer_prefix,
+        head=clamped.head,
+        biases=frozenset(name for name in clamped.tensors if name.endswith(".bias")),
+        cache=FLOAT16 if precision.bits == 16 else FLOAT,
+        exact=precision.shared,
+    )
+    imports = opset_imports()
+    if precision.blocks:
+        imports.append(make_opsetid("com.microsoft", 1))
+    functions = [function()] if clamped.sites else []
+    model = make_model(
+        writer.write(), functions=functions, opset_imports=imports, ir_version=IR_VERSION
+    )
+    model.producer_name, model.producer_version = "bakeout", version("bakeout")
+    provenance = {
+        "bakeout.version": version("bakeout"),
+        "bakeout.exact": "true" if precision.shared else "false",
+        "bakeout.precision": name,
+        "bakeout.recipe_sha256": clamped.recipe_sha256,
+        "bakeout.weights_sha256": clamped.weights_sha256,
+    }
+    set_model_props(model, provenance)
+    return model
+
+
+# --------------------------------------------------------------------------- the check
+
+
+def check_graph(
+    witnesses: Witnesses, graph: Path, *, n_clamps: int, exact: bool
+) -> tuple[int, float, float]:
+    """Check and run a graph in a fresh process that knows nothing of bakeout.
+
+    Args:
+        witnesses: what to run it on.
+        graph: where it lies, and its data beside it.
+        n_clamps: how many SAEClamp nodes it must hold; none where the clamp is compiled in.
+        exact: whether its logits must be the checkpoint's.
+
+    Returns:
+        (clamps in the graph, largest |Δlogit| to the checkpoint, largest |Δlogit| that the clamp
+        makes in the graph).
+
+    Raises:
+        CheckError: onnx.checker or ONNX Runtime refuses it, a clamp is not there or does nothing,
+            or the logits are not the checkpoint's.
+    """
+    inputs = {
+        name: getattr(witnesses, name).numpy()
+        for name in ("input_ids", "attention_mask", "places", "token_ids")
+    }
+    with tempfile.TemporaryDirectory(prefix="bakeout-check-") as scratch:
+        asked, answered = Path(scratch) / "asked.npz", Path(scratch) / "answered.npz"
+        np.savez(asked, **inputs)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-I",
+                onnx_check.__file__,
+                str(graph.resolve()),
+                str(asked),
+                str(answered),
+            ],
+            cwd=scratch,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise CheckError(f"the graph was not kept: a fresh process refuses it: {last[-1]}")
+        with np.load(answered) as found:
+            n_found = int(found["n_clamps"])
+            logits, unclamped = found["logits"], found["unclamped"]
+    if not n_clamps:  # nothing can be taken out of the graph; the checkpoint without its clamp is
+        unclamped = witnesses.unclamped.numpy()
+    expected, effect = witnesses.logits.numpy(), logits - unclamped
+    difference = float(np.abs(logits - expected).max())
+    true_effect = expected - witnesses.unclamped.numpy()
+    shown = float((effect * true_effect).sum() / (true_effect * true_effect).sum())
+    bar = witnesses.rounding if exact else np.inf
+    if n_found != n_clamps or not difference <= bar or not shown >= MIN_EFFECT:
+        raise CheckError(
+            f"the graph was not kept: it holds {n_found} of {n_clamps} SAEClamp nodes, its logits "
+            f"differ from the checkpoint's by {difference:.1e} (bar {bar:.1e}), and it shows "
+            f"{shown:.2f} of the clamp's effect (bar {MIN_EFFECT}); please report this"
+        )
+    return n_found, difference, float(np.abs(effect).max())
+
+
+# --------------------------------------------------------------------------- files around it
+
+
+def _keep(graph: Path, target: Path) -> list[Path]:
+    """Give a graph that was checked, and its data, their place; returns where they lie."""
+    target.parent.mkdir(exist_ok=True)
+    kept = []
+    for path in (graph.with_name(f"{graph.name}_data"), graph):
+        if path.exists():
+            place = target if path == graph else target.with_name(path.name)
+            path.replace(place)
+            kept.append(place)
+    return kept
+
+
+def _copy_companions(clamped: Clamped, root: Path) -> list[Path]:
+    """Everything of the folder but its weights and what is made of them."""
+    left_out = {*clamped.shards, "model.safetensors.index.json", GENAI_CONFIG, "README.md"}
+    copies = []
+    for name in clamped.manifest.files:
+        if name not in left_out and not name.endswith((".py", ".onnx", ".onnx_data")):
+            target = root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(clamped.folder / name, target)
+            copies.append(target)
+    return copies
+
+
+def _write_genai_config(clamped: Clamped, root: Path, graph: str) -> Path:
+    path = root / GENAI_CONFIG
+    config = genai_config(clamped.config, clamped.folder, graph)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _list_files(clamped: Clamped, root: Path, new: list[Path], *, keep: bool) -> None:
+    """Write the manifest with the hashes of new files, in one step, as the last file."""
+    files = dict(clamped.manifest.files) if keep else {}
+    files |= {path.relative_to(root).as_posix(): hash_new(path) for path in new}
+    partial = root / _PARTIAL
+    partial.mkdir(exist_ok=True)
+    # What holds rounded weights alone is not exact.
+    clamped.manifest.changed(files=files, exact=keep and clamped.manifest.exact).write(partial)
+    (partial / MANIFEST).replace(root / MANIFEST)
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

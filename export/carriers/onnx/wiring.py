@@ -1,0 +1,118 @@
+"""What of a config decides how a graph is wired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bake.errors import ModelError
+from bake.families import Family, family_of, text_families
+
+_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu", "silu", "relu")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What of a config decides how the graph is wired."""
+
+    n_layers: int
+    d_in: int
+    vocab: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    activation: str
+    attention_scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
+    windows: tuple[int | None, ...]
+    """Per layer: how many tokens back it sees, itself included; None sees all."""
+    ropes: tuple[str, ...]
+    """Per layer: which of `inv_freqs` turns its queries and keys."""
+    inv_freqs: dict[str, tuple[NDArray[np.float32], float]]
+    """Rotary frequencies [head_dim / 2] and the factor on sine and cosine, by name."""
+    norms_after: bool
+    """Gemma 2 and 3: a block's output has a norm of its own before it is added."""
+    head_norms: bool
+    """Gemma 3: queries and keys have a norm of their own."""
+    exempt_token_ids: tuple[int, ...]
+    sites: dict[int, bool]
+    """Clamped layers, and whether they spare the exempt tokens."""
+
+    @classmethod
+    def of(cls, config: Any) -> Architecture:
+        """Read a clamped model's config object.
+
+        Raises:
+            ModelError: the family, or something that its config asks for, is not supported.
+        """
+        family = family_of(config.model_type)
+        if family.images:
+            raise ModelError(
+                f"family {config.model_type.removeprefix('clamped_')}: cannot be exported to ONNX; "
+                f"expected one of {text_families()}"
+            )
+        if getattr(config, "use_bidirectional_attention", None):
+            raise ModelError(
+                "config.use_bidirectional_attention: true cannot be exported to ONNX; expected a "
+                "model that generates text"
+            )
+        activation = getattr(config, family.activation_field)
+        if activation not in _ACTIVATIONS:
+            raise ModelError(
+                f"activation {activation}: cannot be exported to ONNX; expected one of "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        n_layers = config.num_hidden_layers
+        types = getattr(config, "layer_types", None) or ["full_attention"] * n_layers
+        clamp = getattr(config, "sae_clamp", None) or {"sites": [], "exempt_token_ids": []}
+        sliding = [kind == "sliding_attention" for kind in types]
+        return cls(
+            n_layers=n_layers,
+            d_in=config.hidden_size,
+            vocab=config.vocab_size,
+            n_heads=config.num_attention_heads,
+            n_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            norm_eps=config.rms_norm_eps,
+            activation=activation,
+            attention_scale=getattr(config, "query_pre_attn_scalar", config.head_dim) ** -0.5,
+            attention_softcap=getattr(config, "attn_logit_softcapping", None),
+            final_softcap=getattr(config, "final_logit_softcapping", None),
+            windows=tuple(config.sliding_window if slides else None for slides in sliding),
+            ropes=tuple(types) if family.head_norms else ("all",) * n_layers,
+            inv_freqs=_inv_freqs(config, family),
+            norms_after=family.norms_after,
+            head_norms=family.head_norms,
+            exempt_token_ids=tuple(clamp["exempt_token_ids"]),
+            sites={site["layer"]: site["exempt_bos"] for site in clamp["sites"]},
+        )
+
+
+def _inv_freqs(config: Any, family: Family) -> dict[str, tuple[NDArray[np.float32], float]]:
+    """As transformers' own rotary embedding computes them."""
+    import transformers
+
+    stock = getattr(transformers, family.architecture)
+    rope = getattr(import_module(stock.__module__), family.rope)(config)
+    kinds = {"all": ("", rope.rope_type)}
+    if family.head_norms:
+        kinds = {name: (f"{name}_", rope.rope_type[name]) for name in rope.rope_type}
+    for _, kind in kinds.values():
+        if kind in ("dynamic", "longrope"):
+            raise ModelError(
+                f"rope type {kind}: changes with the prompt's length and cannot be exported to "
+                "ONNX; expected default, linear, llama3 or yarn"
+            )
+    return {
+        name: (
+            getattr(rope, f"{prefix}inv_freq").numpy(),
+            float(getattr(rope, f"{prefix}attention_scaling")),
+        )
+        for name, (prefix, _) in kinds.items()
+    }

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bake.errors import ModelError
+from bake.questions.multiple_choice import Question, Text
+from bake.questions.prompts import Prompt, batches, left_padded, question_prompts, text_prompts
+from tests.worlds import tiny_tokenizer
+
+BOS = 2
+QUESTION = Question(" How many? ", ("one", "two", "three", "four"), 1, "small numbers", row=5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+def texts_of(tokenizer: Any, question: Question) -> dict[str, str]:
+    return {
+        prompt.form: tokenizer.decode(prompt.ids)
+        for prompt in question_prompts("forget", [question], tokenizer, compared=True)
+    }
+
+
+def test_both_forms_to_the_letter(tokenizer: Any) -> None:
+    texts = texts_of(tokenizer, QUESTION)
+    assert texts["chat"] == (
+        "<bos><start_of_turn>user\n"
+        "The following are multiple choice questions (with answers) about small numbers.\n"
+        " How many? \nA. one\nB. two\nC. three\nD. four<end_of_turn>\n"
+        "<start_of_turn>model\nAnswer: ("
+    )
+    assert texts["plain"] == (
+        "<bos>The following are multiple choice questions (with answers) about small numbers.\n\n"
+        "How many?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
+    )
+
+
+def test_without_a_topic_the_description_names_none(tokenizer: Any) -> None:
+    question = Question("How many?", ("1", "2", "3", "4"), 0, None, row=1)
+    for text in texts_of(tokenizer, question).values():
+        assert "multiple choice questions (with answers).\n" in text
+
+
+def test_bos_comes_once_and_markers_are_single_tokens(tokenizer: Any) -> None:
+    for prompt in question_prompts("forget", [QUESTION], tokenizer, compared=True):
+        assert prompt.ids[0] == BOS
+        assert prompt.ids.count(BOS) == 1
+        assert (prompt.row, prompt.item) == (5, 0)
+        turns = prompt.ids.count(tokenizer.convert_tokens_to_ids("<start_of_turn>"))
+        assert turns == (2 if prompt.form == "chat" else 0)
+
+
+def test_every_token_counts_in_the_first_prompts_of_a_form(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bake.questions.prompts.COMPARED_PROMPTS", 2)
+    prompts = question_prompts("retain", [QUESTION] * 3, tokenizer, compared=True)
+    assert [prompt.every_token for prompt in prompts] == [True, True, False] * 2
+    assert [prompt.item for prompt in prompts] == [0, 1, 2] * 2
+    prompts = question_prompts("retain", [QUESTION] * 3, tokenizer, compared=False)
+    assert not any(prompt.every_token for prompt in prompts)
+
+
+def test_text_is_cut_into_windows_with_bos(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bake.questions.prompts.TEXT_WINDOW", 5)
+    prompts = text_prompts([Text("abcdefghij", 3), Text("k", 7)], tokenizer)
+    assert [tokenizer.decode(prompt.ids) for prompt in prompts] == [
+        "<bos>abcd",
+        "<bos>efgh",
+        "<bos>ij",
+        "<bos>k",
+    ]
+    assert [prompt.row for prompt in prompts] == [3, 3, 3, 7]
+    assert all(prompt.every_token and prompt.source == "text" for prompt in prompts)
+    monkeypatch.setattr("bake.questions.prompts.TEXT_TOKENS", 7)
+    assert len(text_prompts([Text("abcdefghij", 3)] * 9, tokenizer)) == 2
+
+
+def test_a_tokenizer_without_bos_is_refused(tokenizer: Any) -> None:
+    class NoBos:
+        bos_token_id = None
+
+    with pytest.raises(ModelError, match="no BOS token"):
+        question_prompts("forget", [QUESTION], NoBos(), compared=True)
+
+
+def prompt(length: int, *, every_token: bool, item: int = 0) -> Prompt:
+    ids = (BOS, *range(10, 9 + length))
+    return Prompt("forget", "chat", 1, ids, every_token=every_token, item=item)
+
+
+def test_padding_stands_on_the_left() -> None:
+    batch = left_padded(
+        [prompt(2, every_token=True), prompt(4, every_token=True)], pad_id=0, last_only=False
+    )
+    assert torch.equal(batch.input_ids, torch.tensor([[0, 0, 2, 10], [2, 10, 11, 12]]))
+    assert torch.equal(batch.attention_mask, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+
+
+def test_every_prompt_is_in_one_batch_and_batches_keep_their_bounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bake.questions.prompts.BATCH_TOKENS", 40)
+    monkeypatch.setattr("bake.questions.prompts.BATCH_LOGIT_BYTES", 4 * 100 * 24)
+    prompts = [prompt(3 + 7 * i % 20, every_token=i % 3 == 0, item=i) for i in range(30)]
+    prompts.append(prompt(90, every_token=True, item=30))
+    found = list(batches(prompts, pad_id=0, vocab_size=100))
+    assert sorted(p.item for batch in found for p in batch.prompts) == list(range(31))
+    for batch in found:
+        rows, seq = batch.input_ids.shape
+        assert all(p.every_token is not batch.last_only for p in batch.prompts)
+        assert rows == 1 or rows * seq <= 40
+        assert rows == 1 or batch.last_only or rows * seq <= 24
+    assert max(len(batch.prompts) for batch in found) > 1

@@ -1,0 +1,207 @@
+"""The recipe: what is accepted, and what each error says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from bake.errors import RecipeError
+from bake.recipe import Recipe
+from bake.sources import layer_of
+
+RECIPES = Path(__file__).parents[2] / "bake" / "recipes"
+
+GOOD = """
+schema = 1
+[base]
+model = "model"
+[[clamp]]
+sae = { path = "sae" }
+hook_point = "blocks.3.hook_resid_post"
+method = "clamp"
+features = [1, 2]
+value = -30
+"""
+REFUSAL = 'method = "refusal"\nrefusal_feature = 9'
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    (tmp_path / "recipe.toml").write_text(text)
+    return Recipe.load(tmp_path / "recipe.toml")
+
+
+def test_good_recipe_and_its_way_back_through_toml(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    assert recipe.clamp[0].value == -30.0
+    assert recipe.clamp[0].exempt_bos and recipe.clamp[0].trigger == 0.0
+    assert recipe.base.license == "gemma" and recipe.base.dtype == "auto"
+    again = load(tmp_path, recipe.to_toml())
+    assert again.to_dict() == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("value = -30", "valeu = -30", r"clamp\[0\]\.valeu: unknown key; did you mean `value`"),
+        ("schema = 1", "schema = 2", r"schema: got 2, expected 1"),
+        (
+            "features = [",
+            "featurse = [",
+            r"clamp\[0\]\.featurse: unknown key; did you mean `features`",
+        ),
+        ("schema = 1", "", r"schema: missing"),
+        ("value = -30", "", r'method "clamp" needs `value`'),
+        ("value = -30", "value = inf", r"clamp\[0\]\.value: got inf, expected a finite number"),
+        ("value = -30", "value = nan", r"clamp\[0\]\.value: got nan"),
+        ("value = -30", 'value = "-30"', r"clamp\[0\]\.value: got '-30', expected a valid number"),
+        ("value = -30", "value = -30\ntrigger = -0.1", r"trigger: got -0\.1, expected greater"),
+        ("value = -30", "value = -30\nmultiplier = 2", r'"clamp" does not use `multiplier`'),
+        ("value = -30", "value = -30\nalso_clamp = false", r"does not use `also_clamp`"),
+        ('"clamp"', '"clmap"', r"clamp\[0\]\.method: got 'clmap', expected 'clamp'"),
+        ('"clamp"', '"zero"', r'"zero" does not use `value`'),
+        ('"clamp"', '"scale"', r'"scale" needs `multiplier`'),
+        ("value = -30", "", r"needs `value`"),
+        ("[1, 2]", "[1, 1]", r"feature 1 is listed twice"),
+        ("[1, 2]", "[]", r"at least one feature"),
+        ("[1, 2]", "[-1]", r"feature -1 is negative"),
+        ("[1, 2]", "[1.5]", r"list of at least one feature number"),
+        ("[1, 2]", "[true]", r"list of at least one feature number"),
+        ("[1, 2]", '"select"', r"needs a \[select\] table"),
+        ('method = "clamp"', REFUSAL + "\nclamp_value = -1", r"only with also_clamp"),
+        ('method = "clamp"', REFUSAL.replace("9", "2"), r"refusal_feature 2 is also among"),
+        ('method = "clamp"', 'method = "refusal"', r"needs `refusal_feature`"),
+        ("hook_resid_post", "hook_mlp_out", r'"blocks\.3\.hook_mlp_out" is not supported'),
+        ("blocks.3.hook_resid_post", "blocks.0.hook_resid_pre", r"is the embedding"),
+        ('{ path = "sae" }', '{ path = "a", release = "b", id = "c" }', r"expected either `path`"),
+        ('{ path = "sae" }', '{ release = "b" }', r"expected either `path`"),
+        ('{ path = "sae" }', "{ }", r"expected either `path`"),
+        ('model = "model"', 'model = "model"\ndtype = "int8"', r"base\.dtype: got 'int8'"),
+        ('model = "model"', "", r"base\.model: missing"),
+        ('model = "model"', 'model = ""', r"base\.model: got ''"),
+        ("[base]", "[[base]]", r"base: got \["),
+    ],
+)
+def test_errors_name_key_got_and_expected(tmp_path: Path, old: str, new: str, match: str) -> None:
+    assert old in GOOD
+    with pytest.raises(RecipeError, match=match) as caught:
+        load(tmp_path, GOOD.replace(old, new))
+    assert "\n" not in str(caught.value)
+
+
+def test_scale_by_zero_is_refused(tmp_path: Path) -> None:
+    text = GOOD.replace('"clamp"', '"scale"').replace("value = -30", "multiplier = 0")
+    with pytest.raises(RecipeError, match="leaves every activation as it is"):
+        load(tmp_path, text)
+
+
+def test_two_tables_at_one_hook_point_also_by_another_name(tmp_path: Path) -> None:
+    table = GOOD[GOOD.index("[[clamp]]") :]
+    other = table.replace("blocks.3.hook_resid_post", "blocks.4.hook_resid_pre")
+    with pytest.raises(RecipeError, match=r"two .* at the output of layer 3"):
+        load(tmp_path, GOOD + other)
+
+
+def test_no_toml_and_no_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is no TOML"):
+        load(tmp_path, "schema = = 1")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("hook_point", "layer"), [("blocks.0.hook_resid_post", 0), ("blocks.7.hook_resid_pre", 6)]
+)
+def test_layer_of_a_hook_point(hook_point: str, layer: int) -> None:
+    assert layer_of(hook_point) == layer
+
+
+def test_shareable_cuts_every_local_path_and_keeps_hub_ids(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "base").mkdir(parents=True)
+    data = {
+        "schema": 1,
+        "base": {"model": str(tmp_path / "deep" / "base")},
+        "clamp": [
+            {"sae": {"path": "../x/sae"}, "method": "zero", "features": [1]},
+            {"sae": {"release": "r", "id": "a/b"}, "method": "zero", "features": [1]},
+        ],
+        "verify": {
+            "forget_questions": {"path": "/some/where/q.jsonl"},
+            "retain_questions": {"dataset": "cais/mmlu", "config": "all"},
+            "text": {"dataset": "./local/set"},
+        },
+    }
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(data))
+    shared = Recipe.load(tmp_path / "recipe.toml").shareable()
+    assert shared.base.model == "base"
+    assert shared.clamp[0].sae.path == "sae"
+    assert shared.clamp[1].sae.id == "a/b"
+    assert shared.verify is not None
+    assert shared.verify.forget_questions.path == "q.jsonl"
+    assert shared.verify.retain_questions.dataset == "cais/mmlu"
+    assert shared.verify.text.dataset == "set"
+    assert "/" not in shared.to_toml().replace("a/b", "").replace("cais/mmlu", "")
+
+
+def test_a_set_of_questions_may_be_called_as_a_key_is(tmp_path: Path) -> None:
+    source = {"path": "deep/q.jsonl"}
+    data = {
+        "schema": 1,
+        "base": {"model": "base"},
+        "clamp": [{"sae": {"path": "sae"}, "method": "zero", "features": [0]}],
+        "verify": {
+            "forget_questions": source,
+            "retain_questions": source,
+            "text": source,
+            "reworded": {"path": source, "dataset": source},
+        },
+    }
+    recipe = Recipe.parse(data, name="test", folder=tmp_path / "a")
+    for moved, path in ((recipe.shareable(), "q.jsonl"), (recipe.at(tmp_path), "a/deep/q.jsonl")):
+        assert moved.verify is not None
+        assert {name: s.path for name, s in moved.verify.reworded.items()} == {
+            "path": path,
+            "dataset": path,
+        }
+
+
+def test_shipped_recipes_are_the_published_settings() -> None:
+    recipes = {path.stem: Recipe.load(path) for path in RECIPES.glob("*.toml")}
+    clamp = recipes["gemma-2-2b-wmdp-bio-clamp"].clamp[0]
+    assert (clamp.method, clamp.value) == ("clamp", -300.0)
+    assert clamp.features == [11766, 9723, 4788, 1709, 9186]
+    refusal = recipes["gemma-2-2b-wmdp-bio-refusal"].clamp[0]
+    assert (refusal.method, refusal.value, refusal.trigger) == ("refusal", -500.0, 0.05)
+    assert refusal.refusal_feature == 15864 and len(refusal.features) == 10
+    potter = recipes["gemma-2b-harry-potter"].clamp[0]
+    assert (potter.method, potter.features) == ("zero", [10130, 776])
+    assert all(recipe.base.license == "gemma" for recipe in recipes.values())
+
+
+@pytest.mark.parametrize(
+    ("table", "match"),
+    [
+        ({"reworded": {"german": "x"}}, r"verify\.reworded\.german: got 'x', expected a table$"),
+        (
+            {"reworded": {"german": {"path": "x", "field": "y"}}},
+            r"verify\.reworded\.german\.field: unknown key; (did you mean `(?!field)|remove it)",
+        ),
+        (
+            {"completions": {"promts": {"path": "x"}}},
+            r"promts: unknown key; did you mean `prompts`",
+        ),
+        (
+            {"completions": {"prompts": {"path": "x"}, "topic_words": "bell"}},
+            r"topic_words: got 'bell', expected a list$",
+        ),
+    ],
+)
+def test_what_is_wrong_in_the_optional_tables_is_named(table: dict[str, Any], match: str) -> None:
+    source = {"path": "q.jsonl"}
+    verify = {"forget_questions": source, "retain_questions": source, "text": source, **table}
+    clamp = {"sae": {"path": "sae"}, "method": "zero", "features": [1]}
+    data = {"schema": 1, "base": {"model": "m"}, "clamp": [clamp], "verify": verify}
+    with pytest.raises(RecipeError, match=match):
+        Recipe.parse(data, name="recipe.toml", folder=Path())

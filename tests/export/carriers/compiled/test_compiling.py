@@ -1,0 +1,263 @@
+"""Compiled folders against the hooked reference: every method, family, number of features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+from bake.errors import BakeoutError, ExportError, FolderError, OutputError
+from bake.recipe import Recipe
+from bake.stock import load_base
+from export.carriers.compiled.compiled_files import LAYERS_SHARD
+from export.carriers.compiled.compiling import plan_compiled, write_compiled
+from tests.clamps import METHOD_FEATURES, METHOD_TABLES
+from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
+from tests.logits import flat_logits, tiny_prompts
+from tests.worlds import RecipeWriter, save_gemma_scope, save_sae_lens, tiny_base, tiny_sae
+from verify.compare.logits import kl_nats
+from verify.reference.oracle import Oracle
+from verify.reference.whole_sae import load_sites
+
+
+def compare(
+    tmp_path: Path, write_recipe: RecipeWriter, tables: list[dict[str, Any]], **base: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of base, hooked reference, compiled folder: [tokens, vocab]; tokens fired [tokens]."""
+    recipe_file = write_recipe(*tables, base=base)
+    folder = compile_recipe(recipe_file, tmp_path)
+    recipe = Recipe.load(recipe_file)
+    stock = load_base(recipe)
+    oracle = Oracle(stock, load_sites(recipe))
+    model, info = tf.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True
+    )
+    assert type(model).__name__ == type(stock).__name__
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = tiny_prompts()
+    before = flat_logits(stock, ids)
+    with oracle.applied() as hooked:
+        reference = flat_logits(hooked, ids)
+    assert oracle._fired is not None
+    return before, reference, flat_logits(model, ids), oracle._fired.flatten()
+
+
+def sae_tables(tmp_path: Path, method: str, features: list[int], n: int) -> list[dict[str, Any]]:
+    save_sae_lens(tmp_path / "one", tiny_sae(), layer=1)
+    save_gemma_scope(tmp_path / "layer_2", tiny_sae(1))
+    names = ["one", "layer_2"][:n]
+    return [
+        {"sae": {"path": name}, "features": features, **METHOD_TABLES[method]} for name in names
+    ]
+
+
+@pytest.mark.parametrize("hook_points", [1, 2])
+@pytest.mark.parametrize("method", METHOD_TABLES)
+@pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)
+def test_float32(
+    tmp_path: Path, write_recipe: RecipeWriter, family: str, method: str, hook_points: int
+) -> None:
+    tiny_base(tmp_path / "base", family)
+    tables = sae_tables(tmp_path, method, METHOD_FEATURES, hook_points)
+    if family == "gemma" and "refusal" in method:
+        with pytest.raises(ExportError, match="layer 1: a feature is triggered by any of 6"):
+            compile_recipe(write_recipe(*tables), tmp_path)
+        return
+    before, reference, found, fired = compare(tmp_path, write_recipe, tables)
+    assert fired.any()
+    assert kl_nats(reference, before).mean() > 0.1 or method == "zero"
+    assert kl_nats(reference, found).mean() <= 1e-8
+    assert torch.equal(found.argmax(-1), reference.argmax(-1))
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, 40])
+@pytest.mark.parametrize("method", ["clamp", "refusal", "refusal and clamp", "random decoder"])
+def test_any_number_of_features(
+    tmp_path: Path, write_recipe: RecipeWriter, method: str, k: int
+) -> None:
+    tiny_base(tmp_path / "base")
+    features = [f for f in range(k + 1) if f != 30][:k]
+    tables = sae_tables(tmp_path, method, features, 1)
+    before, reference, found, fired = compare(tmp_path, write_recipe, tables)
+    assert fired.any() and kl_nats(reference, before).mean() > 1e-3
+    assert kl_nats(reference, found).mean() <= 1e-8
+
+
+@pytest.mark.parametrize("exempt_bos", [True, False])
+def test_bos_is_exempt_by_its_id_wherever_it_stands(
+    tmp_path: Path, write_recipe: RecipeWriter, exempt_bos: bool
+) -> None:
+    tiny_base(tmp_path / "base")
+    (table,) = sae_tables(tmp_path, "clamp", list(range(40)), 1)
+    before, reference, found, fired = compare(
+        tmp_path, write_recipe, [table | {"exempt_bos": exempt_bos}]
+    )
+    bos = (tiny_prompts() == 2).flatten()
+    assert bos.sum() == 5 and fired[bos].any() != exempt_bos
+    assert kl_nats(reference, found).max() <= 1e-6
+    assert (kl_nats(before, found)[0] <= 1e-9) == exempt_bos
+
+
+BFLOAT16 = [
+    ("gemma", "clamp", 1),
+    ("gemma", "scale", 1),
+    *(("gemma2", method, 1 + i % 2) for i, method in enumerate(METHOD_TABLES)),
+    *(("gemma3_text", method, 2 - i % 2) for i, method in enumerate(METHOD_TABLES)),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "hook_points"), BFLOAT16)
+def test_bfloat16_is_as_near_as_the_hook_in_bfloat16(
+    tmp_path: Path, write_recipe: RecipeWriter, family: str, method: str, hook_points: int
+) -> None:
+    tiny_base(tmp_path / "base", family, dtype="bfloat16")
+    tables = sae_tables(tmp_path, method, METHOD_FEATURES, hook_points)
+    _, hooked, found, fired = compare(tmp_path, write_recipe, tables)
+    recipe = Recipe.load(write_recipe(*tables, base={"dtype": "float32"}))
+    oracle = Oracle(load_base(recipe), load_sites(recipe))
+    with oracle.applied() as model:
+        exact = flat_logits(model, tiny_prompts())
+    own = kl_nats(exact, hooked).mean()
+    assert fired.any()
+    # Without norms after the MLP, what is written carries bfloat16's rounding of r̃² as well.
+    times = 10 if family == "gemma" else 3
+    assert kl_nats(exact, found).mean() <= times * own + 1e-3
+
+
+# --------------------------------------------------------------------------- the folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base/`, `sae/`, `recipe.toml`, the baked `checkpoint/` and the `compiled/` folder."""
+    folder = tmp_path_factory.mktemp("work")
+    tiny_base(folder / "base", shards=3)
+    save_sae_lens(folder / "sae", tiny_sae())
+    (folder / "recipe.toml").write_text(
+        'schema = 1\n[base]\nmodel = "base"\nlicense = "gemma"\n[[clamp]]\n'
+        'sae = { path = "sae" }\nmethod = "clamp"\nfeatures = [1, 5]\nvalue = -6.0\n'
+    )
+    compile_recipe(folder / "recipe.toml", folder)
+    return folder
+
+
+def test_the_folder_is_a_stock_one_and_whole(work: Path) -> None:
+    folder = work / "compiled"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("gemma2", ["Gemma2ForCausalLM"])
+    assert "auto_map" not in config and "sae_clamp" not in config
+    assert config["num_hidden_layers"] == 6 == len(config["layer_types"])
+    assert config["layer_types"] == ["sliding_attention", "full_attention"] * 3
+    assert config["hidden_activation"] == "gelu_pytorch_tanh"
+    assert not list(folder.glob("*.py"))
+    assert (folder / "NOTICE").is_file()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["carrier"], manifest["exact"]) == ("compiled", False)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*manifest["files"], "manifest.json"}
+    for name, digest in manifest["files"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+    (site,) = manifest["compiled"]["sites"]
+    assert site["layers"] == [2, 3] and site["flags"] == 2
+    assert 0 < site["distance"]["largest_share_of_bound"] <= 1
+    assert str(work) not in (folder / "manifest.json").read_text()
+
+
+def test_the_base_is_in_it_with_zeros_beside(work: Path) -> None:
+    base: dict[str, torch.Tensor] = {}
+    for path in (work / "base").glob("*.safetensors"):
+        base |= load_file(path)
+    wide: dict[str, torch.Tensor] = {}
+    for path in (work / "compiled").glob("*.safetensors"):
+        wide |= load_file(path)
+    new = load_file(work / "compiled" / LAYERS_SHARD)
+    assert {name.split(".")[2] for name in new} == {"2", "3"}
+    for name, tensor in base.items():
+        number = name.split(".")[2]
+        moved = name.replace(".2.", ".4.") if number == "2" else name
+        moved = name.replace(".3.", ".5.") if number == "3" else moved
+        grown = wide[moved]
+        inside = grown[tuple(slice(n) for n in tensor.shape)]
+        if "norm" not in name:
+            assert torch.equal(inside, tensor), name
+        if "norm" not in name and "embed" not in name:
+            assert grown.count_nonzero() == tensor.count_nonzero(), name
+    assert len(wide) == len(base) + len(new)
+
+
+def test_the_same_input_gives_the_same_bytes(work: Path, tmp_path: Path) -> None:
+    plan = plan_compiled(work / "checkpoint")
+    again = write_compiled(plan, tmp_path / "again", card="# card\n")
+    for path in again.iterdir():
+        assert path.read_bytes() == (work / "compiled" / path.name).read_bytes(), path.name
+    assert plan.size <= sum(path.stat().st_size for path in again.iterdir()) <= plan.size + 50_000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_dtype_can_be_asked_for(work: Path, tmp_path: Path, dtype: str) -> None:
+    plan = plan_compiled(work / "checkpoint", dtype=dtype, pad=32)
+    folder = write_compiled(plan, tmp_path / "out", card="")
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == getattr(torch, dtype)
+    assert model.config.hidden_size == 32 + 32
+
+
+def changed(work: Path, folder: Path, **config: Any) -> Path:
+    """A copy of the checkpoint with something else in its config."""
+    import shutil
+
+    shutil.copytree(work / "checkpoint", folder)
+    data = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(data | config))
+    return folder
+
+
+def test_bad_input_is_refused_in_one_line(work: Path, tmp_path: Path) -> None:
+    checkpoint = work / "checkpoint"
+    cases: list[tuple[Path, dict[str, Any], type[BakeoutError], str]] = [
+        (checkpoint, {"pad": 4}, ExportError, "--pad 4: holds 4 channels, .* need 5; pass --pad 8"),
+        (checkpoint, {"pad": 9}, ExportError, "41, which 4 attention heads do not divide"),
+        (checkpoint, {"dtype": "float16"}, ExportError, "float16 ends at 65504.*bfloat16"),
+        (checkpoint, {"dtype": "int8"}, ExportError, "--dtype int8: expected float32 or bfloat16"),
+        (work / "compiled", {}, FolderError, "is an export already .carrier compiled."),
+        (work / "base", {}, FolderError, r"has no manifest.json"),
+        (work / "nowhere", {}, FolderError, "is no folder"),
+    ]
+    gelu = changed(work, tmp_path / "gelu", hidden_activation="gelu")
+    cases.append((gelu, {}, ExportError, "activation is gelu; expected gelu_pytorch_tanh"))
+    images = changed(work, tmp_path / "images", model_type="clamped_gemma3")
+    cases.append((images, {}, ExportError, "takes images"))
+    for folder, options, kind, match in cases:
+        with pytest.raises(kind, match=match) as caught:
+            plan_compiled(folder, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_output_is_never_in_place_of_something(work: Path) -> None:
+    plan = plan_compiled(work / "checkpoint")
+    for out in (work / "checkpoint", work / "checkpoint" / "sub", work / "compiled"):
+        with pytest.raises(OutputError):
+            write_compiled(plan, out, card="")
+
+
+def test_a_layer_that_misses_its_bound_is_not_written(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from export.carriers.compiled import compiling
+
+    whole = compiling.action_layer
+
+    def without_a_term(site: Any, logic: Any, *more: Any) -> Any:
+        from dataclasses import replace
+
+        return whole(site, replace(logic, terms=logic.terms[1:]), *more)
+
+    monkeypatch.setattr(compiling, "action_layer", without_a_term)
+    with pytest.raises(ExportError, match="layer 1: two stock layers miss the clamp by"):
+        plan_compiled(work / "checkpoint")

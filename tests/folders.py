@@ -1,0 +1,105 @@
+"""Folders that are baked and exported, with all that a verification of them needs."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from bake.recipe import Recipe
+from bakeout.verbs.baking import bake_recipe
+from bakeout.verbs.exporting import export_adapter
+from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
+from export.carriers.compiled.compiling import plan_compiled, write_compiled
+from tests.worlds import (
+    save_sae_lens,
+    tiny_base,
+    tiny_sae,
+    tiny_tokenizer,
+    write_questions,
+    write_texts,
+)
+
+N_FORGET, N_RETAIN = 5, 7
+STOCK_TEXT_CLASSES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+"""The stock class of each family without images."""
+
+
+def manifest_data(files: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """A whole manifest.json of a folder with files of these hashes."""
+    return {
+        "schema": 1,
+        "bakeout": "0.1.0",
+        "carrier": "layer",
+        "exact": True,
+        "base": {"model": "base", "revision": None},
+        "recipe_sha256": "0" * 64,
+        "clamps": [],
+        "sources": {},
+        "tools": {},
+        "files": files,
+        **changes,
+    }
+
+
+def baked_world(folder: Path, features: list[int], *, n_texts: int = 6) -> Path:
+    """Fills a folder with all that a verification needs, and gives it."""
+    tiny_tokenizer(tiny_base(folder / "base"))
+    save_sae_lens(folder / "sae", tiny_sae())
+    write_questions(folder / "forget.jsonl", N_FORGET, seed=1, subject="bell_ringing")
+    write_questions(folder / "retain.jsonl", N_RETAIN, seed=2)
+    write_texts(folder / "text.jsonl", n_texts)
+    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": features, "value": -6.0}
+    recipe = Recipe.load(write_verify_recipe(folder / "recipe.toml", clamp))
+    write_checkpoint(plan_checkpoint(recipe), folder / "checkpoint", card="# card\n")
+    return folder
+
+
+def write_verify_recipe(path: Path, *clamps: dict[str, Any], **base: Any) -> Path:
+    """A recipe over `base/` that is verified on the questions and text beside it."""
+    verify = {
+        "forget_questions": {"path": "forget.jsonl"},
+        "retain_questions": {"path": "retain.jsonl"},
+        "text": {"path": "text.jsonl"},
+        "prompt": "plain",
+    }
+    base = {"model": "base", "license": "apache-2.0", **base}
+    data = {"schema": 1, "base": base, "clamp": list(clamps), "verify": verify}
+    path.write_text(tomli_w.dumps(data))
+    return path
+
+
+def recipe_variant(work: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Recipe:
+    """The recipe with something changed, in the same folder."""
+    data = tomllib.loads((work / "recipe.toml").read_text())
+    change(data)
+    path = work / f"{name}.toml"
+    path.write_text(tomli_w.dumps(data))
+    return Recipe.load(path)
+
+
+def compile_recipe(recipe: Path, out: Path, **options: Any) -> Path:
+    """Bake a recipe and compile the checkpoint; returns the compiled folder."""
+    bake_recipe(recipe, out / "checkpoint", force=False)
+    plan = plan_compiled(out / "checkpoint", **options)
+    return write_compiled(plan, out / "compiled", card="# card\n")
+
+
+def make_adapter(folder: Path, family: str = "gemma2", dtype: str = "float32") -> Path:
+    """`base/`, `sae/`, `recipe.toml`, the baked `checkpoint/` and the `adapter/`."""
+    tiny_base(folder / "base", family, shards=2, dtype=dtype)
+    save_sae_lens(folder / "sae", tiny_sae())
+    (folder / "recipe.toml").write_text(
+        'schema = 1\n[base]\nmodel = "base"\nlicense = "gemma"\n[[clamp]]\n'
+        'sae = { path = "sae" }\nmethod = "clamp"\nfeatures = [1, 5, 9]\nvalue = -6.0\n'
+    )
+    bake_recipe(folder / "recipe.toml", folder / "checkpoint", force=False)
+    export_adapter(folder / "checkpoint", folder / "adapter", force=False)
+    return folder

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, Gemma2ForCausalLM
+
+from bake.questions.answers import LetterTokens, letter_log_likelihoods, letter_tokens
+from bake.questions.multiple_choice import Question
+from bake.questions.prompts import plain_text
+from tests.worlds import tiny_base, tiny_tokenizer
+from verify.engines.runners import HookedRunner
+from verify.engines.scoring import last_logits, token_ids
+
+
+def test_likelihoods_of_letters() -> None:
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
+    letters = LetterTokens(
+        chat=((10, 20), (11, 21), (12, 22), (23,)), plain=((20,), (21,), (22,), (23,))
+    )
+    found = letter_log_likelihoods(logits, letters)
+    expected = logits.double().softmax(-1).log().numpy()
+    np.testing.assert_allclose(found[:, :3, 0], expected[:, 10:13])
+    np.testing.assert_allclose(found[..., 1], expected[:, 20:24])
+    assert (found[:, 3, 0] == -np.inf).all()
+
+
+class PlainOnly:
+    """An engine that reads batches only."""
+
+    name = "onnx"
+
+    def __init__(self, runner: HookedRunner) -> None:
+        self._runner = runner
+
+    def logits(self, *inputs: Any) -> torch.Tensor:
+        return self._runner.logits(*inputs)
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("tree_tokens", [2048, 200])
+def test_plain_form_is_one_prompt_after_another(
+    tmp_path: Path, tree_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verify.engines.scoring.TREE_TOKENS", tree_tokens)
+    tiny_tokenizer(tiny_base(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    letters = letter_tokens(tokenizer)
+    model = Gemma2ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    questions = [
+        Question("which" * (1 + n % 3) + "?", ("w", "x", f"y{n}", "z"), 0, topic, row=n)
+        for n, topic in enumerate(["bells", "bells", None, "kites", "bells"])
+    ]
+    expected = []
+    for question in questions:
+        text = plain_text(question)
+        ids = torch.tensor([[2, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            likelihoods = model(ids).logits[0, -1].double().log_softmax(-1)
+        tokens = [tokenizer.convert_tokens_to_ids(f"\u2581{letter}") for letter in "ABCD"]
+        expected.append(likelihoods[tokens].tolist())
+    runner = HookedRunner("base", model)
+    sequences = token_ids([plain_text(question) for question in questions], tokenizer)
+    for engine in (runner, PlainOnly(runner)):
+        for n in (1, 2, 5):
+            logits = last_logits(engine, sequences[:n], tokenizer)
+            found = letter_log_likelihoods(logits, letters)[..., 1]
+            np.testing.assert_allclose(found, expected[:n], rtol=0, atol=1e-4)
+    both = [last_logits(engine, sequences, tokenizer) for engine in (runner, PlainOnly(runner))]
+    torch.testing.assert_close(*both, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("shared", "trees"), [(0, 0), (2, 0), (12, 1)])
+def test_a_tree_is_read_where_it_saves_enough(shared: int, trees: int) -> None:
+    read: list[str] = []
+
+    class Watched:
+        name = "base"
+
+        def logits(self, ids: torch.Tensor, mask: torch.Tensor, last_only: bool) -> torch.Tensor:
+            read.append("batch")
+            return torch.zeros(len(ids), 1, 9)
+
+        def tree_logits(self, tree: Any) -> torch.Tensor:
+            read.append("tree")
+            return torch.zeros(len(tree.ends), 9)
+
+        def close(self) -> None: ...
+
+    class Nine:
+        pad_token_id = 0
+
+        def __len__(self) -> int:
+            return 9
+
+    start = tuple(range(shared))
+    sequences = [(*start, 50 + n, *range(20)) for n in range(3)]
+    assert last_logits(Watched(), sequences, Nine()).shape == (3, 9)
+    assert read == (["tree"] if trees else ["batch"])

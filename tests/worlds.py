@@ -1,0 +1,271 @@
+"""Tiny worlds: random models, SAEs, tokenizers, questions and texts that tests are run on."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+import torch
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
+
+D_IN = 32
+D_SAE = 64
+N_LAYERS = 4
+VOCAB = 99
+FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+
+
+def tiny_config(family: str) -> Any:
+    """A config of a few thousand parameters, with a sliding window shorter than the prompts."""
+    import transformers as tf
+
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": D_IN,
+        "intermediate_size": 48,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+    }
+    if family == "gemma":
+        return tf.GemmaConfig(**common)
+    windowed = {**common, "sliding_window": 8, "query_pre_attn_scalar": 8}
+    if family == "gemma2":
+        return tf.Gemma2Config(
+            **windowed, final_logit_softcapping=30.0, attn_logit_softcapping=50.0
+        )
+    if family == "gemma3_text":
+        return tf.Gemma3TextConfig(**windowed, sliding_window_pattern=2)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "model_type": "siglip_vision_model",
+    }
+    return tf.Gemma3Config(
+        text_config={**windowed, "sliding_window_pattern": 2},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=98,
+        boi_token_index=96,
+        eoi_token_index=97,
+    )
+
+
+def tiny_base(
+    folder: Path, family: str = "gemma2", *, seed: int = 0, shards: int = 1, dtype: str = "float32"
+) -> Path:
+    """A random model of a family, saved as transformers saves it."""
+    import transformers as tf
+
+    torch.manual_seed(seed)
+    heads = {
+        "gemma": tf.GemmaForCausalLM,
+        "gemma2": tf.Gemma2ForCausalLM,
+        "gemma3_text": tf.Gemma3ForCausalLM,
+        "gemma3": tf.Gemma3ForConditionalGeneration,
+    }
+    model = heads[family](tiny_config(family)).to(getattr(torch, dtype))
+    if family == "gemma3":  # starts as zeros, which would hide the images
+        model.model.multi_modal_projector.mm_input_projection_weight.data.normal_()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size if shards == 1 else size // shards)
+    return folder
+
+
+@dataclass
+class TinySAE:
+    """A random SAE: arrays, [d_in, d_sae] and [d_sae, d_in]."""
+
+    W_enc: np.ndarray
+    b_enc: np.ndarray
+    W_dec: np.ndarray
+    b_dec: np.ndarray
+    threshold: np.ndarray
+
+
+def tiny_sae(seed: int = 0, d_in: int = D_IN, d_sae: int = D_SAE) -> TinySAE:
+    """Random weights of which about a third of the features fire on a token."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, scale: float) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+    return TinySAE(
+        W_enc=normal(d_in, d_sae, scale=0.3),
+        b_enc=normal(d_sae, scale=0.1),
+        W_dec=normal(d_sae, d_in, scale=0.3),
+        b_dec=normal(d_in, scale=0.1),
+        threshold=np.abs(normal(d_sae, scale=0.5)) + np.float32(0.1),
+    )
+
+
+def save_sae_lens(
+    folder: Path,
+    sae: TinySAE,
+    *,
+    layer: int = 1,
+    architecture: str = "jumprelu",
+    hook_name: str | None = None,
+    apply_b_dec_to_input: bool = True,
+    **config: Any,
+) -> Path:
+    """An SAE folder as sae_lens writes it: cfg.json and sae_weights.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    d_in, d_sae = sae.W_enc.shape
+    cfg = {
+        "architecture": architecture,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": apply_b_dec_to_input,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.54.12",
+            "hook_name": hook_name or f"blocks.{layer}.hook_resid_post",
+            "model_name": "tiny",
+        },
+        **config,
+    }
+    tensors = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if architecture == "gated":
+        rng = np.random.default_rng(7)
+        tensors["b_gate"] = sae.b_enc
+        tensors["b_mag"] = (rng.standard_normal(d_sae) * 0.1).astype(np.float32)
+        tensors["r_mag"] = (rng.standard_normal(d_sae) * 0.2).astype(np.float32)
+    else:
+        tensors["b_enc"] = sae.b_enc
+    if architecture == "jumprelu":
+        tensors["threshold"] = sae.threshold
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    save_numpy(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+def save_gemma_scope(folder: Path, sae: TinySAE) -> Path:
+    """Gemma Scope's layout: `…/layer_L/…/params.npz`, no b_dec on the input."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "params.npz", **vars(sae))
+    return folder
+
+
+def save_gemma_scope_2(folder: Path, sae: TinySAE) -> Path:
+    """Gemma Scope 2's layout: `…/layer_L_…/params.safetensors` with lower-case keys."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name.replace("W_", "w_"): array for name, array in vars(sae).items()}
+    save_numpy(arrays, folder / "params.safetensors")
+    hook = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.1.output"}
+    (folder / "config.json").write_text(json.dumps(hook | {"model_name": "gemma-v3-tiny"}))
+    return folder
+
+
+def tiny_tokenizer(folder: Path) -> Path:
+    """A tokenizer by characters with Gemma's special tokens, where " A" to " D" are one token.
+
+    Its ids stay below those that the tiny Gemma 3 keeps for images.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+    characters = string.ascii_letters + string.digits + "\n\u2581.,:;?!()'-"
+    pairs = [f"\u2581{letter}" for letter in "ABCD"]
+    vocab = {token: i for i, token in enumerate([*special, *characters, *pairs])}
+    model = BPE(vocab=vocab, merges=[(pair[0], pair[1]) for pair in pairs], unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.decoder = decoders.Replace("\u2581", " ")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]
+    )
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        extra_special_tokens=list(special[4:]),
+    ).save_pretrained(folder)
+    return folder
+
+
+def tiny_words(n: int, seed: int) -> str:
+    """Made-up words."""
+    rng = random.Random(seed)
+    return " ".join("".join(rng.choices("abdeiklmnorstu", k=rng.randint(2, 6))) for _ in range(n))
+
+
+def write_questions(path: Path, n: int, *, seed: int = 0, **extra: Any) -> Path:
+    """Questions of made-up words, one JSON object a line."""
+    rows = [
+        {
+            "question": f"{tiny_words(1 + i % 4, 100 * seed + i)}?",
+            "choices": [tiny_words(1, 1000 * seed + 4 * i + c) for c in range(4)],
+            "answer": (i + seed) % 4,
+            **extra,
+        }
+        for i in range(n)
+    ]
+    return write_jsonl(path, rows)
+
+
+def write_texts(path: Path, n: int, *, seed: int = 0) -> Path:
+    """Texts of made-up words, one JSON object a line."""
+    return write_jsonl(path, [{"text": tiny_words(3 + 5 * i, seed + i)} for i in range(n)])
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+RecipeWriter = Callable[..., Path]
+"""What the fixture `write_recipe` gives."""
+
+
+def cut(path: Path, keep: int) -> None:
+    """Truncate a file to its first `keep` bytes."""
+    with path.open("rb+") as file:
+        file.truncate(keep)
+
+
+def write_corpora(folder: Path) -> None:
+    """Texts and questions to select features from, and text to measure loss on."""
+    for seed, side in enumerate(("forget", "retain")):
+        write_texts(folder / f"{side}.jsonl", 12, seed=seed)
+        write_questions(folder / f"{side}_questions.jsonl", 10, seed=seed)
+    write_texts(folder / "text.jsonl", 4, seed=9)
+
+
+def talkative(root: Path) -> Path:
+    """A recipe whose base does not say the same token for ever."""
+    base = tiny_base(root / "base", "gemma2", seed=2)
+    weights = load_numpy(base / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 0.2
+    save_numpy(weights, base / "model.safetensors", metadata={"format": "pt"})
+    save_sae_lens(root / "sae", tiny_sae())
+    clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -2.0}
+    data = {"schema": 1, "base": {"model": "base", "license": "apache-2.0"}, "clamp": [clamp]}
+    recipe = root / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(data))
+    return recipe

@@ -1,0 +1,1 @@
+"""Ways of asking for what was to be forgotten."""

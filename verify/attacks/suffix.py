@@ -1,0 +1,72 @@
+"""Attack: one suffix, searched by gradient, that brings back what was forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from bake.questions.multiple_choice import LETTERS, Question
+from verify.attacks.exam import BothAnswers, Exam, unmeasured
+from verify.attacks.hints import balanced
+from verify.attacks.suffix_loss import slotted
+from verify.attacks.suffix_search import find_suffix
+from verify.report.measures import Attack
+
+TRAINING_QUESTIONS = 8
+"""Most questions that the suffix search looks at."""
+
+
+def suffix(exam: Exam) -> Iterator[Attack]:
+    """A suffix searched on some questions, tried on the others."""
+    yield _searched(exam, exam.questions, exam.asked, exam.budget, exam.progress)
+
+
+def _searched(
+    exam: Exam,
+    questions: Sequence[Question],
+    asked: BothAnswers,
+    budget: int,
+    progress: Callable[[float], None],
+) -> Attack:
+    if budget <= 0:
+        return unmeasured("suffix", "the search was given no steps")
+    forgotten = np.flatnonzero(asked.base & ~asked.unlearned).tolist()
+    if len(forgotten) < 2:
+        return unmeasured(
+            "suffix",
+            f"the search looks at questions that the base answers right and {exam.unlearned.name} "
+            f"does not, and needs at least 2; there are {len(forgotten)}",
+        )
+    order = [forgotten[i] for i in balanced([questions[i] for i in forgotten])]
+    seen = order[: min(TRAINING_QUESTIONS, len(order) // 2)]
+    unseen = [i for i in range(len(questions)) if i not in seen]
+    prompts = [slotted(question, exam.form, exam.tokenizer) for question in questions]
+    name = f"robustness: suffix against {exam.unlearned.name}"
+    found = find_suffix(
+        exam.oracle,
+        [prompts[i] for i in seen],
+        exam.tokenizer,
+        exam.letter_ids,
+        budget=budget,
+        journal=exam.journal,
+        name=name,
+        length=exam.suffix_length,
+        progress=progress,
+    )
+    answers = exam.answers(
+        f"{name}, {found.steps} steps",
+        [questions[i] for i in unseen],
+        [prompts[i].filled(found.ids) for i in unseen],
+    )
+    base, unlearned = asked.shares(unseen)
+    how = (
+        f"{len(found.ids)} tokens after each question, put in as ids, found in {found.steps} steps "
+        f"of greedy coordinate gradient search on {len(seen)} of the forgotten questions (loss "
+        f"there: {found.loss:.2f} nats; guessing is {math.log(len(LETTERS)):.2f}), asked with the "
+        f"{len(unseen)} others. Without it the base is right on {base.right} of these and "
+        f"{exam.unlearned.name} on {unlearned.right}. As text: "
+        f'"{exam.tokenizer.decode(found.ids)}"'
+    )
+    return answers.attack("suffix", how)

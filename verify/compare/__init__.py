@@ -1,0 +1,1 @@
+"""Engines over the same prompts, side by side."""

@@ -1,0 +1,197 @@
+"""An engine's distances to its reference, token by token, against what one rounding moves.
+
+Every token's largest |Δlogit| is divided by the token's own sensitivity to rounding. To measure
+that for all of them would cost several runs of the reference, so it is measured where it decides:
+no token is held to less than what is typical, and those that are furthest beyond that are looked at
+themselves, worst first, until no other can be worse or all others are near.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bake.questions.prompts import Batch, Prompt
+from bake.rounding import BAR
+from verify.compare.sensitivity import Nearby, Sensitivity
+from verify.report.findings import Flip, Rounding, WorstItem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+AT_ONCE = 8
+"""How many prompts are looked at together."""
+MOST_LOOKED = 32
+"""Most prompts that are looked at for one engine."""
+ENOUGH = 3.0
+"""A token this near, in roundings, need not be looked at."""
+HOPELESS = 10 * BAR
+"""A token this far out settles it: nobody looks for a worse one."""
+
+
+@dataclass
+class Distances:
+    """One engine's, collected batch by batch."""
+
+    sensitivity: Sensitivity
+    """Of its reference, to roundings of the engine's size."""
+    n_tokens: int = 0
+    """That are judged: all but those that are apart."""
+    n_fired: int = 0
+    """Of these, on how many a clamp acted."""
+    total_kl: float = 0.0
+    """Of these."""
+    n_apart: int = 0
+    """Edge tokens, and what follows them."""
+    max_apart: float = 0.0
+    """Largest |Δlogit| there."""
+    worst: tuple[Prompt, int, float] | None = None
+    """(prompt, position, |Δlogit|) of the judged token that is furthest from the reference."""
+    beyond: dict[tuple[Prompt, int], float] = field(default_factory=dict)
+    """|Δlogit| of the judged tokens that are further from it than is typical of one rounding."""
+    edge: set[tuple[Prompt, int]] = field(default_factory=set)
+    """Ends of prompts that are apart."""
+
+    def found(
+        self, batch: Batch, places: Tensor, differences: Tensor, kl: Tensor, nearby: Nearby
+    ) -> list[Any]:
+        """What some tokens show, as JSON data; changes nothing.
+
+        Args:
+            batch: that they are of.
+            places: [n, 2], (row, column) in the batch.
+            differences: [n] largest |Δlogit|.
+            kl: [n] nats.
+            nearby: of the batch.
+        """
+        rows, columns = places.unbind(-1)
+        apart = nearby.apart[rows, columns]
+        judged = ~apart
+        tokens = []
+        further = judged & (differences > self.sensitivity.typical)
+        for index in further.nonzero().flatten().tolist():
+            row, position = place_in_prompt(batch, *places[index].tolist())
+            tokens.append([row, position, float(differences[index])])
+        worst = None
+        if judged.any():
+            index = int(differences.masked_fill(apart, -1.0).argmax())
+            row, position = place_in_prompt(batch, *places[index].tolist())
+            worst = [row, position, float(differences[index])]
+        final = batch.input_ids.shape[1] - 1
+        ends = [row for row, column in places[apart].tolist() if column == final]
+        return [
+            int(judged.sum()),
+            int((judged & nearby.fired[rows, columns]).sum()),
+            float(kl[judged].sum()),
+            int(apart.sum()),
+            float(differences[apart].max()) if apart.any() else 0.0,
+            worst,
+            tokens,
+            ends,
+        ]
+
+    def take(self, batch: Batch, found: Sequence[Any]) -> None:
+        """Take in what `found` gave."""
+        n_tokens, n_fired, kl, n_apart, max_apart, worst, tokens, ends = found
+        self.n_tokens += n_tokens
+        self.n_fired += n_fired
+        self.total_kl += kl
+        self.n_apart += n_apart
+        self.max_apart = max(self.max_apart, max_apart)
+        if worst is not None and (self.worst is None or worst[2] > self.worst[2]):
+            self.worst = (batch.prompts[worst[0]], worst[1], worst[2])
+        for row, position, distance in tokens:
+            place = (batch.prompts[row], position)
+            self.beyond[place] = max(distance, self.beyond.get(place, 0.0))
+        self.edge |= {(batch.prompts[row], len(batch.prompts[row].ids) - 1) for row in ends}
+
+    # ----------------------------------------------------------------------- the result
+
+    def result(
+        self,
+        flips: Sequence[Flip],
+        prompts: Mapping[tuple[str, str, int], Prompt],
+        examples: Sequence[Prompt],
+        tokenizer: Any,
+    ) -> Rounding:
+        """The finished comparison. Looks at some prompts of the reference itself.
+
+        Args:
+            flips: answers that differ.
+            prompts: by source, form and row.
+            examples: prompts on which a clamp fired.
+            tokenizer: names the worst token.
+        """
+        worst, place, distance = self._worst()
+        flipped = [prompts[flip.source, flip.form, flip.row] for flip in flips]
+        ends = [(prompt, len(prompt.ids) - 1) for prompt in flipped]
+        kl = self.total_kl / self.n_tokens if self.n_tokens else 0.0
+        kl = math.inf if math.isnan(kl) else kl
+        return Rounding(
+            unit=self.sensitivity.epsilon,
+            sensitivity=self.sensitivity.typical,
+            sensitivity_kl=self.sensitivity.mean_kl,
+            tokens=self.n_tokens,
+            tokens_fired=self.n_fired,
+            worst=worst,
+            at=None if place is None else worst_item(*place, distance, tokenizer),
+            mean_kl=kl,
+            flips=sum(self.roundings(*end) > BAR for end in ends if end not in self.edge),
+            edge_tokens=self.n_apart,
+            edge_max_abs_logit=self.max_apart,
+            edge_flips=sum(end in self.edge for end in ends),
+            smallest_fault=self.sensitivity.smallest_fault(examples),
+        )
+
+    def roundings(self, prompt: Prompt, position: int) -> float:
+        """A judged token's distance, in roundings; 0 where it is not beyond what is typical."""
+        distance = self.beyond.get((prompt, position), 0.0)
+        return distance / self.sensitivity.at(prompt, position)
+
+    def _worst(self) -> tuple[float, tuple[Prompt, int] | None, float]:
+        """(distance in roundings, where, |Δlogit|) of the token that is furthest out."""
+        if self.worst is None:
+            return 0.0, None, 0.0
+        prompt, position, distance = self.worst
+        if not self.beyond:
+            return distance / self.sensitivity.typical, (prompt, position), distance
+        places: dict[Prompt, list[int]] = {}
+        for prompt, position in sorted(self.beyond, key=lambda place: -self.beyond[place]):
+            places.setdefault(prompt, []).append(position)
+        waiting = list(places)  # the prompts, the one that may be worst first
+        worst, at = 0.0, next(iter(self.beyond))
+        for start in range(0, len(waiting), AT_ONCE):
+            furthest = waiting[start], places[waiting[start]][0]
+            bound = self.beyond[furthest] / self.sensitivity.typical
+            if worst > HOPELESS:
+                break
+            if bound <= max(worst, ENOUGH) or start >= MOST_LOOKED:
+                if bound > worst:  # not looked at: held to what is typical
+                    worst, at = bound, furthest
+                break
+            looked = waiting[start : start + AT_ONCE]
+            self.sensitivity.measure(looked)
+            for prompt in looked:
+                for position in places[prompt]:
+                    if (found := self.roundings(prompt, position)) > worst:
+                        worst, at = found, (prompt, position)
+        return worst, at, self.beyond[at]
+
+
+def place_in_prompt(batch: Batch, row: int, column: int) -> tuple[int, int]:
+    """(row, position from BOS) of a column of a batch; its padding stands in front."""
+    return row, column - (batch.input_ids.shape[1] - len(batch.prompts[row].ids))
+
+
+def worst_item(prompt: Prompt, position: int, distance: float, tokenizer: Any) -> WorstItem:
+    """A token, as a report names it."""
+    return WorstItem(
+        source=prompt.source,
+        form=prompt.form,
+        row=prompt.row,
+        position=position,
+        token=tokenizer.convert_ids_to_tokens(prompt.ids[position]),
+        abs_logit=distance,
+    )

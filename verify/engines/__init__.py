@@ -1,0 +1,1 @@
+"""What a folder's files can be run in."""

@@ -1,0 +1,136 @@
+"""The ONNX files of a clamped folder: which there are, and whether they may be opened at all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from bake.errors import FolderError
+from export.carriers.onnx.precisions import PRECISIONS, of_engine
+from verify.report.findings import Failure
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+CLAMP_OP = ("ai.bakeout", "SAEClamp")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph of a folder."""
+
+    name: str
+    """Of the engine."""
+    path: Path
+    model: ModelProto
+    """Without the data of its initializers."""
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """What its metadata says of its origin."""
+        return {entry.key: entry.value for entry in self.model.metadata_props}
+
+
+def find_graphs(folder: Path) -> list[Graph]:
+    """The graphs of a folder that are there, opened but not run.
+
+    Raises:
+        FolderError: one is truncated, or points to data that is not in the folder.
+    """
+    paths = {of.engine: folder / of.file for of in PRECISIONS.values()}
+    return [open_graph(name, path) for name, path in paths.items() if path.is_file()]
+
+
+def open_graph(name: str, path: Path) -> Graph:
+    """Parse a graph, and look where its data lies.
+
+    Raises:
+        FolderError: it is truncated, or points to data that is not beside it.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise FolderError(
+            f"{path}: cannot be read as ONNX ({error}); export or download it again"
+        ) from error
+    if not model.graph.node:
+        raise FolderError(f"{path}: holds no graph; export or download it again")
+    sizes: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            data = {entry.key: entry.value for entry in tensor.external_data}
+            _check_data(path, tensor.name, data, sizes)
+    return Graph(name, path, model)
+
+
+def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[str, int]) -> None:
+    file = data.get("location", "")
+    parts = PurePosixPath(file).parts
+    if not parts or file.startswith("/") or ".." in parts or "\\" in file or ":" in file:
+        raise FolderError(
+            f'{graph}: {tensor} lies in "{file}"; expected a file beside the graph. Do not use '
+            "this folder"
+        )
+    if file not in sizes:
+        path = graph.parent / file
+        if not path.is_file():
+            raise FolderError(f"{graph}: needs {file}, which is not there; download it again")
+        if not path.resolve().is_relative_to(graph.parent.resolve()):
+            raise FolderError(
+                f"{graph}: {file} is a link that leads out of the folder, which ONNX Runtime does "
+                "not follow; copy the file itself there (`hf download --local-dir` does)"
+            )
+        sizes[file] = path.stat().st_size
+    try:
+        begin, length = int(data.get("offset", 0)), int(data.get("length", 0))
+    except ValueError as error:
+        raise FolderError(f"{graph}: {tensor}: {error}; export or download it again") from error
+    if begin < 0 or length < 0 or begin + length > sizes[file]:
+        raise FolderError(
+            f"{graph}: {tensor} lies beyond the end of {file}; export or download it again"
+        )
+
+
+def graph_failures(
+    graphs: list[Graph], layers: list[int], files: Mapping[str, str]
+) -> tuple[Failure, ...]:
+    """What the graphs themselves show, before anything is run.
+
+    Args:
+        graphs: of the folder.
+        layers: that its config clamps; none where the clamp is compiled in.
+        files: sha256 of its files, as the manifest states them.
+
+    Returns:
+        Failures of kind `integrity`: a graph that was made from other weights, or that does not
+        hold one clamp for each clamped layer.
+    """
+    weights = {name: sha for name, sha in files.items() if name.endswith(".safetensors")}
+    failures = []
+    for graph in graphs:
+        precision = of_engine(graph.name)
+        file = graph.path.name if precision is None else precision.file
+        clamps = sum((node.domain, node.op_type) == CLAMP_OP for node in graph.model.graph.node)
+        if clamps != len(layers):
+            what = f"{file}: holds {clamps} clamps, config.json places {len(layers)}"
+            failures.append(Failure("integrity", graph.name, what, clamps, len(layers)))
+        if layers and not any((f.domain, f.name) == CLAMP_OP for f in graph.model.functions):
+            what = f"{file}: does not hold the body of its clamp"
+            failures.append(Failure("integrity", graph.name, what, None, "SAEClamp"))
+        stated = graph.properties.get("bakeout.weights_sha256")
+        # A folder of rounded weights alone has nothing to compare its origin with.
+        if weights and stated != _over(weights):
+            what = f"{file}: was made from other weights than the folder holds; export it again"
+            failures.append(Failure("integrity", graph.name, what, stated, _over(weights)))
+    return tuple(failures)
+
+
+def _over(files: Mapping[str, str]) -> str:
+    lines = "".join(f"{name} {sha}\n" for name, sha in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,314 @@
+"""ONNX Runtime as an engine: logits for the comparison, and a small `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from bake.errors import BakeoutError, FolderError
+from export.carriers.onnx.precisions import EXACT, PRECISIONS
+from verify.clamped_folder import clamped_layers, read_config
+from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph
+from verify.engines.runners import check_padding
+from verify.engines.sampling import Chooser, check_prompts
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import Tensor
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+LOGIT_BYTES = 256 << 20
+"""Most bytes of logits that one run of a session forms; longer batches are run in parts."""
+
+
+class ProviderError(BakeoutError):
+    """ONNX Runtime, or the execution provider that was asked for, is not installed."""
+
+
+def open_session(
+    model: ModelProto, path: Path, *, device: str = "cpu", threads: int | None = None
+) -> Any:
+    """An ONNX Runtime session over a graph.
+
+    Args:
+        model: the graph, perhaps changed since it was read.
+        path: where it was read from, and beside which its data lies.
+        device: cpu or cuda.
+        threads: all cores when None.
+
+    Raises:
+        ProviderError: ONNX Runtime or the provider is not installed.
+        FolderError: ONNX Runtime refuses the graph.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ProviderError(
+            "ONNX Runtime is not installed; pip install 'bakeout[cpu]', or 'bakeout[gpu]' for CUDA"
+        ) from error
+    kind, _, index = device.partition(":")
+    provider = PROVIDERS.get(kind)
+    if provider not in ort.get_available_providers():
+        extra = "gpu" if device.startswith("cuda") else "cpu"
+        raise ProviderError(
+            f"device {device}: ONNX Runtime here has {', '.join(ort.get_available_providers())}; "
+            f"pip install 'bakeout[{extra}]' for {provider or 'a provider that bakeout knows'}"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+    )
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    wanted = (provider, {"device_id": index}) if index and kind != "cpu" else provider
+    try:
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[wanted])
+    except Exception as error:  # its own types share no base
+        reason = " ".join(str(error).split())
+        raise FolderError(f"{path}: ONNX Runtime cannot run it: {reason}") from error
+    # A provider whose own libraries are not there is replaced by the CPU's with a mere warning.
+    if provider not in session.get_providers():
+        raise ProviderError(
+            f"device {device}: {provider} is installed but does not start; look whether the GPU's "
+            "driver and the libraries that onnxruntime-gpu needs are there"
+        )
+    return session
+
+
+def open_runner(
+    folder: Path, file: str | None = None, *, device: str = "cpu", threads: int | None = None
+) -> OnnxRunner:
+    """Open a graph of a clamped folder, to run it.
+
+    Args:
+        folder: the checkpoint, or what `bakeout export onnx --out` wrote.
+        file: the graph's path in the folder; default: the exact one, then the smallest.
+        device: cpu or cuda.
+        threads: of the session; all cores when None.
+
+    Raises:
+        FolderError: there is no graph, it is damaged, or it does not hold the folder's clamps.
+        ProviderError: ONNX Runtime or the provider is not installed.
+    """
+    layers = clamped_layers(read_config(folder))
+    by_size = sorted(PRECISIONS.values(), key=lambda of: (not of.shared, of.bits))
+    files = [of.file for of in by_size] if file is None else [file]
+    found = next((name for name in files if (folder / name).is_file()), None)
+    if found is None:
+        raise FolderError(
+            f"{folder}: has no {file or 'ONNX graph'}; write it with `bakeout export onnx {folder}`"
+        )
+    names = {of.file: of.engine for of in by_size}
+    graph = open_graph(names.get(found, EXACT), folder / found)
+    if failures := graph_failures([graph], layers, {}):
+        raise FolderError(f"{folder}: {failures[0].what}; export it again")
+    return OnnxRunner(graph, device=device, threads=threads)
+
+
+def without_clamp(model: ModelProto) -> ModelProto:
+    """The same graph with Identity in place of every clamp: what the clamp is measured against."""
+    from onnx import ModelProto
+
+    bare = ModelProto()
+    bare.CopyFrom(model)
+    for node in bare.graph.node:
+        if (node.domain, node.op_type) == CLAMP_OP:
+            node.op_type, node.domain = "Identity", ""
+            del node.input[1:]
+    return bare
+
+
+class OnnxRunner:
+    """A graph of a clamped folder, in ONNX Runtime.
+
+    Args:
+        graph: what `onnx_files.py` opened.
+        device: cpu or cuda.
+        threads: of the session; all cores when None.
+        clamped: False takes the clamp out, for comparison.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        clamped: bool = True,
+    ) -> None:
+        self.name = graph.name
+        kind, _, index = device.partition(":")
+        self._place = (kind, int(index or 0))
+        model = graph.model if clamped else without_clamp(graph.model)
+        self._session = open_session(model, graph.path, device=device, threads=threads)
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        self._past = [value for name, value in inputs.items() if name.startswith("past_key_values")]
+        self._present = [value.name.replace("past_key_values", "present") for value in self._past]
+        self._vocab = int(self._session.get_outputs()[0].shape[-1])
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
+        """See `verify.engines.runners.Runner`."""
+        import torch
+
+        check_padding(attention_mask, last_only)
+        rows_at_once = max(1, LOGIT_BYTES // (4 * self._vocab * input_ids.shape[1]))
+        parts = []
+        for start in range(0, len(input_ids), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            mask = attention_mask[rows]
+            feed = _feed(input_ids[rows], mask) | self._no_past(len(mask))
+            (found,) = self._session.run(["logits"], feed)
+            parts.append(torch.from_numpy(found[:, -1:] if last_only else found))
+        return torch.cat(parts)
+
+    def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
+        """See `verify.engines.runners.DecodingRunner.decoded`."""
+        import torch
+
+        check_padding(attention_mask, last_only=True)
+        seq = input_ids.shape[1]
+        begin, mask = seq - n_last, attention_mask
+        _, cache = self._read(input_ids[:, :begin], mask[:, :begin], self._first_cache(len(mask)))
+        found = []
+        for column in range(begin, seq):
+            feed = _feed(input_ids[:, column : column + 1], mask[:, : column + 1])
+            last, cache = self._step(feed, cache)
+            found.append(last.clone())
+        return torch.stack(found, dim=1)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[Tensor]:
+        """Next tokens, one step at a time; keys and values stay in the runtime between steps.
+
+        Args:
+            input_ids: [batch, seq], padded on the left.
+            attention_mask: [batch, seq], 1 at real tokens.
+            max_new_tokens: how many steps at most.
+            eos_token_ids: tokens that end a sequence; it goes on with the first of them.
+            do_sample: draw from the distribution; else the likeliest token.
+            temperature: divides the logits; above 0.
+            top_k: draw among so many likeliest tokens; 0 is all.
+            top_p: draw among the fewest tokens that have this share of the probability.
+            seed: of the draws.
+
+        Returns:
+            An iterator over the steps: [batch] int64. Ends when every sequence has ended.
+
+        Raises:
+            ValueError: an argument is out of range, or a prompt is padded elsewhere than left.
+        """
+        ids, mask = input_ids.long(), attention_mask.long()
+        check_prompts(ids, mask, self._vocab)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {max_new_tokens}; expected at least 1")
+        choose = Chooser(do_sample, temperature, top_k, top_p, seed)
+        return self._generate(ids, mask, max_new_tokens, list(eos_token_ids), choose)
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        max_new_tokens: int,
+        eos_token_ids: list[int],
+        choose: Chooser,
+    ) -> Iterator[Tensor]:
+        import torch
+
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        ends = torch.tensor(eos_token_ids, dtype=torch.long)
+        cache = self._first_cache(len(ids))
+        for _ in range(max_new_tokens):
+            last, cache = self._read(ids, mask, cache)
+            token = choose(last)
+            if len(ends):
+                token = torch.where(ended, ends[0], token)
+                ended |= torch.isin(token, ends)
+            yield token
+            if len(ends) and bool(ended.all()):
+                return
+            ids = token[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+
+    def _read(self, ids: Tensor, mask: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Next tokens' last logits and the cache with them. Long prompts are read in parts, since a
+        graph forms the logits of every token that it is given.
+        """
+        n_cached, seq = mask.shape[1] - ids.shape[1], ids.shape[1]
+        width = max(1, LOGIT_BYTES // (4 * self._vocab * len(ids)))
+        for start in range(0, seq, width):
+            stop = min(start + width, seq)
+            last, cache = self._step(_feed(ids[:, start:stop], mask[:, : n_cached + stop]), cache)
+        return last, cache
+
+    def _step(self, feed: dict[str, Any], cache: list[Any]) -> tuple[Tensor, list[Any]]:
+        """(logits of the last token [batch, vocab], the new cache)."""
+        import torch
+
+        binding = self._session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, array)
+        for value, kept in zip(self._past, cache, strict=True):
+            binding.bind_ortvalue_input(value.name, kept)
+        binding.bind_output("logits")
+        for name in self._present:
+            binding.bind_output(name, *self._place)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return torch.from_numpy(logits.numpy()[:, -1]), present
+
+    def _first_cache(self, batch: int) -> list[Any]:
+        import onnxruntime as ort
+
+        empty = self._no_past(batch)
+        return [
+            ort.OrtValue.ortvalue_from_numpy(empty[value.name], *self._place)
+            for value in self._past
+        ]
+
+    def _no_past(self, batch: int) -> dict[str, Any]:
+        """Keys and values of nothing: [batch, heads, 0, head_dim] each."""
+        return {
+            value.name: np.zeros(
+                (batch, value.shape[1], 0, value.shape[3]),
+                np.float16 if value.type == "tensor(float16)" else np.float32,
+            )
+            for value in self._past
+        }
+
+    def close(self) -> None:
+        """Let go of the session."""
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _feed(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """The graph's inputs but its cache; the mask covers what is cached too."""
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    return {
+        "input_ids": input_ids.contiguous().numpy(),
+        "attention_mask": attention_mask.contiguous().numpy(),
+        "position_ids": positions.contiguous().numpy(),
+    }

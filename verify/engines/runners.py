@@ -1,0 +1,274 @@
+"""Engines that turn token ids into logits, behind one protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+from bake.errors import FolderError
+from verify.engines import torch_worker
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from verify.engines.token_tree import TokenTree
+    from verify.reference.oracle import Oracle
+
+CLOSING_SECONDS = 10
+"""How long a worker process may take to end by itself."""
+
+
+class Runner(Protocol):
+    """One engine with one model loaded."""
+
+    name: str
+    """base | reference | checkpoint | onnx | …"""
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
+        """Next-token logits of one forward pass, with nothing cached.
+
+        Args:
+            input_ids: [batch, seq], padded on the left.
+            attention_mask: [batch, seq], 1 at real tokens. Positions count from the first of them.
+            last_only: form logits at the last column only.
+
+        Returns:
+            [batch, 1 if last_only else seq, vocab], float32 on the CPU; padding rows hold anything.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the model."""
+        ...
+
+
+class DecodingRunner(Runner, Protocol):
+    """An engine that is used to generate, and so is looked at while it does."""
+
+    def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
+        """Logits of the last columns, each fed alone after everything before it was cached.
+
+        Args:
+            input_ids: [batch, seq], padded on the left.
+            attention_mask: [batch, seq], 1 at real tokens.
+            n_last: how many columns; less than seq.
+
+        Returns:
+            [batch, n_last, vocab], float32 on the CPU.
+        """
+        ...
+
+
+@runtime_checkable
+class TreeRunner(Runner, Protocol):
+    """An engine that reads many prompts with a common beginning in one forward pass."""
+
+    def tree_logits(self, tree: TokenTree) -> Tensor:
+        """Next-token logits at the end of each of a tree's sequences.
+
+        Returns:
+            [sequences, vocab], float32 on the CPU.
+        """
+        ...
+
+
+class HookedRunner:
+    """A stock model in this process: the base, or with an oracle's hooks on it the reference.
+
+    Args:
+        name: of the engine.
+        model: a stock Gemma.
+        oracle: over the same model; None for the base.
+    """
+
+    def __init__(self, name: str, model: Any, oracle: Oracle | None = None) -> None:
+        self.name = name
+        self._model = model
+        self._oracle = oracle
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
+        """See `Runner.logits`."""
+        import torch
+
+        check_padding(attention_mask, last_only)
+        mask = attention_mask.to(self._model.device)
+        hooks = nullcontext() if self._oracle is None else self._oracle.applied()
+        with torch.inference_mode(), hooks:
+            output = self._model(
+                input_ids=input_ids.to(self._model.device),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=1 if last_only else 0,
+            )
+        logits: Tensor = output.logits.float().cpu()
+        return logits
+
+    def tree_logits(self, tree: TokenTree) -> Tensor:
+        """See `TreeRunner.tree_logits`."""
+        hooks = nullcontext() if self._oracle is None else self._oracle.applied()
+        with hooks:
+            width = self._model.config.get_text_config().hidden_size
+            logits: Tensor = torch_worker.tree_logits(self._model, tree.tensors(width))
+        return logits
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = self._oracle = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class TorchRunner:
+    """A folder in a process of its own that cannot import bakeout, unless it needs to.
+
+    The process starts at once and imports what it needs; `load` loads the folder into it.
+
+    Args:
+        folder: the checkpoint.
+        name: of the engine.
+        needs: a package of bakeout that the process imports first, where the folder wants it.
+    """
+
+    def __init__(self, folder: Path, name: str = "checkpoint", needs: str | None = None) -> None:
+        self.name = name
+        self._folder = folder
+        self._hidden_size = 0
+        self._scratch = tempfile.TemporaryDirectory(prefix="bakeout-verify-")
+        scratch = Path(self._scratch.name)
+        self._stderr = (scratch / "stderr").open("wb")
+        # A fresh modules cache: the folder's own code is read, not an older copy of it.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", torch_worker.__file__, str(folder.resolve())),
+                *([] if needs is None else [needs]),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+            cwd=scratch,
+        )
+
+    def load(
+        self,
+        dtype: str,
+        *,
+        device: str = "cpu",
+        threads: int = 1,
+        base: dict[str, str] | None = None,
+    ) -> str:
+        """Load the folder.
+
+        Args:
+            dtype: float32, bfloat16 or float16.
+            device: as torch names it.
+            threads: of the process.
+            base: for an adapter: what `from_pretrained` takes to load the base.
+
+        Returns:
+            The class that transformers made of it.
+
+        Raises:
+            FolderError: it does not load; the message is transformers' own.
+        """
+        asked = {"op": "load", "dtype": dtype, "device": device, "threads": str(threads)}
+        asked |= {"base": json.dumps(base)} if base is not None else {}
+        found, _ = self._ask(asked)
+        if found["dtype"] != dtype:
+            raise FolderError(
+                f"{self._folder.name}: loads as {found['dtype']}; expected the base's {dtype}"
+            )
+        self._hidden_size = int(found["hidden_size"])
+        return found["class"]
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
+        """See `Runner.logits`."""
+        check_padding(attention_mask, last_only)
+        asked = {"op": "logits", "last_only": "true" if last_only else "false"}
+        _, tensors = self._ask(asked, input_ids=input_ids, attention_mask=attention_mask)
+        logits: Tensor = tensors["logits"]
+        return logits
+
+    def tree_logits(self, tree: TokenTree) -> Tensor:
+        """See `TreeRunner.tree_logits`."""
+        _, tensors = self._ask({"op": "tree"}, **tree.tensors(self._hidden_size))
+        logits: Tensor = tensors["logits"]
+        return logits
+
+    def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
+        """See `DecodingRunner.decoded`."""
+        check_padding(attention_mask, last_only=True)
+        asked = {"op": "decoded", "n_last": str(n_last)}
+        _, tensors = self._ask(asked, input_ids=input_ids, attention_mask=attention_mask)
+        logits: Tensor = tensors["logits"]
+        return logits
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+        try:
+            self._process.wait(CLOSING_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stderr.close()
+        self._scratch.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self.close()
+
+    def _ask(self, words: dict[str, str], **tensors: Tensor) -> tuple[dict[str, str], Any]:
+        """One request and its answer."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            torch_worker.write_message(stdin, torch_worker.pack(words, contiguous))  # type: ignore[arg-type]
+            data = torch_worker.read_message(stdout)  # type: ignore[arg-type]
+        except BrokenPipeError:
+            data = None
+        if data is None:
+            raise FolderError(f"{self._folder.name}: {self._last_words()}")
+        found, answered = torch_worker.unpack(data)
+        if "error" in found:
+            raise FolderError(
+                f"{self._folder.name}: transformers alone cannot run it: {found['error']}"
+            )
+        return found, answered
+
+    def _last_words(self) -> str:
+        """Why the process ended."""
+        code = self._process.wait()
+        self._stderr.flush()
+        lines = (Path(self._scratch.name) / "stderr").read_text(errors="replace").splitlines()
+        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        return f"the process that loaded it ended with exit code {code} ({last.strip()})"
+
+
+def check_padding(attention_mask: Tensor, last_only: bool) -> None:
+    """Raise ValueError where the last column is asked for and holds padding."""
+    if last_only and not bool(attention_mask[:, -1].all()):
+        raise ValueError("the last column holds padding; prompts must be padded on the left")

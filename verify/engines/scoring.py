@@ -1,0 +1,71 @@
+"""What follows several prompts: what they share is computed once where that goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from bake.questions.prompts import Prompt, batches, bos_id
+from verify.engines.runners import Runner, TreeRunner
+from verify.engines.token_tree import merge
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TREE_TOKENS = 2048
+"""Most tokens of one tree; larger ones are read in parts."""
+LEAST_SHARED = 0.15
+"""Share of the tokens that a tree must save: attention pays for sequences that see nothing of one
+another, so that one which saves less is slower than batches."""
+
+
+def token_ids(texts: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
+    """Each text as tokens, BOS first."""
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [(bos_id(tokenizer), *ids) for ids in encoded]
+
+
+def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:
+    """Next-token logits after each of several sequences; no other logits are formed.
+
+    Args:
+        runner: an engine. One that reads trees is given one where that saves enough; else batches.
+        sequences: token ids, BOS first. Neighbours should share their beginnings.
+        tokenizer: the base model's.
+
+    Returns:
+        [sequences, vocab] float32.
+    """
+    if isinstance(runner, TreeRunner):
+        whole = sum(len(ids) for ids in sequences)
+        if len(merge(sequences).ids) <= (1 - LEAST_SHARED) * whole:
+            return _through_trees(runner, sequences)
+    return _in_batches(runner, sequences, tokenizer)
+
+
+def _through_trees(runner: TreeRunner, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """One tree; one that is too large is halved, since neighbours share most."""
+    import torch
+
+    tree = merge(sequences)
+    if len(tree.ids) <= TREE_TOKENS or len(sequences) == 1:
+        return runner.tree_logits(tree)
+    middle = len(sequences) // 2
+    halves = (sequences[:middle], sequences[middle:])
+    return torch.cat([_through_trees(runner, half) for half in halves])
+
+
+def _in_batches(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:
+    """Whole sequences, those of like length together."""
+    import torch
+
+    prompts = [
+        Prompt("questions", "chat", 0, tuple(ids), every_token=False, item=item)
+        for item, ids in enumerate(sequences)
+    ]
+    found: dict[int, Tensor] = {}
+    pad_id = tokenizer.pad_token_id or 0
+    for batch in batches(prompts, pad_id=pad_id, vocab_size=len(tokenizer)):
+        logits = runner.logits(batch.input_ids, batch.attention_mask, True)[:, -1]
+        found |= {prompt.item: row for prompt, row in zip(batch.prompts, logits, strict=True)}
+    return torch.stack([found[item] for item in range(len(sequences))])

@@ -1,0 +1,93 @@
+"""Integrity: does every file of a folder still have the hash that its manifest states?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+from bake.new_folder import MANIFEST
+from export.manifest import Manifest
+from verify.report.findings import Failure
+
+BLOCK_BYTES = 4 << 20
+"""How much of a file is hashed between two reports of progress, in bytes."""
+THREADS = 4
+"""Files hashed at once; hashing releases the interpreter."""
+_LEFT_BY_TRANSPORT = (".git/", ".gitattributes", ".cache/huggingface/")
+"""What git and the hub's downloader put beside the files; nothing loads it."""
+
+
+def check_integrity(
+    folder: Path, manifest: Manifest, progress: Callable[[float], None] | None = None
+) -> tuple[Failure, ...]:
+    """Compare a folder with its manifest.
+
+    Args:
+        folder: what to check.
+        manifest: what it says about itself.
+        progress: called with the share of bytes hashed so far, 0 to 1.
+
+    Returns:
+        One failure of kind `integrity` per changed, missing or unlisted file, by name.
+    """
+    present = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
+    }
+    present = {name for name in present if name != MANIFEST and not _is_transport(name)}
+    listed = manifest.files.keys()
+    readable = sorted(name for name in listed & present if (folder / name).is_file())
+    measured = _hash_files(folder, readable, progress)
+    failures = [
+        _failure(f"{name}: changed", measured[name], manifest.files[name])
+        for name in readable
+        if measured[name] != manifest.files[name]
+    ]
+    failures += [
+        _failure(f"{name}: missing", None, manifest.files[name]) for name in listed - set(readable)
+    ]
+    failures += [
+        _failure(f"{name}: not in the manifest", "present", None) for name in present - listed
+    ]
+    return tuple(sorted(failures, key=lambda failure: failure.what))
+
+
+def _is_transport(name: str) -> bool:
+    return any(
+        name.startswith(left) if left.endswith("/") else name == left for left in _LEFT_BY_TRANSPORT
+    )
+
+
+def _failure(what: str, measured: str | None, bar: str | None) -> Failure:
+    return Failure(kind="integrity", engine="checkpoint", what=what, measured=measured, bar=bar)
+
+
+def _hash_files(
+    folder: Path, names: list[str], progress: Callable[[float], None] | None
+) -> dict[str, str]:
+    """sha256 of each file; the largest files start first."""
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    total = max(1, sum(sizes.values()))
+    done = 0
+    lock = Lock()
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += n_bytes
+            if progress is not None:
+                progress(min(1.0, done / total))
+
+    def digest(name: str) -> str:
+        sha256 = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                sha256.update(block)
+                advance(len(block))
+        return sha256.hexdigest()
+
+    by_size = sorted(names, key=lambda name: -sizes[name])
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(by_size, pool.map(digest, by_size), strict=True))

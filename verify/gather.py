@@ -1,0 +1,197 @@
+"""What a verification measures: everything is loaded, shown the prompts, and each kind of evidence
+adds what it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.questions.multiple_choice import load_texts
+from bake.questions.prompts import TEXT_TOKENS, Batch, text_prompts
+from bake.recipe import Recipe
+from export.carriers.carriers import CARRIERS
+from verify.compare.comparison import REFERENCE, Comparison, compare
+from verify.compare.firing import FeatureWatch, FiredExamples, fired_on
+from verify.compare.upcast import compare_in_float32
+from verify.engines.engines import Engines
+from verify.engines.runners import DecodingRunner, HookedRunner, Runner
+from verify.evidence.harness import check_harness, measure_harness
+from verify.evidence.kinds import KINDS, shown_for
+from verify.hooked import load_hooked, units_of
+from verify.journal import Journal, Progress
+from verify.options import Options
+from verify.report.findings import EngineReport, Items, VerifyReport
+from verify.work import Work
+
+if TYPE_CHECKING:
+    from verify.compare.sensitivity import Sensitivity
+    from verify.reference.oracle import Oracle
+
+
+def gather(
+    folder: Path,
+    recipe: Recipe,
+    report: VerifyReport,
+    kinds: frozenset[str],
+    progress: Progress,
+    engines: Engines,
+    journal: Journal,
+    options: Options,
+) -> VerifyReport:
+    """Run base, reference and the folder's engines, and add to a report what they show.
+
+    Args:
+        folder: what bakeout wrote.
+        recipe: what to rebuild the reference from, with features named.
+        report: what was found in the folder's files.
+        kinds: of evidence.
+        progress: told how far it is.
+        engines: of the folder; the checkpoint's code is executed in a process of its own.
+        journal: of a run of the same that was interrupted, or empty.
+        options: how it is run.
+
+    Raises:
+        BakeoutError: anything that is named cannot be loaded or does not fit.
+    """
+    assert recipe.verify is not None
+    for name, kind in KINDS.items():
+        if name in kinds:
+            kind.check(recipe)
+    if options.tasks:
+        check_harness(options.tasks, options.evals)
+    hooked = load_hooked(folder, recipe, engines, progress)
+    shown, form = shown_for(kinds), recipe.verify.prompt
+    asks = "questions" in shown
+    here: list[Runner] = [hooked.base] if any(KINDS[name].with_base for name in kinds) else []
+    here += hooked.references
+    prompts = hooked.material.prompts(shown, compared="parity" in kinds)
+    sensitivities: dict[str, Sensitivity] = {}
+    if "texts" in shown:
+        progress("rounding", 0.0)
+        units = units_of(folder, engines, hooked)
+        sensitivities = hooked.sensitivities(units, engines, prompts, journal)
+    in_float32 = None
+    if "parity" in kinds and hooked.dtype != "float32" and CARRIERS[engines.carrier].strips:
+        in_float32 = compare_in_float32(recipe, hooked, engines, prompts, journal)
+    with ExitStack() as stack:
+        with _half_the_threads() as threads:
+            elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
+            progress("load", 1.0)
+            comparison = Comparison(
+                hooked.material,
+                prompts,
+                tuple(runner.name for runner in (*here, *elsewhere)),
+                "parity" in kinds,
+                hooked.against(engines),
+                FiredExamples(form),
+                FeatureWatch({site.layer: site.features for site in hooked.sites}),
+                sensitivities,
+            )
+            compare(here, elsewhere, hooked.oracles, comparison, journal, progress)
+            if asks and recipe.select is not None and any(comparison.watch.never_active()):
+                _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
+            work = Work(
+                *(recipe, kinds, hooked, comparison, in_float32, elsewhere[0]),
+                *(options, journal, progress),
+            )
+            if "known" in kinds:
+                work.known  # noqa: B018  beside the engine, which has the other threads
+        report = _with_firings(report, work, asks=asks)
+        for name, kind in KINDS.items():
+            if name in kinds and kind.gather is not None:
+                report = kind.gather(work, report)
+        if options.tasks:
+            everyone = [hooked.base, *hooked.references, *elsewhere]
+            scores = measure_harness(
+                everyone, options.tasks, hooked.material, options.evals, journal, progress
+            )
+            report = replace(
+                report,
+                engines=tuple(
+                    replace(of, harness=scores.get(of.name, ())) for of in report.engines
+                ),
+            )
+    return report
+
+
+def _with_firings(report: VerifyReport, work: Work, *, asks: bool) -> VerifyReport:
+    """What was shown to whom, and where the clamps fired."""
+    comparison, material = work.comparison, work.hooked.material
+    witnessed = {engine.name: engine.witnessed for engine in report.engines}
+    silent = comparison.watch.never_active() if asks else ()
+    return replace(
+        report,
+        engines=tuple(
+            EngineReport(name, witnessed=witnessed.get(name)) for name in comparison.names
+        ),
+        dtype=work.hooked.dtype,
+        prompt=work.form,
+        items=Items(
+            forget_questions=len(material.questions["forget"]) if asks else 0,
+            retain_questions=len(material.questions["retain"]) if asks else 0,
+            text_tokens=comparison.losses[REFERENCE].n_tokens,
+        ),
+        fired_by_layer=tuple(sorted(comparison.fired_by_layer.items())),
+        warnings=_silent_features(silent, corpus=work.recipe.select is not None),
+        examples=comparison.examples.result(material.tokenizer),
+    )
+
+
+def _silent_features(never_active: Iterable[tuple[int, int]], *, corpus: bool) -> tuple[str, ...]:
+    """One line for each layer; `corpus`: the forget corpus was looked at too."""
+    by_layer: dict[int, list[str]] = {}
+    for layer, feature in never_active:
+        by_layer.setdefault(layer, []).append(str(feature))
+    also = f", nor in the first {TEXT_TOKENS:,} tokens of the forget corpus" if corpus else ""
+    return tuple(
+        f"layer {layer}: never active on the forget questions{also}: feature {', '.join(features)}"
+        for layer, features in by_layer.items()
+    )
+
+
+def _opened(
+    recipe: Recipe, engines: Engines, dtype: str, threads: int, stack: ExitStack
+) -> list[DecodingRunner]:
+    """The folder's own engines, loaded."""
+    opened: list[DecodingRunner] = []
+    if engines.torch is not None:
+        engines.load_torch(recipe, dtype, threads)
+        opened.append(engines.torch)
+    for graph in engines.graphs:
+        opened.append(stack.enter_context(engines.open(graph, threads=threads)))
+    return opened
+
+
+@contextmanager
+def _half_the_threads() -> Iterator[int]:
+    """Two processes compute at the same time: torch here gets half of its threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    half = max(1, before // 2)
+    torch.set_num_threads(half)
+    try:
+        yield half
+    finally:
+        torch.set_num_threads(before)
+
+
+def _watch_corpus(recipe: Recipe, comparison: Comparison, oracle: Oracle, journal: Journal) -> None:
+    """Look for features that are active in the forget corpus only. Changes `comparison`."""
+    assert recipe.select is not None
+    material = comparison.material
+    texts = text_prompts(load_texts(recipe.select.forget, recipe), material.tokenizer)
+    reference = HookedRunner(REFERENCE, oracle.model, oracle)
+
+    def see(batch: Batch) -> Any:
+        reference.logits(batch.input_ids, batch.attention_mask, last_only=True)
+        return fired_on(oracle, batch)["active"]
+
+    for number, batch in enumerate(material.batches([replace(p, source="forget") for p in texts])):
+        found = journal.once(f"forget corpus {number}", partial(see, batch))
+        comparison.watch.add(batch.prompts, found)

@@ -1,0 +1,23 @@
+"""How a verification is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a verification is run."""
+
+    device: str = "cpu"
+    """Where base, reference and checkpoint run, as torch names it."""
+    cache: Path | None = None
+    """Folder in which known questions are kept, and what was found until an interruption: the same
+    call goes on from there, to the same report. None keeps nothing."""
+    budget: int = 200
+    """Steps of the suffix search; 0 leaves it out."""
+    tasks: tuple[str, ...] = ()
+    """Tasks and groups of lm-evaluation-harness; `local` are the recipe's own questions."""
+    evals: Path = Path("lm-eval")
+    """Folder for that harness's results."""

@@ -1,0 +1,1 @@
+"""The oracle that every engine is compared with; shares no arithmetic with `bake`."""

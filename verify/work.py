@@ -1,0 +1,59 @@
+"""What the kinds of evidence have at hand once everything is loaded and was shown the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from bake.base import find_base
+from bake.recipe import Recipe
+from verify.compare.comparison import Comparison
+from verify.engines.runners import Runner
+from verify.evidence.known import measure_known, model_digest
+from verify.hooked import Hooked
+from verify.journal import Journal, Progress
+from verify.options import Options
+from verify.report.findings import Rounding
+from verify.report.measures import KnownSet
+
+
+@dataclass
+class Work:
+    """One verification under way: a recipe, its base and references, and a folder's engines."""
+
+    recipe: Recipe
+    kinds: frozenset[str]
+    """Of evidence that were asked for."""
+    hooked: Hooked
+    comparison: Comparison
+    """What every engine showed."""
+    in_float32: Rounding | None
+    """What the engine in torch showed in float32, where everything else runs in 16 bits."""
+    unlearned: Runner
+    """The folder's engine that is asked alone: that in torch, else its first graph."""
+    options: Options
+    journal: Journal
+    progress: Progress
+
+    @property
+    def form(self) -> Literal["chat", "plain"]:
+        """The prompt form that leads."""
+        assert self.recipe.verify is not None
+        return self.recipe.verify.prompt
+
+    @cached_property
+    def known(self) -> tuple[Mapping[str, tuple[int, ...]], tuple[KnownSet, ...]]:
+        """By source, the rows of the questions that the base knows; and what became of them."""
+        cache, hooked = self.options.cache, self.hooked
+        return measure_known(
+            hooked.base,
+            self.unlearned,
+            hooked.material,
+            model=f"{model_digest(find_base(self.recipe).folder)} {hooked.dtype} "
+            f"{hooked.model.device.type}",
+            cache=None if cache is None else cache / "known",
+            journal=self.journal,
+            progress=self.progress,
+        )
