@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Literal
 
 from verify.compare.loss_split import EDGES
+from verify.engines.engine_names import engine_of
 from verify.report.findings import ERROR_EDGES, VerifyReport
 from verify.report.wording import title_of
 
@@ -67,7 +68,8 @@ def error_histograms(report: VerifyReport) -> tuple[HistogramPlot, ...]:
     labels = [(value, f"1e{round(math.log10(value))}") for value in ERROR_LABELS]
     plots = []
     for engine in report.engines:
-        if engine.parity is None:
+        reference = engine.name != "base" and not engine_of(engine.name).own
+        if engine.parity is None or reference:
             continue
         errors = engine.parity.errors
         if n := sum(errors):
