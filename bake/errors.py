@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+LONGEST_SHOWN = 200
+"""Most characters of a wrong value that an error shows."""
+
 
 class BakeoutError(Exception):
     """Base of every error caused by input. The command line prints it as one line and exits 2."""
@@ -37,3 +42,18 @@ class DataError(BakeoutError):
 
 class ExportError(BakeoutError):
     """A clamp that cannot be carried in the form that was asked for."""
+
+
+def printable(text: str) -> str:
+    """A text on one line, with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def shown(value: Any) -> str:
+    """What came, for an error's one line."""
+    return short(repr(value))
+
+
+def short(text: str) -> str:
+    """A text cut to what an error's line has room for."""
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"

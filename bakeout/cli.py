@@ -12,7 +12,7 @@ from types import FrameType
 
 import typer
 
-from bake.errors import BakeoutError
+from bake.errors import BakeoutError, printable
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
 
@@ -155,9 +155,7 @@ def run(arguments: list[str]) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    line = " ".join(message.split())
-    printable = "".join(c if c.isprintable() else "?" for c in line)
-    print(f"error: {printable}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

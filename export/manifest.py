@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from bake.errors import FolderError
+from bake.errors import FolderError, shown
 from bake.new_folder import MANIFEST
 from export.carriers.carriers import CARRIERS
 
@@ -162,7 +161,7 @@ class Manifest(Part):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise FolderError(
-                f'{path}: "{key}" is {_shown(first["input"])}: {first["msg"]}; bake or download '
+                f'{path}: "{key}" is {shown(first["input"])}: {first["msg"]}; bake or download '
                 "the folder again"
             ) from error
         for name in found.files:
@@ -208,16 +207,11 @@ def _check_schema(path: Path, data: object) -> None:
     """Refuse a manifest that a newer bakeout wrote; one that names no version is of the first."""
     schema = data.get("schema", 1) if isinstance(data, dict) else 1
     if type(schema) is not int or schema < 1:
-        raise FolderError(f'{path}: "schema" is {_shown(schema)}; expected {SCHEMA}')
+        raise FolderError(f'{path}: "schema" is {shown(schema)}; expected {SCHEMA}')
     if schema > SCHEMA:
         raise FolderError(
             f'{path}: "schema" is {schema}, and this bakeout knows up to {SCHEMA}; update bakeout'
         )
-
-
-def _shown(value: object) -> str:
-    text = re.sub(r"\s+", " ", repr(value))
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def versions() -> dict[str, str]:

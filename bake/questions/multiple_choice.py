@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bake.errors import DataError
-from bake.questions.rows import check_whole, field_of, rows_of, shown
+from bake.errors import DataError, shown
+from bake.questions.rows import check_whole, field_of, rows_of
 from bake.recipe import Recipe
 from bake.sources import QuestionSource, TextSource
 

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bake.errors import DataError
+from bake.errors import DataError, printable, short, shown
 from bake.recipe import Recipe
 from bake.sources import RowSource, TextSource
 
 Rows = Iterator[tuple[int, Any]]
 """(number from 1, row); of a file of lines, the number is that of the line."""
-LONGEST_SHOWN = 200
-"""Most characters of a wrong value that an error shows."""
 
 
 def rows_of(
@@ -54,7 +52,7 @@ def field_of(name: str, number: int, row: Any, field: str) -> Any:
         raise DataError(f"{name}, row {number}: is {shown(row)}; expected a JSON object")
     if field not in row:
         keys = ", ".join(f"`{printable(key)}`" for key in row) or "no keys"
-        raise DataError(f"{name}, row {number}: has no `{field}`; it has {_short(keys)}")
+        raise DataError(f"{name}, row {number}: has no `{field}`; it has {short(keys)}")
     return row[field]
 
 
@@ -68,20 +66,6 @@ def check_whole(where: str, key: str, *texts: str) -> None:
                 f"{where}: `{key}` holds {shown(text[error.start])}, half of a surrogate pair; "
                 "expected text"
             ) from error
-
-
-def printable(text: str) -> str:
-    """A text on one line, with nothing in it that a terminal would obey."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def shown(value: Any) -> str:
-    """What came, for an error's one line."""
-    return _short(repr(value))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
 
 
 def _line_rows(name: str, path: Path, field: str | None) -> Rows:

@@ -166,7 +166,7 @@ def test_unexpected_failure_is_exit_code_3_and_debug_shows_where(
     arguments = ["bake", str(recipe), "--out", str(tmp_path / "out")]
     capsys.readouterr()
     assert run(arguments) == 3
-    assert "unexpected RuntimeError: a ?[31m defect" in error_line(capsys)
+    assert r"unexpected RuntimeError: a \x1b[31m defect" in error_line(capsys)
     assert run([*arguments, "--debug"]) == 3
     assert "Traceback" in capsys.readouterr().err
 
