@@ -16,6 +16,10 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: importing the package costs nothing."""
     if name not in _HOMES:

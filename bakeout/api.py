@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from bake.recipe import Recipe
@@ -94,7 +95,7 @@ def verify(
     folder: str | Path,
     recipe: Recipe | str | Path | None = None,
     *,
-    only: tuple[str, ...] = (),
+    only: str | Iterable[str] = (),
     options: Options | None = None,
 ) -> VerifyReport:
     """Gather evidence about a folder.
@@ -103,7 +104,7 @@ def verify(
         folder: what bakeout wrote.
         recipe: what the hooked reference is rebuilt from; without one, the folder's own where all
             of it can be had from the hub.
-        only: kinds of evidence; all when empty.
+        only: a kind of evidence, or several; all when empty.
         options: how it is run.
 
     Returns:
@@ -113,4 +114,5 @@ def verify(
         BakeoutError: the folder, the recipe or what it names cannot be used.
     """
     loaded = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
-    return verify_folder(Path(folder), loaded, frozenset(only), options=options or Options())
+    kinds = frozenset([only] if isinstance(only, str) else only)
+    return verify_folder(Path(folder), loaded, kinds, options=options or Options())

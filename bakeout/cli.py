@@ -141,6 +141,9 @@ def run(arguments: list[str]) -> int:
     except BakeoutError as error:
         return _fail(str(error), BAD_INPUT, debug)
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            asked_for = " ".join(["bakeout", *arguments])
+            return _fail(f"no verb; expected one of those in {asked_for} --help", BAD_INPUT, debug)
         if hasattr(error, "format_message"):  # the command line's own usage errors
             return _fail(f"{error.format_message()}; see bakeout --help", BAD_INPUT, debug)
         if isinstance(error, OSError) and error.filename is not None:
@@ -160,23 +163,28 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _spread_kinds(arguments: list[str]) -> list[str]:
-    """`--only a b` and `--only a,b` as `--only a --only b`."""
-    if "--only" not in arguments:
+    """`--only a b`, `--only a,b` and `--only=a,b` as `--only a --only b`."""
+    if not any(argument.startswith("--only") for argument in arguments):
         return arguments
     from verify.evidence.kinds import KINDS
 
     spread: list[str] = []
-    after_only = False
+    expected = among = False
     for argument in arguments:
-        words = argument.split(",")
-        if after_only and all(word in KINDS for word in words):
-            if spread[-1] == "--only":
-                spread.pop()
-            spread += [part for word in words for part in ("--only", word)]
+        name, _, kinds = argument.partition("=")
+        if argument == "--only":
+            expected = among = True
             continue
-        after_only = argument == "--only"
+        if name == "--only" or expected or (among and set(argument.split(",")) <= KINDS.keys()):
+            asked = kinds if name == "--only" else argument
+            spread += [
+                part for kind in asked.split(",") if kind for part in ("--only", kind.strip())
+            ]
+            expected, among = False, True
+            continue
+        among = False
         spread.append(argument)
-    return spread
+    return [*spread, "--only"] if expected else spread
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

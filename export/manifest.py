@@ -83,10 +83,10 @@ class CompiledDistance(Part):
 class LayersEntry(Part):
     """The two layers of one compiled clamp."""
 
-    layers: list[int]
+    layers: list[int] = Field(min_length=1)
     flags: int
     """Comparisons with a threshold."""
-    neurons: list[int]
+    neurons: list[int] = Field(min_length=1)
     """Of either layer's MLP."""
     parameters: dict[str, Any]
     distance: CompiledDistance
@@ -101,7 +101,7 @@ class CompiledEntry(Part):
     layers_added: int
     kappa: float
     """The constant of the added channels."""
-    sites: list[LayersEntry]
+    sites: list[LayersEntry] = Field(min_length=1)
 
 
 class Manifest(Part):
@@ -133,13 +133,14 @@ class Manifest(Part):
         return self._sha256
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: str | Path) -> Self:
         """Read and check a folder's manifest; no other file is looked at.
 
         Raises:
             FolderError: there is no such folder, or its manifest is missing, damaged, of a newer
                 schema, or names files outside the folder.
         """
+        folder = Path(folder)
         if not folder.is_dir():
             raise FolderError(f"{folder}: is no folder; expected a folder that bakeout wrote")
         path = folder / MANIFEST

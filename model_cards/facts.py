@@ -55,7 +55,7 @@ class CardFacts:
     license: str
     """Hub licence id."""
     carrier: str
-    """layer | adapter | compiled | merged."""
+    """As the manifest has it: one of `CARRIERS`, mostly."""
     exact: bool
     clamps: tuple[ClampFacts, ...]
     verify: Verify | None

@@ -50,7 +50,7 @@ def render(
         license=one_line(facts.license),
         library_name="peft" if over_base else "transformers",
         pipeline_tag="text-generation",
-        tags=[tag for tag in TAGS if tag != "custom_code" or own_code],
+        tags=[tag for tag in TAGS if tag != "custom_code" or (own_code and facts.exact)],
         eval_results=eval_results(facts.verify, report) or None,
         model_name=None if report is None else one_line(report.folder),
     )

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def test_the_oracle_knows_every_method() -> None:
     assert EDITS.keys() == METHODS.keys()
 
 
+@pytest.mark.parametrize("room", ["bake", "export", "verify"])
+def test_public_names_are_there(room: str) -> None:
+    package = import_module(room)
+    assert dir(package) == sorted(package.__all__)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
 def test_sae_lens_is_imported_where_it_is_needed_only() -> None:
     users = {
         path.name
@@ -105,8 +115,6 @@ def test_rooms_are_small_and_names_are_unique() -> None:
 
 
 def test_help_says_what_each_verb_says_of_itself() -> None:
-    from importlib import import_module
-
     for name, verb in VERBS.items():
         found = getattr(import_module(f"bakeout.verbs.{verb.module}"), verb.function)
         said = getattr(found, "info", found)

@@ -69,7 +69,7 @@ def verify_folder(
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
         if not broken and carrier is not None and not carrier.over_base:
             graphs = find_graphs(folder)
-            layers = clamped_layers(read_config(folder)) if own else []
+            layers = clamped_layers(read_config(folder, manifest.carrier)) if own else []
             broken = graph_failures(graphs, layers, manifest.files)
         if broken or (kinds == {"integrity"} and not options.tasks):
             return _report(folder, manifest, {"integrity"}, broken)
@@ -80,12 +80,12 @@ def verify_folder(
             f"{', '.join(asked)}: the reference is rebuilt from a recipe, and "
             f"{folder.name} names local sources; give the recipe with --recipe"
         )
-    if carrier is None and recipe is not None:
+    if carrier is None and (recipe is not None or "witnesses" in only):
         raise FolderError(
-            f"{folder.name}: carries the clamp as {manifest.carrier}; parity, choices and loss "
-            f"are measured for {', '.join(CARRIERS)}. Use --only integrity"
+            f"{folder.name}: carries the clamp as {manifest.carrier}; what is more than "
+            f"integrity is measured for {', '.join(CARRIERS)}. Use --only integrity"
         )
-    witnesses = load_witnesses(folder) if "witnesses" in kinds else None
+    witnesses = load_witnesses(folder) if carrier is not None and "witnesses" in kinds else None
     if witnesses is None and "witnesses" in only:
         raise FolderError(
             f"{folder.name}: has no witnesses; `bakeout bake --witnesses` and "

@@ -125,10 +125,13 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
         (["bake", "absent.toml", "--out", "x"], 2, "absent.toml: cannot be read"),
         (["bake"], 2, "RECIPE"),
         (["bakee"], 2, "bakee"),
+        ([], 2, "no verb; expected one of those in bakeout --help"),
+        (["export"], 2, "no verb; expected one of those in bakeout export --help"),
         (["bake", "x", "--bogus"], 2, "bogus"),
         (["show", "absent"], 2, "is no folder"),
         (["verify", "absent"], 2, "absent"),
         (["verify", "absent", "--only", "nonsense"], 2, "nonsense"),
+        (["verify", "absent", "--only", "loss,witneses"], 2, "did you mean witnesses?"),
     ],
 )
 def test_usage_errors(
@@ -199,7 +202,9 @@ def test_only_takes_several_kinds_in_any_spelling() -> None:
     expected = ["verify", "--only", "parity", "--only", "loss", "x"]
     assert _spread_kinds(["verify", "--only", "parity", "loss", "x"]) == expected
     assert _spread_kinds(["verify", "--only", "parity,loss", "x"]) == expected
+    assert _spread_kinds(["verify", "--only=parity,loss", "x"]) == expected
     assert _spread_kinds(expected) == expected
+    assert _spread_kinds(["verify", "x", "--only", "paritty, loss"])[3] == "paritty"
 
 
 def test_help_answers_at_once_and_without_anything_heavy() -> None:

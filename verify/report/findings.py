@@ -237,7 +237,7 @@ class VerifyReport:
     folder: str
     """The folder's own name."""
     carrier: str
-    """layer | adapter | compiled | merged."""
+    """As the manifest has it: one of `CARRIERS`, mostly."""
     exact: bool
     """Whether the carrier computes the clamp itself rather than an approximation."""
     scope: str

@@ -22,20 +22,20 @@ from verify.report.findings import SCHEMA, VerifyReport
 _AGAIN = "run `bakeout verify FOLDER --recipe RECIPE --json FILE` again"
 
 
-def read_report(file: Path) -> VerifyReport:
+def read_report(file: str | Path) -> VerifyReport:
     """Read what `bakeout verify --json FILE` wrote.
 
     Raises:
         ReportError: the file is missing, is no report, or is of a newer schema.
     """
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(Path(file).read_bytes())
     except OSError as error:
         raise ReportError(
             f"report {file}: cannot be read ({error.strerror}); expected what "
             "`bakeout verify FOLDER --json FILE` writes"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"report {file}: is no JSON ({error}); {_AGAIN}") from error
     return report_from_dict(data, name=str(file))
 
