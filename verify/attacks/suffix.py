@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from bake.questions.multiple_choice import LETTERS, Question
-from verify.attacks.exam import BothAnswers, Exam, unmeasured
+from bake.questions.multiple_choice import LETTERS
+from verify.attacks.exam import Exam, unmeasured
 from verify.attacks.hints import balanced
 from verify.attacks.suffix_loss import slotted
 from verify.attacks.suffix_search import find_suffix
@@ -20,17 +20,12 @@ TRAINING_QUESTIONS = 8
 
 def suffix(exam: Exam) -> Iterator[Attack]:
     """A suffix searched on some questions, tried on the others."""
-    yield _searched(exam, exam.questions, exam.asked, exam.budget, exam.progress)
+    yield _searched(exam)
 
 
-def _searched(
-    exam: Exam,
-    questions: Sequence[Question],
-    asked: BothAnswers,
-    budget: int,
-    progress: Callable[[float], None],
-) -> Attack:
-    if budget <= 0:
+def _searched(exam: Exam) -> Attack:
+    questions, asked = exam.questions, exam.asked
+    if exam.budget <= 0:
         return unmeasured("suffix", "the search was given no steps")
     forgotten = np.flatnonzero(asked.base & ~asked.unlearned).tolist()
     if len(forgotten) < 2:
@@ -49,11 +44,11 @@ def _searched(
         [prompts[i] for i in seen],
         exam.tokenizer,
         exam.letter_ids,
-        budget=budget,
+        budget=exam.budget,
         journal=exam.journal,
         name=name,
         length=exam.suffix_length,
-        progress=progress,
+        progress=exam.progress,
     )
     answers = exam.answers(
         f"{name}, {found.steps} steps",

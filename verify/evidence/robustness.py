@@ -60,11 +60,11 @@ def attack(
         DataError: a source of the recipe cannot be used.
     """
     assert recipe.verify is not None
-    done = 0
+    tried: list[str] = []
 
     def tell(share: float) -> None:
         if progress is not None:
-            progress((done + share) / len(ATTACKS))
+            progress((len(tried) + share) / len(ATTACKS))
 
     exam = Exam(
         recipe=recipe,
@@ -81,10 +81,11 @@ def attack(
         journal=journal,
     )
     found: list[Attack] = []
-    for done, way in enumerate(ATTACKS.values()):  # noqa: B007  `tell` reads it
+    for name, way in ATTACKS.items():
         tell(0)
         found += way.run(exam)
-    tell(1)
+        tried.append(name)
+    tell(0)
     return Robustness(unlearned.name, exam.form, tuple(found))
 
 
