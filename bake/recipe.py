@@ -192,6 +192,8 @@ class Verify(Table):
     """Questions about what is to be kept."""
     text: TextSource
     """Texts for the loss that the clamp adds."""
+    texts: dict[str, TextSource] = Field(default_factory=dict)
+    """Other texts, by name, on which the loss added is reported apart: near the topic, on it."""
     prompt: Literal["chat", "plain"] = "chat"
     """The prompt form that leads the report; both are always measured."""
     reworded: dict[str, QuestionSource] = Field(default_factory=dict)
@@ -204,7 +206,7 @@ class Verify(Table):
     def sources(self) -> list[TextSource | RowSource]:
         """Everything that is read."""
         named: list[TextSource | RowSource] = [self.forget_questions, self.retain_questions]
-        named += [self.text, *self.reworded.values()]
+        named += [self.text, *self.texts.values(), *self.reworded.values()]
         if (c := self.completions) is not None:
             named += [s for s in (c.prompts, c.generic, c.trivia) if s is not None]
         return named

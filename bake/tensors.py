@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,9 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ROW_BYTES = 32 << 20
 """Bytes of float32 that `StoredTensor.blocks` gives at once, about."""
 Raw = NDArray[np.unsignedinteger[Any]]
+Blocks = Callable[[], Iterator[bytes | memoryview]]
+Tensors = dict[str, tuple[str, tuple[int, ...], Blocks]]
+"""Of a file that is to be written: dtype, shape and bytes by name."""
 
 
 def to_float32(raw: Raw, dtype: str) -> NDArray[np.float32]:
@@ -100,3 +107,47 @@ class StoredTensor:
         step = max(1, _ROW_BYTES // row_bytes)
         n = self.shape[0]
         return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+# --------------------------------------------------------------------------- writing
+
+
+def write_tensors(path: Path, tensors: Tensors, advance: Callable[[int], None]) -> str:
+    """Write a safetensors file block by block; returns its sha256. It is on disk when this ends."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape, _) in tensors.items():
+        end = offset + n_bytes(shape, dtype)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
+        hashed = hasher.submit(digest.update, (head := len(text).to_bytes(8, "little") + text))
+        file.write(head)
+        for name, (_, _, blocks) in tensors.items():
+            start = file.tell()
+            for block in blocks():
+                hashed.result()
+                hashed = hasher.submit(digest.update, block)
+                file.write(block)
+                advance(len(block))
+            low, high = header[name]["data_offsets"]
+            assert file.tell() - start == high - low, name
+        hashed.result()
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def n_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Size of a tensor of F32, BF16 or F16 numbers."""
+    return int(np.prod(shape)) * (4 if dtype == "F32" else 2)
+
+
+def index_of(files: Mapping[str, Tensors]) -> dict[str, Any]:
+    """model.safetensors.index.json."""
+    total = sum(n_bytes(shape, dtype) for f in files.values() for dtype, shape, _ in f.values())
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

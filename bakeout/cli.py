@@ -42,6 +42,11 @@ VERBS: dict[str, Verb] = {
         "bake",
         "Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them.",
     ),
+    "import-gguf": Verb(
+        "importing",
+        "convert",
+        "Write a GGUF file's Gemma as a base model's folder: bfloat16 weights, config, tokenizer.",
+    ),
     "export": Verb("exporting", "app", "Carry a clamped checkpoint's clamp in another form."),
     "select": Verb(
         "selecting",

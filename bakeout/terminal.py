@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from export.carriers.carriers import claim_of
 from export.manifest import ClampEntry, CompiledEntry, Manifest
 from verify.evidence.kinds import lines_of
 from verify.report.findings import EngineReport, VerifyReport
+from verify.report.measures import Completion, Completions, Continuation
 from verify.report.wording import number, title_of
 
 
@@ -84,6 +85,72 @@ def show_report(report: VerifyReport) -> None:
         f"[{colour}]{report.verdict}[/{colour}]  "
         + escape(printable(f"{report.folder}: {report.carrier}, {exact}; scope {report.scope}"))
     )
+
+
+SIDE_BY_SIDE = 6
+"""How many prompts are shown with their continuations."""
+
+
+def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
+    """What every engine still says, what it costs, how fast it is; then a few prompts.
+
+    Args:
+        report: with completions.
+        speeds: tokens per second that each engine goes on with, by its name.
+    """
+    out, found = console(), report.completions
+    assert found is not None
+    tallies = {(of.source, of.variant): of.right for of in found.tallies}
+    engines = {own.engine: own for own in found.engines}
+    texts = next((e.loss_detail.texts for e in report.engines if e.loss_detail is not None), ())
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in (
+        "right\non topic",
+        "right on\nothers",
+        *(
+            "loss added\ngeneral",
+            *(f"loss added\n{escape(printable(text.name))}" for text in texts),
+        ),
+        *("mean KL\nto the hook", "tokens\nfired", "tokens/s"),
+    ):
+        table.add_column(name, justify="right")
+    for engine in report.engines:
+        own = engines.get(engine.name)
+        right = (own.topic, own.generic) if own is not None else (None, None)
+        if engine.name == "base":
+            right = (tallies.get(("topic", "base")), tallies.get(("generic", "base")))
+        detail, parity = engine.loss_detail, engine.parity
+        table.add_row(
+            escape(printable(title_of(engine))),
+            *("–" if of is None else f"{of.right} of {of.n}" for of in right),
+            "–" if engine.loss_added is None else f"{engine.loss_added:+.4f}",
+            *(("–",) * len(texts) if detail is None else (f"{t.added:+.4f}" for t in detail.texts)),
+            "–" if parity is None else f"{parity.mean_kl:.1e}",
+            "–" if parity is None else f"{parity.tokens_fired:,}",
+            f"{speeds[engine.name]:.0f}" if engine.name in speeds else "–",
+        )
+    out.print()
+    out.print(table)
+    for prompt in _telling(found):
+        out.print(f"\n{escape(printable(prompt.prompt))} …", style="bold")
+        for one in prompt.continuations:
+            if one.variant in ("base", "unlearned"):
+                said = " ".join(one.text.split())
+                out.print(f"  {one.variant:<10} {escape(printable(said))}")
+
+
+def _telling(found: Completions) -> list[Completion]:
+    """Prompts that show most: what the base knew, on the topic what changed first; and others."""
+
+    def said(prompt: Completion) -> dict[str, Continuation]:
+        return {one.variant: one for one in prompt.continuations}
+
+    topic = [p for p in found.prompts if p.source == "topic" and said(p)["base"].right]
+    topic.sort(key=lambda prompt: bool(said(prompt)["unlearned"].right))
+    others = [p for p in found.prompts if p.source != "topic" and said(p)["base"].right]
+    n = SIDE_BY_SIDE - min(2, len(others))
+    return [*topic[:n], *others[: SIDE_BY_SIDE - n]]
 
 
 def engines_table(report: VerifyReport) -> Table:

@@ -128,14 +128,15 @@ def orders(case: Case, rounds: int) -> None:
         encoded = [case.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         return [[2, *ids] for ids in encoded]
 
-    def separately(last_only: bool) -> Callable[[], np.ndarray]:
+    def separately(every_logit: bool) -> Callable[[], np.ndarray]:
         def run() -> np.ndarray:
             found = []
             for question in case.questions:
                 for ids in prompts(question):
                     row = torch.tensor([ids])
-                    logits = runner.logits(row, torch.ones_like(row), last_only)[:, -1]
-                    found.append(letter_log_likelihoods(logits, letters))
+                    mask = torch.ones_like(row)
+                    logits = runner.logits(row, mask, mask.bool() if every_logit else None)
+                    found.append(letter_log_likelihoods(logits[-1:], letters))
             return np.concatenate(found).reshape(len(case.questions), len(ORDERS), 4, 2)
 
         return run
@@ -157,8 +158,8 @@ def orders(case: Case, rounds: int) -> None:
         "tree",
         tree,
         {
-            "24 prompts, every logit": separately(last_only=False),
-            "24 prompts, last logits": separately(last_only=True),
+            "24 prompts, every logit": separately(every_logit=True),
+            "24 prompts, last logits": separately(every_logit=False),
         },
         rounds,
     )

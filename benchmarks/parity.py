@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from bakeout.verbs.demo import MINIATURE
 from verify.clamped_folder import fitted_recipe, read_config
 from verify.compare.sensitivity import Sensitivity
 from verify.engines.runners import HookedRunner
+from verify.evidence.kinds import shown_for
 from verify.material import load_material
 from verify.reference.editing import edit_code
 from verify.reference.oracle import Edited, Oracle
@@ -62,11 +63,12 @@ def pairs(recipe: Recipe, rounds: int) -> list[float]:
     careless._edit_residual = edit_in_float32
     runners = [HookedRunner("reference", model, oracle) for oracle in (careful, careless)]
     ratios = []
-    for batch in list(material.batches(material.prompts(PARITY)))[:rounds]:
+    prompts = material.prompts(shown_for(PARITY), compared=True)
+    for batch in list(material.batches(prompts))[:rounds]:
         times = []
         for runner in runners:
             start = time.process_time()
-            runner.logits(batch.input_ids, batch.attention_mask, batch.last_only)
+            runner.logits(batch.input_ids, batch.attention_mask, batch.wanted)
             times.append(time.process_time() - start)
         ratios.append(times[0] / times[1])
     return ratios
@@ -77,10 +79,10 @@ def share(folder: Path, recipe: Recipe) -> tuple[float, float]:
     measured = 0.0
     look: Callable[..., Any] = Sensitivity._look
 
-    def timed(self: Sensitivity, prompts: Sequence[Any], draws: int) -> Any:
+    def timed(self: Sensitivity, places: Any) -> Any:
         nonlocal measured
         start = time.process_time()
-        found = look(self, prompts, draws)
+        found = look(self, places)
         measured += time.process_time() - start
         return found
 

@@ -9,7 +9,7 @@ from bake.recipe import Recipe
 from model_cards.facts import facts_of_recipe
 from model_cards.render import render
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "cards"
 
 
 def shipped_cards() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from verify.compare.comparison import Comparison, compare
 from verify.compare.firing import FeatureWatch, FiredExamples
 from verify.compare.sensitivity import Sensitivity
 from verify.engines import torch_worker
-from verify.engines.runners import HookedRunner, Runner
+from verify.engines.runners import DecodingRunner, HookedRunner, Reading, Runner
 from verify.evidence.kinds import KINDS
 from verify.hooked import Hooked
 from verify.journal import Journal
@@ -48,9 +49,11 @@ def material_of(recipe: Recipe, n: int = 3) -> Material:
     return Material(questions, windows, letter_tokens(tokenizer), tokenizer)
 
 
-def reports_beside(oracle: Oracle, checkpoint: Runner, recipe: Recipe) -> dict[str, EngineReport]:
+def reports_beside(
+    oracle: Oracle, checkpoint: HookedRunner, recipe: Recipe
+) -> dict[str, EngineReport]:
     """What is found of base, reference and a checkpoint, by name."""
-    here: list[Runner] = [
+    here = [
         HookedRunner("base", oracle.model),
         HookedRunner("reference", oracle.model, oracle),
         checkpoint,
@@ -58,7 +61,7 @@ def reports_beside(oracle: Oracle, checkpoint: Runner, recipe: Recipe) -> dict[s
     found = compared_with(oracle, here, recipe)
     hooked = Hooked(oracle.model, oracle.sites, {"reference": oracle}, found.material)
     work = Work(
-        *(recipe, COMPARED_KINDS, hooked, found, None, checkpoint),
+        *(recipe, COMPARED_KINDS, hooked, found, None, [checkpoint]),
         *(Options(), Journal(), lambda *_: None),
     )
     engines = tuple(EngineReport(name) for name in found.names)
@@ -70,24 +73,29 @@ def reports_beside(oracle: Oracle, checkpoint: Runner, recipe: Recipe) -> dict[s
 
 
 def compared_with(
-    oracle: Oracle, here: list[Runner], recipe: Recipe, parity: bool = True
+    oracle: Oracle,
+    here: list[HookedRunner],
+    recipe: Recipe,
+    parity: bool = True,
+    elsewhere: Sequence[DecodingRunner] = (),
 ) -> Comparison:
     """A comparison of engines on a few made-up questions and texts."""
     material = material_of(recipe)
     prompts = material.prompts(SHOWN, compared=True)
+    names = tuple(runner.name for runner in (*here, *elsewhere))
     epsilon = epsilon_of(oracle.model.dtype)
     sensitivity = Sensitivity("reference", oracle, epsilon, material, Journal(), prompts)
     found = Comparison(
         material,
         prompts,
-        tuple(runner.name for runner in here),
+        names,
         parity,
         {},
         FiredExamples("chat"),
         FeatureWatch({site.layer: site.features for site in oracle.sites}),
-        {runner.name: sensitivity for runner in here},
+        dict.fromkeys(names, sensitivity),
     )
-    compare(here, [], {"reference": oracle}, found, Journal(), lambda *_: None)
+    compare(here, elsewhere, {"reference": oracle}, found, Journal(), lambda *_: None)
     return found
 
 
@@ -123,3 +131,48 @@ class InProcess(HookedRunner):
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
         found: torch.Tensor = torch_worker.decoded(self._model, tensors, n_last)
         return found
+
+
+class PlainOnly(Runner):
+    """An engine that reads batches only."""
+
+    def __init__(self, runner: Runner, name: str = "onnx") -> None:
+        self.name, self._runner = name, runner
+
+    def read(self, *asked: torch.Tensor) -> Reading:
+        return self._runner.read(*asked)
+
+    def go_on(
+        self, ids: torch.Tensor, mask: torch.Tensor, stops: Sequence[int], most: int
+    ) -> torch.Tensor:
+        return self._runner.go_on(ids, mask, stops, most)
+
+
+class Speaker(Runner):
+    """An engine that is asked for nothing but what comes next."""
+
+    def next(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[batch, vocab] at the ends of prompts."""
+        raise NotImplementedError
+
+    def read(
+        self, ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor, scored: torch.Tensor
+    ) -> Reading:
+        ends = torch.zeros_like(wanted)
+        ends[:, -1] = True
+        assert torch.equal(wanted, ends) and not scored.any()
+        return Reading(self.next(ids, mask), torch.zeros(0).double())
+
+    def go_on(
+        self, ids: torch.Tensor, mask: torch.Tensor, stops: Sequence[int], most: int
+    ) -> torch.Tensor:
+        said = torch.full((len(ids), most), -1)
+        for row in range(len(ids)):
+            one, real = ids[row : row + 1], mask[row : row + 1]
+            for step in range(most):
+                said[row, step] = self.next(one, real)[0].argmax()
+                if int(said[row, step]) in stops:
+                    break
+                one = torch.cat([one, said[row : row + 1, step : step + 1]], dim=1)
+                real = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
+        return said

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bake.questions.prompts import Prompt
+from verify.engines.runners import Runner
 
 PARITY_VOCAB = 7
 
@@ -30,6 +32,26 @@ def flat_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """[tokens, vocab] float32."""
     with torch.no_grad():
         return model(input_ids=ids).logits.float().flatten(0, 1)
+
+
+def every_logit(runner: Runner, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[batch, seq, vocab], padding included."""
+    everything = torch.ones_like(mask, dtype=torch.bool)
+    return runner.logits(ids, mask, everything).view(*ids.shape, -1)
+
+
+def one_after_another(
+    runner: Runner, ids: torch.Tensor, mask: torch.Tensor, stops: Sequence[int], most: int
+) -> list[list[int]]:
+    """What `go_on` says, prompt by prompt, with no padding, no cache, and every logit formed."""
+    said = []
+    for row, real in zip(ids, mask.bool(), strict=True):
+        prompt, new = row[real].tolist(), list[int]()
+        while len(new) < most and not set(new) & set(stops):
+            whole = torch.tensor([prompt + new])
+            new.append(int(every_logit(runner, whole, torch.ones_like(whole))[0, -1].argmax()))
+        said.append(new)
+    return said
 
 
 class TokenNames:

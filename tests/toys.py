@@ -46,30 +46,39 @@ class Toy(torch.nn.Module):
             noise[tokenizer.convert_tokens_to_ids(name), dim] = 1.0
         noise[tokenizer.convert_tokens_to_ids(planted), 4] = 1.0
         self.embedding.weight.data = torch.from_numpy(noise).float()
+        self.head = torch.nn.Linear(4, len(tokenizer), bias=False)
+        self.head.weight.data.zero_()
+        for letter, tokens in enumerate(self.letters):
+            self.head.weight.data[list(tokens), letter] = 1.0
         self.requires_grad_(False)
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
         return self.embedding
 
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
     def forward(
-        self, input_ids: Any, attention_mask: Any, past_key_values: Any = None, **_: Any
+        self,
+        input_ids: Any,
+        attention_mask: Any,
+        past_key_values: Any = None,
+        logits_to_keep: int = 0,
+        **_: Any,
     ) -> Any:
         self.calls += 1
-        real = attention_mask[:, -input_ids.shape[1] :, None]
-        total = (self.embedding(input_ids) * real).sum(dim=1)
+        n = input_ids.shape[1]
+        real = attention_mask[:, -n:, None]
+        total = (self.embedding(input_ids) * real).cumsum(dim=1)  # [batch, seq, 5]
         if past_key_values is not None:
-            total = total + past_key_values.total
-        knows = torch.ones(len(total), 1)
+            total = total + past_key_values.total[:, None]
+        knows = torch.ones(1)
         if self.clamped:
-            knows = torch.zeros_like(knows)
-            if not self.immune:
-                knows = torch.sigmoid(4 * (total[:, 4:] - 2))
-        logits = torch.zeros(len(total), 1, self.embedding.weight.shape[0])
-        for letter, tokens in enumerate(self.letters):
-            guess = 0.1 * (attention_mask.sum(dim=1) % 4 == letter)
-            says = 6 * knows[:, 0] * total[:, letter] + guess
-            logits[:, 0, list(tokens)] = says[:, None]
-        return SimpleNamespace(logits=logits, past_key_values=ToyCache(total))
+            knows = 0.0 * knows if self.immune else torch.sigmoid(4 * (total[..., 4:] - 2))
+        n_read = attention_mask.cumsum(dim=1)[:, -n:, None]
+        guess = 0.1 * (n_read % 4 == torch.arange(4))
+        says = (6 * knows * total[..., :4] + guess)[:, -logits_to_keep:]
+        return SimpleNamespace(logits=self.head(says), past_key_values=ToyCache(total[:, -1]))
 
 
 class ToyOracle:

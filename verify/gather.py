@@ -19,7 +19,7 @@ from verify.compare.comparison import REFERENCE, Comparison, compare
 from verify.compare.firing import FeatureWatch, FiredExamples, fired_on
 from verify.compare.upcast import compare_in_float32
 from verify.engines.engines import Engines
-from verify.engines.runners import DecodingRunner, HookedRunner, Runner
+from verify.engines.runners import DecodingRunner, HookedRunner
 from verify.evidence.harness import check_harness, measure_harness
 from verify.evidence.kinds import KINDS, shown_for
 from verify.hooked import load_hooked, units_of
@@ -67,7 +67,7 @@ def gather(
     hooked = load_hooked(folder, recipe, engines, progress)
     shown, form = shown_for(kinds), recipe.verify.prompt
     asks = "questions" in shown
-    here: list[Runner] = [hooked.base] if any(KINDS[name].with_base for name in kinds) else []
+    here: list[HookedRunner] = [hooked.base] if any(KINDS[name].with_base for name in kinds) else []
     here += hooked.references
     prompts = hooked.material.prompts(shown, compared="parity" in kinds)
     sensitivities: dict[str, Sensitivity] = {}
@@ -96,7 +96,7 @@ def gather(
             if asks and recipe.select is not None and any(comparison.watch.never_active()):
                 _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
             work = Work(
-                *(recipe, kinds, hooked, comparison, in_float32, elsewhere[0]),
+                *(recipe, kinds, hooked, comparison, in_float32, elsewhere),
                 *(options, journal, progress),
             )
             if "known" in kinds:
@@ -189,7 +189,7 @@ def _watch_corpus(recipe: Recipe, comparison: Comparison, oracle: Oracle, journa
     reference = HookedRunner(REFERENCE, oracle.model, oracle)
 
     def see(batch: Batch) -> Any:
-        reference.logits(batch.input_ids, batch.attention_mask, last_only=True)
+        reference.logits(batch.input_ids, batch.attention_mask)
         return fired_on(oracle, batch)["active"]
 
     for number, batch in enumerate(material.batches([replace(p, source="forget") for p in texts])):

@@ -15,7 +15,7 @@ from export.carriers.carriers import CARRIERS
 from verify.clamped_folder import check_layers, check_shape, read_config
 from verify.compare.comparison import BASE, REFERENCE
 from verify.engines.engines import Engines
-from verify.engines.runners import HookedRunner, Runner
+from verify.engines.runners import HookedRunner
 from verify.journal import Journal, Progress
 from verify.material import Material, load_material
 from verify.tolerances import unit_of
@@ -45,12 +45,12 @@ class Hooked:
         return str(self.model.dtype).removeprefix("torch.")
 
     @cached_property
-    def base(self) -> Runner:
+    def base(self) -> HookedRunner:
         """The base itself."""
         return HookedRunner(BASE, self.model)
 
     @cached_property
-    def references(self) -> list[Runner]:
+    def references(self) -> list[HookedRunner]:
         """One engine for each oracle."""
         return [HookedRunner(name, of.model, of) for name, of in self.oracles.items()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bake.questions.answers import LetterTokens, letter_tokens
@@ -19,7 +19,7 @@ class Material:
     questions: Mapping[str, Sequence[Question]]
     """Of `forget` and of `retain`."""
     windows: Sequence[Prompt]
-    """Of text."""
+    """Of text; those of the recipe's other texts have their name as form."""
     letters: LetterTokens
     tokenizer: Any
     """The base model's."""
@@ -59,4 +59,7 @@ def load_material(recipe: Recipe, tokenizer: Any) -> Material:
         "retain": load_questions(recipe.verify.retain_questions, recipe),
     }
     windows = text_prompts(load_texts(recipe.verify.text, recipe), tokenizer)
+    for name, source in recipe.verify.texts.items():
+        more = text_prompts(load_texts(source, recipe), tokenizer)
+        windows += [replace(window, form=name) for window in more]
     return Material(questions, windows, letter_tokens(tokenizer), tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -31,11 +31,16 @@ class Work:
     """What every engine showed."""
     in_float32: Rounding | None
     """What the engine in torch showed in float32, where everything else runs in 16 bits."""
-    unlearned: Runner
-    """The folder's engine that is asked alone: that in torch, else its first graph."""
+    engines: Sequence[Runner]
+    """The folder's own."""
     options: Options
     journal: Journal
     progress: Progress
+
+    @property
+    def unlearned(self) -> Runner:
+        """The folder's engine that is asked alone: that in torch, else its first graph."""
+        return self.engines[0]
 
     @property
     def form(self) -> Literal["chat", "plain"]:

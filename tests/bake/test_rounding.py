@@ -23,6 +23,26 @@ def test_every_number_moves_to_the_next_one(dtype: torch.dtype) -> None:
     assert 0.4 < (moved > h).float().mean() < 0.6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (3, 7, 11), (1,)])
+def test_every_number_is_multiplied_exactly_and_rounded_once(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    h = (torch.randn(*shape, generator=torch.Generator().manual_seed(2)) * 100).to(dtype)
+    for epsilon in {epsilon_of(dtype), EPSILON["int8"], EPSILON["int4"]}:
+        moved = draw(h, epsilon=epsilon)
+        up, down = ((h.double() * (1 + sign * epsilon)).to(dtype) for sign in (1, -1))
+        assert ((moved == up) | (moved == down)).all()
+        assert moved.shape == h.shape
+
+
+def test_signs_are_even_wherever_a_number_stands() -> None:
+    up = (draw(torch.ones(3001, 8), epsilon=EPSILON["int4"]) > 1).float()
+    assert (up.mean(dim=0) - 0.5).abs().max() < 0.05
+    assert (up.T.corrcoef() - torch.eye(8)).abs().max() < 0.08  # nor do neighbours move together
+    assert 0.4 < (up[1:] == up[:-1]).float().mean() < 0.6
+
+
 def test_a_seed_gives_the_same_and_another_one_does_not() -> None:
     h = torch.randn(8, 8)
     assert torch.equal(draw(h), draw(h)) and not torch.equal(draw(h), draw(h, seed=1))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from bake.recipe import Recipe
 from bake.rounding import BAR
@@ -16,7 +16,7 @@ from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from tests.clamps import METHOD_NUMBERS, recipe_on_layers
 from tests.engines import compared_with, load_clamped, reports_beside
 from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
-from verify.engines.runners import HookedRunner
+from verify.engines.runners import HookedRunner, Reading
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 from verify.tolerances import parity_failures
@@ -63,23 +63,18 @@ def oracle_and_recipe(
     return Oracle(load_base(recipe), load_sites(recipe)), recipe
 
 
-class Defective:
+class Defective(HookedRunner):
     """The reference, but for `error` on one logit of one token of every batch."""
 
     def __init__(self, oracle: Oracle, error: float) -> None:
-        self.name = "checkpoint"
+        super().__init__("checkpoint", oracle.model, oracle)
         self.error = error
-        self.inner = HookedRunner("inner", oracle.model, oracle)
 
-    def logits(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, last_only: bool
-    ) -> torch.Tensor:
-        logits = self.inner.logits(input_ids, attention_mask, last_only).clone()
-        logits[0, -1, 17] += self.error
-        return logits
-
-    def close(self) -> None:
-        self.inner.close()
+    def read(self, ids: Any, mask: Any, wanted: Any, scored: Any) -> Reading:
+        found = super().read(ids, mask, wanted, scored)
+        logits = found.logits.clone()
+        logits[int(wanted[0].sum()) - 1, 17] += self.error  # the first prompt's end
+        return replace(found, logits=logits)
 
 
 def test_logits_off_by_a_thousandth_are_caught(oracle_and_recipe: tuple[Oracle, Recipe]) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from bake.questions.answers import Answers
-from bake.questions.loss import LossSum, text_rows
-from bake.questions.prompts import QUESTION_FORMS, Batch, Prompt, left_padded
+from bake.questions.loss import LossSum
+from bake.questions.prompts import QUESTION_FORMS, TEXT, Batch, Prompt, left_padded
+from verify.compare.chosen import choose, share_compared
 from verify.compare.distances import Distances
-from verify.compare.firing import FeatureWatch, FiredExamples, fired_on
+from verify.compare.firing import FeatureWatch, FiredExamples, Firings
 from verify.compare.parity_sum import ParitySum, answer_flips
 from verify.compare.sensitivity import Nearby
-from verify.engines.runners import DecodingRunner, Runner
+from verify.engines.runners import DecodingRunner, HookedRunner, Reading
 from verify.journal import Journal, Progress
 from verify.material import Material
 from verify.report.findings import Parity
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 BASE, REFERENCE = "base", "reference"
 DECODED_PROMPTS, DECODED_TOKENS = 4, 64
 """How many forget prompts of each form, the shortest, are read token by token, and how many of
-their last tokens."""
+their last tokens, at most."""
+DECODED_LOGITS, FEWEST_DECODED = 1 << 25, 16
+"""How many logits that may form, and how many tokens it is at least."""
 
 
 @dataclass
@@ -55,8 +58,10 @@ class Comparison:
     parities: dict[str, ParitySum] = field(init=False)
     after: list[int] = field(default_factory=list)
     """Per token of text, whether it was predicted at or after a firing in its sequence."""
-    windows: list[int] = field(default_factory=list)
-    """Per window of text, how many tokens' loss was taken."""
+    windows: list[tuple[str, int]] = field(default_factory=list)
+    """Per window of text, its form, and how many tokens' loss was taken."""
+    could_be_compared: int = 0
+    """Over how many tokens engines would have been compared, had all of them been."""
     fired: dict[str, int] = field(default_factory=dict)
     """Per reference, on how many tokens its clamps fired."""
     fired_by_layer: dict[int, int] = field(default_factory=dict)
@@ -85,15 +90,33 @@ class Comparison:
         known = {of.name: of.nearby(batch) for of in self.sensitivities.values()}
         return {engine: known[of.name] for engine, of in self.sensitivities.items()}
 
+    @cached_property
+    def _share(self) -> float:
+        """Of the tokens that could be compared, how many are."""
+        return share_compared(self.prompts, len(self.material.tokenizer))
+
+    def wanted(self, batch: Batch, oracle: Oracle) -> Tensor:
+        """[batch, seq] bool: the tokens whose logits are needed, once the reference was run."""
+        if not self.parity:
+            return batch.ends
+        assert oracle.last_fired is not None
+        return choose(batch, oracle.last_fired, self._share)
+
     def found(
-        self, batch: Batch, logits: Mapping[str, Tensor], nearby: Mapping[str, Nearby]
+        self,
+        batch: Batch,
+        wanted: Tensor,
+        readings: Mapping[str, Reading],
+        nearby: Mapping[str, Nearby],
     ) -> dict[str, Any]:
-        """What every engine's logits of a batch say, as JSON data; changes nothing."""
+        """What every engine's reading of a batch says, as JSON data; changes nothing."""
+        ends = wanted.sum(dim=-1).cumsum(dim=-1) - 1  # among the wanted tokens
+        logits = {name: reading.logits for name, reading in readings.items()}
         return {
             name: {
-                "answers": self.answers[name].found(batch, logits[name]),
-                "losses": LossSum.found(batch, logits[name]),
-                "parity": self.parity_found(name, batch, logits, nearby),
+                "answers": self.answers[name].found(batch, logits[name][ends]),
+                "losses": readings[name].losses.tolist(),
+                "parity": self.parity_found(name, batch, wanted, logits, nearby),
             }
             for name in self.names
         }
@@ -102,14 +125,15 @@ class Comparison:
         self,
         name: str,
         batch: Batch,
+        wanted: Tensor,
         logits: Mapping[str, Tensor],
         nearby: Mapping[str, Nearby],
     ) -> list[Any] | None:
         """One engine's logits against its reference's, as JSON data; None of a reference."""
         if name not in self.parities:
             return None
-        reference = self.reference_of(name)
-        return self.parities[name].found(batch, logits[reference], logits[name], nearby[name])
+        ours, theirs = logits[self.reference_of(name)], logits[name]
+        return self.parities[name].found(batch, wanted, ours, theirs, nearby[name])
 
     def take(self, batch: Batch, found: Mapping[str, Any]) -> None:
         """Take in what was found for a batch: of every engine, and of the clamps."""
@@ -123,7 +147,9 @@ class Comparison:
         for layer, n in found["by_layer"].items():
             self.fired_by_layer[int(layer)] = self.fired_by_layer.get(int(layer), 0) + n
         self.after += found["after"]
-        self.windows += [len(batch.prompts[row].ids) - 1 for row in text_rows(batch)]
+        texts = [prompt for prompt in batch.prompts if prompt.source == TEXT]
+        self.windows += [(prompt.form, len(prompt.ids) - 1) for prompt in texts]
+        self.could_be_compared += int(batch.wanted.sum())
         self.examples.add(batch.prompts, found["positions"])
         self.watch.add(batch.prompts, found["active"])
 
@@ -137,6 +163,7 @@ class Comparison:
                 mean_kl=0.0,
                 top1_agreement=1.0,
                 tokens_compared=some.n_tokens,
+                of_tokens=self._of_tokens(some),
                 tokens_fired=self.fired[name],
                 worst=None,
                 flips=(),
@@ -146,11 +173,16 @@ class Comparison:
         flips = answer_flips(self.answers[reference], self.answers[name], self.material.questions)
         assert parity.distances is not None
         return parity.result(
+            of_tokens=self._of_tokens(parity),
             tokens_fired=0 if name == BASE else self.fired[reference],
             flips=flips,
             tokenizer=tokenizer,
             rounding=parity.distances.result(flips, self._asked, self.examples.prompts, tokenizer),
         )
+
+    def _of_tokens(self, parity: ParitySum) -> int | None:
+        """Out of how many tokens those were that were compared; None where it was all of them."""
+        return None if self._share >= 1 else max(parity.n_tokens, self.could_be_compared)
 
     @cached_property
     def _asked(self) -> dict[tuple[str, str, int], Prompt]:
@@ -162,7 +194,7 @@ class Comparison:
 
 
 def compare(
-    here: Sequence[Runner],
+    here: Sequence[HookedRunner],
     elsewhere: Sequence[DecodingRunner],
     oracles: Mapping[str, Oracle],
     comparison: Comparison,
@@ -195,15 +227,10 @@ def compare(
             if journal.has(name):
                 comparison.take(batch, journal.once(name, dict))
             else:
-                inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
-                pending = {runner.name: pool.submit(runner.logits, *inputs) for runner in elsewhere}
-                firings = _Firings(oracles)
-                logits = {runner.name: runner.logits(*inputs) for runner in here}
-                logits |= {name: answer.result() for name, answer in pending.items()}
-                firing, nearby = firings.since(batch), comparison.nearby(batch)
+                reading = _Reading(batch, here, oracles, comparison)
                 finish()
-                counting = pool.submit(_found, comparison, batch, logits, nearby, firing)
-                waiting.append((name, batch, counting))
+                reading.go_on(elsewhere, pool)
+                waiting.append((name, batch, pool.submit(reading.result)))
             done += sum(len(prompt.ids) for prompt in batch.prompts)
             progress("compare", done / total)
         finish()
@@ -211,42 +238,46 @@ def compare(
         _compare_decoding(here, elsewhere, oracles, comparison, journal)
 
 
-def _found(
-    comparison: Comparison,
-    batch: Batch,
-    logits: Mapping[str, Tensor],
-    nearby: Mapping[str, Nearby],
-    firing: dict[str, Any],
-) -> dict[str, Any]:
-    return {"engines": comparison.found(batch, logits, nearby), **firing}
+class _Reading:
+    """All engines over one batch. The reference is first: where it fired decides what is looked at.
 
+    While the other engines read the batch, the reference goes on with the next one.
+    """
 
-class _Firings:
-    """What oracles do from now on."""
+    def __init__(
+        self,
+        batch: Batch,
+        here: Sequence[HookedRunner],
+        oracles: Mapping[str, Oracle],
+        comparison: Comparison,
+    ) -> None:
+        self._batch, self._comparison = batch, comparison
+        firings = Firings(oracles, REFERENCE)
+        choose = partial(comparison.wanted, batch, oracles[REFERENCE])
+        inputs = (batch.input_ids, batch.attention_mask)
+        first = next(runner for runner in here if runner.name == REFERENCE)
+        self._found = {REFERENCE: first.read(*inputs, choose, batch.scored)}
+        self._wanted, self._firings = choose(), firings
+        self._others = [runner for runner in here if runner is not first]
+        self._pending: dict[str, Future[Reading]] = {}
 
-    def __init__(self, oracles: Mapping[str, Oracle]) -> None:
-        self._oracles = oracles
-        self._tokens = {name: oracle.tokens_fired for name, oracle in oracles.items()}
-        self._by_layer = dict(oracles[REFERENCE].fired_by_layer)
+    def go_on(self, elsewhere: Sequence[DecodingRunner], pool: ThreadPoolExecutor) -> None:
+        """Let the other engines read it too; those that compute elsewhere are not waited for."""
+        batch = self._batch
+        inputs = (batch.input_ids, batch.attention_mask, self._wanted, batch.scored)
+        self._pending = {runner.name: pool.submit(runner.read, *inputs) for runner in elsewhere}
+        self._found |= {runner.name: runner.read(*inputs) for runner in self._others}
+        self._firing, self._nearby = self._firings.since(batch), self._comparison.nearby(batch)
 
-    def since(self, batch: Batch) -> dict[str, Any]:
-        """On how many tokens they fired since; and on which of a batch, their last one."""
-        reference = self._oracles[REFERENCE]
-        return {
-            "tokens": {
-                name: oracle.tokens_fired - self._tokens[name]
-                for name, oracle in self._oracles.items()
-            },
-            "by_layer": {
-                str(layer): n - self._by_layer[layer]
-                for layer, n in reference.fired_by_layer.items()
-            },
-            **fired_on(reference, batch),
-        }
+    def result(self) -> dict[str, Any]:
+        """What all of it says, as JSON data, once every engine has read."""
+        readings = self._found | {name: of.result() for name, of in self._pending.items()}
+        found = self._comparison.found(self._batch, self._wanted, readings, self._nearby)
+        return {"engines": found, **self._firing}
 
 
 def _compare_decoding(
-    here: Sequence[Runner],
+    here: Sequence[HookedRunner],
     elsewhere: Sequence[DecodingRunner],
     oracles: Mapping[str, Oracle],
     comparison: Comparison,
@@ -267,29 +298,33 @@ def _compare_decoding(
     if not chosen:
         return
     batch = left_padded(chosen, pad_id=comparison.material.pad_id, last_only=False)
-    n_last = min(DECODED_TOKENS, batch.input_ids.shape[1] - 1)
+    affordable = DECODED_LOGITS // (len(chosen) * len(comparison.material.tokenizer))
+    n_last = min(max(FEWEST_DECODED, affordable), DECODED_TOKENS, batch.input_ids.shape[1] - 1)
     tail = replace(
         batch,
         input_ids=batch.input_ids[:, -n_last:],
         attention_mask=batch.attention_mask[:, -n_last:],
     )
+    wanted = batch.wanted
+    wanted[:, :-n_last] = False
 
     def decode() -> dict[str, Any]:
-        firings = _Firings(oracles)
-        whole = {
-            runner.name: runner.logits(batch.input_ids, batch.attention_mask, last_only=False)
-            for runner in here
-            if runner.name != BASE
+        firings = Firings(oracles, REFERENCE)
+        inputs = (batch.input_ids, batch.attention_mask)
+        logits = {
+            runner.name: runner.logits(*inputs, wanted) for runner in here if runner.name != BASE
         }
-        logits = {name: of[:, -n_last:] for name, of in whole.items()}
         nearby = {name: of.last(n_last) for name, of in comparison.nearby(batch).items()}
         parities = {}
         for runner in elsewhere:
-            logits[runner.name] = runner.decoded(batch.input_ids, batch.attention_mask, n_last)
-            parities[runner.name] = comparison.parity_found(runner.name, tail, logits, nearby)
+            decoded = runner.decoded(*inputs, n_last)[tail.wanted]
+            of = {**logits, runner.name: decoded}
+            found = comparison.parity_found(runner.name, tail, tail.wanted, of, nearby)
+            parities[runner.name] = found
         return {"parities": parities, **firings.since(batch)}
 
     found = journal.once("decoded", decode)
+    comparison.could_be_compared += int(tail.wanted.sum())
     for name, parity in found["parities"].items():
         comparison.parities[name].take(tail, parity)
     for name, n in found["tokens"].items():

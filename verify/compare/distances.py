@@ -25,7 +25,7 @@ AT_ONCE = 8
 """How many prompts are looked at together."""
 MOST_LOOKED = 32
 """Most prompts that are looked at for one engine."""
-ENOUGH = 3.0
+ENOUGH = BAR / 2
 """A token this near, in roundings, need not be looked at."""
 HOPELESS = 10 * BAR
 """A token this far out settles it: nobody looks for a worse one."""
@@ -157,27 +157,22 @@ class Distances:
         prompt, position, distance = self.worst
         if not self.beyond:
             return distance / self.sensitivity.typical, (prompt, position), distance
+        typical = self.sensitivity.typical
+        far = {place: of for place, of in self.beyond.items() if of > ENOUGH * typical}
         places: dict[Prompt, list[int]] = {}
-        for prompt, position in sorted(self.beyond, key=lambda place: -self.beyond[place]):
+        for prompt, position in sorted(far, key=lambda place: -far[place]):
             places.setdefault(prompt, []).append(position)
-        waiting = list(places)  # the prompts, the one that may be worst first
-        worst, at = 0.0, next(iter(self.beyond))
+        waiting = list(places)[:MOST_LOOKED]  # the prompts, the one that may be worst first
+        worst = 0.0
         for start in range(0, len(waiting), AT_ONCE):
-            furthest = waiting[start], places[waiting[start]][0]
-            bound = self.beyond[furthest] / self.sensitivity.typical
-            if worst > HOPELESS:
-                break
-            if bound <= max(worst, ENOUGH) or start >= MOST_LOOKED:
-                if bound > worst:  # not looked at: held to what is typical
-                    worst, at = bound, furthest
-                break
             looked = waiting[start : start + AT_ONCE]
-            self.sensitivity.measure(looked)
-            for prompt in looked:
-                for position in places[prompt]:
-                    if (found := self.roundings(prompt, position)) > worst:
-                        worst, at = found, (prompt, position)
-        return worst, at, self.beyond[at]
+            if worst > HOPELESS or far[looked[0], places[looked[0]][0]] <= worst * typical:
+                break
+            self.sensitivity.measure({prompt: sorted(places[prompt]) for prompt in looked})
+            found = [self.roundings(prompt, at) for prompt in looked for at in places[prompt]]
+            worst = max(worst, *found)
+        at = max(self.beyond, key=lambda place: self.roundings(*place))
+        return self.roundings(*at), at, self.beyond[at]
 
 
 def place_in_prompt(batch: Batch, row: int, column: int) -> tuple[int, int]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bake.questions.loss import text_rows
 from verify.compare.loss_split import after_firing
 from verify.report.findings import FiredText
 
@@ -33,13 +32,35 @@ def fired_on(oracle: Oracle, batch: Batch) -> dict[str, Any]:
         [at - (lead - len(prompt.ids)) for at in row.nonzero()[:, 0].tolist()]
         for prompt, row in zip(batch.prompts, fired, strict=True)
     ]
-    texts = text_rows(batch)
-    after = after_firing(fired.cpu()[texts], batch.attention_mask[texts]).int().tolist()
+    after = after_firing(fired.cpu(), batch.scored).int().tolist()
     active = {
         str(layer): [row.nonzero()[:, 0].tolist() for row in flags]
         for layer, flags in oracle.last_active.items()
     }
     return {"positions": positions, "after": after, "active": active}
+
+
+class Firings:
+    """What oracles do from now on."""
+
+    def __init__(self, oracles: Mapping[str, Oracle], reference: str) -> None:
+        self._oracles, self._reference = oracles, oracles[reference]
+        self._tokens = {name: oracle.tokens_fired for name, oracle in oracles.items()}
+        self._by_layer = dict(self._reference.fired_by_layer)
+
+    def since(self, batch: Batch) -> dict[str, Any]:
+        """On how many tokens they fired since; and on which of a batch, their last one."""
+        return {
+            "tokens": {
+                name: oracle.tokens_fired - self._tokens[name]
+                for name, oracle in self._oracles.items()
+            },
+            "by_layer": {
+                str(layer): n - self._by_layer[layer]
+                for layer, n in self._reference.fired_by_layer.items()
+            },
+            **fired_on(self._reference, batch),
+        }
 
 
 class FiredExamples:

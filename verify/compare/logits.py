@@ -57,8 +57,6 @@ def max_abs_difference(reference: Tensor, engine: Tensor) -> Tensor:
 class Compared:
     """Two engines' logits at some tokens: [n] each."""
 
-    places: Tensor
-    """[n, 2]: row and column in the logits."""
     kl: Tensor
     """float64, nats."""
     distance: Tensor
@@ -69,27 +67,20 @@ class Compared:
     """Largest |logit| of the first."""
 
 
-def compare_logits(reference: Tensor, engine: Tensor, counted: Tensor) -> Compared:
-    """Two engines' logits, a few tokens at a time.
-
-    Args:
-        reference: [batch, seq, vocab].
-        engine: [batch, seq, vocab].
-        counted: [batch, seq], not 0 at the tokens that are compared.
-    """
+def compare_logits(reference: Tensor, engine: Tensor) -> Compared:
+    """Two engines' logits of the same tokens, [n, vocab] each, a few tokens at a time."""
     import torch
 
     if reference.shape != engine.shape:
         raise ValueError(
             f"logits have shape {list(engine.shape)}; the reference's have {list(reference.shape)}"
         )
-    places = counted.nonzero()
     at_once = max(1, _CHUNK_BYTES // (4 * reference.shape[-1]))
     parts = []
-    for start in range(0, len(places), at_once):
-        rows, columns = places[start : start + at_once].unbind(-1)
-        ours, theirs = reference[rows, columns], engine[rows, columns]
+    for ours, theirs in zip(
+        torch.split(reference, at_once), torch.split(engine, at_once), strict=True
+    ):
         same = ours.argmax(-1) == theirs.argmax(-1)
         distance = max_abs_difference(ours, theirs)
         parts.append((kl_nats(ours, theirs), distance, same, ours.abs().amax(-1)))
-    return Compared(places, *(torch.cat(part) for part in zip(*parts, strict=True)))
+    return Compared(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -81,27 +81,26 @@ class LossHistogram:
         )
 
 
-def after_firing(fired: Tensor, attention_mask: Tensor) -> Tensor:
+def after_firing(fired: Tensor, scored: Tensor) -> Tensor:
     """Which predictions were made at or after the first firing in their sequence.
 
     Args:
-        fired: [batch, seq] bool, positions on which the clamp changed the residual stream.
-        attention_mask: [batch, seq], 1 at real tokens.
+        fired: [batch, seq] bool, positions on which the clamp changed the residual stream, none of
+            them padding.
+        scored: [batch, seq] bool, the tokens of which the loss of what follows is taken.
 
     Returns:
-        [n] bool, in the order of `bake.questions.loss.token_losses`: the token at t + 1 is
-        predicted at t, so a firing at t is the first that its loss feels.
+        [n] bool, row by row: the token at t + 1 is predicted at t, so a firing at t is the first
+        that its loss feels.
     """
-    begun = (fired & attention_mask.bool()).cumsum(dim=-1) > 0
-    counted = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
-    return begun[:, :-1][counted]
+    return (fired.cumsum(dim=-1) > 0)[scored]
 
 
 def split(base: Tensor, edited: Tensor, after: Tensor) -> LossSplit:
     """Loss added before and after the first firing.
 
     Args:
-        base: [n] losses of the base, nats, as `bake.questions.loss.token_losses` gives them.
+        base: [n] losses of the base, nats, as `Runner.read` gives them.
         edited: [n] of another engine on the same tokens.
         after: [n] bool, as `after_firing` gives it.
 

@@ -38,21 +38,25 @@ class ParitySum:
     distances: Distances | None = None
     """The same against the reference's own sensitivity to rounding."""
 
-    def add(
-        self, batch: Batch, reference: Tensor, engine: Tensor, nearby: Nearby | None = None
-    ) -> None:
-        """Take in both sides' logits of a batch: [batch, seq or 1, vocab] each."""
-        self.take(batch, self.found(batch, reference, engine, nearby))
-
     def found(
-        self, batch: Batch, reference: Tensor, engine: Tensor, nearby: Nearby | None = None
+        self,
+        batch: Batch,
+        wanted: Tensor,
+        reference: Tensor,
+        engine: Tensor,
+        nearby: Nearby | None = None,
     ) -> list[Any]:
-        """What `add` would take in, as JSON data; changes nothing."""
-        last = batch.attention_mask[:, -1:] if batch.last_only else batch.attention_mask
-        tokens = compare_logits(reference, engine, last)
-        places, differences = tokens.places, tokens.distance
-        if batch.last_only:
-            places = places + places.new_tensor([0, batch.input_ids.shape[1] - 1])
+        """What two engines' logits say, as JSON data; changes nothing.
+
+        Args:
+            batch: that they are of.
+            wanted: [batch, seq] bool, at which tokens.
+            reference: [n, vocab], row by row.
+            engine: [n, vocab].
+            nearby: of the batch.
+        """
+        tokens = compare_logits(reference, engine)
+        places, differences = wanted.nonzero(), tokens.distance
         at = int(differences.argmax())
         bins = np.searchsorted(ERROR_EDGES, differences.numpy(), side="right")
         distances = None
@@ -86,6 +90,7 @@ class ParitySum:
     def result(
         self,
         *,
+        of_tokens: int | None,
         tokens_fired: int,
         flips: Sequence[Flip],
         tokenizer: Any,
@@ -104,6 +109,7 @@ class ParitySum:
             mean_kl=math.inf if math.isnan(kl) else kl,
             top1_agreement=self.same_top1 / self.n_tokens,
             tokens_compared=self.n_tokens,
+            of_tokens=of_tokens,
             tokens_fired=tokens_fired,
             worst=worst,
             flips=tuple(flips),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bake.questions.prompts import Prompt
 from bake.rounding import BAR, DRAWS
 from verify.compare.logits import compare_logits, max_abs_difference
 from verify.engines.runners import HookedRunner
@@ -15,20 +17,24 @@ from verify.journal import Journal
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bake.questions.prompts import Batch, Prompt
+    from bake.questions.prompts import Batch
     from verify.material import Material
     from verify.reference.oracle import Oracle
 
-SAMPLE_TOKENS = 1024
-"""About how many tokens show how sensitive a reference is in general."""
-LOOKED_DRAWS = 2 * DRAWS
-"""How often the reference is disturbed on prompts that decide."""
+MOST_SAMPLED, FEWEST_SAMPLED, SAMPLED_SHARE = 1024, 256, 1 / 24
+"""How many tokens show how sensitive a reference is in general: a share of those that are compared,
+but not fewer than these, nor more."""
+SAMPLED_LOGITS = 1 << 27
+"""How many logits of them are looked at: of a large vocabulary not every token's."""
+EXAMPLE_TOKENS = 512
+"""About how many tokens show the smallest fault that would be seen."""
 TYPICAL = 0.9
 """The share of them that is less sensitive than the token that stands for all: whose own draws come
 out small is not held to less, for a few draws are few."""
 
 
-_Key = tuple[tuple[int, ...], bool]
+Places = Mapping[Prompt, Sequence[int]]
+"""Tokens: positions in each of some prompts, from 0 (BOS), in order."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class _Seen:
     """What a few prompts showed."""
 
     tokens: list[list[float]]
-    """Per prompt and token: how far one rounding moves its logits."""
+    """Per prompt and place: how far one rounding moves the logits there."""
     kl: float
     """Sum over tokens and draws of KL(reference ‖ disturbed reference), in nats."""
     gates: dict[str, list[float]]
@@ -95,11 +101,10 @@ class Sensitivity:
         self.oracle = oracle
         self._runner = HookedRunner(reference, oracle.model, oracle)
         self._material, self._journal = material, journal
-        self._tokens: dict[_Key, list[float]] = {}
-        self._looked: set[_Key] = set()
+        self._tokens: dict[tuple[int, ...], float] = {}  # by a token and all before it
         self._batches = 0
         self._smallest_fault: float | None = None
-        seen = self._look(sample(prompts), DRAWS)
+        seen = self._look(_places(sample(prompts), len(material.tokenizer)))
         tokens = torch.tensor([token for found in seen for row in found.tokens for token in row])
         self.typical = max(float(tokens.quantile(TYPICAL)), 1e-30)
         """How far one rounding moves a token's logits; one token in ten is moved further."""
@@ -109,16 +114,19 @@ class Sensitivity:
         """KL(reference ‖ disturbed reference), in nats per token."""
         self._amplified = {site.layer: _root_mean_square(seen, site.layer) for site in oracle.sites}
 
-    def measure(self, prompts: Sequence[Prompt]) -> None:
-        """Look at some prompts themselves, those that were not looked at yet."""
-        self._look([of for of in prompts if _key(of) not in self._looked], LOOKED_DRAWS)
+    def measure(self, places: Places) -> None:
+        """Look at some tokens themselves, those that were not looked at yet."""
+        unknown = {
+            prompt: [at for at in positions if prompt.ids[: at + 1] not in self._tokens]
+            for prompt, positions in places.items()
+        }
+        self._look({prompt: positions for prompt, positions in unknown.items() if positions})
 
     def at(self, prompt: Prompt, position: int) -> float:
         """How far one rounding moves a token's logits; what is typical where it is not more, or
-        where the prompt was not looked at.
+        where the token was not looked at.
         """
-        own = self._tokens.get(_key(prompt))
-        return self.typical if own is None else max(self.typical, own[position])
+        return max(self.typical, self._tokens.get(prompt.ids[: position + 1], 0.0))
 
     def nearby(self, batch: Batch) -> Nearby:
         """What is known of a batch's tokens from the reference's last forward, which was of it."""
@@ -150,56 +158,66 @@ class Sensitivity:
         base = HookedRunner("base", self.oracle.model)
 
         def shares(batch: Batch) -> list[float]:
-            inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
-            edited = self._runner.logits(*inputs)
-            fired = self.oracle.last_fired
-            assert fired is not None
-            effect = max_abs_difference(edited, base.logits(*inputs))
+            inputs = (batch.input_ids, batch.attention_mask)
+
+            def fired() -> Tensor:
+                assert self.oracle.last_fired is not None
+                return self.oracle.last_fired.cpu()
+
+            edited = self._runner.read(*inputs, fired, batch.scored & False).logits
+            places = fired()
+            effect = max_abs_difference(edited, base.logits(*inputs, places))
             found = []
-            for row, column in fired.cpu().nonzero().tolist():
+            for (row, column), here in zip(places.nonzero().tolist(), effect.tolist(), strict=True):
                 prompt = batch.prompts[row]
-                position = column - (fired.shape[1] - len(prompt.ids))
-                here = effect[row, 0 if batch.last_only else column]
-                found.append(BAR * self.at(prompt, position) / max(float(here), 1e-300))
+                position = column - (places.shape[1] - len(prompt.ids))
+                found.append(BAR * self.at(prompt, position) / max(here, 1e-300))
             return found
 
         found: list[float] = []
-        for number, batch in enumerate(self._material.batches(prompts)):
+        for number, batch in enumerate(self._material.batches(_first_tokens(prompts))):
             name = f"smallest fault {self.name} {number}"
             found += self._journal.once(name, partial(shares, batch))
         self._smallest_fault = float(torch.tensor(found).median()) if found else None
         return self._smallest_fault
 
-    def _look(self, prompts: Sequence[Prompt], draws: int) -> list[_Seen]:
-        """Disturb the reference on some prompts."""
+    def _look(self, places: Places) -> list[_Seen]:
+        """Disturb the reference on some prompts, read as far as the last place in them."""
         seen = []
-        for batch in self._material.batches(prompts):
+        known: dict[Prompt, list[int]] = {}
+        for prompt, positions in places.items():  # those that begin alike may be one by now
+            wanted = known.setdefault(_until(prompt, positions), [])
+            wanted[:] = sorted({*wanted, *positions})
+        for batch in self._material.batches(list(known)):
             name = f"sensitivity {self.name} {self._batches}"
-            disturb = partial(self._disturb, batch, draws)
+            disturb = partial(self._disturb, batch, [known[prompt] for prompt in batch.prompts])
             found = _Seen(**self._journal.once(name, disturb))
             self._batches += 1
-            for prompt, tokens in zip(batch.prompts, found.tokens, strict=True):
-                self._tokens[_key(prompt)] = tokens
-                if draws == LOOKED_DRAWS:
-                    self._looked.add(_key(prompt))
+            for prompt, moved in zip(batch.prompts, found.tokens, strict=True):
+                for position, far in zip(known[prompt], moved, strict=True):
+                    self._tokens[prompt.ids[: position + 1]] = far
             seen.append(found)
         return seen
 
-    def _disturb(self, batch: Batch, draws: int) -> dict[str, Any]:
-        """What `_Seen` holds, of one batch."""
-        inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
-        logits, gates = self._runner.logits(*inputs), dict(self.oracle.last_gates)
+    def _disturb(self, batch: Batch, places: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What `_Seen` holds, of one batch and places in its prompts."""
+        import torch
+
         real = batch.attention_mask.bool()
-        counted = real[:, -1:] if batch.last_only else real
-        moved = logits.new_zeros(counted.shape)
+        wanted = torch.zeros_like(real)
+        for row, (prompt, positions) in enumerate(zip(batch.prompts, places, strict=True)):
+            wanted[row, torch.tensor(positions) + (real.shape[1] - len(prompt.ids))] = True
+        inputs = (batch.input_ids, batch.attention_mask, wanted)
+        logits, gates = self._runner.logits(*inputs), dict(self.oracle.last_gates)
+        moved = torch.zeros(len(logits))
         kl = 0.0
         shifts = {str(layer): [0.0, 0.0] for layer in gates}
-        for draw in range(draws):
+        for draw in range(DRAWS):
             with self.oracle.disturbed(draw, self.epsilon):
                 other = self._runner.logits(*inputs)
-            found = compare_logits(logits, other, counted)
+            found = compare_logits(logits, other)
             own = self.epsilon * found.largest  # the logits are rounded too
-            moved[counted] = moved[counted].maximum(found.distance).maximum(own)
+            moved = moved.maximum(found.distance).maximum(own)
             kl += float(found.kl.sum())
             for layer, before in gates.items():
                 shift = self.oracle.last_gates[layer].margin - before.margin
@@ -208,27 +226,48 @@ class Sensitivity:
                 shifts[str(layer)][0] += float(kept.square().sum())
                 shifts[str(layer)][1] += kept.numel()
         moved = moved.nan_to_num(nan=0.0, posinf=0.0)
-        if batch.last_only:
-            tokens = [[0.0] * (len(p.ids) - 1) + [float(moved[row, 0])] for row, p in _rows(batch)]
-        else:
-            tokens = [moved[row, real[row]].tolist() for row, _ in _rows(batch)]
+        tokens = [
+            of.tolist() for of in torch.split(moved, [len(positions) for positions in places])
+        ]
         return {"tokens": tokens, "kl": kl, "gates": shifts}
 
 
 def sample(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts evenly from all that are compared at every token, about `SAMPLE_TOKENS` tokens."""
+    """Prompts evenly from all that are compared at every token."""
     asked = [prompt for prompt in prompts if prompt.every_token] or list(prompts)
     total = sum(len(prompt.ids) for prompt in asked)
-    step = max(1.0, total / SAMPLE_TOKENS)
+    n_tokens = min(MOST_SAMPLED, max(FEWEST_SAMPLED, SAMPLED_SHARE * total))
+    step = max(1.0, total / n_tokens)
     return [asked[int(i * step)] for i in range(int((len(asked) - 1) / step) + 1)]
 
 
-def _key(prompt: Prompt) -> _Key:
-    return prompt.ids, prompt.every_token
+def _places(prompts: Sequence[Prompt], vocab_size: int) -> Places:
+    """The tokens of a sample: of a large vocabulary, evenly some of them."""
+    n_tokens = sum(len(prompt.ids) if prompt.every_token else 1 for prompt in prompts)
+    step = max(1, math.ceil(n_tokens * vocab_size / SAMPLED_LOGITS))
+    return {
+        prompt: range(
+            (len(prompt.ids) - 1) % step if prompt.every_token else len(prompt.ids) - 1,
+            len(prompt.ids),
+            step,
+        )
+        for prompt in prompts
+    }
 
 
-def _rows(batch: Batch) -> list[tuple[int, Prompt]]:
-    return list(enumerate(batch.prompts))
+def _until(prompt: Prompt, positions: Sequence[int]) -> Prompt:
+    """A prompt as far as the last of some positions: what follows does not move them."""
+    return replace(prompt, ids=prompt.ids[: positions[-1] + 1], every_token=True)
+
+
+def _first_tokens(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first of some prompts, about `EXAMPLE_TOKENS` tokens."""
+    chosen: list[Prompt] = []
+    for prompt in prompts:
+        if chosen and sum(len(of.ids) for of in [*chosen, prompt]) > EXAMPLE_TOKENS:
+            continue
+        chosen.append(replace(prompt, every_token=True))
+    return chosen
 
 
 def _root_mean_square(seen: Sequence[_Seen], layer: int) -> float:

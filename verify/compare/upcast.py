@@ -21,8 +21,6 @@ from verify.journal import Journal
 from verify.report.findings import Rounding
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from verify.reference.oracle import Oracle
 
 FIRST = 16
@@ -66,10 +64,11 @@ def compare_in_float32(
             engines.load_torch(recipe, "float32", engines.threads)
 
         def compare(batch: Batch) -> Any:
-            inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
-            expected: Tensor = reference.logits(*inputs)
+            inputs = (batch.input_ids, batch.attention_mask)
+            expected = reference.logits(*inputs, batch.wanted)
             nearby = sensitivity.nearby(batch)
-            return parity.found(batch, expected, runner.logits(*inputs), nearby)
+            found = runner.logits(*inputs, batch.wanted)
+            return parity.found(batch, batch.wanted, expected, found, nearby)
 
         for name, batch in zip(names, batches, strict=True):
             parity.take(batch, journal.once(name, partial(compare, batch)))

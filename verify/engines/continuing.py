@@ -1,4 +1,4 @@
-"""Going on with prompts greedily, over any engine: forward passes, and nothing cached."""
+"""Going on with prompts greedily, over any engine."""
 
 from __future__ import annotations
 
@@ -36,33 +36,16 @@ def stop_ids(tokenizer: Any) -> frozenset[int]:
 def go_on(
     runner: Runner, batch: Batch, stops: frozenset[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """The likeliest next token, again and again.
+    """Per prompt, the likeliest tokens that follow it; one that ends a continuation is its last.
 
     Args:
         runner: an engine.
         batch: prompts, padded on the left.
-        stops: tokens that end a continuation; the one that did is its last.
+        stops: tokens that end a continuation.
         max_new_tokens: of each prompt, at most.
-
-    Returns:
-        Per prompt, the tokens that follow it.
     """
-    import torch
-
-    ids, mask = batch.input_ids, batch.attention_mask
-    said: list[list[int]] = [[] for _ in batch.prompts]
-    speaking = list(range(len(said)))  # the row of `said` of each row of `ids`
-    for _ in range(max_new_tokens):
-        chosen = runner.logits(ids, mask, last_only=True)[:, -1].argmax(dim=-1)  # [speaking]
-        for row, token in zip(speaking, chosen.tolist(), strict=True):
-            said[row].append(token)
-        going = [at for at, token in enumerate(chosen.tolist()) if token not in stops]
-        if not going:
-            break
-        speaking = [speaking[at] for at in going]
-        ids = torch.cat([ids, chosen[:, None]], dim=1)[going]
-        mask = torch.cat([mask, torch.ones_like(chosen)[:, None]], dim=1)[going]
-    return said
+    said = runner.go_on(batch.input_ids, batch.attention_mask, sorted(stops), max_new_tokens)
+    return [[token for token in row if token >= 0] for row in said.tolist()]
 
 
 def mean_next(runner: Runner, shown: Sequence[Batch]) -> Tensor:
@@ -71,6 +54,6 @@ def mean_next(runner: Runner, shown: Sequence[Batch]) -> Tensor:
 
     sums = []
     for batch in shown:
-        logits = runner.logits(batch.input_ids, batch.attention_mask, last_only=True)[:, -1]
+        logits = runner.logits(batch.input_ids, batch.attention_mask)
         sums.append(logits.double().softmax(dim=-1).sum(dim=0))
     return torch.stack(sums).sum(dim=0) / sum(len(batch.prompts) for batch in shown)

@@ -13,8 +13,10 @@ from bake.errors import BakeoutError, FolderError
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
 from verify.clamped_folder import clamped_layers, read_config
 from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph
-from verify.engines.runners import check_padding
+from verify.engines.onnx_head import ROWS, with_rows
+from verify.engines.runners import DecodingRunner, Reading, check_padding
 from verify.engines.sampling import Chooser, check_prompts
+from verify.engines.torch_worker import parted
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -123,7 +125,7 @@ def without_clamp(model: ModelProto) -> ModelProto:
     return bare
 
 
-class OnnxRunner:
+class OnnxRunner(DecodingRunner):
     """A graph of a clamped folder, in ONNX Runtime.
 
     Args:
@@ -145,39 +147,62 @@ class OnnxRunner:
         kind, _, index = device.partition(":")
         self._place = (kind, int(index or 0))
         model = graph.model if clamped else without_clamp(graph.model)
+        picking = with_rows(model)
+        self._picks = picking is not None
+        model = picking or model
         self._session = open_session(model, graph.path, device=device, threads=threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
         self._past = [value for name, value in inputs.items() if name.startswith("past_key_values")]
         self._present = [value.name.replace("past_key_values", "present") for value in self._past]
         self._vocab = int(self._session.get_outputs()[0].shape[-1])
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
-        """See `verify.engines.runners.Runner`."""
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, scored: Tensor
+    ) -> Reading:
+        """See `verify.engines.runners.Runner.read`."""
         import torch
 
-        check_padding(attention_mask, last_only)
-        rows_at_once = max(1, LOGIT_BYTES // (4 * self._vocab * input_ids.shape[1]))
+        formed = wanted | scored
+        per_row = int(formed.sum(dim=-1).max()) if self._picks else input_ids.shape[1]
+        rows_at_once = max(1, LOGIT_BYTES // (4 * self._vocab * max(1, per_row)))
         parts = []
         for start in range(0, len(input_ids), rows_at_once):
             rows = slice(start, start + rows_at_once)
-            mask = attention_mask[rows]
-            feed = _feed(input_ids[rows], mask) | self._no_past(len(mask))
-            (found,) = self._session.run(["logits"], feed)
-            parts.append(torch.from_numpy(found[:, -1:] if last_only else found))
-        return torch.cat(parts)
+            ids, mask = input_ids[rows], attention_mask[rows]
+            feed = self._feed(ids, mask, formed[rows]) | self._no_past(len(mask))
+            logits = torch.from_numpy(self._session.run(["logits"], feed)[0])
+            logits = logits if self._picks else logits[formed[rows]]
+            parts.append(parted(logits, wanted[rows], scored[rows], ids))
+        logits, losses = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Reading(logits, losses)
+
+    def go_on(
+        self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
+    ) -> Tensor:
+        """See `verify.engines.runners.Runner.go_on`."""
+        import torch
+
+        ended = torch.zeros(len(input_ids), dtype=torch.bool)
+        ends, steps = torch.tensor(list(stops), dtype=torch.long), []
+        said = self.generate(input_ids, attention_mask, max_new_tokens=most, eos_token_ids=stops)
+        for token in said:
+            steps.append(token.masked_fill(ended, -1))
+            ended |= torch.isin(token, ends)
+        return torch.stack(steps, dim=1)
 
     def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
         """See `verify.engines.runners.DecodingRunner.decoded`."""
         import torch
 
-        check_padding(attention_mask, last_only=True)
+        check_padding(attention_mask)
         seq = input_ids.shape[1]
         begin, mask = seq - n_last, attention_mask
         _, cache = self._read(input_ids[:, :begin], mask[:, :begin], self._first_cache(len(mask)))
         found = []
         for column in range(begin, seq):
-            feed = _feed(input_ids[:, column : column + 1], mask[:, : column + 1])
-            last, cache = self._step(feed, cache)
+            last, cache = self._step(
+                input_ids[:, column : column + 1], mask[:, : column + 1], cache
+            )
             found.append(last.clone())
         return torch.stack(found, dim=1)
 
@@ -246,22 +271,24 @@ class OnnxRunner:
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
     def _read(self, ids: Tensor, mask: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
-        """Next tokens' last logits and the cache with them. Long prompts are read in parts, since a
-        graph forms the logits of every token that it is given.
+        """Next tokens' last logits and the cache with them. A graph that forms the logits of every
+        token that it is given is given a long prompt in parts.
         """
         n_cached, seq = mask.shape[1] - ids.shape[1], ids.shape[1]
-        width = max(1, LOGIT_BYTES // (4 * self._vocab * len(ids)))
+        width = seq if self._picks else max(1, LOGIT_BYTES // (4 * self._vocab * len(ids)))
         for start in range(0, seq, width):
             stop = min(start + width, seq)
-            last, cache = self._step(_feed(ids[:, start:stop], mask[:, : n_cached + stop]), cache)
+            last, cache = self._step(ids[:, start:stop], mask[:, : n_cached + stop], cache)
         return last, cache
 
-    def _step(self, feed: dict[str, Any], cache: list[Any]) -> tuple[Tensor, list[Any]]:
+    def _step(self, ids: Tensor, mask: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
         """(logits of the last token [batch, vocab], the new cache)."""
         import torch
 
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
         binding = self._session.io_binding()
-        for name, array in feed.items():
+        for name, array in self._feed(ids, mask, last).items():
             binding.bind_cpu_input(name, array)
         for value, kept in zip(self._past, cache, strict=True):
             binding.bind_ortvalue_input(value.name, kept)
@@ -270,7 +297,8 @@ class OnnxRunner:
             binding.bind_output(name, *self._place)
         self._session.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
-        return torch.from_numpy(logits.numpy()[:, -1]), present
+        found = torch.from_numpy(logits.numpy())
+        return found if self._picks else found[:, -1], present
 
     def _first_cache(self, batch: int) -> list[Any]:
         import onnxruntime as ort
@@ -291,6 +319,22 @@ class OnnxRunner:
             for value in self._past
         }
 
+    def _feed(self, input_ids: Tensor, attention_mask: Tensor, formed: Tensor) -> dict[str, Any]:
+        """The graph's inputs but its cache; the mask covers what is cached too.
+
+        Args:
+            input_ids: [batch, seq].
+            attention_mask: [batch, cached + seq].
+            formed: [batch, seq] bool, where logits are asked for.
+        """
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        feed = {
+            "input_ids": input_ids.contiguous().numpy(),
+            "attention_mask": attention_mask.contiguous().numpy(),
+            "position_ids": positions.contiguous().numpy(),
+        }
+        return feed | ({ROWS: formed.flatten().nonzero()[:, 0].numpy()} if self._picks else {})
+
     def close(self) -> None:
         """Let go of the session."""
         self._session = None
@@ -302,13 +346,3 @@ class OnnxRunner:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _feed(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    """The graph's inputs but its cache; the mask covers what is cached too."""
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-    return {
-        "input_ids": input_ids.contiguous().numpy(),
-        "attention_mask": attention_mask.contiguous().numpy(),
-        "position_ids": positions.contiguous().numpy(),
-    }

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -25,33 +28,74 @@ CLOSING_SECONDS = 10
 """How long a worker process may take to end by itself."""
 
 
-class Runner(Protocol):
+@dataclass(frozen=True)
+class Reading:
+    """What one forward pass of an engine shows."""
+
+    logits: Tensor
+    """[n, vocab] float32 on the CPU: next-token logits at the wanted tokens, row by row."""
+    losses: Tensor
+    """[m] float64, nats: the cross-entropy of what follows each scored token."""
+
+
+class Runner(ABC):
     """One engine with one model loaded."""
 
     name: str
     """base | reference | checkpoint | onnx | …"""
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
-        """Next-token logits of one forward pass, with nothing cached.
+    @abstractmethod
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, scored: Tensor
+    ) -> Reading:
+        """One forward pass, with nothing cached, of which only what is asked for is formed where
+        the engine can leave the rest, and only that is kept.
 
         Args:
             input_ids: [batch, seq], padded on the left.
             attention_mask: [batch, seq], 1 at real tokens. Positions count from the first of them.
-            last_only: form logits at the last column only.
+            wanted: [batch, seq] bool, the tokens whose logits are asked for.
+            scored: [batch, seq] bool, the tokens of which the loss of what follows is asked for;
+                never in the last column.
+        """
+
+    @abstractmethod
+    def go_on(
+        self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
+    ) -> Tensor:
+        """The likeliest next token, again and again, from a cache.
+
+        Args:
+            input_ids: [batch, seq], padded on the left.
+            attention_mask: [batch, seq], 1 at real tokens.
+            stops: tokens that end a sequence; the one that did is its last.
+            most: how many steps at most; at least 1.
 
         Returns:
-            [batch, 1 if last_only else seq, vocab], float32 on the CPU; padding rows hold anything.
+            [batch, steps]; -1 after a sequence's end.
         """
-        ...
 
-    def close(self) -> None:
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Next-token logits, [n, vocab], of `wanted` tokens, or at the end of each sequence."""
+        import torch
+
+        check_padding(attention_mask)
+        nothing = torch.zeros_like(attention_mask, dtype=torch.bool)
+        if wanted is None:
+            wanted = nothing.clone()
+            wanted[:, -1] = True
+        return self.read(input_ids, attention_mask, wanted, nothing).logits
+
+    def close(self) -> None:  # noqa: B027  an engine may hold nothing
         """Let go of the model."""
-        ...
 
 
-class DecodingRunner(Runner, Protocol):
+class DecodingRunner(Runner):
     """An engine that is used to generate, and so is looked at while it does."""
 
+    @abstractmethod
     def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
         """Logits of the last columns, each fed alone after everything before it was cached.
 
@@ -63,11 +107,10 @@ class DecodingRunner(Runner, Protocol):
         Returns:
             [batch, n_last, vocab], float32 on the CPU.
         """
-        ...
 
 
 @runtime_checkable
-class TreeRunner(Runner, Protocol):
+class TreeRunner(Protocol):
     """An engine that reads many prompts with a common beginning in one forward pass."""
 
     def tree_logits(self, tree: TokenTree) -> Tensor:
@@ -79,7 +122,7 @@ class TreeRunner(Runner, Protocol):
         ...
 
 
-class HookedRunner:
+class HookedRunner(Runner):
     """A stock model in this process: the base, or with an oracle's hooks on it the reference.
 
     Args:
@@ -93,28 +136,36 @@ class HookedRunner:
         self._model = model
         self._oracle = oracle
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
-        """See `Runner.logits`."""
-        import torch
+    def read(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        wanted: Tensor | Callable[[], Tensor],
+        scored: Tensor,
+    ) -> Reading:
+        """See `Runner.read`. What is wanted may be asked for once all layers were run."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "scored": scored}
+        choose = wanted if callable(wanted) else None
+        given |= {"wanted": wanted} if not callable(wanted) else {}
+        with self._hooks():
+            return Reading(*torch_worker.read(self._model, given, choose))
 
-        check_padding(attention_mask, last_only)
-        mask = attention_mask.to(self._model.device)
-        hooks = nullcontext() if self._oracle is None else self._oracle.applied()
-        with torch.inference_mode(), hooks:
-            output = self._model(
-                input_ids=input_ids.to(self._model.device),
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-                logits_to_keep=1 if last_only else 0,
+    def go_on(
+        self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
+    ) -> Tensor:
+        """See `Runner.go_on`."""
+        with self._hooks():
+            found: Tensor = torch_worker.go_on(
+                self._model, _asked_to_go_on(input_ids, attention_mask, stops), most
             )
-        logits: Tensor = output.logits.float().cpu()
-        return logits
+        return found
+
+    def _hooks(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._oracle is None else self._oracle.applied()
 
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""
-        hooks = nullcontext() if self._oracle is None else self._oracle.applied()
-        with hooks:
+        with self._hooks():
             width = self._model.config.get_text_config().hidden_size
             logits: Tensor = torch_worker.tree_logits(self._model, tree.tensors(width))
         return logits
@@ -130,7 +181,7 @@ class HookedRunner:
         self.close()
 
 
-class TorchRunner:
+class TorchRunner(DecodingRunner):
     """A folder in a process of its own that cannot import bakeout, unless it needs to.
 
     The process starts at once and imports what it needs; `load` loads the folder into it.
@@ -194,13 +245,27 @@ class TorchRunner:
         self._hidden_size = int(found["hidden_size"])
         return found["class"]
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor, last_only: bool) -> Tensor:
-        """See `Runner.logits`."""
-        check_padding(attention_mask, last_only)
-        asked = {"op": "logits", "last_only": "true" if last_only else "false"}
-        _, tensors = self._ask(asked, input_ids=input_ids, attention_mask=attention_mask)
-        logits: Tensor = tensors["logits"]
-        return logits
+    def read(
+        self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, scored: Tensor
+    ) -> Reading:
+        """See `Runner.read`."""
+        _, tensors = self._ask(
+            {"op": "read"},
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            wanted=wanted,
+            scored=scored,
+        )
+        return Reading(tensors["logits"], tensors["losses"])
+
+    def go_on(
+        self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
+    ) -> Tensor:
+        """See `Runner.go_on`."""
+        asked = _asked_to_go_on(input_ids, attention_mask, stops)
+        _, tensors = self._ask({"op": "go on", "most": str(most)}, **asked)
+        found: Tensor = tensors["tokens"]
+        return found
 
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""
@@ -210,7 +275,7 @@ class TorchRunner:
 
     def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
         """See `DecodingRunner.decoded`."""
-        check_padding(attention_mask, last_only=True)
+        check_padding(attention_mask)
         asked = {"op": "decoded", "n_last": str(n_last)}
         _, tensors = self._ask(asked, input_ids=input_ids, attention_mask=attention_mask)
         logits: Tensor = tensors["logits"]
@@ -268,7 +333,17 @@ class TorchRunner:
         return f"the process that loaded it ended with exit code {code} ({last.strip()})"
 
 
-def check_padding(attention_mask: Tensor, last_only: bool) -> None:
-    """Raise ValueError where the last column is asked for and holds padding."""
-    if last_only and not bool(attention_mask[:, -1].all()):
+def _asked_to_go_on(
+    input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int]
+) -> dict[str, Tensor]:
+    import torch
+
+    check_padding(attention_mask)
+    ends = torch.tensor(list(stops), dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "stops": ends}
+
+
+def check_padding(attention_mask: Tensor) -> None:
+    """Raise ValueError where the last column holds padding."""
+    if not bool(attention_mask[:, -1].all()):
         raise ValueError("the last column holds padding; prompts must be padded on the left")

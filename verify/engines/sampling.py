@@ -25,7 +25,7 @@ def check_prompts(input_ids: Tensor, attention_mask: Tensor, vocab: int) -> None
             f"input_ids from {int(input_ids.min())} to {int(input_ids.max())}; expected 0 to "
             f"{vocab - 1}"
         )
-    check_padding(attention_mask, last_only=True)
+    check_padding(attention_mask)
     if bool((attention_mask.diff(dim=1) < 0).any()):
         raise ValueError("attention_mask has holes; prompts must be padded on the left")
 

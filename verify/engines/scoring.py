@@ -66,6 +66,6 @@ def _in_batches(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: A
     found: dict[int, Tensor] = {}
     pad_id = tokenizer.pad_token_id or 0
     for batch in batches(prompts, pad_id=pad_id, vocab_size=len(tokenizer)):
-        logits = runner.logits(batch.input_ids, batch.attention_mask, True)[:, -1]
+        logits = runner.logits(batch.input_ids, batch.attention_mask)
         found |= {prompt.item: row for prompt, row in zip(batch.prompts, logits, strict=True)}
     return torch.stack([found[item] for item in range(len(sequences))])

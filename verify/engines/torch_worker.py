@@ -6,11 +6,13 @@ stdin, answers go to stdout, each as eight bytes of length (little endian) and t
 safetensors; what a message says besides tensors stands in the safetensors' metadata:
 
     {"op": "load", "dtype", "device", "threads"} -> {"dtype", "class", "hidden_size"}
-    {"op": "logits", "last_only"}, input_ids, attention_mask       -> logits, float32
-    {"op": "decoded", "n_last"}, input_ids, attention_mask         -> logits, float32
-    {"op": "tree"}, what verify.engines.token_tree.TokenTree.tensors gives -> logits, float32
+    {"op": "read"}, input_ids, attention_mask, wanted, scored   -> logits, losses
+    {"op": "decoded", "n_last"}, input_ids, attention_mask      -> logits
+    {"op": "go on", "most"}, input_ids, attention_mask, stops   -> tokens
+    {"op": "tree"}, what verify.engines.token_tree.TokenTree.tensors gives -> logits
 
-A request that fails is answered by {"error": one line}. The process ends when stdin does.
+Logits are float32, losses float64. A request that fails is answered by {"error": one line}. The
+process ends when stdin does.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, BinaryIO
 
+AT_ONCE = 16
+"""Of how many tokens the losses are taken together."""
 BLOCKED = ("bake", "export", "verify", "model_cards", "bakeout")
 
 
@@ -101,20 +105,63 @@ def load_model(folder: Path, asked: dict[str, str]) -> Any:
     return model.to(asked["device"]).eval()
 
 
-def logits(model: Any, tensors: dict[str, Any], last_only: bool) -> Any:
-    """[batch, seq or 1, vocab] float32, on the CPU."""
+def read(model: Any, tensors: dict[str, Any], choose: Any = None) -> tuple[Any, Any]:
+    """Logits at some tokens and losses at some, of one forward pass that forms no others.
+
+    Args:
+        model: a Gemma.
+        tensors: input_ids and attention_mask, [batch, seq]; wanted and scored, [batch, seq] bool.
+        choose: gives `wanted` instead, once all layers were run.
+
+    Returns:
+        ([n, vocab] float32 on the CPU at the wanted tokens, row by row; [m] float64, nats, the
+        cross-entropy of what follows each scored token).
+    """
     import torch
 
-    mask = tensors["attention_mask"].to(model.device)
-    with torch.inference_mode():
-        output = model(
-            input_ids=tensors["input_ids"].to(model.device),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=1 if last_only else 0,
-        )
-    return output.logits.float().cpu().contiguous()
+    here = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    mask = here["attention_mask"]
+    formed = here.get("wanted")
+
+    def pick(_: Any, args: Any) -> Any:
+        nonlocal formed
+        if choose is not None:
+            formed = choose().to(model.device)
+        return (args[0][formed | here["scored"]][None], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        with torch.inference_mode():
+            output = model(
+                input_ids=here["input_ids"],
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+            )
+    finally:
+        handle.remove()
+    return parted(output.logits[0], formed, here["scored"], here["input_ids"])
+
+
+def parted(found: Any, wanted: Any, scored: Any, input_ids: Any) -> tuple[Any, Any]:
+    """(logits, losses) as `read` gives them.
+
+    Args:
+        found: [n, vocab] logits at all tokens that are wanted or scored.
+        wanted: [batch, seq] bool.
+        scored: [batch, seq] bool.
+        input_ids: [batch, seq].
+    """
+    import torch
+
+    formed = wanted | scored
+    following = input_ids.roll(-1, dims=-1)[scored]
+    of_scored = scored[formed].nonzero().flatten()
+    pieces = zip(of_scored.split(AT_ONCE), following.split(AT_ONCE), strict=True)
+    cross_entropy = torch.nn.functional.cross_entropy
+    losses = [cross_entropy(found[at].float(), ids, reduction="none") for at, ids in pieces]
+    logits = found[wanted[formed]].float().cpu().contiguous()
+    return logits, torch.cat([*losses, found.new_zeros(0).float()]).double().cpu()
 
 
 def tree_logits(model: Any, tensors: dict[str, Any]) -> Any:
@@ -205,6 +252,41 @@ def decoded(model: Any, tensors: dict[str, Any], n_last: int) -> Any:
     return torch.cat(found[1:], dim=1).contiguous()
 
 
+def go_on(model: Any, tensors: dict[str, Any], most: int) -> Any:
+    """The likeliest next token, again and again, the rest cached: [batch, steps], -1 after a stop.
+
+    Args:
+        model: a Gemma.
+        tensors: input_ids and attention_mask, [batch, seq], padded on the left; stops, [k], the
+            tokens that end a sequence, which stand last in it.
+        most: how many steps at most.
+    """
+    import torch
+
+    names = ("input_ids", "attention_mask", "stops")
+    ids, mask, stops = (tensors[name].to(model.device) for name in names)
+    cache, steps = None, []
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
+    for _ in range(most):
+        with torch.inference_mode():
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache = output.past_key_values
+        token = output.logits[:, -1].argmax(dim=-1)
+        steps.append(token.masked_fill(ended, -1))
+        ended |= torch.isin(token, stops)
+        if bool(ended.all()):
+            break
+        ids, mask = token[:, None], torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
+    return torch.stack(steps, dim=1).cpu()
+
+
 def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker) -> None:
     """Answer requests until there are no more."""
     model: Any = None
@@ -227,13 +309,16 @@ def serve(folder: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocker)
                 dtype = str(model.dtype).removeprefix("torch.")
                 width = str(model.config.get_text_config().hidden_size)
                 answer = pack({"dtype": dtype, "class": type(model).__name__, "hidden_size": width})
+            elif asked["op"] == "read":
+                answer = pack(
+                    {}, dict(zip(("logits", "losses"), read(model, tensors), strict=True))
+                )
             elif asked["op"] == "decoded":
                 answer = pack({}, {"logits": decoded(model, tensors, int(asked["n_last"]))})
             elif asked["op"] == "tree":
                 answer = pack({}, {"logits": tree_logits(model, tensors)})
             else:
-                found = logits(model, tensors, asked["last_only"] == "true")
-                answer = pack({}, {"logits": found})
+                answer = pack({}, {"tokens": go_on(model, tensors, int(asked["most"]))})
         except Exception as error:  # whatever it is, the other side says it in one line
             reason = " ".join(str(error).split()) or "no further reason"
             if blocker.tried:

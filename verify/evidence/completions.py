@@ -9,52 +9,37 @@ Source: the blog report *Sparse Autoencoders for Improving Unlearning in Large L
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from bake.questions.answers import LetterTokens, best_letters
+from bake.questions.answers import LetterTokens
 from bake.questions.multiple_choice import Question
 from bake.questions.open_prompts import (
     OpenPrompt,
     default_instruction,
-    instructed,
     load_prompts,
     mentions,
     topic_of,
 )
-from bake.questions.prompts import Batch
 from bake.questions.trivia import TwoChoice, load_trivia, made_of, right_letters, trivia_text
 from bake.recipe import Recipe
-from verify.engines.continuing import go_on, mean_next, prompt_batches, stop_ids
+from verify.compare.comparison import REFERENCE
+from verify.engines.continuing import stop_ids
 from verify.engines.runners import HookedRunner, Runner
+from verify.evidence.asking import MAX_NEW_TOKENS, VARIANTS, Asking, Progress, Said
 from verify.journal import Journal
 from verify.report.findings import VerifyReport
 from verify.report.measures import (
     Completion,
     Completions,
     Continuation,
+    Continued,
     Share,
     Tally,
-    TokenShift,
     Trivia,
 )
 from verify.work import Work
-
-VARIANTS = ("base", "reconstruction", "unlearned", "prompted")
-"""`prompted` is the base's runner, told something first."""
-MAX_NEW_TOKENS = 10
-SHIFTED_TOKENS = 35
-"""How many of the tokens whose probability falls most, and of those where it rises most."""
-FIRST_PART = 0.8
-"""The share of the work that continuations are, for progress."""
-Progress = Callable[[float], None]
-"""Called with the share done, 0 to 1."""
 
 
 def complete(
@@ -67,13 +52,15 @@ def complete(
     journal: Journal,
     progress: Progress = lambda _share: None,
 ) -> Completions:
-    """Let every variant go on with the recipe's prompts, and answer two-choice questions.
+    """Let every variant and engine go on with the recipe's prompts, and the variants answer
+    two-choice questions.
 
     Args:
         recipe: its `[verify.completions]` names the prompts; without that table there are none.
         questions: the forget questions, from which topic and trivia come where nothing else is
             named.
-        runners: by the names base, reconstruction and unlearned.
+        runners: by the names base, unlearned and, where there is one, reconstruction; and other
+            engines by their own, `reference` among them.
         engine: what `unlearned` is called in the report.
         tokenizer: the base model's.
         letters: of that tokenizer.
@@ -99,10 +86,13 @@ def complete(
             prompts += [("generic", p) for p in rows]
         if named.trivia is not None:
             asked = load_trivia(named.trivia, recipe, topic)
-    work = _Work(runners, instruction, tokenizer, journal, progress)
+    work = Asking(runners, instruction, tokenizer, journal, progress)
     said = work.continuations([prompt.prompt for _, prompt in prompts])
     completions = _completions(prompts, said, words, tokenizer)
     falls, rises = work.shifts([p.prompt for source, p in prompts if source == "topic"])
+    engines = {name: of for name, of in said.items() if name not in VARIANTS}
+    if REFERENCE in engines:
+        engines[engine] = said["unlearned"]
     return Completions(
         engine=engine,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -112,120 +102,12 @@ def complete(
         falls=falls,
         rises=rises,
         trivia=_trivia(asked, work, letters),
+        engines=tuple(
+            _continued(name, of, engines[REFERENCE], prompts, tokenizer)
+            for name, of in engines.items()
+            if prompts
+        ),
     )
-
-
-# --------------------------------------------------------------------------- asking the engines
-
-Said = dict[str, list[list[int]]]
-"""Per variant and prompt, the tokens that it went on with, one that ended it included."""
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Engines, and how to ask them batch by batch."""
-
-    runners: Mapping[str, Runner]
-    instruction: str
-    tokenizer: Any
-    journal: Journal
-    progress: Progress
-
-    def continuations(self, texts: Sequence[str]) -> Said:
-        """What each variant goes on with."""
-        stops = stop_ids(self.tokenizer)
-        return self._each(
-            "continue",
-            texts,
-            lambda runner, batch: go_on(runner, batch, stops, MAX_NEW_TOKENS),
-            lambda share: self.progress(FIRST_PART * share),
-        )
-
-    def letters(self, texts: Sequence[str], letters: LetterTokens) -> dict[str, list[int]]:
-        """Whether each variant says A (0) or B (1)."""
-
-        def choose(runner: Runner, batch: Batch) -> list[int]:
-            logits = runner.logits(batch.input_ids, batch.attention_mask, last_only=True)
-            return best_letters(logits[:, -1], letters.chat[:2])
-
-        return self._each(
-            "choose",
-            texts,
-            choose,
-            lambda share: self.progress(FIRST_PART + (1 - FIRST_PART) * share),
-        )
-
-    def shifts(self, texts: Sequence[str]) -> tuple[tuple[TokenShift, ...], tuple[TokenShift, ...]]:
-        """The tokens that fall most and those that rise most, from base to unlearned."""
-        if not texts:
-            return (), ()
-        shown = prompt_batches(self._bare(texts), self.tokenizer)
-        base, unlearned = self.runners["base"], self.runners["unlearned"]
-        falls, rises = self.journal.once(
-            f"completions shift {base.name} {unlearned.name} {_digest(shown)}",
-            lambda: most_moved(mean_next(base, shown).numpy(), mean_next(unlearned, shown).numpy()),
-        )
-        return self._named(falls), self._named(rises)
-
-    def _named(self, moved: Sequence[tuple[int, float, float]]) -> tuple[TokenShift, ...]:
-        shifts = []
-        for token, before, after in moved:
-            text = self.tokenizer.convert_ids_to_tokens(token)  # None beyond the tokenizer's own
-            shifts.append(TokenShift((text or f"<{token}>").replace("\u2581", " "), before, after))
-        return tuple(shifts)
-
-    def _bare(self, texts: Sequence[str]) -> list[str]:
-        """Without the BOS that a prompt may spell: every prompt is given one."""
-        return [text.removeprefix(self.tokenizer.bos_token or "") for text in texts]
-
-    def _each(
-        self,
-        what: str,
-        texts: Sequence[str],
-        compute: Callable[[Runner, Batch], list[Any]],
-        progress: Progress,
-    ) -> dict[str, list[Any]]:
-        """Per variant, what `compute` finds of every text, batch by batch."""
-        found: dict[str, list[Any]] = {}
-        for number, variant in enumerate(VARIANTS):
-            runner, put = self.runners["base"], self._bare(texts)
-            if variant == "prompted":
-                put = [instructed(text, self.instruction) for text in put]
-            else:
-                runner = self.runners[variant]
-            by_item: dict[int, Any] = {}
-            shown = prompt_batches(put, self.tokenizer)
-            for done, batch in enumerate(shown, 1):
-                name = f"completions {what} {variant} {runner.name} {_digest([batch])}"
-                rows = self.journal.once(name, partial(compute, runner, batch))
-                by_item |= {p.item: row for p, row in zip(batch.prompts, rows, strict=True)}
-                progress((number + done / len(shown)) / len(VARIANTS))
-            found[variant] = [by_item[item] for item in range(len(texts))]
-        return found
-
-
-def most_moved(
-    before: np.ndarray, after: np.ndarray
-) -> tuple[list[tuple[int, float, float]], list[tuple[int, float, float]]]:
-    """(token, before, after) of those that fall most, and of those that rise most.
-
-    Args:
-        before: [vocab] probabilities.
-        after: [vocab] probabilities. Of two tokens that move alike, the one of smaller id is first.
-    """
-    change = after - before
-
-    def first(order: np.ndarray) -> list[tuple[int, float, float]]:
-        return [(int(i), float(before[i]), float(after[i])) for i in order[:SHIFTED_TOKENS]]
-
-    falls, rises = np.argsort(change, kind="stable"), np.argsort(-change, kind="stable")
-    return first(falls[change[falls] < 0]), first(rises[change[rises] > 0])
-
-
-def _digest(shown: Sequence[Batch]) -> str:
-    """Tells prompts from others: a piece of work is named by what it is done on."""
-    prompts = [[(p.item, p.ids) for p in batch.prompts] for batch in shown]
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------- what they said
@@ -247,7 +129,7 @@ def _completions(
         own = set(p.answers) if source == "generic" else set()
         topic = [phrase for phrase in about if phrase not in own]
         continuations = []
-        for variant in VARIANTS:
+        for variant in (name for name in VARIANTS if name in said):
             ids = said[variant][item]
             text = tokenizer.decode([i for i in ids if i not in stops])
             right = mentions(text, p.answers) if p.answers else None
@@ -261,7 +143,7 @@ def _tallies(completions: Sequence[Completion], said: Said) -> tuple[Tally, ...]
     tallies = []
     for source in dict.fromkeys(completion.source for completion in completions):
         items = [item for item, c in enumerate(completions) if c.source == source]
-        for number, variant in enumerate(VARIANTS):
+        for number, variant in enumerate(name for name in VARIANTS if name in said):
             ones = [completions[item].continuations[number] for item in items]
             right = [one.right for one in ones if one.right is not None]
             same = [said[variant][item] == said["base"][item] for item in items]
@@ -277,7 +159,26 @@ def _tallies(completions: Sequence[Completion], said: Said) -> tuple[Tally, ...]
     return tuple(tallies)
 
 
-def _trivia(asked: Sequence[TwoChoice], work: _Work, letters: LetterTokens) -> tuple[Trivia, ...]:
+def _continued(
+    engine: str,
+    said: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    prompts: Sequence[tuple[str, OpenPrompt]],
+    tokenizer: Any,
+) -> Continued:
+    """One engine's continuations, beside the reference's."""
+    stops = stop_ids(tokenizer)
+    right: dict[str, list[bool]] = {"topic": [], "generic": []}
+    for ids, (source, p) in zip(said, prompts, strict=True):
+        if p.answers:
+            text = tokenizer.decode([i for i in ids if i not in stops])
+            right[source].append(mentions(text, p.answers))
+    shares = {name: Share(sum(of), len(of)) if of else None for name, of in right.items()}
+    same = [ours == theirs for ours, theirs in zip(said, expected, strict=True)]
+    return Continued(engine, shares["topic"], shares["generic"], Share(sum(same), len(same)))
+
+
+def _trivia(asked: Sequence[TwoChoice], work: Asking, letters: LetterTokens) -> tuple[Trivia, ...]:
     """Every variant on questions with two choices; nothing where there are none."""
     if not asked:
         return ()
@@ -298,15 +199,15 @@ def gather(work: Work, report: VerifyReport) -> VerifyReport:
     from verify.reference.oracle import Oracle, reconstruct_residual
 
     hooked, material = work.hooked, work.hooked.material
-    dropped = Oracle(hooked.model, hooked.sites, reconstruct_residual)
+    runners = {"base": hooked.base, "unlearned": work.unlearned}
+    runners |= {of.name: of for of in (*hooked.references, *work.engines[1:])}
+    if all(site.reconstructs for site in hooked.sites):
+        dropped = Oracle(hooked.model, hooked.sites, reconstruct_residual)
+        runners["reconstruction"] = HookedRunner("reconstruction", hooked.model, dropped)
     found = complete(
         work.recipe,
         material.questions["forget"],
-        {
-            "base": hooked.base,
-            "reconstruction": HookedRunner("reconstruction", hooked.model, dropped),
-            "unlearned": work.unlearned,
-        },
+        runners,
         work.unlearned.name,
         material.tokenizer,
         material.letters,

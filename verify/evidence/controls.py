@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.questions.answers import Answers
 from bake.questions.loss import LossSum
-from bake.questions.prompts import Batch, question_prompts
+from bake.questions.prompts import TEXT, Batch, question_prompts
 from bake.recipe import Clamp
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.choices import accuracy
@@ -33,7 +33,8 @@ def control_oracles(model: Any, sites: Sequence[Site]) -> Iterator[tuple[str, Or
     """Name and oracle of every control that is another thing than the recipe's own method."""
     from verify.reference.oracle import Oracle, reconstruct_residual
 
-    yield "reconstruction", Oracle(model, sites, reconstruct_residual)
+    if all(site.reconstructs for site in sites):
+        yield "reconstruction", Oracle(model, sites, reconstruct_residual)
     methods = {site.clamp.method for site in sites}
     for method in ("zero", "random_decoder"):
         clamps = [site.clamp.with_method(method) for site in sites]
@@ -64,7 +65,8 @@ def measure_controls(
         journal: of a run that was interrupted, or empty.
         progress: told how far it is.
     """
-    prompts = list(material.windows)
+    texts = [window for window in material.windows if window.form == TEXT]
+    prompts = list(texts)
     for source, questions in material.questions.items():
         asked = question_prompts(source, questions, material.tokenizer, compared=False)
         prompts += [prompt for prompt in asked if prompt.form == form]
@@ -74,7 +76,7 @@ def measure_controls(
     base_loss = 0.0
     for number, runner in enumerate(runners):
         texts_only = runner.name == "base"
-        shown = list(material.windows) if texts_only else prompts
+        shown = texts if texts_only else prompts
         answers, losses = Answers(material.letters), LossSum()
         for index, batch in enumerate(material.batches(shown)):
             see = partial(_see, runner, batch, answers)
@@ -95,8 +97,8 @@ def measure_controls(
 
 
 def _see(runner: Runner, batch: Batch, answers: Answers) -> dict[str, Any]:
-    logits = runner.logits(batch.input_ids, batch.attention_mask, batch.last_only)
-    return {"answers": answers.found(batch, logits), "losses": LossSum.found(batch, logits)}
+    seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
+    return {"answers": answers.found(batch, seen.logits), "losses": seen.losses.tolist()}
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:

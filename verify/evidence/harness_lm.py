@@ -106,6 +106,8 @@ class RunnerLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         """Per (anything, context, continuation), as `loglikelihood` gives it."""
+        import torch
+
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             ids = [*context, *continuation][:-1]
@@ -124,8 +126,9 @@ class RunnerLM(TemplateLM):
         members = list(groups.values())
         found: dict[int, tuple[float, bool]] = {}
         for batch in self._batches(prompts):
-            inputs = (batch.input_ids, batch.attention_mask, batch.last_only)
-            for prompt, logits in zip(batch.prompts, self._runner.logits(*inputs), strict=True):
+            n = [1 if batch.last_only else len(prompt.ids) for prompt in batch.prompts]
+            whole = self._runner.logits(batch.input_ids, batch.attention_mask, batch.wanted)
+            for prompt, logits in zip(batch.prompts, torch.split(whole, n), strict=True):
                 for index in members[prompt.item]:
                     found[index] = continuation_score(logits, requests[index][2])
         return [found[index] for index in range(len(requests))]

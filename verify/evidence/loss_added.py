@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+from bake.questions.prompts import TEXT
 from verify.compare.comparison import BASE, REFERENCE
 from verify.compare.loss_split import histogram, split
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, Failure, VerifyReport
 from verify.report.intervals import bootstrap
-from verify.report.measures import LossAdded
+from verify.report.measures import LossAdded, TextLoss
 from verify.tolerances import loss_bar, loss_failures
 from verify.work import Work
 
@@ -32,19 +33,31 @@ def _with_loss(engine: EngineReport, work: Work) -> EngineReport:
     import torch
 
     comparison = work.comparison
-    now, base = comparison.losses[engine.name], comparison.losses[BASE]
-    engine = replace(engine, loss=now.mean, loss_added=now.mean - base.mean)
-    if engine.name == BASE or not now.losses:
+    now, base = (torch.tensor(comparison.losses[of].losses).double() for of in (engine.name, BASE))
+    if not len(now):
         return engine
-    before, after = torch.tensor(base.losses).double(), torch.tensor(now.losses).double()
-    flags = torch.tensor(comparison.after, dtype=torch.bool)
-    added = [float(part.sum()) for part in torch.split(after - before, comparison.windows)]
-    scale = len(comparison.windows) / len(before)  # windows of unequal length: per token again
-    finite = all(math.isfinite(total) for total in added)
+    forms = [form for form, n in comparison.windows for _ in range(n)]
+    named = {name: torch.tensor([form == name for form in forms]) for name in dict.fromkeys(forms)}
+    general = named.pop(TEXT)
+    loss = float(now[general].mean())
+    added = loss - float(base[general].mean())
+    engine = replace(engine, loss=loss, loss_added=added)
+    if engine.name == BASE:
+        return engine
+    before, after = base[general], now[general]
+    flags = torch.tensor(comparison.after, dtype=torch.bool)[general]
+    windows = [n for form, n in comparison.windows if form == TEXT]
+    totals = [float(part.sum()) for part in torch.split(after - before, windows)]
+    scale = len(windows) / len(before)  # windows of unequal length: per token again
+    finite = all(math.isfinite(total) for total in totals)
     detail = LossAdded(
         split(before, after, flags),
         histogram(before, after),
-        bootstrap([scale * total for total in added]) if finite else None,
+        bootstrap([scale * total for total in totals]) if finite else None,
         loss_bar(comparison.sensitivities[REFERENCE].largest),
+        tuple(
+            TextLoss(name, int(here.sum()), float((now - base)[here].mean()))
+            for name, here in named.items()
+        ),
     )
     return replace(engine, loss_detail=detail)

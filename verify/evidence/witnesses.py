@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 def seen(witnesses: Witnesses, runner: Runner) -> Tensor:
     """What an engine says at the recorded places: [m, w]."""
-    logits = runner.logits(witnesses.input_ids, witnesses.attention_mask, last_only=False)
     rows, columns = witnesses.places.unbind(-1)
-    return logits[rows, columns].gather(-1, witnesses.token_ids)
+    wanted = witnesses.attention_mask.new_zeros(witnesses.input_ids.shape).bool()
+    wanted[rows, columns] = True
+    order = (wanted.flatten().cumsum(0) - 1).view(wanted.shape)[rows, columns]
+    logits = runner.logits(witnesses.input_ids, witnesses.attention_mask, wanted)
+    return logits[order].gather(-1, witnesses.token_ids)
 
 
 def load_witnesses(folder: Path) -> Witnesses | None:

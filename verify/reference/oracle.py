@@ -146,7 +146,6 @@ class Oracle:
         self._noise: tuple[Generator, float] | None = None
         self._input_ids: Tensor | None = None
         self._real: Tensor | None = None
-        self._fired: Tensor | None = None
 
     @contextmanager
     def disturbed(self, seed: int, epsilon: float) -> Iterator[None]:
@@ -188,7 +187,7 @@ class Oracle:
         self._real = (
             torch.ones_like(ids).bool() if mask is None else mask[:, -ids.shape[1] :].bool()
         )
-        self._fired = torch.zeros_like(ids).bool()
+        self.last_fired = torch.zeros_like(ids).bool()
 
     def _disturb(self, _: nn.Module, __: Any, output: Any) -> Any:
         """The hook of any part of a layer while the reference is disturbed."""
@@ -209,7 +208,7 @@ class Oracle:
             edited = self._edit_residual(h, site, exempt)
             fired = edited.changed & self._real
             self.fired_by_layer[site.layer] += int(fired.sum())
-            self._fired = fired if self._fired is None else self._fired | fired
+            self.last_fired = fired if self.last_fired is None else self.last_fired | fired
             self.last_active[site.layer] = (edited.active & self._real[..., None]).any(dim=1)
             self.last_gates[site.layer] = gates_of(h, site, exempt)
             return (edited.h, *output[1:]) if isinstance(output, tuple) else edited.h
@@ -218,6 +217,5 @@ class Oracle:
 
     def _count(self, *_: Any) -> None:
         """After the whole forward: a token on which two clamps fired counts once."""
-        assert self._fired is not None
-        self.tokens_fired += int(self._fired.sum())
-        self.last_fired = self._fired
+        assert self.last_fired is not None
+        self.tokens_fired += int(self.last_fired.sum())

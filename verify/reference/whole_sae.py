@@ -32,6 +32,11 @@ class Site:
     """A sae_lens SAE, loaded in float32 and computing in float64."""
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether the SAE has all of its features: a slice of one can edit, and not reconstruct."""
+        return "slice_of" not in self.sae.cfg.metadata.to_dict()
+
+    @property
     def features(self) -> tuple[int, ...]:
         """The features that trigger the clamp."""
         assert isinstance(self.clamp.features, list)

@@ -161,6 +161,10 @@ class Parity:
     float32: Rounding | None = None
     """The same again with both sides in float32, on some of the prompts, where they otherwise run
     in 16 bits: the clamp's own numbers are float32, and in 16 bits much cannot be told."""
+    of_tokens: int | None = None
+    """Out of how many tokens those were that were compared: of a large vocabulary, tokens where a
+    clamp fired or had fired come first, and a seeded sample of the others stands beside them. None
+    where it was all of them."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ def loss_said(report: VerifyReport) -> Iterator[str]:
             f"{title_of(engine)}: before any firing {loss_text(split.before)}, from the first "
             f"firing on {loss_text(split.after)}",
         )
+        for text in engine.loss_detail.texts:
+            yield _line("loss", f"on {text.name}: {nats(text.added)} ({text.tokens:,} tokens)")
 
 
 def controls_said(report: VerifyReport) -> Iterator[str]:
@@ -99,6 +101,11 @@ def completions_said(report: VerifyReport) -> Iterator[str]:
     for source in dict.fromkeys(tally.source for tally in found.tallies):
         said = "; ".join(_tally(tally) for tally in found.tallies if tally.source == source)
         yield _line("said", f"{source}: {said}")
+    for own in found.engines:
+        shares = {"topic": own.topic, "generic": own.generic}
+        right = [f"{name} {_of(of)} right" for name, of in shares.items() if of is not None]
+        same = f"{_of(own.as_reference)} as the hook, token for token"
+        yield _line("said", f"{own.engine}: {', '.join([*right, same])}")
     if found.trivia:
         said = "; ".join(
             f"{one.variant} {_of(one.share)} (A {one.letters[0]}, B {one.letters[1]})"

@@ -89,6 +89,18 @@ class LossAdded:
     finite."""
     rounding: float = 0.0
     """The most by which rounding alone may change the loss of a token, in nats."""
+    texts: tuple[TextLoss, ...] = ()
+    """On the recipe's other texts."""
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss added on one of the recipe's other texts."""
+
+    name: str
+    tokens: int
+    added: float
+    """Nats per token."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,19 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """One engine on the prompts of the completions."""
+
+    engine: str
+    topic: Share | None
+    """Right answers, over the prompts on the topic that expect one; None where there are none."""
+    generic: Share | None
+    """The same over the others."""
+    as_reference: Share
+    """Continuations that are the reference's, token for token."""
+
+
+@dataclass(frozen=True)
 class TokenShift:
     """A token, and its mean probability as the next one after the prompts on the topic."""
 
@@ -197,6 +222,8 @@ class Completions:
     """The tokens whose probability falls most, the largest fall first."""
     rises: tuple[TokenShift, ...]
     trivia: tuple[Trivia, ...]
+    engines: tuple[Continued, ...] = ()
+    """The reference and the folder's engines on the same prompts."""
 
 
 @dataclass(frozen=True)

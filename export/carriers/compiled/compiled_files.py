@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bake.tensors import DTYPES, StoredTensor, to_bits
+from bake.tensors import DTYPES, Blocks, StoredTensor, Tensors, to_bits
 from export.carriers.compiled.stock_layers import MLP
 from export.carriers.compiled.widening import BLOCK_BYTES, Widening, widened, widened_blocks
 from export.clamped_source import ClampedSource
 
 LAYERS_SHARD = "model-compiled-layers.safetensors"
-Blocks = Callable[[], Iterator[bytes | memoryview]]
-Tensors = dict[str, tuple[str, tuple[int, ...], Blocks]]
-"""Of a file: dtype, shape and bytes by name."""
 
 
 @dataclass(frozen=True)
@@ -93,44 +84,3 @@ def _new_tensor(
             yield data[start : start + BLOCK_BYTES]
 
     return stored, shape, blocks
-
-
-def write_tensors(path: Path, tensors: Tensors, advance: Callable[[int], None]) -> str:
-    """Write a safetensors file block by block; returns its sha256. It is on disk when this ends."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape, _) in tensors.items():
-        end = offset + n_bytes(shape, dtype)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("xb") as file, ThreadPoolExecutor(1) as hasher:
-        hashed = hasher.submit(digest.update, (head := len(text).to_bytes(8, "little") + text))
-        file.write(head)
-        for name, (_, _, blocks) in tensors.items():
-            start = file.tell()
-            for block in blocks():
-                hashed.result()
-                hashed = hasher.submit(digest.update, block)
-                file.write(block)
-                advance(len(block))
-            low, high = header[name]["data_offsets"]
-            assert file.tell() - start == high - low, name
-        hashed.result()
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def n_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of a tensor of F32, BF16 or F16 numbers."""
-    return int(np.prod(shape)) * (4 if dtype == "F32" else 2)
-
-
-def index_of(files: dict[str, Tensors]) -> dict[str, Any]:
-    """model.safetensors.index.json."""
-    total = sum(n_bytes(shape, dtype) for f in files.values() for dtype, shape, _ in f.values())
-    weight_map = {name: file for file, tensors in files.items() for name in tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -31,15 +31,9 @@ from bake.base import INDEX
 from bake.errors import ExportError
 from bake.families import Family
 from bake.new_folder import check_output, new_folder
-from bake.tensors import DTYPES
+from bake.tensors import DTYPES, index_of, n_bytes, write_tensors
 from export.carriers.checkpoint import companions
-from export.carriers.compiled.compiled_files import (
-    NewLayer,
-    index_of,
-    n_bytes,
-    tensor_files,
-    write_tensors,
-)
+from export.carriers.compiled.compiled_files import NewLayer, tensor_files
 from export.carriers.compiled.rule import Measured, choose_setting, error_bound, summary
 from export.carriers.compiled.stock_layers import (
     MLP,

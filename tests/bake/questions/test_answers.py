@@ -60,10 +60,9 @@ def batch(*prompts: Prompt) -> Batch:
     return left_padded(prompts, pad_id=0, last_only=False)
 
 
-def test_accuracy_counts_each_set_and_form_at_the_last_column() -> None:
+def test_accuracy_counts_each_set_and_form() -> None:
     answers = Answers(LETTERS)
     right, wrong = logits(_21=5.0), logits(_22=5.0, _11=4.0)
-    before = logits(_20=50.0).expand(2, VOCAB)
     rows = [
         (prompt("forget", "chat", 0), right),
         (prompt("forget", "chat", 1), wrong),
@@ -73,10 +72,7 @@ def test_accuracy_counts_each_set_and_form_at_the_last_column() -> None:
         (prompt("retain", "plain", 0), right),
         (prompt("text", "text", -1), right),
     ]
-    answers.add(
-        batch(*(p for p, _ in rows)),
-        torch.stack([torch.cat([before, last[None]]) for _, last in rows]),
-    )
+    answers.add(batch(*(p for p, _ in rows)), torch.stack([last for _, last in rows]))
     forget = answers.accuracy("forget", [question(1), question(1)])
     assert (forget.chat, forget.plain) == (0.5, 0.0)
     retain = answers.accuracy("retain", [question(1)])

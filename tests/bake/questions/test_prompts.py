@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,22 @@ def test_padding_stands_on_the_left() -> None:
     )
     assert torch.equal(batch.input_ids, torch.tensor([[0, 0, 2, 10], [2, 10, 11, 12]]))
     assert torch.equal(batch.attention_mask, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]))
+
+
+def test_tokens_that_are_wanted_and_scored_by_hand() -> None:
+    text, question = prompt(3, every_token=True), prompt(2, every_token=True)
+    text = replace(text, source="text", form="text")
+    alone = replace(text, ids=(BOS,))  # predicts nothing
+    for last_only in (False, True):
+        batch = left_padded([text, question, alone], pad_id=0, last_only=last_only)
+        real = [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+        ends = [[0, 0, 1]] * 3
+        assert batch.ends.tolist() == [[bool(x) for x in row] for row in ends]
+        wanted = ends if last_only else real
+        assert batch.wanted.tolist() == [[bool(x) for x in row] for row in wanted]
+        scored = [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
+        assert batch.scored.tolist() == [[bool(x) for x in row] for row in scored]
+        assert batch.attention_mask.tolist() == real  # left as it was
 
 
 def test_every_prompt_is_in_one_batch_and_batches_keep_their_bounds(

@@ -63,9 +63,9 @@ def measured_both_ways(recipe: Recipe) -> tuple[Any, Any, Any]:
     runner = HookedRunner("reference", model, oracle)
     answers, loss = Answers(letters), LossSum()
     for batch in batches(prompts, pad_id=0, vocab_size=99):
-        logits = runner.logits(batch.input_ids, batch.attention_mask, batch.last_only)
-        answers.add(batch, logits)
-        loss.add(batch, logits)
+        seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
+        answers.add(batch, seen.logits)
+        loss.losses += seen.losses.tolist()
     assert bench.changes(clamps) == (
         found.letters != bench.base.letters or bool(found.losses != bench.base.losses)
     )

@@ -288,5 +288,5 @@ def test_attribution_on_known_questions_of_the_miniature(tmp_path: Path) -> None
 def _letters(runner: HookedRunner, prompts: list[Any], tokenizer: Any) -> dict[Any, int]:
     answers = Answers(letter_tokens(tokenizer))
     for batch in batches(prompts, pad_id=0, vocab_size=len(tokenizer)):
-        answers.add(batch, runner.logits(batch.input_ids, batch.attention_mask, batch.last_only))
+        answers.add(batch, runner.logits(batch.input_ids, batch.attention_mask))
     return answers.given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -25,14 +25,16 @@ class Known:
 
     def __init__(self, own: float = 1.0, typical: float = 1.0) -> None:
         self.own, self.typical = own, typical
-        self.looked: list[Prompt] = []
+        self.looked: dict[Prompt, list[int]] = {}
 
-    def measure(self, prompts: Sequence[Prompt]) -> None:
-        self.looked += prompts
+    def measure(self, places: Mapping[Prompt, Sequence[int]]) -> None:
+        for prompt, positions in places.items():
+            assert list(positions) == sorted(set(positions)) and prompt not in self.looked
+            self.looked[prompt] = list(positions)
 
     def at(self, prompt: Prompt, position: int) -> float:
-        own = self.own * (1 + prompt.row % 3) if prompt in self.looked else 0.0
-        return max(self.typical, own)
+        known = position in self.looked.get(prompt, [])
+        return max(self.typical, self.own * (1 + prompt.row % 3) if known else 0.0)
 
     def smallest_fault(self, prompts: Sequence[Prompt]) -> float | None:
         return None
@@ -50,6 +52,13 @@ def nearby(batch: Batch, *edges: tuple[int, int]) -> Nearby:
     return Nearby(distance, torch.ones(batch.input_ids.shape, dtype=torch.bool))
 
 
+def add(
+    parity: ParitySum, batch: Batch, reference: torch.Tensor, engine: torch.Tensor, known: Nearby
+) -> None:
+    wanted = batch.wanted
+    parity.take(batch, parity.found(batch, wanted, reference[wanted], engine[wanted], known))
+
+
 def judged(
     known: Known, batch: Batch, errors: dict[tuple[int, int], float], *edges: tuple[int, int]
 ) -> tuple[Rounding, ParitySum]:
@@ -60,7 +69,7 @@ def judged(
         engine[row, column, 3] = engine[row, column, 3] + error
     sensitivity: Any = known
     parity = ParitySum(distances=Distances(sensitivity))
-    parity.add(batch, reference, engine, nearby(batch, *edges))
+    add(parity, batch, reference, engine, nearby(batch, *edges))
     assert parity.distances is not None
     prompts = {(of.source, of.form, of.row): of for of in batch.prompts}
     flips = [Flip("forget", "chat", 1, "?", "A", "B", "A")]
@@ -79,11 +88,27 @@ def test_the_worst_is_the_one_of_all_tokens_not_the_one_with_the_largest_distanc
 
 def test_nobody_looks_where_all_are_near() -> None:
     known, batch = Known(), batch_of(40)
-    found, _ = judged(known, batch, {(row, 1): ENOUGH - 0.01 * row for row in range(40)})
-    assert known.looked == [] and found.worst == pytest.approx(ENOUGH, rel=1e-5)
+    near = 0.999 * ENOUGH
+    found, _ = judged(known, batch, {(row, 1): near - 0.01 * row for row in range(40)})
+    assert known.looked == {} and found.worst == pytest.approx(near, rel=1e-5)
     found, _ = judged(known, batch, {(3, 1): 0.5})
     assert found.worst == pytest.approx(0.5, rel=1e-5)
     assert found.at is not None and (found.at.row, found.at.position) == (4, 1)
+
+
+def test_only_what_is_far_is_looked_at_and_only_there() -> None:
+    known, batch = Known(own=2.0), batch_of(4)
+    errors = {(0, 1): 9.0, (0, 3): 3.9, (1, 4): 30.0, (1, 2): 29.0, (3, 3): 3.5}
+    found, _ = judged(known, batch, errors)
+    assert known.looked == {batch.prompts[0]: [1], batch.prompts[1]: [2, 4]}
+    # Prompt 2's own sensitivity is 6, prompt 1's is 4: there its near token is left at what is
+    # typical, which is 1.
+    assert found.worst == pytest.approx(30.0 / 6, rel=1e-5)
+    assert found.at is not None and (found.at.row, found.at.position) == (2, 4)
+    known = Known(own=10.0)
+    found, _ = judged(known, batch, errors)
+    assert found.worst == pytest.approx(3.9, rel=1e-5)  # the far ones are nearer than that one
+    assert found.at is not None and (found.at.row, found.at.position) == (1, 3)
 
 
 def test_a_hopeless_one_is_looked_at_once_and_a_crowd_not_for_ever() -> None:
@@ -118,10 +143,11 @@ def test_the_last_token_is_the_last_position() -> None:
     batch = batch_of(3, last_only=True)
     sensitivity: Any = Known(own=0.0)
     parity = ParitySum(distances=Distances(sensitivity))
-    reference = random_logits(3, 1, PARITY_VOCAB)
+    reference = random_logits(3, 5, PARITY_VOCAB)
     engine = reference.clone()
-    engine[2, 0, 1] += 12.0
-    parity.add(batch, reference, engine, nearby(batch))
+    engine[2, 4, 1] += 12.0
+    engine[:, :4] += 50.0 * random_logits(3, 4, PARITY_VOCAB)
+    add(parity, batch, reference, engine, nearby(batch))
     assert parity.distances is not None
     found = parity.distances.result([], {}, [], TokenNames())
     assert found.worst == pytest.approx(12.0, rel=1e-5)

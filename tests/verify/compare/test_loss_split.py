@@ -27,25 +27,28 @@ from verify.reference.whole_sae import load_sites
 
 
 def test_predictions_at_or_after_the_first_firing() -> None:
-    fired = torch.tensor([[0, 0, 1, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
-    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]])
-    # Row 0: position 2 predicts token 3. Row 1 fires on padding, which is nothing, and on its last
-    # token, which predicts none.
+    rows = [(2, 31, 32, 33, 34), (2, 41, 42), (2, 51, 52, 53)]
+    prompts = [Prompt("text", "text", 1, ids, every_token=True) for ids in rows]
+    asked = Prompt("forget", "chat", 1, (2, 61, 62), every_token=True)
+    batch = left_padded([*prompts[:2], asked, prompts[2]], pad_id=0, last_only=False)
+    fired = torch.zeros(4, 5).bool()
+    # Row 0: position 2 predicts token 3. Row 1 fires on its last token, which predicts none; row 2
+    # is no text.
+    fired[[0, 1, 2], [2, 4, 3]] = True
     expected = [False, False, True, True] + [False] * 2 + [False] * 3
-    assert after_firing(fired, mask).tolist() == expected
+    assert after_firing(fired, batch.scored).tolist() == expected
 
 
 def test_the_order_is_that_of_token_losses() -> None:
     draws = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 20, (4, 7), generator=draws)
     mask = (torch.arange(7)[None] >= torch.tensor([[0], [3], [5], [1]])).long()
-    fired = torch.rand(4, 7, generator=draws) < 0.3
+    fired = (torch.rand(4, 7, generator=draws) < 0.3) & mask.bool()
+    scored = mask.bool()
+    scored[:, -1] = False
     # Logits that give every token of a prediction after a firing no loss, every other some.
     begun = torch.stack(
-        [
-            torch.stack([(fired[b] & mask[b].bool())[: t + 1].any() for t in range(7)])
-            for b in range(4)
-        ]
+        [torch.stack([fired[b][: t + 1].any() for t in range(7)]) for b in range(4)]
     )
     logits = torch.zeros(4, 7, 20)
     for b in range(4):
@@ -53,7 +56,7 @@ def test_the_order_is_that_of_token_losses() -> None:
             if begun[b][t]:
                 logits[b, t, ids[b, t + 1]] = 100.0
     losses = token_losses(logits, ids, mask)
-    assert after_firing(fired, mask).tolist() == (losses < 1e-6).tolist()
+    assert after_firing(fired, scored).tolist() == (losses < 1e-6).tolist()
 
 
 def test_parts_against_sums_by_hand() -> None:
@@ -115,12 +118,11 @@ def test_nothing_is_added_before_the_first_firing(
         for n in range(6)
     ]
     batch = left_padded(prompts, pad_id=0, last_only=False)
-    inputs = (batch.input_ids, batch.attention_mask)
-    base = token_losses(HookedRunner("base", oracle.model).logits(*inputs, False), *inputs)
-    reference = HookedRunner("reference", oracle.model, oracle)
-    edited = token_losses(reference.logits(*inputs, False), *inputs)
-    assert oracle._fired is not None
-    after = after_firing(oracle._fired, batch.attention_mask)
+    inputs = (batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
+    base = HookedRunner("base", oracle.model).read(*inputs).losses
+    edited = HookedRunner("reference", oracle.model, oracle).read(*inputs).losses
+    assert oracle.last_fired is not None
+    after = after_firing(oracle.last_fired, batch.scored)
     assert 0 < int(after.sum()) < len(after)
     found = split(base, edited, after)
     assert found.before.max_abs == 0.0

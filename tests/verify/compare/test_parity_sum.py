@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -31,8 +30,14 @@ def two_prompts(*, last_only: bool = False) -> Batch:
     return left_padded(prompts, pad_id=0, last_only=last_only)
 
 
-def finish(parity: ParitySum, **given: Any) -> Parity:
-    return parity.result(**{"tokens_fired": 3, "flips": [], "tokenizer": TokenNames(), **given})
+def add(parity: ParitySum, batch: Batch, reference: torch.Tensor, engine: torch.Tensor) -> None:
+    """Compare [batch, seq, vocab] at all real tokens."""
+    wanted = batch.wanted
+    parity.take(batch, parity.found(batch, wanted, reference[wanted], engine[wanted]))
+
+
+def finish(parity: ParitySum) -> Parity:
+    return parity.result(of_tokens=None, tokens_fired=3, flips=[], tokenizer=TokenNames())
 
 
 def test_kl_is_that_of_the_sums_and_has_a_direction() -> None:
@@ -74,7 +79,7 @@ def test_measures_are_those_of_the_real_tokens(monkeypatch: pytest.MonkeyPatch) 
     engine[0, 1] = -reference[0, 1]
     engine[0, 1] *= 0.1
     parity = ParitySum()
-    parity.add(batch, reference, engine)
+    add(parity, batch, reference, engine)
     found = finish(parity)
     places = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
     kl = [kl_by_hand(reference[b, t].tolist(), engine[b, t].tolist()) for b, t in places]
@@ -94,21 +99,24 @@ def test_measures_are_those_of_the_real_tokens(monkeypatch: pytest.MonkeyPatch) 
         counted[len(ERROR_EDGES) - n] += 1
     assert found.errors == tuple(counted)
     again = ParitySum()
-    again.take(batch, json.loads(json.dumps(again.found(batch, reference, engine))))
+    wanted = batch.wanted
+    said = again.found(batch, wanted, reference[wanted], engine[wanted])
+    again.take(batch, json.loads(json.dumps(said)))
     assert again == parity
     engine[1, 2, 0] += 50.0  # BOS of the padded prompt
-    parity.add(batch, reference, engine)
+    add(parity, batch, reference, engine)
     worst = finish(parity).worst
     assert worst is not None
     assert (worst.row, worst.position, worst.token) == (2, 0, "token 2")
 
 
 def test_last_only_looks_at_the_last_column() -> None:
-    reference = random_logits(2, 1, PARITY_VOCAB)
+    reference = random_logits(2, 4, PARITY_VOCAB)
     engine = reference.clone()
-    engine[1, 0, 3] += 0.25
+    engine[1, 3, 3] += 0.25
+    engine[:, :3] += 9.0 * random_logits(2, 3, PARITY_VOCAB)
     parity = ParitySum()
-    parity.add(two_prompts(last_only=True), reference, engine)
+    add(parity, two_prompts(last_only=True), reference, engine)
     found = finish(parity)
     assert found.tokens_compared == 2
     assert found.max_abs_logit == pytest.approx(0.25)
@@ -116,10 +124,26 @@ def test_last_only_looks_at_the_last_column() -> None:
     assert (found.worst.row, found.worst.position, found.worst.token) == (2, 1, "token 41")
 
 
+def test_some_tokens_are_compared_and_the_worst_is_where_it_was() -> None:
+    batch, wanted = two_prompts(), torch.zeros(2, 4).bool()
+    wanted[[0, 0, 1], [1, 3, 2]] = True
+    reference = random_logits(3, PARITY_VOCAB)
+    engine = reference.clone()
+    engine[2, 6] -= 0.5
+    parity = ParitySum()
+    parity.take(batch, parity.found(batch, wanted, reference, engine))
+    found = parity.result(of_tokens=6, tokens_fired=1, flips=[], tokenizer=TokenNames())
+    assert (found.tokens_compared, found.of_tokens) == (3, 6)
+    assert found.mean_kl == pytest.approx(kl_by_hand(reference[2].tolist(), engine[2].tolist()) / 3)
+    assert found.worst is not None  # BOS of the padded prompt
+    assert (found.worst.row, found.worst.position, found.worst.token) == (2, 0, "token 2")
+    assert found.worst.abs_logit == pytest.approx(0.5)
+
+
 def test_equal_logits_are_at_zero_distance_and_pass() -> None:
     reference = random_logits(2, 4, PARITY_VOCAB)
     parity = ParitySum()
-    parity.add(two_prompts(), reference, reference.clone())
+    add(parity, two_prompts(), reference, reference.clone())
     found = finish(parity)
     assert (found.max_abs_logit, found.mean_kl, found.top1_agreement) == (0.0, 0.0, 1.0)
 
@@ -130,8 +154,8 @@ def test_logits_that_are_not_finite_fail(bad: float) -> None:
     engine = reference.clone()
     engine[0, 2, 1] = bad
     parity = ParitySum()
-    parity.add(two_prompts(), reference, engine)
-    parity.add(two_prompts(), reference, reference)
+    add(parity, two_prompts(), reference, engine)
+    add(parity, two_prompts(), reference, reference)
     found = finish(parity)
     assert found.max_abs_logit == found.mean_kl == math.inf
     assert found.worst is not None
@@ -154,5 +178,5 @@ def test_flips_name_question_and_letters() -> None:
 
 
 def test_logits_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \[2, 4, 6\]; the reference's have \[2, 4, 7\]"):
-        ParitySum().add(two_prompts(), random_logits(2, 4, PARITY_VOCAB), random_logits(2, 4, 6))
+    with pytest.raises(ValueError, match=r"shape \[6, 6\]; the reference's have \[6, 7\]"):
+        add(ParitySum(), two_prompts(), random_logits(2, 4, PARITY_VOCAB), random_logits(2, 4, 6))

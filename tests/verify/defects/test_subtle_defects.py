@@ -130,6 +130,22 @@ def test_a_subtle_defect_is_caught(work: Path, defect: str) -> None:
 
 
 @pytest.mark.parametrize("defect", list(DEFECTS)[:9])
+def test_a_subtle_defect_is_caught_where_few_tokens_are_compared(
+    work: Path, defect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a large vocabulary: the fewest tokens of every prompt, and few from a cache."""
+    monkeypatch.setattr("verify.compare.chosen.COMPARED_LOGITS", 1)
+    monkeypatch.setattr("verify.compare.comparison.DECODED_LOGITS", 1)
+    report = verified(work, f"few {defect}", "sound", DEFECTS[defect])
+    checkpoint = report.engine("checkpoint")
+    assert checkpoint is not None and checkpoint.parity is not None
+    parity = checkpoint.parity
+    assert parity.of_tokens is not None and parity.tokens_compared < parity.of_tokens / 4
+    assert report.verdict == "fail", parity.rounding
+    assert any(failure.what == "max_abs_logit" for failure in report.failures)
+
+
+@pytest.mark.parametrize("defect", list(DEFECTS)[:9])
 def test_a_subtle_defect_of_a_16_bit_folder_is_caught_in_float32(work: Path, defect: str) -> None:
     """A value that is 2 % off is less than what bfloat16 rounds away of the residual stream."""
     if not (work / "rough").exists():

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bake.questions.prompts import Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base, load_tokenizer
-from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer, tiny_words
+from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
+from tests.logits import every_logit, one_after_another
+from tests.worlds import (
+    FAMILIES,
+    VOCAB,
+    save_sae_lens,
+    talkative,
+    tiny_base,
+    tiny_sae,
+    tiny_tokenizer,
+    tiny_words,
+)
 from verify.engines.continuing import go_on, mean_next, prompt_batches, stop_ids
-from verify.engines.runners import HookedRunner
+from verify.engines.runners import HookedRunner, TorchRunner
 from verify.reference.oracle import Oracle, reconstruct_residual
 from verify.reference.whole_sae import load_sites
 
@@ -29,6 +43,7 @@ class Tiny:
         table = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1], "value": -5.0}
         recipe = Recipe.load(write_recipe(table))
         self.model, self.tokenizer = load_base(recipe), load_tokenizer(recipe)
+        self.model.get_input_embeddings().weight.data *= 0.2  # so that it says different things
         sites = load_sites(recipe)
         self.base = HookedRunner("base", self.model)
         self.oracle = Oracle(self.model, sites)
@@ -38,14 +53,9 @@ class Tiny:
         return [2, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def one_at_a_time(self, runner: HookedRunner, text: str, stops: set[int]) -> list[int]:
-        """No batch, no padding, every logit formed."""
-        ids, said = self.ids(text), []
-        for _ in range(10):
-            input_ids = torch.tensor([ids + said])
-            logits = runner.logits(input_ids, torch.ones_like(input_ids), False)
-            said.append(int(logits[0, -1].argmax()))
-            if said[-1] in stops:
-                break
+        """No batch, no padding, nothing cached, every logit formed."""
+        ids = torch.tensor([self.ids(text)])
+        (said,) = one_after_another(runner, ids, torch.ones_like(ids), sorted(stops), 10)
         return said
 
     def batched(self, runner: HookedRunner, stops: set[int]) -> list[list[int]]:
@@ -56,7 +66,7 @@ class Tiny:
         return [found[item] for item in range(len(TEXTS))]
 
 
-@pytest.fixture(params=["gemma2", "gemma3_text"])
+@pytest.fixture(params=FAMILIES)
 def tiny(tmp_path: Path, write_recipe: Any, request: pytest.FixtureRequest) -> Tiny:
     return Tiny(tmp_path, write_recipe, request.param)
 
@@ -82,21 +92,77 @@ def test_batches_say_what_prompts_say_alone(tiny: Tiny, monkeypatch: pytest.Monk
     assert 1 in lengths and 10 in lengths  # some end at once, some never
 
 
-def test_the_base_goes_on_as_transformers_generates(tiny: Tiny) -> None:
+def generated(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, stops: Collection[int]
+) -> list[list[int]]:
+    """What transformers says, each prompt as far as its end."""
+    rows = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=10,
+        do_sample=False,
+        eos_token_id=sorted(stops),
+        pad_token_id=0,
+    )[:, ids.shape[1] :].tolist()
+    ends = [next((i for i, t in enumerate(row) if t in stops), len(row)) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+
+def test_base_and_reference_go_on_as_transformers_generates(tiny: Tiny) -> None:
     stops = some_stops(tiny)
-    expected = []
-    for text in TEXTS:
-        ids = torch.tensor([tiny.ids(text)])
-        out = tiny.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=10,
-            do_sample=False,
-            eos_token_id=sorted(stops),
-            pad_token_id=0,
-        )
-        expected.append(out[0, ids.shape[1] :].tolist())
-    assert tiny.batched(tiny.base, stops) == expected
+    for oracle in (None, tiny.oracle):
+        runner = HookedRunner("any", tiny.model, oracle)
+        expected = []
+        with nullcontext(tiny.model) if oracle is None else oracle.applied() as model:
+            for text in TEXTS:
+                ids = torch.tensor([tiny.ids(text)])
+                expected += generated(model, ids, torch.ones_like(ids), stops)
+        assert tiny.batched(runner, stops) == expected
+
+
+def test_a_runner_marks_what_is_beyond_an_end(tiny: Tiny) -> None:
+    (batch,) = prompt_batches(TEXTS[:4], tiny.tokenizer)
+    inputs = (batch.input_ids, batch.attention_mask)
+    assert len(set(batch.attention_mask.sum(dim=1).tolist())) == 4  # padded
+    stops = sorted(some_stops(tiny))
+    for runner in (tiny.base, HookedRunner("reference", tiny.model, tiny.oracle)):
+        free = one_after_another(runner, *inputs, [], 10)
+        assert runner.go_on(*inputs, [], 10).tolist() == free
+        assert runner.go_on(*inputs, [], 1).tolist() == [row[:1] for row in free]
+        naive = one_after_another(runner, *inputs, stops, 10)
+        longest = max(len(row) for row in naive)
+        said = runner.go_on(*inputs, stops, 10)
+        assert said.dtype == torch.int64
+        assert said.tolist() == [row + [-1] * (longest - len(row)) for row in naive]
+        every = list(range(VOCAB))
+        assert runner.go_on(*inputs, every, 10).tolist() == [row[:1] for row in free]
+    assert not tiny.model._forward_pre_hooks
+
+
+def test_a_folder_goes_on_as_its_reference_does(tmp_path: Path) -> None:
+    recipe = Recipe.load(talkative(tmp_path))
+    oracle = Oracle(load_base(recipe), load_sites(recipe))
+    prompts = [
+        Prompt("prompts", "text", n, (2, *range(10 * n, 10 * n + 9 * n)), every_token=False)
+        for n in (1, 2, 3, 4)
+    ]
+    batch = left_padded(prompts, pad_id=0, last_only=True)
+    inputs = (batch.input_ids, batch.attention_mask)
+    write_checkpoint(plan_checkpoint(recipe), tmp_path / "out", card="# card\n")
+    with TorchRunner(tmp_path / "out") as folder:
+        folder.load("float32")
+        free = one_after_another(folder, *inputs, [], 10)
+        stops = [free[0][3], free[1][0]]
+        naive = one_after_another(folder, *inputs, stops, 10)
+        longest = max(len(row) for row in naive)
+        expected = [row + [-1] * (longest - len(row)) for row in naive]
+        for runner in (folder, HookedRunner("reference", oracle.model, oracle)):
+            assert runner.go_on(*inputs, stops, 10).tolist() == expected
+            assert runner.go_on(*inputs, [], 10).tolist() == free
+        assert HookedRunner("base", oracle.model).go_on(*inputs, [], 10).tolist() != free
+        with pytest.raises(ValueError, match="padded on the left"):
+            folder.go_on(inputs[0], inputs[1].flip(-1), [], 1)
+    assert len({len(row) for row in naive}) > 1  # some end before others
 
 
 def test_mean_probabilities_are_those_of_prompts_alone(tiny: Tiny) -> None:
@@ -104,7 +170,8 @@ def test_mean_probabilities_are_those_of_prompts_alone(tiny: Tiny) -> None:
     rows = []
     for text in TEXTS:
         ids = torch.tensor([tiny.ids(text)])
-        rows.append(tiny.base.logits(ids, torch.ones_like(ids), False)[0, -1].double().softmax(-1))
+        last = every_logit(tiny.base, ids, torch.ones_like(ids))[0, -1]
+        rows.append(last.double().softmax(-1))
     found = mean_next(tiny.base, shown)
     torch.testing.assert_close(found, torch.stack(rows).mean(0), rtol=0, atol=1e-6)
     assert float(found.sum()) == pytest.approx(1.0)

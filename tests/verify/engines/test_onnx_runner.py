@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 
 import bakeout
 from bake.errors import FolderError
-from bake.questions.prompts import Prompt, left_padded
+from bake.questions.loss import token_losses
+from bake.questions.prompts import Batch, Prompt, left_padded
 from bakeout.cli import run
+from tests.logits import every_logit, one_after_another
 from tests.worlds import cut, talkative
 from verify.engines import onnx_runner
 from verify.engines.onnx_files import find_graphs
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner, open_session
-from verify.engines.runners import HookedRunner, Runner
+from verify.engines.runners import HookedRunner
 
 PROMPTS = [
     Prompt("text", "text", 1, (2, *ids), every_token=True)
@@ -45,9 +48,16 @@ def model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-@pytest.fixture(scope="module")
-def runner(folder: Path) -> OnnxRunner:
-    return open_runner(folder, threads=1)
+@pytest.fixture(scope="module", params=["some rows", "all rows"])
+def runner(folder: Path, request: pytest.FixtureRequest) -> Iterator[OnnxRunner]:
+    """Over a graph that forms the logits that it is asked for, and over one as it was exported."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "all rows":
+            patched.setattr(onnx_runner, "with_rows", lambda _: None)
+        opened = open_runner(folder, threads=1)
+    assert opened._picks is (request.param == "some rows")
+    with opened:
+        yield opened
 
 
 def generated(runner: OnnxRunner, prompts: list[Prompt], n: int = 24, **how: Any) -> torch.Tensor:
@@ -60,34 +70,49 @@ def generated(runner: OnnxRunner, prompts: list[Prompt], n: int = 24, **how: Any
 # --------------------------------------------------------------------------- logits
 
 
-def test_logits_are_the_checkpoints(runner: OnnxRunner, model: Any) -> None:
-    engine: Runner = runner
-    checkpoint = HookedRunner("checkpoint", model)
-    for last_only in (False, True):
-        batch = left_padded(PROMPTS, pad_id=0, last_only=last_only)
-        inputs = (batch.input_ids, batch.attention_mask, last_only)
-        found, expected = engine.logits(*inputs), checkpoint.logits(*inputs)
-        assert found.dtype == torch.float32 and found.shape == expected.shape
-        real = batch.attention_mask.bool() if not last_only else torch.ones(3, 1).bool()
-        torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="padded on the left"):
-        engine.logits(torch.tensor([[2, 9, 0]]), torch.tensor([[1, 1, 0]]), True)
+def asked_for(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(wanted, scored): all that makes sense, the ends, and some of it at random."""
+    nothing = torch.zeros_like(batch.scored)
+    yield batch.wanted, batch.scored
+    yield batch.ends, nothing  # read through the cache
+    yield batch.ends, batch.scored
+    yield nothing, batch.scored
+    draws = torch.Generator().manual_seed(0)
+    wanted, scored = (torch.rand(nothing.shape, generator=draws) < 0.4 for _ in range(2))
+    yield wanted & batch.wanted, scored & batch.scored
 
 
-def test_large_batches_are_run_in_parts(
-    runner: OnnxRunner, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows_at_once", [3, 2, 0])
+def test_what_is_read_is_what_the_checkpoint_says(
+    runner: OnnxRunner, model: Any, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Large batches are run in parts, none of less than a prompt."""
+    monkeypatch.setattr(onnx_runner, "LOGIT_BYTES", rows_at_once * 4 * 99 * 13)
+    checkpoint = HookedRunner("checkpoint", model)
+    batch = left_padded([*PROMPTS[1:], PROMPTS[0]], pad_id=0, last_only=False)
+    inputs = (batch.input_ids, batch.attention_mask)
+    for wanted, scored in asked_for(batch):
+        found, expected = (of.read(*inputs, wanted, scored) for of in (runner, checkpoint))
+        assert (found.logits.dtype, found.losses.dtype) == (torch.float32, torch.float64)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=1e-5)
+    last = runner.logits(*inputs)
+    torch.testing.assert_close(last, checkpoint.logits(*inputs), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="padded on the left"):
+        runner.logits(torch.tensor([[2, 9, 0]]), torch.tensor([[1, 1, 0]]))
+
+
+def test_losses_are_those_of_all_logits(runner: OnnxRunner) -> None:
     batch = left_padded(PROMPTS, pad_id=0, last_only=False)
-    inputs = (batch.input_ids, batch.attention_mask, False)
-    whole = runner.logits(*inputs)
-    monkeypatch.setattr(onnx_runner, "LOGIT_BYTES", 2 * 4 * 99 * 13)
-    real = batch.attention_mask.bool()
-    torch.testing.assert_close(runner.logits(*inputs)[real], whole[real], rtol=0, atol=1e-5)
+    inputs = (batch.input_ids, batch.attention_mask)
+    expected = token_losses(every_logit(runner, *inputs), *inputs)
+    found = runner.read(*inputs, batch.ends, batch.scored).losses
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_without_the_clamp(folder: Path, runner: OnnxRunner) -> None:
     batch = left_padded(PROMPTS, pad_id=0, last_only=True)
-    inputs = (batch.input_ids, batch.attention_mask, True)
+    inputs = (batch.input_ids, batch.attention_mask)
     (graph,) = find_graphs(folder)
     with OnnxRunner(graph, threads=1, clamped=False) as bare:
         from transformers import AutoModelForCausalLM
@@ -141,14 +166,14 @@ def test_long_prompts_are_read_in_parts(
     lengths = []
     step = OnnxRunner._step
 
-    def counted(self: OnnxRunner, feed: dict[str, Any], cache: list[Any]) -> Any:
-        lengths.append(feed["input_ids"].shape[1])
-        return step(self, feed, cache)
+    def counted(self: OnnxRunner, ids: torch.Tensor, mask: torch.Tensor, cache: list[Any]) -> Any:
+        lengths.append(ids.shape[1])
+        return step(self, ids, mask, cache)
 
     monkeypatch.setattr(OnnxRunner, "_step", counted)
     monkeypatch.setattr(onnx_runner, "LOGIT_BYTES", 5 * 3 * 4 * 99)
     assert generated(runner, PROMPTS).tolist() == whole.tolist()
-    assert lengths[:4] == [5, 5, 3, 1]
+    assert lengths[:4] == ([13, 1, 1, 1] if runner._picks else [5, 5, 3, 1])
 
 
 def test_each_row_ends_by_itself(runner: OnnxRunner) -> None:
@@ -160,6 +185,24 @@ def test_each_row_ends_by_itself(runner: OnnxRunner) -> None:
     for row, stop in enumerate(stops):
         assert found[row][: stop + 1] == free[row][: stop + 1]
         assert set(found[row][stop + 1 :]) <= {ends[0]}
+
+
+def test_going_on_is_one_token_after_another(runner: OnnxRunner, model: Any) -> None:
+    batch = left_padded(PROMPTS, pad_id=0, last_only=True)
+    inputs = (batch.input_ids, batch.attention_mask)
+    free = one_after_another(runner, *inputs, [], 10)
+    assert runner.go_on(*inputs, [], 10).tolist() == free
+    stops = [free[0][3], free[1][0]]
+    naive = one_after_another(runner, *inputs, stops, 10)
+    assert len({len(row) for row in naive}) > 1  # some end before others
+    longest = max(len(row) for row in naive)
+    expected = [row + [-1] * (longest - len(row)) for row in naive]
+    for engine in (runner, HookedRunner("checkpoint", model)):
+        said = engine.go_on(*inputs, stops, 10)
+        assert said.dtype == torch.int64 and said.tolist() == expected
+    assert runner.go_on(*inputs, range(99), 10).tolist() == [row[:1] for row in free]
+    with pytest.raises(ValueError, match="padded on the left"):
+        runner.go_on(torch.tensor([[2, 9, 0]]), torch.tensor([[1, 1, 0]]), [], 1)
 
 
 def test_draws_are_seeded(runner: OnnxRunner) -> None:

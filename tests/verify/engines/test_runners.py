@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from bake.errors import FolderError
-from bake.questions.prompts import Prompt, left_padded
+from bake.questions.loss import token_losses
+from bake.questions.prompts import Batch, Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
+from tests.logits import every_logit
 from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae
-from verify.engines.runners import HookedRunner, Runner, TorchRunner
+from verify.engines.runners import HookedRunner, TorchRunner
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 
@@ -22,10 +24,24 @@ PROMPTS = [
 ]
 
 
+ASKED = Prompt("forget", "chat", 1, (2, *range(60, 77)), every_token=True)
+"""No text: the loss of what follows its tokens is not taken."""
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {family: tiny_base(folder / family, family) for family in FAMILIES}
+
+
+def recipe_over(base: Path, folder: Path, write_recipe: Callable[..., Path]) -> Recipe:
+    """Two layers are clamped."""
+    tables = []
+    for layer, features in ((1, [0, 1]), (2, [2])):
+        save_sae_lens(folder / f"sae{layer}", tiny_sae(layer), layer=layer)
+        table = {"method": "clamp", "features": features, "value": -5.0}
+        tables.append(table | {"sae": {"path": f"sae{layer}"}})
+    return Recipe.load(write_recipe(*tables, base={"model": str(base)}))
 
 
 @pytest.fixture
@@ -35,13 +51,11 @@ def oracle(
     tmp_path: Path,
     write_recipe: Callable[..., Path],
 ) -> Oracle:
-    save_sae_lens(tmp_path / "sae", tiny_sae())
-    table = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -5.0}
-    recipe = Recipe.load(write_recipe(table, base={"model": str(bases[request.param])}))
+    recipe = recipe_over(bases[request.param], tmp_path, write_recipe)
     return Oracle(load_base(recipe), load_sites(recipe))
 
 
-def runners(oracle: Oracle) -> list[Runner]:
+def runners(oracle: Oracle) -> list[HookedRunner]:
     return [
         HookedRunner("base", oracle.model),
         HookedRunner("reference", oracle.model, oracle),
@@ -52,14 +66,14 @@ def runners(oracle: Oracle) -> list[Runner]:
 def test_left_padded_equals_alone(oracle: Oracle) -> None:
     for runner in runners(oracle):
         batch = left_padded(PROMPTS, pad_id=0, last_only=False)
-        together = runner.logits(batch.input_ids, batch.attention_mask, False)
-        last = runner.logits(batch.input_ids, batch.attention_mask, True)
+        together = every_logit(runner, batch.input_ids, batch.attention_mask)
+        last = runner.logits(batch.input_ids, batch.attention_mask)
         assert together.dtype == torch.float32
-        assert last.shape == (3, 1, together.shape[-1])
-        torch.testing.assert_close(last[:, 0], together[:, -1], rtol=0, atol=1e-5)
+        assert last.shape == (3, together.shape[-1])
+        torch.testing.assert_close(last, together[:, -1], rtol=0, atol=1e-5)
         for row, prompt in enumerate(PROMPTS):
             alone = left_padded([prompt], pad_id=0, last_only=False)
-            expected = runner.logits(alone.input_ids, alone.attention_mask, False)
+            expected = every_logit(runner, alone.input_ids, alone.attention_mask)
             found = together[row, -len(prompt.ids) :]
             torch.testing.assert_close(found, expected[0], rtol=0, atol=2e-5)
 
@@ -68,7 +82,7 @@ def test_left_padded_equals_alone(oracle: Oracle) -> None:
 def test_one_model_is_base_and_reference(oracle: Oracle) -> None:
     base, reference = runners(oracle)
     batch = left_padded(PROMPTS, pad_id=0, last_only=False)
-    inputs = (batch.input_ids, batch.attention_mask, False)
+    inputs = (batch.input_ids, batch.attention_mask, batch.wanted)
     before = base.logits(*inputs)
     assert oracle.tokens_fired == 0
     edited = reference.logits(*inputs)
@@ -81,9 +95,106 @@ def test_one_model_is_base_and_reference(oracle: Oracle) -> None:
 def test_right_padding_is_refused_where_the_last_column_counts(oracle: Oracle) -> None:
     ids, mask = torch.tensor([[2, 9, 0]]), torch.tensor([[1, 1, 0]])
     for runner in runners(oracle):
-        runner.logits(ids, mask, False)
         with pytest.raises(ValueError, match="padded on the left"):
-            runner.logits(ids, mask, True)
+            runner.logits(ids, mask)
+        with pytest.raises(ValueError, match="padded on the left"):
+            runner.go_on(ids, mask, [], 1)
+
+
+# --------------------------------------------------------------------------- what is read
+
+
+def asked_for(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(wanted, scored): what a comparison asks for, and some of it at random."""
+    nothing = torch.zeros_like(batch.scored)
+    yield batch.wanted, batch.scored
+    yield batch.ends, batch.scored
+    yield nothing, batch.scored
+    yield batch.wanted, nothing
+    yield nothing, nothing
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        wanted, scored = (torch.rand(nothing.shape, generator=draws) < 0.4 for _ in range(2))
+        yield wanted & batch.wanted, scored & batch.scored
+
+
+@pytest.mark.parametrize("oracle", FAMILIES, indirect=True)
+def test_what_is_read_is_what_all_logits_say_and_no_others_are_formed(oracle: Oracle) -> None:
+    batch = left_padded([*PROMPTS, ASKED], pad_id=0, last_only=False)
+    ids, mask = batch.input_ids, batch.attention_mask
+    formed: list[int] = []
+    head = oracle.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, given, __: formed.append(given[0][..., 0].numel()))
+    for runner in runners(oracle):
+        whole = every_logit(runner, ids, mask)
+        assert formed.pop() == mask.numel()
+        for wanted, scored in asked_for(batch):
+            found = runner.read(ids, mask, wanted, scored)
+            assert formed.pop() == int((wanted | scored).sum()) and not formed
+            assert (found.logits.dtype, found.losses.dtype) == (torch.float32, torch.float64)
+            torch.testing.assert_close(found.logits, whole[wanted], rtol=0, atol=1e-5)
+            expected = [
+                float(-whole[row, at].double().log_softmax(-1)[ids[row, at + 1]])
+                for row, at in scored.nonzero().tolist()
+            ]
+            assert found.losses.tolist() == pytest.approx(expected, abs=1e-5)
+    text = token_losses(whole[:3], ids[:3], mask[:3])
+    seen = runner.read(ids, mask, batch.ends, batch.scored).losses
+    torch.testing.assert_close(seen, text, rtol=0, atol=1e-5)
+    assert not head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("oracle", FAMILIES, indirect=True)
+def test_a_reference_chooses_by_where_its_clamps_fired(oracle: Oracle) -> None:
+    batch = left_padded([*PROMPTS, ASKED], pad_id=0, last_only=False)
+    inputs = (batch.input_ids, batch.attention_mask)
+    _, reference = runners(oracle)
+    whole = every_logit(reference, *inputs)
+    assert oracle.last_fired is not None and min(oracle.fired_by_layer.values()) > 0
+    expected = oracle.last_fired
+    assert 0 < int(expected.sum()) < int(batch.attention_mask.sum())
+    below = Oracle(oracle.model, oracle.sites[:1])  # what is clamped above does not move it
+    every_logit(HookedRunner("below", oracle.model, below), *inputs)
+    assert below.last_fired is not None
+    assert not (below.last_fired & ~expected).any()
+    assert int(expected.sum()) > max(oracle.fired_by_layer.values())  # those of both layers
+    reference.logits(torch.tensor([[2, 9]]), torch.tensor([[1, 1]]))  # what fired there is no news
+
+    def fired() -> torch.Tensor:
+        assert oracle.last_fired is not None
+        return oracle.last_fired.clone()
+
+    before = oracle.tokens_fired
+    found = reference.read(*inputs, fired, batch.scored)
+    assert oracle.tokens_fired == before + int(expected.sum())
+    torch.testing.assert_close(found.logits, whole[expected], rtol=0, atol=1e-5)
+    losses = reference.read(*inputs, batch.ends, batch.scored).losses
+    torch.testing.assert_close(found.losses, losses, rtol=0, atol=1e-5)
+    assert torch.equal(oracle.last_fired, expected)
+
+    def refused() -> torch.Tensor:
+        raise KeyError("no choice")
+
+    with pytest.raises(KeyError, match="no choice"):
+        reference.read(*inputs, refused, batch.scored)
+    assert not oracle.model.get_output_embeddings()._forward_pre_hooks
+    again = reference.logits(*inputs, expected)
+    torch.testing.assert_close(again, whole[expected], rtol=0, atol=1e-5)
+
+
+def test_in_16_bits_losses_are_those_of_the_logits(
+    bases: dict[str, Path], tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    recipe = recipe_over(bases["gemma2"], tmp_path, write_recipe)
+    runner = HookedRunner("base", load_base(recipe, dtype="bfloat16"))
+    batch = left_padded(PROMPTS, pad_id=0, last_only=False)
+    found = runner.read(batch.input_ids, batch.attention_mask, batch.wanted, batch.scored)
+    whole = torch.zeros(*batch.input_ids.shape, found.logits.shape[-1])
+    whole[batch.wanted] = found.logits
+    assert found.logits.dtype == torch.float32
+    assert torch.equal(found.logits, found.logits.bfloat16().float())
+    expected = token_losses(whole, batch.input_ids, batch.attention_mask)
+    torch.testing.assert_close(found.losses, expected, rtol=0, atol=1e-6)
 
 
 # --------------------------------------------------------------------------- in its own process
@@ -104,20 +215,23 @@ def test_the_same_model_gives_the_same_logits_in_another_process(
     assert worker.load("float32") == "Gemma2ForCausalLM"
     base = HookedRunner("base", oracle.model)
     for last_only in (False, True):
-        batch = left_padded(PROMPTS, pad_id=0, last_only=last_only)
-        inputs = (batch.input_ids, batch.attention_mask, last_only)
-        found, expected = worker.logits(*inputs), base.logits(*inputs)
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+        batch = left_padded([*PROMPTS, ASKED], pad_id=0, last_only=last_only)
+        inputs = (batch.input_ids, batch.attention_mask, batch.wanted, batch.scored)
+        found, expected = worker.read(*inputs), base.read(*inputs)
+        assert (found.logits.dtype, found.losses.dtype) == (torch.float32, torch.float64)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=2e-6)
+        torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=2e-6)
+        assert len(found.losses) == sum(len(prompt.ids) - 1 for prompt in PROMPTS)
     torch.set_num_threads(before)
     # A request that cannot be answered is one line, and the next one is answered again.
     with pytest.raises(FolderError, match="IndexError") as caught:
-        worker.logits(torch.tensor([[2, 5000]]), torch.tensor([[1, 1]]), False)
+        worker.logits(torch.tensor([[2, 5000]]), torch.tensor([[1, 1]]))
     assert "\n" not in str(caught.value)
-    assert worker.logits(*inputs).shape[0] == 3
+    assert worker.logits(*inputs[:2]).shape[0] == 4
     # So is its end.
     worker._process.kill()
     with pytest.raises(FolderError, match=r"gemma2: the process that loaded it ended .* -9"):
-        worker.logits(*inputs)
+        worker.read(*inputs)
 
 
 def custom_folder(folder: Path, base: Path, code: str) -> Path:

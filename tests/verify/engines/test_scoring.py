@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, Gemma2ForCausalLM
 from bake.questions.answers import LetterTokens, letter_log_likelihoods, letter_tokens
 from bake.questions.multiple_choice import Question
 from bake.questions.prompts import plain_text
+from tests.engines import PlainOnly
 from tests.worlds import tiny_base, tiny_tokenizer
-from verify.engines.runners import HookedRunner
+from verify.engines.runners import HookedRunner, Reading
 from verify.engines.scoring import last_logits, token_ids
 
 
@@ -26,20 +27,6 @@ def test_likelihoods_of_letters() -> None:
     np.testing.assert_allclose(found[:, :3, 0], expected[:, 10:13])
     np.testing.assert_allclose(found[..., 1], expected[:, 20:24])
     assert (found[:, 3, 0] == -np.inf).all()
-
-
-class PlainOnly:
-    """An engine that reads batches only."""
-
-    name = "onnx"
-
-    def __init__(self, runner: HookedRunner) -> None:
-        self._runner = runner
-
-    def logits(self, *inputs: Any) -> torch.Tensor:
-        return self._runner.logits(*inputs)
-
-    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize("tree_tokens", [2048, 200])
@@ -78,18 +65,16 @@ def test_plain_form_is_one_prompt_after_another(
 def test_a_tree_is_read_where_it_saves_enough(shared: int, trees: int) -> None:
     read: list[str] = []
 
-    class Watched:
-        name = "base"
-
-        def logits(self, ids: torch.Tensor, mask: torch.Tensor, last_only: bool) -> torch.Tensor:
+    class Watched(HookedRunner):
+        def read(self, ids: Any, mask: Any, wanted: Any, scored: Any) -> Reading:
+            assert not scored.any()
+            assert wanted[:, -1].all() and int(wanted.sum()) == len(ids)
             read.append("batch")
-            return torch.zeros(len(ids), 1, 9)
+            return Reading(torch.zeros(len(ids), 9), torch.zeros(0))
 
         def tree_logits(self, tree: Any) -> torch.Tensor:
             read.append("tree")
             return torch.zeros(len(tree.ends), 9)
-
-        def close(self) -> None: ...
 
     class Nine:
         pad_token_id = 0
@@ -99,5 +84,5 @@ def test_a_tree_is_read_where_it_saves_enough(shared: int, trees: int) -> None:
 
     start = tuple(range(shared))
     sequences = [(*start, 50 + n, *range(20)) for n in range(3)]
-    assert last_logits(Watched(), sequences, Nine()).shape == (3, 9)
+    assert last_logits(Watched("base", None), sequences, Nine()).shape == (3, 9)
     assert read == (["tree"] if trees else ["batch"])

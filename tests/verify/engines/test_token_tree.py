@@ -10,6 +10,7 @@ import torch
 from bake.questions.prompts import Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
+from tests.engines import PlainOnly
 from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae
 from verify.engines.runners import HookedRunner, Runner, TorchRunner, TreeRunner
 from verify.engines.token_tree import TokenTree, merge
@@ -111,7 +112,7 @@ def test_trees_of_any_shape(sequences: list[tuple[int, ...]], oracle: Oracle) ->
 
 def alone(runner: Runner, ids: tuple[int, ...]) -> torch.Tensor:
     batch = left_padded([Prompt("x", "x", 1, ids, False)], pad_id=0, last_only=True)
-    return runner.logits(batch.input_ids, batch.attention_mask, True)[0, 0]
+    return runner.logits(batch.input_ids, batch.attention_mask)[0]
 
 
 @pytest.mark.usefixtures("one_row")
@@ -135,13 +136,6 @@ def test_the_tree_gives_the_logits_of_every_sequence_alone(oracle: Oracle, tmp_p
 
 
 def test_which_engines_read_trees() -> None:
-    assert isinstance(HookedRunner("base", None), TreeRunner)
-
-    class Plain:
-        name = "onnx"
-
-        def logits(self, input_ids: object, attention_mask: object, last_only: bool) -> None: ...
-
-        def close(self) -> None: ...
-
-    assert not isinstance(Plain(), TreeRunner)
+    base = HookedRunner("base", None)
+    assert isinstance(base, TreeRunner)
+    assert not isinstance(PlainOnly(base), TreeRunner)

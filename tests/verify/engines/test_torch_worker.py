@@ -6,7 +6,16 @@ import sys
 import pytest
 import torch
 
-from verify.engines.torch_worker import BLOCKED, Blocker, pack, read_message, unpack, write_message
+from verify.engines.torch_worker import (
+    AT_ONCE,
+    BLOCKED,
+    Blocker,
+    pack,
+    parted,
+    read_message,
+    unpack,
+    write_message,
+)
 
 
 def test_messages_keep_their_bounds() -> None:
@@ -20,10 +29,31 @@ def test_messages_keep_their_bounds() -> None:
 
 def test_words_and_tensors_come_back() -> None:
     ids = torch.arange(6).reshape(2, 3)
-    words, tensors = unpack(pack({"op": "logits"}, {"input_ids": ids}))
-    assert words == {"op": "logits"}
+    words, tensors = unpack(pack({"op": "read"}, {"input_ids": ids}))
+    assert words == {"op": "read"}
     assert torch.equal(tensors["input_ids"], ids)
     assert unpack(pack({"error": "no"})) == ({"error": "no"}, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
+def test_what_was_formed_is_parted_into_logits_and_losses(dtype: torch.dtype, rate: float) -> None:
+    draws = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 11, (5, 13), generator=draws)
+    whole = torch.randn(5, 13, 11, generator=draws).to(dtype)
+    wanted = torch.rand(5, 13, generator=draws) < 0.3
+    scored = torch.rand(5, 13, generator=draws) < rate
+    scored[:, -1] = False
+    assert rate == 0 or int(scored.sum()) > AT_ONCE
+    for one in (wanted, wanted & scored, wanted | scored, wanted & False):
+        logits, losses = parted(whole[one | scored], one, scored, ids)
+        assert (logits.dtype, losses.dtype) == (torch.float32, torch.float64)
+        assert torch.equal(logits, whole[one].float()) and logits.is_contiguous()
+        expected = [
+            float(-whole[row, at].double().log_softmax(-1)[ids[row, at + 1]])
+            for row, at in scored.nonzero().tolist()
+        ]
+        assert losses.tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_every_package_of_bakeout_is_blocked_and_nothing_else(

@@ -17,6 +17,8 @@ from bake.questions.answers import letter_tokens
 from bake.questions.multiple_choice import load_questions
 from bake.recipe import Recipe
 from bake.stock import load_base, load_tokenizer
+from tests.engines import Speaker
+from tests.logits import every_logit
 from tests.worlds import (
     save_sae_lens,
     tiny_base,
@@ -26,36 +28,31 @@ from tests.worlds import (
     write_jsonl,
     write_questions,
 )
-from verify.engines.runners import HookedRunner
-from verify.evidence.completions import (
-    MAX_NEW_TOKENS,
-    SHIFTED_TOKENS,
-    VARIANTS,
-    complete,
-    most_moved,
-)
+from verify.engines.runners import HookedRunner, Reading
+from verify.evidence.asking import SHIFTED_TOKENS, VARIANTS, most_moved
+from verify.evidence.completions import complete
 from verify.journal import Journal
 from verify.reference.oracle import Oracle, reconstruct_residual
 from verify.reference.whole_sae import load_sites
 from verify.report.measures import Completions, Share
 
 
-class Says:
+class Says(Speaker):
     """An engine that goes on with texts as told, and answers every question with one letter."""
 
     def __init__(self, name: str, tokenizer: Any, lines: dict[str, str], letter: str) -> None:
         self.name, self.tokenizer, self.lines, self.letter = name, tokenizer, lines, letter
         self.seen: list[str] = []
 
-    def logits(self, ids: torch.Tensor, mask: torch.Tensor, last_only: bool) -> torch.Tensor:
-        out = torch.zeros(len(ids), 1, len(self.tokenizer))
+    def next(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(ids), len(self.tokenizer))
         for row, (one, real) in enumerate(zip(ids, mask, strict=True)):
             text = self.tokenizer.decode(one[real.bool()])
             self.seen.append(text)
-            out[row, 0, self._next(text)] = 9.0
+            out[row, self._says(text)] = 9.0
         return out
 
-    def _next(self, text: str) -> int:
+    def _says(self, text: str) -> int:
         if text.endswith("Answer: ("):
             return int(self.tokenizer.convert_tokens_to_ids(self.letter))
         prompt = max((p for p in self.lines if p in text), key=len)
@@ -63,8 +60,6 @@ class Says:
         left = self.lines[prompt].removeprefix(said)
         ids = self.tokenizer(left, add_special_tokens=False)["input_ids"] if left else [1]
         return int(ids[0])
-
-    def close(self) -> None: ...
 
 
 def recipe_in(folder: Path, write_recipe: Any, **completions: Any) -> Recipe:
@@ -242,20 +237,28 @@ class StoppedError(Exception):
     pass
 
 
-class Counted:
-    """A runner that counts its forward passes, and may stop after some."""
+class Counted(HookedRunner):
+    """A runner that counts the batches that it is asked, and may stop after some: then all do."""
 
-    def __init__(self, runner: HookedRunner) -> None:
-        self.name, self._runner = runner.name, runner
-        self.passes, self.left = 0, 10**9
+    stopped = False
 
-    def logits(self, ids: torch.Tensor, mask: torch.Tensor, last_only: bool) -> torch.Tensor:
-        if self.left <= 0:
+    def __init__(self, name: str, model: Any, oracle: Oracle | None = None) -> None:
+        super().__init__(name, model, oracle)
+        self.asked, self.left = 0, 10**9
+
+    def _count(self) -> None:
+        Counted.stopped |= self.left <= 0
+        if Counted.stopped:
             raise StoppedError
-        self.passes, self.left = self.passes + 1, self.left - 1
-        return self._runner.logits(ids, mask, last_only)
+        self.asked, self.left = self.asked + 1, self.left - 1
 
-    def close(self) -> None: ...
+    def read(self, *asked: Any) -> Reading:
+        self._count()
+        return super().read(*asked)
+
+    def go_on(self, *asked: Any) -> torch.Tensor:
+        self._count()
+        return super().go_on(*asked)
 
 
 class Real(Scripted):
@@ -271,11 +274,11 @@ class Real(Scripted):
         model, self.tokenizer = load_base(self.recipe), load_tokenizer(self.recipe)
         sites = load_sites(self.recipe)
         self.runners = {  # type: ignore[assignment]
-            "base": Counted(HookedRunner("base", model)),
+            "base": Counted("base", model),
             "reconstruction": Counted(
-                HookedRunner("reconstruction", model, Oracle(model, sites, reconstruct_residual))
+                "reconstruction", model, Oracle(model, sites, reconstruct_residual)
             ),
-            "unlearned": Counted(HookedRunner("reference", model, Oracle(model, sites))),
+            "unlearned": Counted("checkpoint", model, Oracle(model, sites)),
         }
 
 
@@ -294,7 +297,7 @@ def test_shifts_are_those_of_prompts_alone(real: Real) -> None:
             ids = torch.tensor(
                 [[2, *real.tokenizer(completion.prompt, add_special_tokens=False)["input_ids"]]]
             )
-            logits = real.runners[variant].logits(ids, torch.ones_like(ids), False)
+            logits = every_logit(real.runners[variant], ids, torch.ones_like(ids))
             rows.append(logits[0, -1].double().softmax(-1))
         means.append(torch.stack(rows).mean(0))
     change = (means[1] - means[0]).tolist()
@@ -315,23 +318,22 @@ def test_an_interrupted_run_goes_on(
     real: Real, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bake.questions.prompts.BATCH_TOKENS", 60)
+    monkeypatch.setattr(Counted, "stopped", False)
     whole = real.complete()
-    needed = {name: runner.passes for name, runner in real.runners.items()}
+    needed = {name: runner.asked for name, runner in real.runners.items()}
     for runner in real.runners.values():
-        runner.passes = 0
+        runner.asked = 0
     path, stopped = tmp_path / "cache" / "journal.jsonl", real.runners[variant]
     after = 2 * needed[variant] // 3
     stopped.left = after
     with pytest.raises(StoppedError), Journal(path) as journal:
         real.complete(journal)
     assert path.stat().st_size > 0
-    stopped.left = 10**9
+    stopped.left, Counted.stopped = 10**9, False
     with Journal(path) as journal:
         assert asdict(real.complete(journal)) == asdict(whole)
-        for name, runner in real.runners.items():
-            # Only the batch that was cut off is gone through again.
-            slack = MAX_NEW_TOKENS if name == variant else 0
-            assert needed[name] <= runner.passes <= needed[name] + slack
-        passes = [runner.passes for runner in real.runners.values()]
+        # Nothing is asked again: it stopped before a batch, not within one.
+        assert {name: runner.asked for name, runner in real.runners.items()} == needed
+        asked = [runner.asked for runner in real.runners.values()]
         assert real.complete(journal) == whole
-        assert [runner.passes for runner in real.runners.values()] == passes
+        assert [runner.asked for runner in real.runners.values()] == asked

@@ -87,7 +87,7 @@ def plain_scores(
     chosen = [-1] * len(questions)
     scores = [[0.0]] * len(questions)
     for batch in batches(prompts, pad_id=0, vocab_size=len(tokenizer)):
-        logits = runner.logits(batch.input_ids, batch.attention_mask, True)[:, -1]
+        logits = runner.logits(batch.input_ids, batch.attention_mask)
         likelihoods = letter_log_likelihoods(logits, letters)[..., 1]
         best = best_letters(logits, letters.plain)
         for prompt, letter, row in zip(batch.prompts, best, likelihoods.tolist(), strict=True):

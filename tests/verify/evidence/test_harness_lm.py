@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
 from tests.worlds import tiny_base, tiny_tokenizer
-from verify.engines.runners import HookedRunner
+from verify.engines.runners import HookedRunner, Reading
 from verify.evidence.harness_lm import RunnerLM, continuation_score
 from verify.evidence.harness_tasks import HarnessError
 
@@ -86,16 +86,16 @@ def test_the_greedy_continuation_is_named(world: World) -> None:
 
 def test_requests_of_one_context_are_one_forward_pass(world: World) -> None:
     lm = world.lm()
-    rows: list[tuple[int, bool]] = []
-    logits = lm._runner.logits
+    rows: list[tuple[int, int]] = []
+    read = lm._runner.read
 
-    def watched(input_ids: torch.Tensor, mask: torch.Tensor, last_only: bool) -> torch.Tensor:
-        rows.append((len(input_ids), last_only))
-        return logits(input_ids, mask, last_only)
+    def watched(ids: Any, mask: Any, wanted: Any, scored: Any) -> Reading:
+        rows.append((len(ids), int((wanted | scored).sum())))
+        return read(ids, mask, wanted, scored)
 
-    lm._runner.logits = watched  # type: ignore[method-assign]
+    lm._runner.read = watched  # type: ignore[method-assign]
     lm.loglikelihood(asked(*[("one context:", f" {letter}") for letter in "ABCD"]))
-    assert rows == [(1, True)]
+    assert rows == [(1, 1)]  # and one token's logits
 
 
 def test_bos_stands_in_front_once(world: World) -> None:

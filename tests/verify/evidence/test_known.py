@@ -21,6 +21,8 @@ from bake.questions.prompts import chat_text
 from bake.recipe import Recipe
 from bake.sources import QuestionSource
 from bake.stock import load_base, load_tokenizer
+from tests.engines import PlainOnly, Speaker
+from tests.logits import every_logit
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer, write_questions
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.known import measure_known, model_digest, order_ids, score_orders
@@ -67,20 +69,6 @@ def world(tmp_path: Path, write_recipe: Callable[..., Path]) -> World:
     return World(tmp_path, write_recipe)
 
 
-class PlainOnly:
-    """An engine that reads batches only."""
-
-    name = "onnx"
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-
-    def logits(self, *inputs: Any) -> torch.Tensor:
-        return self._runner.logits(*inputs)
-
-    def close(self) -> None: ...
-
-
 def separately(runner: Runner, question: Question, world: World) -> np.ndarray:
     """[24, 4, 2], one whole prompt after another, every logit formed."""
     found = []
@@ -88,7 +76,7 @@ def separately(runner: Runner, question: Question, world: World) -> np.ndarray:
         shown = replace(question, choices=order)
         text = chat_text(shown)
         ids = torch.tensor([[2, *world.tokenizer(text, add_special_tokens=False)["input_ids"]]])
-        logits = runner.logits(ids, torch.ones_like(ids), False)[0, -1]
+        logits = every_logit(runner, ids, torch.ones_like(ids))[0, -1]
         likelihoods = logits.double().log_softmax(-1)
         names = [[letter, f"\u2581{letter}"] for letter in "ABCD"]
         tokens = [world.tokenizer.convert_tokens_to_ids(pair) for pair in names]
@@ -122,7 +110,7 @@ def test_orders_score_as_separate_prompts(
     np.testing.assert_allclose(scored["onnx"], scored["reference"], rtol=0, atol=1e-4)
 
 
-class Knows:
+class Knows(Speaker):
     """An engine that finds the choice "right" where the question is one of those it knows."""
 
     name = "base"
@@ -131,9 +119,9 @@ class Knows:
         self.tokenizer, self.known, self.sometimes = tokenizer, known, sometimes
         self.asked = 0
 
-    def logits(self, input_ids: torch.Tensor, mask: torch.Tensor, last_only: bool) -> torch.Tensor:
+    def next(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         self.asked += len(input_ids)
-        out = torch.zeros(len(input_ids), 1, len(self.tokenizer))
+        out = torch.zeros(len(input_ids), len(self.tokenizer))
         for row, ids in enumerate(input_ids):
             lines = self.tokenizer.decode(ids).replace("<end_of_turn>", "").split("\n")
             name = next(line for line in lines if line.endswith("?"))[:-1]
@@ -141,10 +129,8 @@ class Knows:
             says = letters[0] if name in self.known | self.sometimes else "A"
             if name in self.sometimes and says == "D":
                 says = "C"
-            out[row, 0, self.tokenizer.convert_tokens_to_ids(says)] = 5.0
+            out[row, self.tokenizer.convert_tokens_to_ids(says)] = 5.0
         return out
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from bake.questions.multiple_choice import Question, load_questions
 from bake.questions.prompts import chat_text, plain_text
 from bake.recipe import Recipe
 from bake.stock import load_base, load_tokenizer
+from tests.engines import PlainOnly
+from tests.logits import every_logit
 from tests.toys import TOY_NAMES, Toy, ToyOracle
 from tests.worlds import (
     save_sae_lens,
@@ -28,7 +30,7 @@ from tests.worlds import (
 from verify.attacks.attacks import rounded_weights
 from verify.attacks.hints import hint_pool, hinted
 from verify.attacks.padding import padded
-from verify.engines.runners import HookedRunner, Runner
+from verify.engines.runners import HookedRunner, Reading
 from verify.evidence.robustness import attack
 from verify.journal import Journal
 from verify.reference.oracle import Oracle
@@ -82,8 +84,8 @@ class World:
         return Oracle(model, load_sites(self.recipe))
 
     def attack(self, oracle: Any, **options: Any) -> Robustness:
-        base = PlainOnly(HookedRunner("base", oracle.model))
-        unlearned = PlainOnly(HookedRunner("checkpoint", oracle.model, oracle))
+        base = PlainOnly(HookedRunner("base", oracle.model), "base")
+        unlearned = PlainOnly(HookedRunner("any", oracle.model, oracle), "checkpoint")
         options = {"journal": Journal(), "budget": 0, **options}
         return attack(
             self.recipe,
@@ -104,25 +106,12 @@ class World:
             for question, text in zip(questions, texts, strict=True):
                 ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
                 ids = torch.tensor([[2, *ids]])
-                last = runner.logits(ids, torch.ones_like(ids), False)[0, -1]
+                last = every_logit(runner, ids, torch.ones_like(ids))[0, -1]
                 of = getattr(self.letters, self.form)
                 best = [max(float(last[token]) for token in tokens) for tokens in of]
                 right += best.index(max(best)) == question.answer
             shares.append(Share(right, len(questions)))
         return shares
-
-
-class PlainOnly:
-    """An engine that reads batches only."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.name = runner.name
-        self._runner = runner
-
-    def logits(self, *inputs: Any) -> torch.Tensor:
-        return self._runner.logits(*inputs)
-
-    def close(self) -> None: ...
 
 
 def named(found: Robustness, name: str) -> Attack:
@@ -176,14 +165,14 @@ def test_prompts_never_exceed_the_model(tmp_path: Path, write_recipe: Callable[.
     class Watched(HookedRunner):
         seen = 0
 
-        def logits(self, ids: Any, mask: Any, last_only: bool) -> Any:
+        def read(self, ids: Any, *more: Any) -> Reading:
             Watched.seen = max(Watched.seen, ids.shape[1])
-            return super().logits(ids, mask, last_only)
+            return super().read(ids, *more)
 
     def measured(positions: int) -> dict[str, Attack]:
         oracle.model.config.max_position_embeddings = positions
-        base = PlainOnly(Watched("base", oracle.model))
-        unlearned = PlainOnly(Watched("checkpoint", oracle.model, oracle))
+        base = PlainOnly(Watched("base", oracle.model), "base")
+        unlearned = PlainOnly(Watched("any", oracle.model, oracle), "checkpoint")
         found = attack(
             world.recipe,
             world.questions,

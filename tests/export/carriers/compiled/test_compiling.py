@@ -44,8 +44,8 @@ def compare(
     before = flat_logits(stock, ids)
     with oracle.applied() as hooked:
         reference = flat_logits(hooked, ids)
-    assert oracle._fired is not None
-    return before, reference, flat_logits(model, ids), oracle._fired.flatten()
+    assert oracle.last_fired is not None
+    return before, reference, flat_logits(model, ids), oracle.last_fired.flatten()
 
 
 def sae_tables(tmp_path: Path, method: str, features: list[int], n: int) -> list[dict[str, Any]]:
