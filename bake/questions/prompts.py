@@ -27,7 +27,7 @@ COMPARED_PROMPTS = 64
 others, the last one counts."""
 BATCH_TOKENS = 2048
 """Most tokens of a batch, padding included."""
-BATCH_LOGIT_BYTES = 256 << 20
+BATCH_LOGIT_BYTES = 128 << 20
 """Most bytes of a batch's logits, as float32."""
 
 
