@@ -117,7 +117,7 @@ def gemma_world(out: Path) -> World:
             shutil.copy2(path, out / path.name)
     kinds = frozenset({"integrity", "parity", "loss", "controls", "completions"})
     precisions = ("shared", "int8", "int4")
-    return World(out / "recipe.toml", kinds, kinds - {"controls"}, (), precisions)
+    return World(out / "recipe.toml", kinds, kinds - {"controls", "loss"}, (), precisions)
 
 
 def speeds(folders: Sequence[Path], recipe: Recipe) -> dict[str, float]:
