@@ -11,7 +11,7 @@ from bake.rounding import BAR
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, VerifyReport
 from verify.report.intervals import wilson
-from verify.report.wording import SOURCES, title_of
+from verify.report.wording import SOURCES, compared, title_of
 from verify.tolerances import kl_bar
 
 CHANCE = 0.25
@@ -163,7 +163,7 @@ def fired_plot(report: VerifyReport) -> Plot | None:
     most = max(1, *(n for _, n in report.fired_by_layer))
     reference = report.engine("reference")
     parity = None if reference is None else reference.parity
-    of = "" if parity is None else f" {parity.tokens_compared:,} of them were compared."
+    of = "" if parity is None else f" {compared(parity)} were compared."
     return Plot(
         "Tokens on which the clamp fired",
         f"By layer, over every token that was run.{of} None is a failure, not a pass.",

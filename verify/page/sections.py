@@ -24,6 +24,7 @@ from verify.report.measures import AnswerSet, Completion, HarnessScore
 from verify.report.wording import (
     accuracy_text,
     answers_of,
+    compared,
     measured_engine,
     number,
     one_letter_lines,
@@ -240,8 +241,8 @@ def _why(report: VerifyReport) -> str:
     if parity is None:
         return "What was measured is within tolerance; logits were not compared."
     return (
-        f"Every engine was compared with a hook around the whole SAE on {parity.tokens_compared:,} "
-        f"tokens, and the clamp fired on {parity.tokens_fired:,} of those that were run. "
+        f"Every engine was compared with a hook around the whole SAE on {compared(parity)}, "
+        f"and the clamp fired on {parity.tokens_fired:,} of those that were run. "
         "Each is within its tolerance."
     )
 

@@ -8,7 +8,7 @@ from typing import Literal
 from bake.rounding import BAR
 from verify.compare.loss_split import LossPart
 from verify.engines.engine_names import engine_of
-from verify.report.findings import EngineReport, Rounding, VerifyReport
+from verify.report.findings import EngineReport, Parity, Rounding, VerifyReport
 from verify.report.intervals import McNemar
 from verify.report.measures import AnswerSet, Attack, Robustness, Share
 from verify.tolerances import TYPICAL_BAR
@@ -224,3 +224,9 @@ def measured_attacks(robustness: Robustness | None) -> list[tuple[Attack, Share]
 def was_attacked(robustness: Robustness | None, name: str) -> bool:
     """Whether an attack was measured; a name covers `NAME: ANYTHING` too."""
     return any(attack.name.split(":")[0] == name for attack, _share in measured_attacks(robustness))
+
+
+def compared(parity: Parity) -> str:
+    """On how many tokens engines were compared, and out of how many where it was not all."""
+    of = "" if parity.of_tokens is None else f" of {parity.of_tokens:,}"
+    return f"{parity.tokens_compared:,}{of} tokens"

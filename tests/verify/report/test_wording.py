@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reports import full_evidence
+from tests.reports import PARITY, full_evidence
 from verify.compare.loss_split import LossPart
 from verify.report.findings import (
     Items,
@@ -23,6 +23,7 @@ from verify.report.reading import read_report
 from verify.report.wording import (
     answers_of,
     change_text,
+    compared,
     letters_text,
     loss_text,
     measured_engine,
@@ -139,3 +140,8 @@ def test_what_engines_were_not_shown_is_not_said() -> None:
     asked = "5 questions to be forgotten, 7 to be kept, each in two prompt forms"
     assert shown_text(replace(report, items=Items(5, 7, 0))) == asked
     assert shown_text(replace(report, items=Items(5, 7, 9))) == f"{asked}, and 9 tokens of text"
+
+
+def test_tokens_are_told_out_of_how_many() -> None:
+    assert compared(PARITY) == "640 tokens"
+    assert compared(replace(PARITY, of_tokens=12_345)) == "640 of 12,345 tokens"
