@@ -103,6 +103,9 @@ def _oracle_in_float32(recipe: Recipe, hooked: Hooked, device: str) -> Iterator[
     try:
         for tensor, _ in before:
             tensor.data = tensor.data.float()
+        for module in hooked.model.modules():  # the one number that is no weight
+            if isinstance(getattr(module, "scalar_embed_scale", None), float):
+                module.embed_scale.data.fill_(module.scalar_embed_scale)
         yield hooked.oracles[REFERENCE]
     finally:
         for tensor, dtype in before:
