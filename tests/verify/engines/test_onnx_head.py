@@ -108,6 +108,29 @@ def test_a_graph_that_ends_otherwise_is_run_as_it_is(
     torch.testing.assert_close(found.losses, expected.losses, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["turned", "flat", "capped by tokens"])
+def test_what_would_be_taken_out_is_looked_at_first(graphs: list[Graph], kind: str) -> None:
+    """A graph that does harm behind the matrix is never read as one that does not."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graphs[0].model)
+    last = next(node for node in model.graph.node if "logits" in node.output)
+    at = list(model.graph.node).index(last)
+    if kind == "turned":  # [seq, batch, vocab]
+        order = onnx.numpy_helper.from_array(np.array([1, 0, 2]), "order")
+        model.graph.initializer.append(order)
+        model.graph.node.insert(at, helper.make_node("Gather", [last.input[1], "order"], ["new"]))
+        model.graph.node[at + 1].input[1] = "new"
+    elif kind == "flat":  # a shape that the graph brings with it
+        shape = onnx.numpy_helper.from_array(np.array([1, -1, VOCAB]), "shape")
+        model.graph.initializer.append(shape)
+        last.input[1] = "shape"
+    else:
+        model.graph.node.insert(at, helper.make_node("Cast", ["input_ids"], ["f"], to=1))
+        model.graph.node.insert(at + 1, helper.make_node("Mul", [last.input[0], "f"], ["new"]))
+        model.graph.node[at + 2].input[0] = "new"
+    assert with_rows(model) is None
+
+
 def _before_the_shape(model: onnx.ModelProto) -> None:
     last = next(node for node in model.graph.node if "logits" in node.output)
     at = list(model.graph.node).index(last)
