@@ -132,6 +132,7 @@ def _fits(found: Witnesses, vocab: int) -> bool:
     return (
         inside
         and bool(mask[rows, columns].all())
+        and bool(mask[:, -1].all() and (mask.diff(dim=1) >= 0).all())
         and bool(found.logits.isfinite().all() and found.unclamped.isfinite().all())
         and found.telling
     )

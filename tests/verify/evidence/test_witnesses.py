@@ -422,7 +422,7 @@ def arrays_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def wrong_arrays(folder: Path) -> list[dict[str, Any]]:
-    arrays = arrays_of(folder)
+    arrays, padded = arrays_of(folder), ("input_ids", "attention_mask")
     return [
         {name: array for name, array in arrays.items() if name != "unclamped"},
         {**arrays, "more": np.zeros(1)},
@@ -435,6 +435,7 @@ def wrong_arrays(folder: Path) -> list[dict[str, Any]]:
         {**arrays, "input_ids": arrays["input_ids"] - 10**6},
         {**arrays, "attention_mask": arrays["attention_mask"][:, 1:]},
         {**arrays, "attention_mask": arrays["attention_mask"] * 0},
+        arrays | {name: np.pad(arrays[name], ((0, 0), (0, 1))) for name in padded},
         {**arrays, "logits": arrays["logits"].astype(object)},
         {**arrays, "logits": arrays["logits"].astype("U8")},
         {**arrays, "logits": arrays["logits"] * np.float32("nan")},
