@@ -60,8 +60,6 @@ class Comparison:
     """Per token of text, whether it was predicted at or after a firing in its sequence."""
     windows: list[tuple[str, int]] = field(default_factory=list)
     """Per window of text, its form, and how many tokens' loss was taken."""
-    could_be_compared: int = 0
-    """Over how many tokens engines would have been compared, had all of them been."""
     fired: dict[str, int] = field(default_factory=dict)
     """Per reference, on how many tokens its clamps fired."""
     fired_by_layer: dict[int, int] = field(default_factory=dict)
@@ -149,7 +147,6 @@ class Comparison:
         self.after += found["after"]
         texts = [prompt for prompt in batch.prompts if prompt.source == TEXT]
         self.windows += [(prompt.form, len(prompt.ids) - 1) for prompt in texts]
-        self.could_be_compared += int(batch.wanted.sum())
         self.examples.add(batch.prompts, found["positions"])
         self.watch.add(batch.prompts, found["active"])
 
@@ -163,7 +160,7 @@ class Comparison:
                 mean_kl=0.0,
                 top1_agreement=1.0,
                 tokens_compared=some.n_tokens,
-                of_tokens=self._of_tokens(some),
+                of_tokens=some.out_of,
                 tokens_fired=self.fired[name],
                 worst=None,
                 flips=(),
@@ -173,16 +170,11 @@ class Comparison:
         flips = answer_flips(self.answers[reference], self.answers[name], self.material.questions)
         assert parity.distances is not None
         return parity.result(
-            of_tokens=self._of_tokens(parity),
             tokens_fired=0 if name == BASE else self.fired[reference],
             flips=flips,
             tokenizer=tokenizer,
             rounding=parity.distances.result(flips, self._asked, self.examples.prompts, tokenizer),
         )
-
-    def _of_tokens(self, parity: ParitySum) -> int | None:
-        """Out of how many tokens those were that were compared; None where it was all of them."""
-        return None if self._share >= 1 else max(parity.n_tokens, self.could_be_compared)
 
     @cached_property
     def _asked(self) -> dict[tuple[str, str, int], Prompt]:
@@ -324,7 +316,6 @@ def _compare_decoding(
         return {"parities": parities, **firings.since(batch)}
 
     found = journal.once("decoded", decode)
-    comparison.could_be_compared += int(tail.wanted.sum())
     for name, parity in found["parities"].items():
         comparison.parities[name].take(tail, parity)
     for name, n in found["tokens"].items():

@@ -26,6 +26,8 @@ class ParitySum:
     """An engine against the reference, collected batch by batch."""
 
     n_tokens: int = 0
+    of_tokens: int = 0
+    """How many it would be, had every token been compared."""
     total_kl: float = 0.0
     same_top1: int = 0
     max_abs_logit: float = -1.0
@@ -37,6 +39,11 @@ class ParitySum:
     """Tokens by their largest |Δlogit|, in the bins of `ERROR_EDGES`."""
     distances: Distances | None = None
     """The same against the reference's own sensitivity to rounding."""
+
+    @property
+    def out_of(self) -> int | None:
+        """Out of how many tokens those were that were compared; None where it was all of them."""
+        return None if self.n_tokens == self.of_tokens else self.of_tokens
 
     def found(
         self,
@@ -76,6 +83,7 @@ class ParitySum:
         """Take in what `found` gave for a batch."""
         n_tokens, kl, same_top1, largest_logit, worst, errors, distances = found
         self.n_tokens += n_tokens
+        self.of_tokens += int(batch.wanted.sum())
         self.total_kl += kl
         self.same_top1 += same_top1
         self.largest_logit = max(self.largest_logit, largest_logit)
@@ -90,7 +98,6 @@ class ParitySum:
     def result(
         self,
         *,
-        of_tokens: int | None,
         tokens_fired: int,
         flips: Sequence[Flip],
         tokenizer: Any,
@@ -109,7 +116,7 @@ class ParitySum:
             mean_kl=math.inf if math.isnan(kl) else kl,
             top1_agreement=self.same_top1 / self.n_tokens,
             tokens_compared=self.n_tokens,
-            of_tokens=of_tokens,
+            of_tokens=self.out_of,
             tokens_fired=tokens_fired,
             worst=worst,
             flips=tuple(flips),

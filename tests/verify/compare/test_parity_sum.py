@@ -37,7 +37,7 @@ def add(parity: ParitySum, batch: Batch, reference: torch.Tensor, engine: torch.
 
 
 def finish(parity: ParitySum) -> Parity:
-    return parity.result(of_tokens=None, tokens_fired=3, flips=[], tokenizer=TokenNames())
+    return parity.result(tokens_fired=3, flips=[], tokenizer=TokenNames())
 
 
 def test_kl_is_that_of_the_sums_and_has_a_direction() -> None:
@@ -132,7 +132,7 @@ def test_some_tokens_are_compared_and_the_worst_is_where_it_was() -> None:
     engine[2, 6] -= 0.5
     parity = ParitySum()
     parity.take(batch, parity.found(batch, wanted, reference, engine))
-    found = parity.result(of_tokens=6, tokens_fired=1, flips=[], tokenizer=TokenNames())
+    found = parity.result(tokens_fired=1, flips=[], tokenizer=TokenNames())
     assert (found.tokens_compared, found.of_tokens) == (3, 6)
     assert found.mean_kl == pytest.approx(kl_by_hand(reference[2].tolist(), engine[2].tolist()) / 3)
     assert found.worst is not None  # BOS of the padded prompt
