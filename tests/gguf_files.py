@@ -43,6 +43,8 @@ def write_gguf(
     tokens: bool = True,
     template: str | None = None,
     factor: float | None = None,
+    layers: int | None = None,
+    stored: str = QUANTISED,
 ) -> Path:
     """A random model as llama.cpp would write it.
 
@@ -54,6 +56,8 @@ def write_gguf(
         tokens: whether there is a tokenizer.
         template: a chat template.
         factor: by which positions are scaled.
+        layers: how many the file says that there are, where it lies.
+        stored: what matrices are stored as; I8 is nothing that a matrix can be read from.
     """
     import gguf
     from transformers import AutoModelForCausalLM
@@ -71,7 +75,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(file, called or architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(layers or config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -107,8 +111,9 @@ def write_gguf(
         if values.ndim == 1:
             writer.add_tensor(found, (values + 1).astype(np.float32))
         else:
-            kind = gguf.GGMLQuantizationType[QUANTISED]
-            writer.add_tensor(found, gguf.quantize(values, kind), raw_dtype=kind)
+            kind = gguf.GGMLQuantizationType[stored]
+            data = values.astype(np.int8) if stored == "I8" else gguf.quantize(values, kind)
+            writer.add_tensor(found, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,13 +39,13 @@ _AGAIN = "download it again"
 class Gguf:
     """A GGUF file, opened; no tensor is read yet."""
 
-    file: Path
     family: str
     config: Any
     """transformers' config object, as it belongs into the folder."""
     tensors: dict[str, Any]
     """By transformers' name: the reader's tensor."""
-    reader: Any
+    tokenizer: Any
+    """As transformers rebuilds it."""
 
     @property
     def size(self) -> int:
@@ -74,15 +75,14 @@ def import_gguf(
     """
     check_output(out, inputs=[file], size=0, force=False)
     if sha256 is not None:
-        _check_sha256(file, sha256, lambda share: progress("hash", share))
+        _check_sha256(file, sha256)
     progress("open", 0.0)
     gguf = open_gguf(file)
-    tokenizer = _tokenizer(file)
     check_space(out, gguf.size)
     with new_folder(out) as folder:
-        tokenizer.save_pretrained(folder)
+        gguf.tokenizer.save_pretrained(folder)
         gguf.config.save_pretrained(folder)
-        _write_generation_config(gguf.config, tokenizer, folder)
+        _write_generation_config(gguf.config, gguf.tokenizer, folder)
         shards = _shards(gguf)
         done = 0
 
@@ -99,7 +99,7 @@ def import_gguf(
 
 
 def open_gguf(file: Path) -> Gguf:
-    """Parse a file's header, and find every tensor that the model needs.
+    """Parse a file, and find every tensor that the model needs.
 
     Raises:
         ModelError: see `import_gguf`.
@@ -113,7 +113,7 @@ def open_gguf(file: Path) -> Gguf:
     try:
         reader = GGUFReader(file)
         architecture = str(reader.fields["general.architecture"].contents())
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except Exception as error:  # whatever is wrong in the file
         raise ModelError(
             f"{file}: is no GGUF file, or a truncated one ({_line(error)}); {_AGAIN}"
         ) from error
@@ -125,16 +125,25 @@ def open_gguf(file: Path) -> Gguf:
     if "tokenizer.ggml.tokens" not in reader.fields:
         raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none)")
     family = _READABLE[architecture]
-    config = _config(file, reader, architecture, family)
-    return Gguf(file, family, config, _tensors(file, reader, architecture, config), reader)
+    # transformers reads what lies beside the file too, and that is not what was asked for.
+    with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone:
+        link = Path(alone) / "model.gguf"
+        link.symlink_to(file.resolve())
+        config = _config(file, link, reader, architecture, family)
+        tensors = _tensors(file, reader, architecture, config)
+        return Gguf(family, config, tensors, _tokenizer(file, link))
 
 
-def _config(file: Path, reader: Any, architecture: str, family: str) -> Any:
+def _config(file: Path, link: Path, reader: Any, architecture: str, family: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        n_layers = int(reader.fields[f"{architecture}.block_count"].contents())
+        n_tensors = len(reader.tensors)
+        if not 0 < n_layers <= n_tensors:
+            raise ValueError(f"{n_layers} layers in {n_tensors} tensors")
+        config = AutoConfig.from_pretrained(link.parent, gguf_file=link.name)
+    except Exception as error:  # whatever is wrong in the file
         raise ModelError(f"{file}: has no config that fits ({_line(error)}); {_AGAIN}") from error
     config.architectures = [FAMILIES[family].architecture]
     config.dtype = "bfloat16"
@@ -172,6 +181,7 @@ def _tensors(file: Path, reader: Any, architecture: str, config: Any) -> dict[st
                 f"{file}: {tensor.name} has shape {_shape(tensor)}; expected "
                 f"{tuple(parameter.shape)} by its own config"
             )
+        _check_readable(file, tensor)
         found[name] = tensor
     inside.pop("rope_freqs.weight", None)  # of the scaling, which the config has
     if inside:
@@ -180,6 +190,19 @@ def _tensors(file: Path, reader: Any, architecture: str, config: Any) -> dict[st
             f"place; {_AGAIN}"
         )
     return found
+
+
+def _check_readable(file: Path, tensor: Any) -> None:
+    """Raise ModelError unless the tensor's numbers can be had: of its first row, as of all."""
+    from gguf import dequantize
+
+    try:
+        dequantize(tensor.data[:1], tensor.tensor_type)
+    except Exception as error:  # whatever is wrong in the file
+        raise ModelError(
+            f"{file}: {tensor.name} is stored as {tensor.tensor_type.name}, which `gguf` does not "
+            f"read ({_line(error)}); expected another quantisation, such as Q4_K, Q8_0 or BF16"
+        ) from error
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:
@@ -216,12 +239,12 @@ def _blocks(name: str, tensor: Any) -> Iterator[bytes]:
         yield to_bits(values.astype(np.float32, copy=False) - less, DTYPE).tobytes()
 
 
-def _tokenizer(file: Path) -> Any:
+def _tokenizer(file: Path, link: Path) -> Any:
     """The file's tokenizer, as transformers rebuilds it."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name)
         ids = tokenizer("a b", add_special_tokens=True)["input_ids"]
     except Exception as error:  # whatever is wrong in the file
         raise ModelError(f"{file}: its tokenizer cannot be rebuilt ({_line(error)})") from error
@@ -244,22 +267,16 @@ def _write_generation_config(config: Any, tokenizer: Any, folder: Path) -> None:
     generation.save_pretrained(folder)
 
 
-def _check_sha256(file: Path, expected: str, progress: Callable[[float], None]) -> None:
+def _check_sha256(file: Path, expected: str) -> None:
     try:
-        size, done, digest = file.stat().st_size, 0, hashlib.sha256()
         with file.open("rb") as stream:
-            while block := stream.read(8 << 20):
-                digest.update(block)
-                done += len(block)
-                progress(done / size)
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise ModelError(
             f"{file}: cannot be read ({error.strerror}); expected a GGUF file"
         ) from error
-    if digest.hexdigest() != expected.lower():
-        raise ModelError(
-            f"{file}: has sha256 {digest.hexdigest()}; expected {expected.lower()}; {_AGAIN}"
-        )
+    if found != expected.lower():
+        raise ModelError(f"{file}: has sha256 {found}; expected {expected.lower()}; {_AGAIN}")
 
 
 def _line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from bake.importing import import_gguf as importing
 from bake.importing.import_gguf import import_gguf
 from bakeout.cli import run
 from tests.gguf_files import write_gguf
+from tests.worlds import tiny_tokenizer
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,6 +54,22 @@ def test_every_tensor_is_what_transformers_reads(
     assert (base.n_layers, base.d_in) == (3, 64)
     config = json.loads((tmp_path / "base/config.json").read_text())
     assert str(tmp_path) not in json.dumps(config)
+
+
+def test_what_lies_beside_the_file_is_not_read(tmp_path: Path) -> None:
+    """A stranger's folder: another tokenizer and config, and code that would run."""
+    import_gguf(write_gguf(tmp_path / "alone.gguf"), tmp_path / "alone")
+    folder = tmp_path / "stranger"
+    file = write_gguf(tiny_tokenizer(folder) / "alone.gguf")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    evil = {"auto_map": {"AutoConfig": "evil.X", "AutoTokenizer": ["evil.X", "evil.X"]}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **evil}))
+    known = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**known, **evil}))
+    import_gguf(file, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_large_model_is_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +115,8 @@ def test_bad_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         write_gguf(tmp_path / "llama.gguf", called="llama"): "of the family llama; expected one",
         write_gguf(tmp_path / "less.gguf", without="blk.1.ffn_up.weight"): "has no tensor for",
         write_gguf(tmp_path / "dumb.gguf", tokens=False): "tokenizer cannot be rebuilt",
+        write_gguf(tmp_path / "deep.gguf", layers=10**9): "has no config that fits",
+        write_gguf(tmp_path / "odd.gguf", stored="I8"): "is stored as I8",
     }
     for file, message in bad.items():
         assert run(["import-gguf", str(file), "--out", str(tmp_path / "out")]) == 2
