@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,14 +44,17 @@ def base_folder(cache: Path, progress: Callable[[str, float], None]) -> Path:
 
 
 def link_folder(folder: Path, out: Path) -> None:
-    """The files of a folder in another, as further names of the same bytes where the disk can."""
+    """The files of a folder in another: weights as further names of the same bytes where the disk
+    can, all else as copies, which somebody may change.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         target = out / path.name
         target.unlink(missing_ok=True)
-        try:
-            target.hardlink_to(path)
-        except OSError:  # another disk
+        if path.suffix == ".safetensors":
+            with suppress(OSError):  # another disk
+                target.hardlink_to(path)
+        if not target.exists():
             shutil.copy2(path, target)
 
 

@@ -46,6 +46,8 @@ def test_it_is_made_once(packages: Path, tmp_path: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert all((tmp_path / "out" / n).read_bytes() == (folder / n).read_bytes() for n in names)
+    (tmp_path / "out" / "config.json").write_text("changed")  # by whoever goes on from there
+    assert (folder / "config.json").read_text() != "changed"
 
 
 def test_what_is_missing_or_other_is_said(packages: Path, tmp_path: Path) -> None:
