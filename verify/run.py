@@ -114,16 +114,25 @@ def verify_folder(
             report = with_witnesses(report, witnesses, engines)
         if recipe is None or not runs:
             return report
-        work = {
-            "manifest": manifest.sha256,
+        shared = {
             "recipe": recipe.to_dict(),
-            "kinds": sorted(measured),
             "device": [options.device, engines.threads],
-            "asked": [options.budget, options.tasks],
-            "files": files_below([folder, find_base(recipe).folder, *recipe.local_sources]),
+            "files": files_below([find_base(recipe).folder, *recipe.local_sources]),
         }
-        path = None if options.cache is None else journal_path(options.cache, work)
-        with Journal(path) as journal:
+        alone = {
+            "manifest": manifest.sha256,
+            "kinds": sorted(measured),
+            "asked": [options.budget, options.tasks],
+            "folder": [] if "integrity" in kinds else files_below([folder]),
+        }
+        paths = [
+            None if options.cache is None else journal_path(options.cache, work, kind)
+            for work, kind in ((shared, "references"), (shared | alone, "verify"))
+        ]
+        with (
+            Journal(paths[0], keep=True) as of_base,
+            Journal(paths[1], of_base, keep=options.keep) as journal,
+        ):
             report = gather(folder, recipe, report, measured, tell, engines, journal, options)
     found = [failure for name in KINDS if name in kinds for failure in KINDS[name].failures(report)]
     return replace(report, failures=(*report.failures, *found))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -126,12 +127,27 @@ def open_gguf(file: Path) -> Gguf:
         raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none)")
     family = _READABLE[architecture]
     # transformers reads what lies beside the file too, and that is not what was asked for.
-    with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone:
+    with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone, _read_once(reader):
         link = Path(alone) / "model.gguf"
         link.symlink_to(file.resolve())
         config = _config(file, link, reader, architecture, family)
         tensors = _tensors(file, reader, architecture, config)
         return Gguf(family, config, tensors, _tokenizer(file, link))
+
+
+@contextmanager
+def _read_once(reader: Any) -> Iterator[None]:
+    """Within the block transformers is given the file as it was parsed: it would parse it anew for
+    the config and for the tokenizer, and a vocabulary of 262,144 takes most of a minute each time.
+    """
+    import gguf
+
+    kind = gguf.GGUFReader
+    gguf.GGUFReader = lambda *_, **__: reader  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = kind  # type: ignore[misc]
 
 
 def _config(file: Path, link: Path, reader: Any, architecture: str, family: str) -> Any:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-LOGIT_BYTES = 256 << 20
+LOGIT_BYTES = 128 << 20
 """Most bytes of logits that one run of a session forms; longer batches are run in parts."""
 
 
@@ -62,6 +62,7 @@ def open_session(
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it keeps what the largest batch took
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
     )
