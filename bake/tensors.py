@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 Array = NDArray[np.float32]
 BITS: dict[str, str] = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
@@ -69,6 +69,35 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         )
         for name, entry in header.items()
     }
+
+
+def indexed_tensors(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
+    """The tensors that an index names, each found in the file where it is placed; none is read.
+
+    Args:
+        folder: where the files lie.
+        weight_map: tensor name → file name, as it was read from an index.
+
+    Raises:
+        OSError, ValueError: it is no such map, names a file that lies elsewhere, or a file is
+            missing, damaged or without a tensor.
+    """
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError("the index holds no weight_map")
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        if Path(shard).name != shard:
+            raise ValueError(f"the index points outside the folder ({shard})")
+        if not (folder / shard).is_file():
+            raise ValueError(f"shard {shard} is missing")
+        try:
+            shards[shard] = stored_tensors(folder / shard)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"shard {shard} is damaged ({error})") from error
+    for name, shard in weight_map.items():
+        if name not in shards[str(shard)]:
+            raise ValueError(f"{name} is not in {shard}, where the index places it")
+    return {name: shards[str(shard)][name] for name, shard in weight_map.items()}
 
 
 @dataclass(frozen=True)

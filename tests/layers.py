@@ -16,7 +16,7 @@ from export.carriers.compiled.stock_layers import (
     flag_layer,
     logic_of,
 )
-from export.clamped_source import ClampSite
+from export.clamped import ClampSite
 
 D, EPS = 32, 1e-6
 

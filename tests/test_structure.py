@@ -36,6 +36,7 @@ VERIFY_MAY_IMPORT = {
     "bake.stock",
     "export.carriers.carriers",
     "export.carriers.onnx.precisions",
+    "export.clamped",
     "export.manifest",
     "export.witness_file",
 }

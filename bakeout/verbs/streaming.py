@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from bake.errors import BakeoutError, FolderError, ModelError
 from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
-from verify.clamped_folder import read_config
+from export.clamped import read_config
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
 

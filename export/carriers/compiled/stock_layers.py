@@ -52,7 +52,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.errors import ExportError
-from export.clamped_source import ClampSite
+from export.clamped import ClampSite
 
 Array = NDArray[np.float64]
 

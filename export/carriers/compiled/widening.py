@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from bake.errors import ExportError
 from bake.tensors import BITS, DTYPES, Raw, StoredTensor, to_bits, to_float32
 from export.carriers.compiled.stock_layers import Logic, Place, Stream
-from export.clamped_source import ClampedSource
+from export.clamped import Clamped
 
 N_CONSTANTS = 2
 """Constant channels: what one rounds off, the next holds."""
@@ -93,7 +93,7 @@ class Widening:
 
 
 def plan_widening(
-    source: ClampedSource,
+    source: Clamped,
     logics: Sequence[Logic],
     *,
     n_neurons: int,
@@ -112,7 +112,7 @@ def plan_widening(
     Raises:
         ExportError: `pad` does not hold the flags, or gives a width that no head count divides.
     """
-    config = source.config
+    config = source.base_config
     d, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kinds = sorted({site.exempt_bos for site in source.sites})
     taken = N_CONSTANTS * len(kinds) + sum(1 + len(logic.flags) for logic in logics)
@@ -153,7 +153,7 @@ def plan_widening(
         eps=eps * d / width,
         dtype=dtype,
         post_norm=post_norm,
-        tied="lm_head.weight" not in source.tensors,
+        tied="lm_head.weight" not in source.base_tensors,
     )
 
 

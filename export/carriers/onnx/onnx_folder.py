@@ -33,7 +33,7 @@ from export.carriers.onnx.graph_weights import (
 from export.carriers.onnx.operator import function, opset_imports
 from export.carriers.onnx.precisions import PRECISIONS, Precision, precision_of
 from export.carriers.onnx.wiring import Architecture
-from export.clamped import Clamped, check_files, open_clamped
+from export.clamped import Clamped, check_files, open_clamped, weights_sha256
 from export.copying import hash_new
 from export.witness_file import WITNESSES, Witnesses
 from export.witness_prompts import find_witnesses
@@ -206,8 +206,10 @@ def _model(
         "bakeout.version": version("bakeout"),
         "bakeout.exact": "true" if precision.shared else "false",
         "bakeout.precision": name,
-        "bakeout.recipe_sha256": clamped.recipe_sha256,
-        "bakeout.weights_sha256": clamped.weights_sha256,
+        "bakeout.recipe_sha256": clamped.manifest.recipe_sha256,
+        "bakeout.weights_sha256": weights_sha256(
+            {name: clamped.manifest.files[name] for name in clamped.shards}
+        ),
     }
     set_model_props(model, provenance)
     return model

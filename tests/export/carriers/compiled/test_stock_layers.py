@@ -17,7 +17,7 @@ from export.carriers.compiled.stock_layers import (
     unit,
     wanted_change,
 )
-from export.clamped_source import ClampSite
+from export.clamped import ClampSite
 from tests.layers import EPS, D, a_site, a_stream, both_layers, random_streams, widen
 
 
