@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bake.errors import RecipeError
 
 
 class Table(BaseModel):
@@ -20,6 +24,22 @@ class Table(BaseModel):
         frozen=True,
         populate_by_name=True,
     )
+
+
+def read_toml(what: str, path: Path) -> dict[str, Any]:
+    """A TOML file's tables; `what` it is leads its errors.
+
+    Raises:
+        RecipeError: it is missing, or is no TOML; one line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"{what} {path}: cannot be read ({error.strerror}); expected a TOML file"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{what} {path}: is no TOML: {error}") from error
 
 
 _EXPECTED = {"model_type": "a table", "dict_type": "a table", "list_type": "a list"}

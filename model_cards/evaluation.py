@@ -13,19 +13,18 @@ from bake.sources import QuestionSource, TextSource
 from verify.attacks.attacks import ATTACKS
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, VerifyReport
-from verify.report.intervals import wilson
 from verify.report.measures import Attack, HarnessScore
 from verify.report.wording import (
     SOURCES,
-    accuracy_text,
     answers_of,
     change_text,
+    known_text,
     measured_engine,
     nats,
     one_letter_lines,
     rounding_lines,
+    share_of,
     share_text,
-    title_of,
 )
 
 PROTOCOL = "https://arxiv.org/abs/2410.19278"
@@ -82,14 +81,8 @@ class Figures:
         self, engine: EngineReport | None, kind: Kind, form: Literal["chat", "plain"]
     ) -> str | None:
         """An accuracy with its 95 % interval, as text; None where it was not measured."""
-        found = None if engine is None else getattr(engine, kind)
-        items = self.report.items
-        n = 0 if items is None else int(getattr(items, f"{kind}_questions"))
-        if found is None or n < 1:
-            return None
-        share = getattr(found, form)
-        low, high = wilson(round(share * n), n)
-        return f"{share:.3f} ({low:.2f} to {high:.2f})"
+        share = share_of(self.report, engine, kind, form)
+        return None if share is None or not share.n else share_text(share)
 
     @property
     def untried(self) -> list[str]:
@@ -103,12 +96,7 @@ class Figures:
         found = []
         for known in self.report.known:
             what = f"known questions {SOURCES.get(known.source, known.source)}"
-            figure = (
-                f"base {known.known} of {known.asked} in all 24 orders; {title_of(known.engine)} "
-                f"{known.still_known.right} of those, {accuracy_text(known.orders)} of their "
-                "single orders"
-            )
-            found.append((what, figure))
+            found.append((what, known_text(known)))
         if self.after is None:
             return found
         form = self.report.prompt or "chat"

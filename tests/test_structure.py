@@ -29,6 +29,7 @@ VERIFY_MAY_IMPORT = {
     "bake.errors",
     "bake.families",
     "bake.new_folder",
+    "bake.public",
     "bake.questions",
     "bake.recipe",
     "bake.rounding",

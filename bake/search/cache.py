@@ -26,7 +26,7 @@ from torch import Tensor
 from bake.base import BaseModel
 from bake.new_folder import whole_file
 from bake.questions.corpora import Windows
-from bake.search.statistics import CONTEXTS, FeatureStatistics
+from bake.search.statistics import FeatureStatistics
 
 SCHEMA = 1
 TABLE, CONTEXTS_FILE, ABOUT = "statistics.parquet", "contexts.safetensors", "about.json"
@@ -109,40 +109,6 @@ class Entry:
             (new / ABOUT).write_text(json.dumps(self.about, indent=2), encoding="utf-8")
             shutil.rmtree(self.path, ignore_errors=True)
             new.rename(self.path)
-
-
-def entry(
-    folder: Path,
-    *,
-    model: str,
-    dtype: str,
-    layer: int,
-    sae: str,
-    windows: Windows,
-    names: dict[str, str],
-) -> Entry:
-    """The cache's entry for one corpus.
-
-    Args:
-        folder: the cache.
-        model: what `model_sha256` gives.
-        dtype: what the model runs in.
-        layer: whose output the SAE reads.
-        sae: sha256 of the SAE, and what else decides how it is read.
-        windows: the corpus.
-        names: of model, SAE and corpus, for a person who looks into the cache.
-    """
-    about = {
-        "schema": SCHEMA,
-        "model": model,
-        "dtype": dtype,
-        "layer": layer,
-        "sae": sae,
-        "corpus": windows.sha256,
-        "contexts": CONTEXTS,
-        "names": names,
-    }
-    return Entry(folder, about)
 
 
 @dataclass

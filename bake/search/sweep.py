@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 from bake.clamp import ClampWeights, find_site
 from bake.questions.alignment import alignment
-from bake.questions.answers import letter_tokens
 from bake.questions.multiple_choice import Question, load_texts
 from bake.questions.prompts import QUESTION_FORMS, Prompt, text_prompts
 from bake.recipe import Clamp, Recipe
-from bake.search.bench import Bench, Clamper, Results
+from bake.search.bench import Bench, Clamper, Results, bench_of
 from bake.search.cache import model_sha256
 from bake.search.corpus_statistics import Material, Progress, SiteStatistics, measure
 from bake.search.grid import Point, Setting, points, variant
@@ -99,7 +98,6 @@ class Sweep:
         self.split = split_questions(recipe)
         assert recipe.verify is not None
         self.form = recipe.verify.prompt
-        self.letters = letter_tokens(self.material.tokenizer)
         self._layers = list(layers or [])
         self._measured = measure(
             self._all_layers(), material=self.material, cache=cache, progress=progress
@@ -160,15 +158,7 @@ class Sweep:
 
     def bench(self, prompts: Sequence[Prompt], layer: int, what: str) -> Bench:
         """Prompts, cached at a layer."""
-        pad_id = self.material.tokenizer.pad_token_id or 0
-        return Bench(
-            self.material.model,
-            prompts,
-            self.letters,
-            layer,
-            pad_id,
-            lambda share: self._progress(what, share),
-        )
+        return bench_of(self.material, prompts, layer, what, self._progress)
 
     def run(self, point: Point) -> tuple[Scored, Scored, dict[str, Any]]:
         """(what a point does on the validation questions, what the base does, details)."""

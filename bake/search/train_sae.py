@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import random
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +40,7 @@ from bake.recipe import Base, Recipe
 from bake.search.statistics import BATCH_TOKENS, residuals
 from bake.sources import Corpus, layer_of
 from bake.stock import load_base, load_tokenizer
-from bake.tables import Table, one_line
+from bake.tables import Table, one_line, read_toml
 
 MIXED_BATCHES = 64
 """Batches of activations among which tokens are mixed."""
@@ -102,14 +101,8 @@ class TrainConfig(Table):
             RecipeError: it is missing, is no TOML, or a value is wrong; one line.
         """
         try:
-            config = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            config = cls.model_validate(read_toml("config", path))
             layer_of(config.sae.hook_point)
-        except OSError as error:
-            raise RecipeError(
-                f"config {path}: cannot be read ({error.strerror}); expected a TOML file"
-            ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"config {path}: is no TOML: {error}") from error
         except ValidationError as error:
             raise RecipeError(f"config {path}: {one_line(error, cls)}") from error
         except ValueError as error:

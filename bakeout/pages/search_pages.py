@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
 
 from bake.errors import DataError, OutputError
 from bake.questions.corpora import Windows
@@ -20,7 +17,6 @@ from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
 from bake.search.statistics import CONTEXTS
 from bakeout.pages.charts import (
-    Histogram,
     Scatter,
     activation_histogram,
     share_scatter,
@@ -28,6 +24,8 @@ from bakeout.pages.charts import (
 )
 from bakeout.pages.selection_view import write_whole
 from bakeout.terminal import progress
+from verify.page.histograms import HistogramPlot
+from verify.page.html import environment, shown
 
 AROUND = 18
 """Tokens shown on either side of the one that activates."""
@@ -59,7 +57,7 @@ class Card:
     """From both corpora, strongest first."""
     from_forget: int
     """How many of them are from the forget corpus."""
-    histogram: Histogram
+    histogram: HistogramPlot
     link: str | None
 
 
@@ -213,14 +211,15 @@ def _around(windows: Windows, place: int, tokenizer: Any) -> tuple[str, str, str
 
     before, upto, whole = text(position), text(position + 1), text(end)
     return (
-        _printable(before),
-        _printable(upto[len(before) :]) or "·",
-        _printable(whole[len(upto) :]),
+        _shown(before),
+        _shown(upto[len(before) :]) or "·",
+        _shown(whole[len(upto) :]),
     )
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "\ufffd" for c in text)
+def _shown(text: str) -> str:
+    """Text of a corpus on one line; line ends show."""
+    return shown(text.replace("\n", "⏎"))
 
 
 def _sweep_report(folder: Path) -> dict[str, Any]:
@@ -236,8 +235,4 @@ def _sweep_report(folder: Path) -> dict[str, Any]:
 
 
 def _render(**contents: Any) -> str:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("bakeout.pages").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(**contents)
+    return environment("bakeout.pages").get_template("page.html.j2").render(**contents)

@@ -16,6 +16,8 @@ from verify.tolerances import kl_bar
 
 CHANCE = 0.25
 """Of four choices."""
+Ticks = tuple[tuple[float, str], ...]
+"""(place, label)."""
 SMALLEST = 1e-15
 """Left end of a log scale: where 0 and anything smaller is drawn."""
 
@@ -59,8 +61,7 @@ class Plot:
     note: str
     """What is drawn, in a sentence."""
     rows: tuple[Row, ...]
-    ticks: tuple[tuple[float, str], ...] = ()
-    """(place, label)."""
+    ticks: Ticks = ()
     line: float | None = None
     """Where one line crosses all rows."""
     filled: bool = False
