@@ -98,10 +98,10 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
         report: with completions.
         speeds: tokens per second that each engine goes on with, by its name.
     """
-    out, found = console(), report.completions
-    assert found is not None
-    tallies = {(of.source, of.variant): of.right for of in found.tallies}
-    engines = {own.engine: own for own in found.engines}
+    out, completions = console(), report.completions
+    assert completions is not None
+    tallies = {(of.source, of.variant): of.right for of in completions.tallies}
+    engines = {own.engine: own for own in completions.engines}
     texts = next((e.loss_detail.texts for e in report.engines if e.loss_detail is not None), ())
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
@@ -132,7 +132,7 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
         )
     out.print()
     out.print(table)
-    for prompt in _telling(found):
+    for prompt in _telling(completions):
         out.print(f"\n{escape(printable(prompt.prompt))} …", style="bold")
         for one in prompt.continuations:
             if one.variant in ("base", "unlearned"):
@@ -140,15 +140,15 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
                 out.print(f"  {one.variant:<10} {escape(printable(said))}")
 
 
-def _telling(found: Completions) -> list[Completion]:
+def _telling(completions: Completions) -> list[Completion]:
     """Prompts that show most: what the base knew, on the topic what changed first; and others."""
 
     def said(prompt: Completion) -> dict[str, Continuation]:
         return {one.variant: one for one in prompt.continuations}
 
-    topic = [p for p in found.prompts if p.source == "topic" and said(p)["base"].right]
+    topic = [p for p in completions.prompts if p.source == "topic" and said(p)["base"].right]
     topic.sort(key=lambda prompt: bool(said(prompt)["unlearned"].right))
-    others = [p for p in found.prompts if p.source != "topic" and said(p)["base"].right]
+    others = [p for p in completions.prompts if p.source != "topic" and said(p)["base"].right]
     n = SIDE_BY_SIDE - min(2, len(others))
     return [*topic[:n], *others[: SIDE_BY_SIDE - n]]
 

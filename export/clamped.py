@@ -294,8 +294,8 @@ def _compiled_config(folder: Path) -> dict[str, Any]:
     added = manifest.compiled
     if added is None or config.get("hidden_size") != added.hidden_size[1]:
         raise FolderError(
-            f"{folder / 'config.json'}: hidden_size is {config.get('hidden_size')}; expected what "
-            f"{MANIFEST} says was compiled; {AGAIN}"
+            f"{folder / MANIFEST}: does not say where its clamps sit in a model of hidden_size "
+            f"{config.get('hidden_size')}, which config.json states; {AGAIN}"
         )
     return {
         "hidden_size": added.hidden_size[0],
@@ -314,6 +314,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FolderError(
-            f"{path}: cannot be read ({reason}); expected a folder that bakeout wrote; {AGAIN}"
+            f"{path}: cannot be read ({reason}); expected a clamped checkpoint; {AGAIN}"
         ) from error
     return data

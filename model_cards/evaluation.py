@@ -56,7 +56,7 @@ class Figures:
     one_letter: tuple[str, ...]
 
     @classmethod
-    def of(cls, report: VerifyReport) -> Figures:
+    def from_report(cls, report: VerifyReport) -> Figures:
         """Pick the engines out."""
         attacks = () if report.robustness is None else report.robustness.attacks
         attacks = tuple(attack for attack in attacks if attack.name != "as asked")
@@ -93,28 +93,28 @@ class Figures:
 
     def findings(self) -> list[tuple[str, str]]:
         """What else was found of the forgetting: (what, figure)."""
-        found = []
+        rows = []
         for known in self.report.known:
             what = f"known questions {SOURCES.get(known.source, known.source)}"
-            found.append((what, known_text(known)))
+            rows.append((what, known_text(known)))
         if self.after is None:
-            return found
+            return rows
         form = self.report.prompt or "chat"
         for source, meaning in SOURCES.items():
             answers = answers_of(self.after, source, form)
             if answers is not None and answers.known is not None and answers.known.n:
                 what = f"accuracy on known questions {meaning}, {form} form"
-                found.append((what, share_text(answers.known)))
+                rows.append((what, share_text(answers.known)))
             if answers is not None and answers.change is not None:
                 what = f"questions {meaning} against the base, {form} form (McNemar's test)"
-                found.append((what, change_text(answers.change)))
+                rows.append((what, change_text(answers.change)))
         for name, value in (
             ("alignment, 0 to 1", self.after.alignment),
             ("unlearning score, 0 to 1", self.after.unlearning_score),
         ):
             if value is not None:
-                found.append((name, f"{value:.3f}"))
-        return found
+                rows.append((name, f"{value:.3f}"))
+        return rows
 
     def tasks(self) -> list[tuple[str, str | None, str]]:
         """Tasks of lm-evaluation-harness: (task, the base's accuracy, the folder's)."""
@@ -155,7 +155,7 @@ def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[Eva
     engine = None if report is None else measured_engine(report)
     if verify is None or engine is None:
         return []
-    found = []
+    results = []
     kinds: tuple[tuple[Kind, QuestionSource, str], ...] = (
         ("forget", verify.forget_questions, "to be forgotten, lower is better"),
         ("retain", verify.retain_questions, "to be kept, higher is better"),
@@ -166,20 +166,20 @@ def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[Eva
             if accuracy is not None:
                 name = f"accuracy, {form} form ({meaning})"
                 value = getattr(accuracy, form)
-                found.append(_result("multiple-choice", source, "accuracy", name, value))
+                results.append(_result("multiple-choice", source, "accuracy", name, value))
         for form in ("chat", "plain"):
             answers = answers_of(engine, kind, form)
             known = None if answers is None else answers.known
             if known is not None and known.accuracy is not None:
                 name = f"accuracy on known questions, {form} form ({meaning})"
-                found.append(_result("multiple-choice", source, "accuracy", name, known.accuracy))
+                results.append(_result("multiple-choice", source, "accuracy", name, known.accuracy))
     if engine.loss_added is not None and math.isfinite(engine.loss_added):
         name, value = "loss added (nats/token)", engine.loss_added
-        found.append(_result("text-generation", verify.text, "loss_added", name, value))
+        results.append(_result("text-generation", verify.text, "loss_added", name, value))
     for score in engine.harness:
         if math.isfinite(score.accuracy):
-            found.append(_task_result(score))
-    return found
+            results.append(_task_result(score))
+    return results
 
 
 def _task_result(score: HarnessScore) -> EvalResult:

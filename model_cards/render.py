@@ -64,7 +64,7 @@ def render(
         "control": lambda name: CONTROLS.get(name, "–"),
     }
     template = made.get_template("card.md.j2")
-    figures = None if report is None else Figures.of(report)
+    figures = None if report is None else Figures.from_report(report)
     body = template.render(
         facts=facts,
         carrier=carrier,

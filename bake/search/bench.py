@@ -231,9 +231,9 @@ class Bench:
         }
         return [by_form[prompt.form][row] for row, prompt in enumerate(batch.prompts)]
 
-    def _collect(self, found: Any, fired: int) -> Results:
+    def _collect(self, answers_by_batch: Any, fired: int) -> Results:
         results = Results(tokens_fired=fired)
-        for cached, answers in zip(self._cached, found, strict=True):
+        for cached, answers in zip(self._cached, answers_by_batch, strict=True):
             for prompt, answer in zip(cached.batch.prompts, answers, strict=True):
                 if prompt.source == "text":
                     results.losses.append(answer)

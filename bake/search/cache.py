@@ -84,25 +84,25 @@ class Entry:
         except (OSError, ValueError, KeyError, pa.ArrowException, SafetensorError):
             return None
 
-    def write(self, found: FeatureStatistics, windows: Windows) -> None:
+    def write(self, statistics: FeatureStatistics, windows: Windows) -> None:
         """Keep finished statistics; they appear whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent) as name:
             new = Path(name) / "new"
             new.mkdir()
-            columns = {column: getattr(found, column) for column in _COLUMNS}
+            columns = {column: getattr(statistics, column) for column in _COLUMNS}
             columns |= {
-                "share": found.share,
-                "mean": found.mean,
-                "mean_square": found.mean_square,
+                "share": statistics.share,
+                "mean": statistics.mean,
+                "mean_square": statistics.mean_square,
             }
-            numbers = {"feature": np.arange(len(found.fired)), **columns}
+            numbers = {"feature": np.arange(len(statistics.fired)), **columns}
             parquet.write_table(pa.table(numbers), new / TABLE)
             contexts = {
-                "n_tokens": np.array([found.n_tokens]),
-                "histogram": found.histogram,
-                "top_values": found.top_values,
-                "top_places": found.top_places,
+                "n_tokens": np.array([statistics.n_tokens]),
+                "histogram": statistics.histogram,
+                "top_values": statistics.top_values,
+                "top_places": statistics.top_places,
                 "ids": windows.ids,
             }
             save_arrays(contexts, new / CONTEXTS_FILE)
@@ -118,7 +118,7 @@ class Unfinished:
     path: Path
 
     @classmethod
-    def of(cls, entries: list[Entry]) -> Unfinished:
+    def beside(cls, entries: list[Entry]) -> Unfinished:
         """The state file of a pass over these entries."""
         keys = " ".join(entry.path.name for entry in entries).encode()
         name = f"{hashlib.sha256(keys).hexdigest()[:32]}.unfinished.safetensors"

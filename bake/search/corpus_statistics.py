@@ -166,7 +166,7 @@ def _read_or_take(
     absent = [i for i, known in enumerate(found) if known is None]
     if absent:
         wanted = [entries[i] for i in absent]
-        unfinished = Unfinished.of(wanted)
+        unfinished = Unfinished.beside(wanted)
         taken = statistics(
             material.model,
             [FeatureSite(sites[i].layer, load_encoder(sites[i].files)) for i in absent],

@@ -173,14 +173,14 @@ def prompts_of(source: str, asked: Sequence[Question], tokenizer: Any, form: str
 def _attributed(
     recipe: Recipe,
     measured: Measured,
-    found: SiteStatistics,
+    measured_site: SiteStatistics,
     exclude: list[int],
     progress: Progress,
 ) -> list[Chosen]:
     """Known questions → attribution → what each candidate does alone → order by loss added."""
     select, split = select_table(recipe), split_questions(recipe)
     assert recipe.verify is not None
-    material, form, site = measured.material, recipe.verify.prompt, found.site
+    material, form, site = measured.material, recipe.verify.prompt, measured_site.site
     tokenizer, letters = material.tokenizer, letter_tokens(material.tokenizer)
     clamper = Clamper(site)
     turned = [order for q in split.validation["forget"] for order in all_orders(q)]
@@ -229,7 +229,9 @@ def _attributed(
         loss_added=lambda feature: text.measure(alone(feature)).loss - base_loss,
     )
     total: Scores = sum(per_question[1:], start=per_question[0])
-    return by_attribution(found.forget, found.retain, total, proved, n_features=select.n_features)
+    return by_attribution(
+        measured_site.forget, measured_site.retain, total, proved, n_features=select.n_features
+    )
 
 
 def _attributions(

@@ -48,7 +48,7 @@ class Scored:
 class Reported:
     """A measured point beside its controls."""
 
-    found: Finished
+    measured: Finished
     alignment: float
     controls: dict[str, Scored]
     """On the validation questions, by name."""
@@ -276,7 +276,7 @@ def _report(sweep: Sweep, study: Study, objective: Objective, floor: float) -> S
         for prompt in prompts_of(side, asked[side], tokenizer, form)
     ] + text_prompts(load_texts(sweep.recipe.verify.text, sweep.recipe), tokenizer)
     with_controls = [_beside_controls(sweep, found) for found in front]
-    reported = next((r for r in with_controls if r.found == best), None)
+    reported = next((r for r in with_controls if r.measured == best), None)
     base = sweep.validation(clamps).base
     bench = sweep.bench(prompts, min(clamp.layer for clamp in clamps), "test questions")
     test = {"base": scored(bench.base, asked, QUESTION_FORMS, text=True)}
@@ -300,13 +300,13 @@ def _report(sweep: Sweep, study: Study, objective: Objective, floor: float) -> S
     )
 
 
-def _beside_controls(sweep: Sweep, found: Finished) -> Reported:
-    recipe = sweep.at(found.point)
+def _beside_controls(sweep: Sweep, point: Finished) -> Reported:
+    recipe = sweep.at(point.point)
     bench = sweep.validation(sweep.weights(recipe))
     asked = sweep.split.validation
     return Reported(
-        found,
-        aligned(found),
+        point,
+        aligned(point),
         {
             name: scored(bench.measure(sweep.weights(one)), asked, [sweep.form])
             for name, one in sweep.controls(recipe).items()
@@ -314,19 +314,19 @@ def _beside_controls(sweep: Sweep, found: Finished) -> Reported:
     )
 
 
-def aligned(found: Finished) -> float:
+def aligned(point: Finished) -> float:
     """Alignment of a point on the validation questions."""
-    base_forget, base_retain = found.about["base"]
-    return alignment(found.forget, base_forget, found.retain, base_retain)
+    base_forget, base_retain = point.about["base"]
+    return alignment(point.forget, base_forget, point.retain, base_retain)
 
 
-def _rank(found: Finished, objective: Objective, floor: float) -> tuple[float, ...]:
+def _rank(point: Finished, objective: Objective, floor: float) -> tuple[float, ...]:
     """The greater the better; ties go to what fires on fewer tokens, then to the earlier point."""
-    rest = (-float(found.about["tokens_fired"]), -float(found.number))
+    rest = (-float(point.about["tokens_fired"]), -float(point.number))
     if objective == "alignment":
-        return (aligned(found), *rest)
-    keeps = found.retain >= floor * found.about["base"][1]
-    return (float(keeps), -found.forget if keeps else found.retain, *rest)
+        return (aligned(point), *rest)
+    keeps = point.retain >= floor * point.about["base"][1]
+    return (float(keeps), -point.forget if keeps else point.retain, *rest)
 
 
 def _fingerprint(recipe: Recipe, model: str) -> str:

@@ -98,17 +98,17 @@ def share_scatter(
 
 def sweep_scatter(report: dict[str, Any]) -> Scatter:
     """Forget accuracy against retained accuracy of every point of a sweep, and the controls."""
-    found = report["validation"]
+    validation = report["validation"]
     form = report["prompt"]
-    front = sorted(found["front"], key=lambda point: (point["forget"], point["retain"]))
-    marks = [(p["forget"], p["retain"], _settings(p), "other") for p in found["points"]]
+    front = sorted(validation["front"], key=lambda point: (point["forget"], point["retain"]))
+    marks = [(p["forget"], p["retain"], _settings(p), "other") for p in validation["points"]]
     marks += [(p["forget"], p["retain"], f"Pareto: {_settings(p)}", "chosen") for p in front]
     marks += [
         (c["forget"][form], c["retain"][form], f"control, {name}: {_settings(p)}", "control")
         for p in front
         for name, c in p["controls"].items()
     ]
-    base = found["base"]
+    base = validation["base"]
     marks.append((base["forget"][form], base["retain"][form], "base", "base"))
 
     def x(accuracy: float) -> float:
@@ -118,7 +118,7 @@ def sweep_scatter(report: dict[str, Any]) -> Scatter:
         return HEIGHT - BOTTOM - accuracy * (HEIGHT - BOTTOM - TOP)
 
     return Scatter(
-        title=f"{len(found['points'])} points on the validation questions ({form})",
+        title=f"{len(validation['points'])} points on the validation questions ({form})",
         x_label="accuracy on forget questions",
         y_label="accuracy on retain questions",
         x_ticks=tuple((x(at), label) for at, label in SHARE_TICKS),

@@ -123,14 +123,14 @@ def site_views(
         for chosen in selection.chosen
     }
     views = []
-    for clamp, found in zip(recipe.clamp, measured.sites, strict=True):
+    for clamp, statistics in zip(recipe.clamp, measured.sites, strict=True):
         assert isinstance(clamp.features, list)
-        site = found.site
+        site = statistics.site
         stated = neuronpedia_id(clamp.sae, recipe)
         cards = [
             _card(
                 feature,
-                found,
+                statistics,
                 measured,
                 why.get((site.hook_point, feature)),
                 clamp.trigger,
@@ -145,9 +145,9 @@ def site_views(
                 method=clamp.method,
                 trigger=clamp.trigger,
                 d_sae=site.d_sae,
-                forget_tokens=found.forget.n_tokens,
-                retain_tokens=found.retain.n_tokens,
-                scatter=share_scatter(found.forget, found.retain, clamp.features),
+                forget_tokens=statistics.forget.n_tokens,
+                retain_tokens=statistics.retain.n_tokens,
+                scatter=share_scatter(statistics.forget, statistics.retain, clamp.features),
                 cards=cards,
             )
         )
@@ -156,38 +156,38 @@ def site_views(
 
 def _card(
     feature: int,
-    found: SiteStatistics,
+    statistics: SiteStatistics,
     measured: Measured,
     why: Chosen | None,
     trigger: float,
     link: str | None,
 ) -> Card:
-    if feature >= found.site.d_sae:
+    if feature >= statistics.site.d_sae:
         raise DataError(
-            f"SAE {found.site.name}: feature {feature} is out of range; "
-            f"expected 0 to {found.site.d_sae - 1}"
+            f"SAE {statistics.site.name}: feature {feature} is out of range; "
+            f"expected 0 to {statistics.site.d_sae - 1}"
         )
-    contexts = top_contexts(feature, found, measured)
+    contexts = top_contexts(feature, statistics, measured)
     return Card(
         feature=feature,
         why=why,
-        forget_share=float(found.forget.share[feature]),
-        retain_share=float(found.retain.share[feature]),
+        forget_share=float(statistics.forget.share[feature]),
+        retain_share=float(statistics.retain.share[feature]),
         contexts=contexts,
         from_forget=sum(context.side == "forget" for context in contexts),
-        histogram=activation_histogram(found.forget, found.retain, feature, trigger),
+        histogram=activation_histogram(statistics.forget, statistics.retain, feature, trigger),
         link=link,
     )
 
 
-def top_contexts(feature: int, found: SiteStatistics, measured: Measured) -> list[Context]:
+def top_contexts(feature: int, statistics: SiteStatistics, measured: Measured) -> list[Context]:
     """The strongest places of a feature in both corpora, at most `CONTEXTS`, one per window."""
     places = [
         (float(value), side, int(place))
         for side in ("forget", "retain")
         for value, place in zip(
-            getattr(found, side).top_values[:, feature],
-            getattr(found, side).top_places[:, feature],
+            getattr(statistics, side).top_values[:, feature],
+            getattr(statistics, side).top_places[:, feature],
             strict=True,
         )
         if place >= 0

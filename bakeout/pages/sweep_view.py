@@ -83,17 +83,17 @@ def show_sweep(report: SweepReport, out: Path) -> None:
             f"{s.forget[form]:.3f} / {s.retain[form]:.3f}" if s else "–"
             for s in map(one.controls.get, CONTROLS)
         )
-        mark = " *" if one.found == report.best.found else ""
+        mark = " *" if one.measured == report.best.measured else ""
         table.add_row(
-            f"{one.found.point}{mark}",
-            f"{one.found.forget:.3f}",
-            f"{one.found.retain:.3f}",
+            f"{one.measured.point}{mark}",
+            f"{one.measured.forget:.3f}",
+            f"{one.measured.retain:.3f}",
             f"{one.alignment:.3f}",
             *controls,
         )
     screen.print(table)
     screen.print(
-        f"\nbest by {report.objective}: {report.best.found.point}; on the test split "
+        f"\nbest by {report.objective}: {report.best.measured.point}; on the test split "
         f"({n['test']['forget']} forget and {n['test']['retain']} retain questions):\n",
         markup=False,
     )
@@ -157,9 +157,9 @@ def sweep_dict(report: SweepReport) -> dict[str, Any]:
 
 def _reported(one: Reported) -> dict[str, Any]:
     return {
-        "settings": dict(one.found.point.settings),
-        "forget": one.found.forget,
-        "retain": one.found.retain,
+        "settings": dict(one.measured.point.settings),
+        "forget": one.measured.forget,
+        "retain": one.measured.retain,
         "alignment": one.alignment,
         "controls": {name: _scored(control) for name, control in one.controls.items()},
     }

@@ -127,11 +127,11 @@ def parity_plots(report: VerifyReport) -> tuple[Plot, ...]:
 def _log_plot(
     title: str,
     note: str,
-    found: Iterable[tuple[EngineReport, float, float | None]],
+    measured: Iterable[tuple[EngineReport, float, float | None]],
     more: str = "",
 ) -> Plot:
-    found = list(found)
-    numbers = [x for _, value, limit in found for x in (value, limit) if x is not None]
+    measured = list(measured)
+    numbers = [x for _, value, limit in measured for x in (value, limit) if x is not None]
     positive = [max(x, SMALLEST) for x in numbers if math.isfinite(x)] or [1.0]
     first = math.floor(math.log10(min(positive)))
     last = max(first + 1, math.ceil(math.log10(max(positive))))
@@ -142,7 +142,7 @@ def _log_plot(
         return min(1.0, max(0.0, (math.log10(max(x, SMALLEST)) - first) / (last - first)))
 
     rows = []
-    for engine, value, limit in found:
+    for engine, value, limit in measured:
         within = limit is None or value <= limit
         tone: Literal["before", "after", "bad"] = (
             "before" if engine.name == "base" else "after" if within else "bad"

@@ -103,26 +103,26 @@ class Measuring:
         return scored(results, self.asked, QUESTION_FORMS, text=True)
 
 
-def loss_added(base: Scored, found: Scored) -> float:
+def loss_added(base: Scored, outcome: Scored) -> float:
     """Nats/token."""
-    return (found.loss or 0.0) - (base.loss or 0.0)
+    return (outcome.loss or 0.0) - (base.loss or 0.0)
 
 
-def keeps(base: Scored, found: Scored) -> bool:
+def keeps(base: Scored, outcome: Scored) -> bool:
     """Whether what is to be kept was kept, in both prompt forms, and the loss within its bar."""
-    retained = min(found.retain[form] / base.retain[form] for form in QUESTION_FORMS)
-    return retained >= RETAINED_BAR and loss_added(base, found) <= LOSS_BAR
+    retained = min(outcome.retain[form] / base.retain[form] for form in QUESTION_FORMS)
+    return retained >= RETAINED_BAR and loss_added(base, outcome) <= LOSS_BAR
 
 
-def forgotten(found: Scored) -> float:
+def forgotten(outcome: Scored) -> float:
     """Accuracy on the forget questions in the prompt form that knows more."""
-    return max(found.forget.values())
+    return max(outcome.forget.values())
 
 
-def line(name: str, base: Scored, found: Scored) -> str:
+def line(name: str, base: Scored, outcome: Scored) -> str:
     """One row of the printed table."""
-    shares = [side[form] for side in (found.forget, found.retain) for form in QUESTION_FORMS]
-    return f"{name:34s}{''.join(f' {x:12.3f}' for x in shares)} {loss_added(base, found):+11.4f}"
+    shares = [side[form] for side in (outcome.forget, outcome.retain) for form in QUESTION_FORMS]
+    return f"{name:34s}{''.join(f' {x:12.3f}' for x in shares)} {loss_added(base, outcome):+11.4f}"
 
 
 HEADER = f"{'':34s}" + "".join(

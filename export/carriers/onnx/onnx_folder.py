@@ -89,7 +89,7 @@ def export_onnx(
         CheckError: the graph does not say what the checkpoint says.
     """
     clamped, chosen = open_clamped(folder, with_graphs=True), precision_of(precision)
-    architecture = Architecture.of(clamped.config)
+    architecture = Architecture.from_config(clamped.config)
     _check_target(clamped, chosen, out, force)
     check_files(clamped, clamped.shards, lambda share: progress("hash", share))
     progress("witnesses", 0.0)
