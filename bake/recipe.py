@@ -22,6 +22,7 @@ from bake.sources import (
     QuestionSource,
     RowSource,
     SAESource,
+    Source,
     TextSource,
     layer_of,
     rewrite_paths,
@@ -205,9 +206,9 @@ class Verify(Table):
     """Prompts to go on with; without it no text is compared."""
 
     @property
-    def sources(self) -> list[TextSource | RowSource]:
+    def sources(self) -> list[Source]:
         """Everything that is read."""
-        named: list[TextSource | RowSource] = [self.forget_questions, self.retain_questions]
+        named: list[Source] = [self.forget_questions, self.retain_questions]
         named += [self.text, *self.texts.values(), *self.reworded.values()]
         if (c := self.completions) is not None:
             named += [s for s in (c.prompts, c.generic, c.trivia) if s is not None]
@@ -281,7 +282,7 @@ class Recipe(Table):
     @property
     def local_sources(self) -> list[Path]:
         """Every local file or folder that the recipe names, and its own file, where they exist."""
-        sources: list[TextSource | RowSource] = []
+        sources: list[Source] = []
         if self.verify is not None:
             sources += self.verify.sources
         if self.select is not None:

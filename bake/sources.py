@@ -33,25 +33,34 @@ class SAESource(Table):
         return self
 
 
-class TextSource(Table):
-    """Texts: a local file (`path`), or a hub data set (`dataset`, `split`)."""
+class Source(Table):
+    """A local file (`path`), or a hub data set (`dataset`, `split`)."""
 
     path: str | None = None
-    """A JSONL, Parquet (.parquet) or plain text (.txt, one text a line) file, relative to the
-    recipe file."""
+    """A JSONL or Parquet (.parquet) file, relative to the recipe file."""
     dataset: str | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
     """Configuration of the data set."""
+    split: str
+    """Split of the data set."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("expected either `path` or `dataset`")
+        if self.path is not None and {"config", "split"} & self.model_fields_set:
+            raise ValueError("`config` and `split` go with `dataset`, not with `path`")
+        return self
+
+
+class TextSource(Source):
+    """Texts; a file may also be plain (.txt), one text a line."""
+
     split: str = "train"
     """Split of the data set."""
     field: str = "text"
     """Key of each row that holds the text."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        _check_path_or_dataset(self)
-        return self
 
 
 class Corpus(TextSource):
@@ -61,22 +70,11 @@ class Corpus(TextSource):
     """Put each text (or list of messages) through the tokenizer's chat template first."""
 
 
-class RowSource(Table):
-    """Rows of a local file (`path`), or of a hub data set (`dataset`, `split`)."""
+class RowSource(Source):
+    """Rows with the keys that whoever reads them expects."""
 
-    path: str | None = None
-    """A JSONL or Parquet file, relative to the recipe file."""
-    dataset: str | None = None
-    """Hub id of a data set, or a local folder."""
-    config: str | None = None
-    """Configuration of the data set."""
     split: str = "test"
     """Split of the data set."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        _check_path_or_dataset(self)
-        return self
 
 
 class QuestionSource(RowSource):
@@ -84,13 +82,6 @@ class QuestionSource(RowSource):
 
     topic: str | None = None
     """Named in the prompt where a row has no `subject`."""
-
-
-def _check_path_or_dataset(source: TextSource | RowSource) -> None:
-    if (source.path is None) == (source.dataset is None):
-        raise ValueError("expected either `path` or `dataset`")
-    if source.path is not None and {"config", "split"} & source.model_fields_set:
-        raise ValueError("`config` and `split` go with `dataset`, not with `path`")
 
 
 def rewrite_paths(table: dict[str, Any], folder: Path, rewrite: Callable[[Path], str]) -> None:

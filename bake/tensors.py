@@ -118,22 +118,26 @@ class StoredTensor:
 
         Reads these rows and nothing else.
         """
+        block = self.bits(start, stop)
+        return block if self.dtype == "BOOL" else to_float32(block, self.dtype)
+
+    def bits(self, start: int, stop: int) -> NDArray[Any]:
+        """The same as they are stored."""
         stored = np.dtype("?" if self.dtype == "BOOL" else BITS[self.dtype])
         n_columns = int(np.prod(self.shape[1:]))
         with self.file.open("rb") as file:
             file.seek(self.offset + start * n_columns * stored.itemsize)
             data = np.fromfile(file, stored, (stop - start) * n_columns)
-        block = data.reshape(stop - start, *self.shape[1:])
-        return block if self.dtype == "BOOL" else to_float32(block, self.dtype)
+        return data.reshape(stop - start, *self.shape[1:])
 
     def array(self) -> NDArray[Any]:
         """All of it, as `rows` gives it."""
         return self.rows(0, self.shape[0])
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """Row ranges of about 32 MB of float32 each, in order."""
+    def blocks(self, n_bytes: int = _ROW_BYTES) -> list[tuple[int, int]]:
+        """Row ranges of about so many bytes of float32 each, in order."""
         row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
-        step = max(1, _ROW_BYTES // row_bytes)
+        step = max(1, n_bytes // row_bytes)
         n = self.shape[0]
         return [(start, min(start + step, n)) for start in range(0, n, step)]
 

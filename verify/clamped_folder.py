@@ -12,7 +12,7 @@ from typing import Any
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
-from bake.sources import RowSource, TextSource
+from bake.sources import Source
 from export.clamped import clamped_layers
 from verify.report.findings import Failure
 
@@ -167,7 +167,7 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
-def _is_hub_source(source: RowSource | TextSource) -> bool:
+def _is_hub_source(source: Source) -> bool:
     return source.dataset is not None and _is_hub_id(source.dataset)
 
 

@@ -35,7 +35,7 @@ def tensor_files(source: Clamped, plan: Widening, layers: list[NewLayer]) -> dic
         files[tensor.file.name][_renumbered(name, sites)] = (
             DTYPES[plan.dtype],
             widened(name, tensor.shape, plan).shape,
-            partial(widened_blocks, source.folder, name, tensor, plan),
+            partial(widened_blocks, name, tensor, plan),
         )
     added: Tensors = {}
     for layer in layers:

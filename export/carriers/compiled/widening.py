@@ -23,7 +23,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -250,9 +249,7 @@ def widened(name: str, shape: tuple[int, ...], plan: Widening) -> Widened:
     raise ExportError(f"tensor {name}: is none of a stock Gemma's; expected a text model")
 
 
-def widened_blocks(
-    folder: Path, name: str, tensor: StoredTensor, plan: Widening
-) -> Iterator[bytes | memoryview]:
+def widened_blocks(name: str, tensor: StoredTensor, plan: Widening) -> Iterator[bytes | memoryview]:
     """The bytes of a widened tensor in the plan's dtype, a few megabytes at a time."""
     change = widened(name, tensor.shape, plan)
     target = DTYPES[plan.dtype]
@@ -272,7 +269,7 @@ def widened_blocks(
     fill = to_bits(np.full(1, change.fill), target)[0]
     constant = to_bits(np.full(1, plan.entry), target)[0]
     done = 0
-    for raw in _raw_rows(folder, tensor):
+    for raw in _raw_rows(tensor):
         out = np.full((len(raw), columns), fill, BITS[target])
         out[:, : raw.shape[1]] = convert(raw)
         if change.embedding:
@@ -289,19 +286,15 @@ def widened_blocks(
         done += n
 
 
-def _raw_rows(folder: Path, tensor: StoredTensor) -> Iterator[Raw]:
+def _raw_rows(tensor: StoredTensor) -> Iterator[Raw]:
     """A tensor's bits, [rows, columns], block by block; a vector is one row."""
     if tensor.dtype not in DTYPES.values():
         raise ExportError(
             f"{tensor.file.name}: holds {tensor.dtype} numbers; expected one of "
             f"{', '.join(DTYPES.values())}"
         )
-    bits = np.dtype(BITS[tensor.dtype])
-    rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
-    per_block = max(1, BLOCK_BYTES // (columns * bits.itemsize))
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        for start in range(0, rows, per_block):
-            n = min(per_block, rows - start)
-            data = file.read(n * columns * bits.itemsize)
-            yield np.frombuffer(data, bits).reshape(n, columns)
+    if len(tensor.shape) == 1:
+        yield tensor.bits(0, tensor.shape[0])[None]
+        return
+    for start, stop in tensor.blocks(BLOCK_BYTES):
+        yield tensor.bits(start, stop)

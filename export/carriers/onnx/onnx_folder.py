@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,14 @@ import onnx
 from onnx.helper import make_model, make_opsetid, set_model_props
 
 from bake.errors import BakeoutError, FolderError, OutputError
-from bake.new_folder import MANIFEST, check_output, check_space, disk_full, new_folder
+from bake.new_folder import (
+    MANIFEST,
+    check_output,
+    check_space,
+    disk_full,
+    fsync_folder,
+    new_folder,
+)
 from bake.rounding import MIN_EFFECT
 from export.carriers.onnx import graph_check as onnx_check
 from export.carriers.onnx.genai_config import GENAI_CONFIG, genai_config
@@ -325,8 +331,4 @@ def _list_files(clamped: Clamped, root: Path, new: list[Path], *, keep: bool) ->
     # What holds rounded weights alone is not exact.
     clamped.manifest.changed(files=files, exact=keep and clamped.manifest.exact).write(partial)
     (partial / MANIFEST).replace(root / MANIFEST)
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_folder(root)
