@@ -23,11 +23,13 @@ from bake.sources import (
     RowSource,
     SAESource,
     Source,
+    Table,
     TextSource,
     layer_of,
+    one_line,
+    read_toml,
     rewrite_paths,
 )
-from bake.tables import Table, one_line, read_toml
 
 
 class Base(Table):

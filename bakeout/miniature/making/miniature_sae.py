@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from bake.search.statistics import residuals
-from bake.search.train_sae import Schedule, train_sae
+from bake.search.train_sae import SAETable, Schedule, train_sae
 from bakeout.miniature.making.tokenizer import BOS, EOS, PAD
 from bakeout.miniature.making.train_model import ModelSchedule, collate, encode
 from bakeout.miniature.making.world import World
@@ -18,7 +18,8 @@ from bakeout.miniature.making.written_corpora import PRACTISE, training_document
 
 LAYER = 0
 """Whose output it reads."""
-SCHEDULE = Schedule(d_sae=1536, n_steps=2500, batch_size=1024, learning_rate=2e-3, k=5)
+SAE_TABLE = SAETable(hook_point=f"blocks.{LAYER}.hook_resid_post", d_sae=1536, k=5.0)
+SCHEDULE = Schedule(SAE_TABLE, n_steps=2500, batch_size=1024, learning_rate=2e-3)
 N_TOKENS = 150_000
 """Tokens whose activations are cached."""
 
@@ -61,7 +62,7 @@ def train_site_sae(activations: Tensor, seed: int, schedule: Schedule = SCHEDULE
     """
     metadata = SAEMetadata(
         model_name="bakeout-miniature",
-        hook_name=f"blocks.{LAYER}.hook_resid_post",
+        hook_name=SAE_TABLE.hook_point,
         context_size=128,
         prepend_bos=True,
         exclude_special_tokens=[PAD, EOS, BOS],
