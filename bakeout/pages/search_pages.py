@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bake.errors import DataError, OutputError
+from bake.errors import DataError
 from bake.questions.corpora import Windows
 from bake.recipe import Recipe
 from bake.sae.layouts import neuronpedia_id
@@ -22,7 +22,7 @@ from bakeout.pages.charts import (
     share_scatter,
     sweep_scatter,
 )
-from bakeout.pages.selection_view import write_whole
+from bakeout.pages.selection_view import check_new_file, write_whole
 from bakeout.terminal import progress
 from verify.page.histograms import HistogramPlot
 from verify.page.html import environment, shown
@@ -83,11 +83,7 @@ def features_page(file: Path, html: Path, sweep: Path | None, *, force: bool) ->
         BakeoutError: of the kind of trouble it meets.
     """
     recipe = Recipe.load(file)
-    inputs = [source.resolve() for source in recipe.local_sources]
-    if html.resolve() in inputs or html.is_dir() or (html.exists() and not force):
-        raise OutputError(f"--html {html}: exists; choose another name, or pass --force")
-    if not html.resolve().parent.is_dir():
-        raise OutputError(f"--html {html}: its folder does not exist; make it first")
+    check_new_file(recipe, html, force=force, option="--html")
     report = None if sweep is None else _sweep_report(sweep)
     with progress("features") as advance:
         measured = measure(recipe, progress=advance)
