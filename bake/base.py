@@ -78,7 +78,9 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
     try:
         tensors = indexed_tensors(folder, _weight_map(folder, name))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"base model {name}: {error}; download it again") from error
+        raise ModelError(
+            f"base model {name}: its weights cannot be read ({error}); download it again"
+        ) from error
     layer = re.compile(r"((?:.*\.)?layers\.)(\d+)\.mlp\.gate_proj\.weight")
     found = [match for key in tensors if (match := layer.fullmatch(key))]
     if not found:

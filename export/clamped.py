@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bake.base import INDEX
 from bake.errors import FolderError
-from bake.families import FAMILIES, Family
+from bake.families import FAMILIES, Family, family_of
 from bake.new_folder import MANIFEST
 from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
@@ -88,7 +88,7 @@ class Clamped:
     @property
     def family(self) -> Family:
         """The base's."""
-        return FAMILIES[self.model_type]
+        return family_of(self.model_type)
 
     @property
     def backbone_prefix(self) -> str:
