@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from bake.errors import ModelError
 from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.recipe import Recipe
+from bake.tensors import indexed_tensors, stored_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,17 +75,14 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
     """Check a model folder and read its config and tensor names; no tensor is read."""
     config = _read_json(folder / "config.json", name)
     family = _family_of(config, name)
-    weight_map = _weight_map(folder, name)
-    shapes = {
-        key: shape
-        for shard in set(weight_map.values())
-        for key, shape in _shapes(folder, shard, name)
-    }
-    for key, shard in weight_map.items():
-        if key not in shapes:
-            raise ModelError(f"base model {name}: {key} is not in {shard}, where {INDEX} places it")
+    try:
+        tensors = indexed_tensors(folder, _weight_map(folder, name))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {name}: its weights cannot be read ({error}); download it again"
+        ) from error
     layer = re.compile(r"((?:.*\.)?layers\.)(\d+)\.mlp\.gate_proj\.weight")
-    found = [match for key in shapes if (match := layer.fullmatch(key))]
+    found = [match for key in tensors if (match := layer.fullmatch(key))]
     if not found:
         raise ModelError(
             f"base model {name}: no decoder layers among its tensors; "
@@ -99,8 +97,8 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         revision=revision,
         family=family,
         config=config,
-        weight_map=weight_map,
-        d_in=shapes[found[0][0]][1],
+        weight_map={key: tensor.file.name for key, tensor in tensors.items()},
+        d_in=tensors[found[0][0]].shape[1],
         n_layers=len(layers),
         layer_prefix=found[0][1],
     )
@@ -158,32 +156,13 @@ def _family_of(config: dict[str, Any], name: str) -> Family:
     return family
 
 
-def _weight_map(folder: Path, name: str) -> dict[str, str]:
-    """Tensor name → file, from the index or the one weight file (transformers' own order)."""
+def _weight_map(folder: Path, name: str) -> Any:
+    """Tensor name → file, from the one weight file or the index (transformers' own order)."""
     if (folder / WEIGHTS).is_file():
-        return {key: WEIGHTS for key, _ in _shapes(folder, WEIGHTS, name)}
+        return dict.fromkeys(stored_tensors(folder / WEIGHTS), WEIGHTS)
     if not (folder / INDEX).is_file():
         raise ModelError(
             f"base model {name}: no {WEIGHTS} and no {INDEX}; expected safetensors weights. "
             "Load it with transformers and save_pretrained it"
         )
-    weight_map = _read_json(folder / INDEX, name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"base model {name}: {INDEX} holds no weight_map")
-    for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(shard).name != shard:
-            raise ModelError(f"base model {name}: {INDEX} points outside the folder ({shard})")
-        if not (folder / shard).is_file():
-            raise ModelError(f"base model {name}: shard {shard} is missing; download it again")
-    return {str(key): str(shard) for key, shard in weight_map.items()}
-
-
-def _shapes(folder: Path, shard: str, name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a shard's tensors; opening it checks offsets against its length."""
-    try:
-        with safe_open(folder / shard, framework="np") as file:
-            return [(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"base model {name}: shard {shard} is damaged ({error}); download it again"
-        ) from error
+    return _read_json(folder / INDEX, name).get("weight_map")

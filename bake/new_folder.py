@@ -86,9 +86,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             temporary.chmod(0o755)
             yield temporary
             (temporary / _LOCK).unlink()
-            _fsync(temporary)
+            fsync_folder(temporary)
             _take_place(temporary, out)
-        _fsync(out.parent)
+        fsync_folder(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -169,7 +169,8 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.is_dir())
 
 
-def _fsync(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Bring a folder's entries to disk: what was renamed into it is there after a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

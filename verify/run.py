@@ -10,15 +10,9 @@ from bake.base import INDEX, find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
+from export.clamped import clamped_layers, read_config
 from export.manifest import CARD, Manifest
-from verify.clamped_folder import (
-    base_failures,
-    check_base,
-    clamped_layers,
-    fitted_recipe,
-    own_recipe,
-    read_config,
-)
+from verify.clamped_folder import base_failures, check_base, fitted_recipe, own_recipe
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs, graph_failures
 from verify.evidence.integrity import check_integrity

@@ -184,7 +184,7 @@ def _tensors(file: Path, reader: Any, architecture: str, config: Any) -> dict[st
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = "lm_head.weight" if "output.weight" not in inside else None
-    found = {}
+    tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name == tied:
             continue
@@ -198,14 +198,14 @@ def _tensors(file: Path, reader: Any, architecture: str, config: Any) -> dict[st
                 f"{tuple(parameter.shape)} by its own config"
             )
         _check_readable(file, tensor)
-        found[name] = tensor
+        tensors[name] = tensor
     inside.pop("rope_freqs.weight", None)  # of the scaling, which the config has
     if inside:
         raise ModelError(
             f"{file}: has a tensor {next(iter(inside))}, for which a {config.model_type} has no "
             f"place; {_AGAIN}"
         )
-    return found
+    return tensors
 
 
 def _check_readable(file: Path, tensor: Any) -> None:

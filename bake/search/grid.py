@@ -125,10 +125,8 @@ def variant(recipe: Recipe, point: Point) -> Recipe:
 
 
 def _clamp_at(clamp: Clamp, settings: dict[str, Setting]) -> dict[str, Any]:
-    table = clamp.model_dump(exclude_unset=True, exclude_none=True)
-    table["method"] = settings.get("method", clamp.method)
-    own = METHODS[str(table["method"])].fields
-    table = {key: entry for key, entry in table.items() if key not in own_fields() - set(own)}
+    method = str(settings.get("method", clamp.method))
+    table, own = clamp.table_for(method), METHODS[method].fields
     table |= {name: settings[name] for name in ("trigger", *own) if name in settings}
     if "layer" in settings:
         layer = settings["layer"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from bake.errors import BakeoutError, FolderError
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
-from verify.clamped_folder import clamped_layers, read_config
+from export.clamped import clamped_layers, read_config
 from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph
 from verify.engines.onnx_head import ROWS, with_rows
 from verify.engines.runners import DecodingRunner, Reading, check_padding

@@ -52,7 +52,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.errors import ExportError
-from export.clamped_source import ClampSite
+from export.clamped import ClampSite
 
 Array = NDArray[np.float64]
 
@@ -122,19 +122,6 @@ def gelu(x: Array) -> Array:
     with np.errstate(over="ignore"):
         y: Array = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     return y
-
-
-def rms(x: Array) -> Array:
-    """[..., D] → [..., 1]."""
-    found: Array = np.sqrt((x**2).mean(-1, keepdims=True))
-    return found
-
-
-def run_mlp(x: Array, mlp: MLP, eps: float) -> Array:
-    """A stock layer in float64: x̃ [..., D] → x̃ [..., D]."""
-    u = x / np.sqrt(rms(x) ** 2 + eps)
-    m = (gelu(u @ mlp.gate.T) * (u @ mlp.up.T)) @ mlp.down.T
-    return x + (m if mlp.gain is None else mlp.gain * m / np.sqrt(rms(m) ** 2 + eps))
 
 
 # --------------------------------------------------------------------------- what is to be computed
