@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from bake.questions.answers import LetterTokens, letter_tokens
 from bake.questions.multiple_choice import Question, load_questions, load_texts
 from bake.questions.prompts import Batch, Prompt, batches, question_prompts, text_prompts
 from bake.recipe import Recipe
+
+T = TypeVar("T")
+FEWEST = 8
+"""Questions, windows or prompts that a budget leaves."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,17 @@ class Material:
     letters: LetterTokens
     tokenizer: Any
     """The base model's."""
+    one_in: int = 1
+    """Of everything that the recipe names, one in so many is shown."""
+
+    def part(self, one_in: int) -> Material:
+        """One in so many of everything, evenly; of what is few, more."""
+        return replace(
+            self,
+            questions={name: evenly(of, one_in) for name, of in self.questions.items()},
+            windows=evenly(self.windows, one_in),
+            one_in=one_in,
+        )
 
     @property
     def pad_id(self) -> int:
@@ -44,6 +59,12 @@ class Material:
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[Batch]:
         """Prompts in batches of like length."""
         return batches(prompts, pad_id=self.pad_id, vocab_size=len(self.tokenizer))
+
+
+def evenly(items: Sequence[T], one_in: int) -> list[T]:
+    """One in so many, from the first on; at least `FEWEST`, where there are so many."""
+    step = max(1, min(one_in, len(items) // FEWEST))
+    return list(items[::step])
 
 
 def load_material(recipe: Recipe, tokenizer: Any) -> Material:

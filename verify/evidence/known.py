@@ -195,7 +195,7 @@ class _Pair:
                     future = self.pool.submit(self._n_right, self.unlearned, question, ids)
                 waiting.append((name, future))
             collect(AHEAD)
-            progress("known questions", done / len(questions))
+            progress("known", done / len(questions))
         collect(0)
         return tuple(known), after
 

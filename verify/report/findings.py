@@ -216,6 +216,8 @@ class Items:
     retain_questions: int
     text_tokens: int
     """Tokens whose cross-entropy was taken."""
+    one_in: int = 1
+    """Of the recipe's questions, texts and prompts one in so many was asked: a budget's share."""
 
 
 @dataclass(frozen=True)
