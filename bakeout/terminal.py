@@ -141,6 +141,15 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
             "–" if parity is None else f"{parity.tokens_fired:,}",
             f"{speeds[engine.name]:.0f}" if engine.name in speeds else "–",
         )
+    for control in report.controls:
+        own = engines.get(control.name)
+        right = (own.topic, own.generic) if own is not None else (None, None)
+        added = "–" if control.loss_added is None else f"{control.loss_added:+.4f}"
+        table.add_row(
+            f"control: {control.name}",
+            *("–" if of is None else f"{of.right} of {of.n}" for of in right),
+            *(added, *(["–"] * (len(texts) + 3))),
+        )
     out.print()
     out.print(table)
     for prompt in _telling(completions):

@@ -27,10 +27,13 @@ ASKED, NEW = 12, 64
 TIE = 1e-3
 """Two sound engines may part where the first two tokens' logits are no further apart."""
 
-pytestmark = pytest.mark.skipif(
-    not all((RUN / name / "manifest.json").is_file() for name in ("checkpoint", "adapter")),
-    reason="runs/gemma is not there; `make gemma` writes it",
-)
+pytestmark = [
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        not all((RUN / name / "manifest.json").is_file() for name in ("checkpoint", "adapter")),
+        reason="runs/gemma is not there; `make gemma` writes it",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
