@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from huggingface_hub import EvalResult
 
-from bake.recipe import Verify
+from bake.questions.forms import FORMS, forms_beside, known_in
+from bake.recipe import PromptForm, Verify
 from bake.sources import QuestionSource, TextSource
 from verify.attacks.attacks import ATTACKS
 from verify.engines.engine_names import engine_of
@@ -17,21 +19,20 @@ from verify.report.intervals import wilson
 from verify.report.measures import Attack, HarnessScore
 from verify.report.wording import (
     SOURCES,
-    accuracy_text,
     answers_of,
     change_text,
+    known_how,
+    known_text,
     measured_engine,
     nats,
     one_letter_lines,
     rounding_lines,
     share_text,
-    title_of,
+    text_shares_text,
 )
 
 PROTOCOL = "https://arxiv.org/abs/2410.19278"
 """Where chat form and loss added are described: Farrell et al."""
-QUESTIONS_FROM = "chat form of Farrell et al., plain form of lm-evaluation-harness"
-"""How accuracies are measured. The hub's index has one source for all figures of a data set."""
 HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 Kind = Literal["forget", "retain"]
 WAYS = {name: way.does for name, way in ATTACKS.items() if name != "as asked"}
@@ -78,16 +79,34 @@ class Figures:
             one_letter=one_letter_lines(report),
         )
 
-    def accuracy(
-        self, engine: EngineReport | None, kind: Kind, form: Literal["chat", "plain"]
-    ) -> str | None:
+    @property
+    def form(self) -> PromptForm:
+        """The prompt form that leads."""
+        return self.report.prompt or "chat"
+
+    @property
+    def forms(self) -> tuple[PromptForm, ...]:
+        """Those that were measured."""
+        return forms_beside(self.form)
+
+    @property
+    def by_text(self) -> bool:
+        """Whether the form that leads takes choices' own texts for answers."""
+        return not FORMS[self.form].letters
+
+    @property
+    def known_how(self) -> str:
+        """How the base has to answer a question to know it."""
+        return known_how(known_in(self.form))
+
+    def accuracy(self, engine: EngineReport | None, kind: Kind, form: PromptForm) -> str | None:
         """An accuracy with its 95 % interval, as text; None where it was not measured."""
         found = None if engine is None else getattr(engine, kind)
         items = self.report.items
         n = 0 if items is None else int(getattr(items, f"{kind}_questions"))
         if found is None or n < 1:
             return None
-        share = getattr(found, form)
+        share = found.measured[form]
         low, high = wilson(round(share * n), n)
         return f"{share:.3f} ({low:.2f} to {high:.2f})"
 
@@ -103,15 +122,10 @@ class Figures:
         found = []
         for known in self.report.known:
             what = f"known questions {SOURCES.get(known.source, known.source)}"
-            figure = (
-                f"base {known.known} of {known.asked} in all 24 orders; {title_of(known.engine)} "
-                f"{known.still_known.right} of those, {accuracy_text(known.orders)} of their "
-                "single orders"
-            )
-            found.append((what, figure))
+            found.append((what, known_text(known)))
         if self.after is None:
             return found
-        form = self.report.prompt or "chat"
+        form = self.form
         for source, meaning in SOURCES.items():
             answers = answers_of(self.after, source, form)
             if answers is not None and answers.known is not None and answers.known.n:
@@ -120,6 +134,9 @@ class Figures:
             if answers is not None and answers.change is not None:
                 what = f"questions {meaning} against the base, {form} form (McNemar's test)"
                 found.append((what, change_text(answers.change)))
+            if answers is not None and answers.by_text is not None:
+                what = f"accuracy {meaning}, {form} form, by the length that divides"
+                found.append((what, text_shares_text(answers.by_text)))
         for name, value in (
             ("alignment, 0 to 1", self.after.alignment),
             ("unlearning score, 0 to 1", self.after.unlearning_score),
@@ -139,7 +156,7 @@ class Figures:
     def side_effects(self) -> list[tuple[str, str | None, str | None]]:
         """What changed besides accuracy and mean loss: (what, before, after); None: no figure."""
         found: list[tuple[str, str | None, str | None]] = []
-        form = self.report.prompt or "chat"
+        form = self.form
         before, after = (self._known_retained(engine, form) for engine in (self.base, self.after))
         if before or after:
             found.append((f"accuracy on known questions to be kept, {form} form", before, after))
@@ -168,23 +185,23 @@ def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[Eva
     if verify is None or engine is None:
         return []
     found = []
+    forms = forms_beside(None if report is None else report.prompt)
     kinds: tuple[tuple[Kind, QuestionSource, str], ...] = (
         ("forget", verify.forget_questions, "to be forgotten, lower is better"),
         ("retain", verify.retain_questions, "to be kept, higher is better"),
     )
     for kind, source, meaning in kinds:
         accuracy = getattr(engine, kind)
-        for form in ("chat", "plain"):
-            if accuracy is not None:
-                name = f"accuracy, {form} form ({meaning})"
-                value = getattr(accuracy, form)
-                found.append(_result("multiple-choice", source, "accuracy", name, value))
-        for form in ("chat", "plain"):
+        for form, value in ({} if accuracy is None else accuracy.measured).items():
+            name = f"accuracy, {form} form ({meaning})"
+            found.append(_result("multiple-choice", source, "accuracy", name, value, forms))
+        for form in forms:
             answers = answers_of(engine, kind, form)
             known = None if answers is None else answers.known
             if known is not None and known.accuracy is not None:
                 name = f"accuracy on known questions, {form} form ({meaning})"
-                found.append(_result("multiple-choice", source, "accuracy", name, known.accuracy))
+                value = known.accuracy
+                found.append(_result("multiple-choice", source, "accuracy", name, value, forms))
     if engine.loss_added is not None and math.isfinite(engine.loss_added):
         name, value = "loss added (nats/token)", engine.loss_added
         found.append(_result("text-generation", verify.text, "loss_added", name, value))
@@ -214,7 +231,10 @@ def _result(
     metric: str,
     metric_name: str,
     value: float,
+    forms: Sequence[PromptForm] = (),
 ) -> EvalResult:
+    """One figure; the hub's index has one source for all figures of a data set."""
+    asked = ", ".join(f"{form} form of {FORMS[form].source}" for form in forms)
     hub = source.dataset is not None
     name = one_line(source.dataset or source.path or "")
     return EvalResult(
@@ -226,7 +246,7 @@ def _result(
         metric_type=metric,
         metric_name=metric_name,
         metric_value=value,
-        source_name=QUESTIONS_FROM if metric == "accuracy" else "Farrell et al.",
+        source_name=asked or "Farrell et al.",
         source_url=PROTOCOL,
     )
 

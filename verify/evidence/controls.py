@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bake.questions.answers import Answers
 from bake.questions.loss import LossSum
 from bake.questions.prompts import TEXT, Batch, question_prompts
-from bake.recipe import Clamp
+from bake.recipe import Clamp, PromptForm
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.choices import accuracy
 from verify.journal import Journal, Progress
@@ -51,7 +51,7 @@ def measure_controls(
     model: Any,
     sites: Sequence[Site],
     material: Material,
-    form: str,
+    form: PromptForm,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Control, ...]:
@@ -61,15 +61,16 @@ def measure_controls(
         model: the stock base.
         sites: the recipe's clamps.
         material: what to show.
-        form: chat | plain.
+        form: of the questions.
         journal: of a run that was interrupted, or empty.
         progress: told how far it is.
     """
     texts = [window for window in material.windows if window.form == TEXT]
     prompts = list(texts)
     for source, questions in material.questions.items():
-        asked = question_prompts(source, questions, material.tokenizer, compared=False)
-        prompts += [prompt for prompt in asked if prompt.form == form]
+        prompts += question_prompts(
+            source, questions, material.tokenizer, compared=False, forms=[form]
+        )
     runners: list[Runner] = [HookedRunner("base", model)]
     runners += [HookedRunner(name, model, oracle) for name, oracle in control_oracles(model, sites)]
     found = []
@@ -98,7 +99,8 @@ def measure_controls(
 
 def _see(runner: Runner, batch: Batch, answers: Answers) -> dict[str, Any]:
     seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
-    return {"answers": answers.found(batch, seen.logits), "losses": seen.losses.tolist()}
+    losses = [] if batch.of_choices else seen.losses.tolist()
+    return {"answers": answers.found(batch, seen.logits, seen.losses), "losses": losses}
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:

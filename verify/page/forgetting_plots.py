@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from bake.questions.forms import FORMS, known_in
 from verify.page.plots import CHANCE, SHARE_TICKS, Mark, Plot, Row
 from verify.report.findings import EngineReport, VerifyReport
 from verify.report.measures import Share
@@ -12,6 +13,7 @@ from verify.report.wording import (
     SOURCES,
     accuracy_text,
     answers_of,
+    known_how,
     letters_text,
     measured_attacks,
     measured_engine,
@@ -71,8 +73,8 @@ def known_plots(report: VerifyReport) -> tuple[Plot, ...]:
         rows = tuple(_row(title_of(e), share, _tone(e)) for e, share in found if share.n)
         if rows:
             note = (
-                f"Of the {found[0][1].n} questions that the base answers right in all 24 orders "
-                f"of their choices, those answered right as they stand, {form} form."
+                f"Of the {found[0][1].n} questions that the base answers right "
+                f"{known_how(known_in(form))}, those answered right as they stand, {form} form."
             )
             plots.append(Plot(f"{title.capitalize()}, known", note, rows, SHARE_TICKS, line=CHANCE))
     return tuple(plots)
@@ -112,7 +114,7 @@ def subject_plots(report: VerifyReport) -> tuple[Plot, ...]:
 
 
 def order_plots(report: VerifyReport) -> tuple[Plot, ...]:
-    """Known questions under the 24 orders of their choices."""
+    """Known questions under the 24 orders of their choices, or asked once."""
     plots = []
     for known in report.known:
         base = Share(known.known, known.asked)
@@ -121,21 +123,23 @@ def order_plots(report: VerifyReport) -> tuple[Plot, ...]:
             ("base", base, "before"),
             (engine, known.still_known, "after"),
         )
+        in_orders = FORMS[known.form].letters
+        beside = ", every order" if in_orders else ""
         rows = [
-            _row(f"{name}, every order", share, tone, f", {share.right:,} of {share.n:,}")
+            _row(f"{name}{beside}", share, tone, f", {share.right:,} of {share.n:,}")
             for name, share, tone in every
             if share.n
         ]
-        if known.orders.accuracy is not None:
+        if in_orders and known.orders.accuracy is not None:
             # Orders of one question are no independent answers: an interval would be too narrow.
             text = f"{known.orders.accuracy:.3f}, {known.orders.right:,} of {known.orders.n:,}"
             rows.append(Row(f"{engine}, single orders", text, known.orders.accuracy, "after"))
         note = (
-            f"The base was asked {known.asked} questions under all 24 orders of their choices and "
-            f"knows {known.known}: those it answers right in every order. {engine} was asked those."
-            " Intervals are Wilson's; single orders of one question are not independent, so they "
-            "have none."
+            f"The base was asked {known.asked} questions and knows {known.known}: those it answers "
+            f"right {known_how(known.form)}. {engine} was asked those. Intervals are Wilson's."
         )
+        if in_orders:
+            note += " Single orders of one question are not independent, so they have none."
         title = SOURCES.get(known.source, known.source).capitalize()
         plots.append(Plot(title, note, tuple(rows), SHARE_TICKS, wide=True))
     return tuple(plots)

@@ -10,11 +10,13 @@ from verify.report.wording import (
     accuracy_text,
     answers_of,
     change_text,
+    known_text,
     loss_text,
     measured_engine,
     nats,
     one_letter_lines,
     rounding_lines,
+    text_shares_text,
     title_of,
 )
 
@@ -37,12 +39,7 @@ def rounding_said(report: VerifyReport) -> Iterator[str]:
 def known_said(report: VerifyReport) -> Iterator[str]:
     """What became of the questions that the base knows."""
     for known in report.known:
-        yield _line(
-            "known",
-            f"{known.source}: base {known.known} of {known.asked} in all 24 orders; "
-            f"{title_of(known.engine)} {known.still_known.right} of those, "
-            f"{accuracy_text(known.orders)} of their single orders",
-        )
+        yield _line("known", f"{known.source}: {known_text(known)}")
 
 
 def changes_said(report: VerifyReport) -> Iterator[str]:
@@ -57,6 +54,10 @@ def changes_said(report: VerifyReport) -> Iterator[str]:
     ]
     if changes:
         yield _line("changed", f"{title_of(engine)}: {'; '.join(changes)}")
+    for of in engine.answers:
+        if of.by_text is not None:
+            said = f"{of.source} {text_shares_text(of.by_text)}"
+            yield _line(of.form, f"{title_of(engine)}: {said}")
     scores = [
         f"{name} {value:.3f}"
         for name, value in (
