@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from bake.questions.answers import LetterTokens, letter_tokens
+from bake.questions.forms import forms_beside
 from bake.questions.multiple_choice import Question, load_questions, load_texts
 from bake.questions.prompts import Batch, Prompt, batches, question_prompts, text_prompts
-from bake.recipe import Recipe
+from bake.recipe import PromptForm, Recipe
 
 T = TypeVar("T")
 FEWEST = 8
@@ -27,6 +28,8 @@ class Material:
     letters: LetterTokens
     tokenizer: Any
     """The base model's."""
+    form: PromptForm = "chat"
+    """The prompt form that leads."""
     one_in: int = 1
     """Of everything that the recipe names, one in so many is shown."""
 
@@ -48,12 +51,13 @@ class Material:
         """What every engine is shown.
 
         Args:
-            shown: `texts`, `questions` (each in both forms), or both.
+            shown: `texts`, `questions` (each in every form that is measured), or both.
             compared: whether logits are needed at every token of some questions.
         """
         prompts = list(self.windows) if "texts" in shown else []
-        for source, questions in self.questions.items() if "questions" in shown else ():
-            prompts += question_prompts(source, questions, self.tokenizer, compared=compared)
+        forms = forms_beside(self.form)
+        for source, of in self.questions.items() if "questions" in shown else ():
+            prompts += question_prompts(source, of, self.tokenizer, compared=compared, forms=forms)
         return prompts
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[Batch]:
@@ -83,4 +87,5 @@ def load_material(recipe: Recipe, tokenizer: Any) -> Material:
     for name, source in recipe.verify.texts.items():
         more = text_prompts(load_texts(source, recipe), tokenizer)
         windows += [replace(window, form=name) for window in more]
-    return Material(questions, windows, letter_tokens(tokenizer), tokenizer)
+    letters = letter_tokens(tokenizer)
+    return Material(questions, windows, letters, tokenizer, recipe.verify.prompt)

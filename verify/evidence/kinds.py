@@ -74,8 +74,9 @@ KINDS: dict[str, Kind] = {
         lines=lines.rounding_said,
     ),
     "choices": Kind(
-        "accuracy by set, prompt form and subject, McNemar's test against the base, alignment, "
-        "how often each letter was said",
+        'accuracy by set, prompt form (`prompt = "chat"`, `"plain"` or, for small models, '
+        '`"cloze"`) and subject, McNemar\'s test against the base, alignment, how often each '
+        "letter was said",
         choices.gather,
         frozenset({"questions"}),
         with_base=True,
@@ -91,8 +92,8 @@ KINDS: dict[str, Kind] = {
         lines=lines.loss_said,
     ),
     "known": Kind(
-        "the questions that the base answers right in all 24 orders of their choices, and what "
-        "became of them; the unlearning score",
+        "the questions that the base answers right in all 24 orders of their choices (cloze: "
+        "once), and what became of them; the unlearning score",
         known.gather,
         passes=lambda of: 24 * of.questions,
         lines=lines.known_said,
