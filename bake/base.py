@@ -10,10 +10,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from bake.errors import ModelError
+from bake.errors import ModelError, shown
 from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.recipe import Recipe
 
+_ADAPTER = "adapter_config.json"
+_FLOATS = ("F64", "F32", "BF16", "F16")
+"""What safetensors calls the dtypes that a base's weights may be stored in."""
+_QUANTIZERS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+"""Files in which GPTQ and AWQ tools of their own say what config.json says today."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -72,14 +77,20 @@ def find_base(recipe: Recipe) -> BaseModel:
 
 def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
     """Check a model folder and read its config and tensor names; no tensor is read."""
+    check_plain(folder, name)
     config = _read_json(folder / "config.json", name)
     family = _family_of(config, name)
     weight_map = _weight_map(folder, name)
-    shapes = {
-        key: shape
+    stored = {
+        key: (shape, dtype)
         for shard in set(weight_map.values())
-        for key, shape in _shapes(folder, shard, name)
+        for key, shape, dtype in _headers(folder, shard, name)
     }
+    shapes = {key: shape for key, (shape, _) in stored.items()}
+    for key, (_, dtype) in sorted(stored.items()):
+        part = re.fullmatch(r"(?:.*\.)?layers\.\d+\.mlp\.gate_proj\.(.+)", key)
+        if (part and part[1] != "weight") or (dtype not in _FLOATS and key.endswith(".weight")):
+            raise _quantised(name, f"{key} as {dtype}")
     for key, shard in weight_map.items():
         if key not in shapes:
             raise ModelError(f"base model {name}: {key} is not in {shard}, where {INDEX} places it")
@@ -103,6 +114,39 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         d_in=shapes[found[0][0]][1],
         n_layers=len(layers),
         layer_prefix=found[0][1],
+    )
+
+
+def check_plain(folder: Path, name: str) -> None:
+    """Refuse a model folder whose weights are not all of what transformers would run.
+
+    Raises:
+        ModelError: an adapter lies beside the weights, or they are quantised.
+    """
+    if (folder / _ADAPTER).is_file():
+        raise ModelError(
+            f"base model {name}: holds {_ADAPTER}, an adapter that transformers applies on "
+            "loading; expected weights alone. Merge it first (peft: "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(out)), or "
+            "move it elsewhere"
+        )
+    config = _read_json(folder / "config.json", name)
+    for of in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(of, dict) and of.get(key) is not None:
+                stated = of[key]
+                method = stated.get("quant_method") if isinstance(stated, dict) else stated
+                raise _quantised(name, f"{key} with quant_method {shown(method)}")
+    for file in _QUANTIZERS:
+        if (folder / file).is_file():
+            raise _quantised(name, file)
+
+
+def _quantised(name: str, got: str) -> ModelError:
+    return ModelError(
+        f"base model {name}: is quantised ({got}); expected no quantization_config, and weights "
+        "in float32, bfloat16 or float16. Take the model that it was made from, or load it with "
+        "transformers, `model.dequantize()`, and save_pretrained it"
     )
 
 
@@ -161,7 +205,7 @@ def _family_of(config: dict[str, Any], name: str) -> Family:
 def _weight_map(folder: Path, name: str) -> dict[str, str]:
     """Tensor name → file, from the index or the one weight file (transformers' own order)."""
     if (folder / WEIGHTS).is_file():
-        return {key: WEIGHTS for key, _ in _shapes(folder, WEIGHTS, name)}
+        return {key: WEIGHTS for key, *_ in _headers(folder, WEIGHTS, name)}
     if not (folder / INDEX).is_file():
         raise ModelError(
             f"base model {name}: no {WEIGHTS} and no {INDEX}; expected safetensors weights. "
@@ -178,11 +222,12 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
     return {str(key): str(shard) for key, shard in weight_map.items()}
 
 
-def _shapes(folder: Path, shard: str, name: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a shard's tensors; opening it checks offsets against its length."""
+def _headers(folder: Path, shard: str, name: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """Names, shapes and dtypes of a shard's tensors; opening it checks offsets and length."""
     try:
         with safe_open(folder / shard, framework="np") as file:
-            return [(key, tuple(file.get_slice(key).get_shape())) for key in file.keys()]  # noqa: SIM118
+            pieces = [(key, file.get_slice(key)) for key in file.keys()]  # noqa: SIM118
+            return [(key, tuple(of.get_shape()), of.get_dtype()) for key, of in pieces]
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"base model {name}: shard {shard} is damaged ({error}); download it again"

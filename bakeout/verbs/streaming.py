@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError
 
+from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
 from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
@@ -238,6 +239,8 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
             f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices here; pass --device cpu, or install torch for CUDA"
         )
+    if Path(name).is_dir():
+        check_plain(Path(name), name)
     try:
         with _quiet():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
