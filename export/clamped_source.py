@@ -17,6 +17,9 @@ from export.carriers.checkpoint import GUARD
 from export.clamped import AGAIN, CLAMP_TENSORS, Clamped, open_clamped
 from export.manifest import Manifest
 
+_AS_RUN = ("head_dim", "layer_types", "num_key_value_heads", "rms_norm_eps")
+"""Fields, besides the activation's, that transformers fills or reads otherwise than they stand."""
+
 
 @dataclass(frozen=True)
 class ClampSite:
@@ -47,7 +50,8 @@ class ClampedSource:
     model_type: str
     """The base's: gemma, gemma2, gemma3_text or gemma3."""
     config: dict[str, Any] = field(repr=False)
-    """The base's config.json: no clamp, no guard before the activation."""
+    """The base's config.json: no clamp, no guard before the activation, and what transformers
+    makes of it in the fields of `_AS_RUN`."""
     manifest: Manifest = field(repr=False)
     tensors: dict[str, StoredTensor] = field(repr=False)
     """The base's tensors by name."""
@@ -97,7 +101,7 @@ def open_source(folder: Path) -> ClampedSource:
     return ClampedSource(
         folder=folder,
         model_type=model_type,
-        config=_stock_config(config, model_type),
+        config=_stock_config(config, clamped.config, model_type),
         manifest=clamped.manifest,
         tensors={n: t for n, t in clamped.tensors.items() if ".sae_clamp." not in n},
         sites=tuple(sorted(sites, key=lambda site: site.layer)),
@@ -117,12 +121,18 @@ def _read_site(clamped: Clamped, site: dict[str, Any]) -> ClampSite:
     return ClampSite(layer, bool(site["exempt_bos"]), **arrays)
 
 
-def _stock_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The base's config: stock names, and the guard taken off the activation."""
+def _stock_config(config: dict[str, Any], loaded: Any, model_type: str) -> dict[str, Any]:
+    """The base's config: stock names, the guard taken off the activation, and what transformers
+    runs where the JSON leaves it open or says it in an older release's way.
+    """
     config = {key: config[key] for key in config if key not in ("auto_map", "sae_clamp")}
     config |= {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture]}
     text = config.get("text_config", config)
     for name in ("hidden_activation", "hidden_act"):
         if isinstance(text.get(name), str):
             text[name] = text[name].removeprefix(GUARD)
+    for name in (FAMILIES[model_type].activation_field, *_AS_RUN):
+        runs = getattr(loaded.get_text_config(), name, None)
+        if runs is not None:
+            text[name] = runs
     return config

@@ -222,6 +222,7 @@ def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
             architecture=clamp.sae.architecture,
             sha256=clamp.sae.sha256,
         ),
+        hook_point_from=clamp.hook_point_from,
     )
 
 
@@ -244,9 +245,9 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     if "text_config" in config:
         text = config["text_config"] = dict(config["text_config"])
         text["model_type"] = f"{family.model_type}_text"
-    default = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
+    runs = text.get(family.activation_field) or "gelu_pytorch_tanh"  # the other field is not read
     for name in ("hidden_activation", "hidden_act"):
-        text[name] = GUARD + (text.get(name) or default)
+        text[name] = GUARD + (text.get(name) or runs)
     if recipe.base.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = recipe.base.dtype

@@ -235,7 +235,7 @@ def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
     """The base's config.json, wider and deeper, with every size spelled out."""
     config = dict(source.config)
     n = int(config["num_hidden_layers"])
-    types = _layer_types(config, n, source.family)
+    types = list(config.get("layer_types") or ())
     for site in reversed(source.sites) if types else ():
         # Gemma 2 goes on alternating, also for runtimes that count layers instead of reading this.
         after = site.layer + 1
@@ -244,8 +244,6 @@ def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
             if source.family.sliding == "alternating"
             else ["sliding_attention"] * PER_SITE
         )
-    heads = int(config["num_attention_heads"])
-    any_q = next(name for name in source.tensors if name.endswith("q_proj.weight"))
     config.pop("sliding_window_pattern", None)
     config.pop("torch_dtype", None)
     return config | {
@@ -253,19 +251,9 @@ def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
         "intermediate_size": plan.mlp,
         "num_hidden_layers": n + PER_SITE * len(source.sites),
         **({"layer_types": types} if types else {}),
-        "head_dim": source.tensors[any_q].shape[0] // heads,
         "rms_norm_eps": plan.eps,
         "dtype": plan.dtype,
     }
-
-
-def _layer_types(config: dict[str, Any], n: int, family: Family) -> list[str]:
-    if family.sliding == "never":
-        return []
-    if config.get("layer_types"):
-        return list(config["layer_types"])
-    every = 2 if family.sliding == "alternating" else int(config.get("sliding_window_pattern", 6))
-    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)]
 
 
 def _other(kind: str) -> str:
@@ -282,7 +270,7 @@ def _check_family(source: ClampedSource) -> None:
             f"{name}: takes images; only text models are compiled. Use the clamped checkpoint, or "
             "its text model alone"
         )
-    activation = source.config.get(family.activation_field) or ACTIVATION
+    activation = source.config[family.activation_field]
     if activation != ACTIVATION:
         raise ExportError(
             f"{name}: its activation is {activation}; expected {ACTIVATION}, which the two layers "

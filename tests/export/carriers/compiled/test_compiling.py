@@ -20,7 +20,14 @@ from export.carriers.compiled.compiling import plan_compiled, write_compiled
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
-from tests.worlds import RecipeWriter, save_gemma_scope, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import (
+    RecipeWriter,
+    sae_table,
+    save_gemma_scope,
+    save_sae_lens,
+    tiny_base,
+    tiny_sae,
+)
 from verify.compare.logits import kl_nats
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
@@ -52,9 +59,7 @@ def sae_tables(tmp_path: Path, method: str, features: list[int], n: int) -> list
     save_sae_lens(tmp_path / "one", tiny_sae(), layer=1)
     save_gemma_scope(tmp_path / "layer_2", tiny_sae(1))
     names = ["one", "layer_2"][:n]
-    return [
-        {"sae": {"path": name}, "features": features, **METHOD_TABLES[method]} for name in names
-    ]
+    return [{**sae_table(name), "features": features, **METHOD_TABLES[method]} for name in names]
 
 
 @pytest.mark.parametrize("hook_points", [1, 2])
@@ -74,6 +79,35 @@ def test_float32(
     assert kl_nats(reference, before).mean() > 0.1 or method == "zero"
     assert kl_nats(reference, found).mean() <= 1e-8
     assert torch.equal(found.argmax(-1), reference.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "runs"),
+    [
+        ("gemma", {"hidden_act": "gelu"}, True),  # the official releases' way to say tanh
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}, True),
+        ("gemma", {"hidden_act": None, "hidden_activation": "relu"}, True),
+        ("gemma", {"hidden_act": "relu", "hidden_activation": "gelu_pytorch_tanh"}, False),
+        ("gemma2", {"hidden_act": "gelu"}, True),
+        ("gemma2", {"hidden_activation": "gelu"}, False),
+        ("gemma3_text", {"hidden_act": "gelu", "layer_types": None}, True),
+        ("gemma2", {"layer_types": None, "head_dim": 8}, True),
+    ],
+)
+def test_what_transformers_makes_of_the_config_decides(
+    tmp_path: Path, write_recipe: RecipeWriter, family: str, config: dict[str, Any], runs: bool
+) -> None:
+    path = tiny_base(tmp_path / "base", family) / "config.json"
+    said = json.loads(path.read_text()) | config
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    tables = sae_tables(tmp_path, "clamp", METHOD_FEATURES, 1)
+    if not runs:
+        with pytest.raises(ExportError, match=r"its activation is (relu|gelu); expected gelu_py"):
+            compile_recipe(write_recipe(*tables), tmp_path)
+        return
+    before, reference, found, _ = compare(tmp_path, write_recipe, tables)
+    assert kl_nats(reference, before).mean() > 0.1
+    assert kl_nats(reference, found).mean() <= 1e-8
 
 
 @pytest.mark.parametrize("k", [1, 3, 17, 40])
