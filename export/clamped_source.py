@@ -17,7 +17,9 @@ from export.carriers.checkpoint import GUARD
 from export.clamped import AGAIN, CLAMP_TENSORS, Clamped, open_clamped
 from export.manifest import Manifest
 
-_AS_RUN = ("head_dim", "layer_types", "num_key_value_heads", "rms_norm_eps")
+_AS_RUN = (
+    *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps"),
+)
 """Fields, besides the activation's, that transformers fills or reads otherwise than they stand."""
 
 

@@ -254,7 +254,10 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     return config | {
         "model_type": family.model_type,
         "architectures": [family.clamped],
-        "auto_map": {"AutoConfig": f"{module}.{family.config}"}
+        "auto_map": {
+            "AutoConfig": f"{module}.{family.config}",
+            "AutoModel": f"{module}.{family.clamped_model}",
+        }
         | dict.fromkeys(family.auto_classes, f"{module}.{family.clamped}"),
         "sae_clamp": clamp_section(clamps, base.bos_token_id),
     }

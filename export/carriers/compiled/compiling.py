@@ -45,15 +45,14 @@ from export.carriers.compiled.stock_layers import (
     logic_of,
 )
 from export.carriers.compiled.trial import Distance, measure, measure_distance, random_tokens
-from export.carriers.compiled.widening import Widening, plan_widening
+from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
 from export.clamped_source import ClampedSource, ClampSite, open_source
 from export.copying import copy_hashed, hash_new
 from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text
 from export.witness_file import WITNESSES
 
 ACTIVATION = "gelu_pytorch_tanh"
-PER_SITE = 2
-"""Decoder layers that a clamp becomes."""
+ACTIVATION_FIELDS = ("hidden_activation", "hidden_act")
 
 
 @dataclass(frozen=True)
@@ -251,6 +250,8 @@ def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
         "intermediate_size": plan.mlp,
         "num_hidden_layers": n + PER_SITE * len(source.sites),
         **({"layer_types": types} if types else {}),
+        **dict.fromkeys(ACTIVATION_FIELDS, ACTIVATION),  # as runtimes ask for it that check both
+        **({} if plan.query_scalar is None else {"query_pre_attn_scalar": plan.query_scalar}),
         "rms_norm_eps": plan.eps,
         "dtype": plan.dtype,
     }

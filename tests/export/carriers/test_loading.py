@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import tomli_w
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from bake.recipe import Recipe
 from bakeout.terminal import show_folder
@@ -102,6 +105,64 @@ def test_a_shipped_snippet_runs_without_a_question(
 def test_every_family_loads_without_a_question(world: Path, tmp_path: Path) -> None:
     code = "".join(loading_code(family, own_code=True) for family in FAMILIES)
     assert "[y/N]" not in paste(code, world, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_model_gives_the_clamped_hidden_states(world: Path, family: str) -> None:
+    auto = transformers.AutoModel.from_pretrained(world / family, trust_remote_code=True)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        world / family, trust_remote_code=True
+    )
+    base = transformers.AutoModel.from_pretrained(world / f"{family}-base")
+    ids = torch.arange(6, 30).view(2, 12)
+    found = auto(input_ids=ids).last_hidden_state
+    expected = whole(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, base(input_ids=ids).last_hidden_state)
+    names = [name for name, _ in auto.named_buffers() if ".sae_clamp." in name]
+    assert len(names) == 8
+    with pytest.raises(ValueError, match="is missing from the checkpoint"):
+        broken = world / f"{family}-broken"
+        shutil.copytree(world / family, broken)
+        index = broken / "model.safetensors.index.json"
+        data = json.loads(index.read_text())
+        gone = next(name for name in data["weight_map"] if name.endswith("sae_clamp.W_enc"))
+        tensors = load_file(broken / data["weight_map"][gone])
+        del data["weight_map"][gone], tensors[gone]
+        save_file(tensors, broken / "model-sae-clamp.safetensors", metadata={"format": "pt"})
+        index.write_text(json.dumps(data))
+        transformers.AutoModel.from_pretrained(broken, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "exempt"),
+    [
+        ("prompt", [True, False, False, False, False, False]),  # of 3 virtual tokens the first
+        ("prefix", [True, False, False]),
+        ("lora", [True, False, False]),
+    ],
+)
+def test_soft_prompts_exempt_what_stands_first_and_ids_exempt_bos(
+    world: Path, tuning: str, exempt: list[bool]
+) -> None:
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        world / "gemma2", trust_remote_code=True
+    )
+    configs = {
+        "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
+    }
+    seen: list[torch.Tensor] = []
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["sae_exempt"]), with_kwargs=True
+    )
+    tuned = peft.get_peft_model(model, configs[tuning]())
+    tuned(input_ids=torch.tensor([[2, 9, 10]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+    assert seen[-1].tolist() == [exempt]
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])

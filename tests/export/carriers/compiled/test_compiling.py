@@ -26,6 +26,7 @@ from tests.worlds import (
     save_gemma_scope,
     save_sae_lens,
     tiny_base,
+    tiny_config,
     tiny_sae,
 )
 from verify.compare.logits import kl_nats
@@ -108,6 +109,52 @@ def test_what_transformers_makes_of_the_config_decides(
     before, reference, found, _ = compare(tmp_path, write_recipe, tables)
     assert kl_nats(reference, before).mean() > 0.1
     assert kl_nats(reference, found).mean() <= 1e-8
+
+
+def guessed_by_counting(config: Any) -> int:
+    """The number whose root divides attention scores in llama.cpp, which knows sizes by layers."""
+    largest = {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+    if config.num_hidden_layers == largest:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
+
+
+@pytest.mark.parametrize(
+    ("family", "n_layers", "n_clamps", "scalar"),
+    [
+        ("gemma2", 4, 1, 11),  # as a 27B with another count
+        ("gemma2", 46, 1, 10),  # the 27B itself, which leaves its count
+        ("gemma2", 44, 1, 8),  # a smaller one that arrives at it
+        ("gemma2", 42, 2, 8),  # a 9B with two clamps
+        ("gemma3_text", 4, 1, 11),
+        ("gemma3_text", 60, 1, 8),
+        ("gemma3_text", 62, 1, 10),
+        ("gemma2", 4, 1, 8),  # nothing to do
+    ],
+)
+def test_who_guesses_the_scale_of_attention_by_counting_layers_guesses_right(
+    tmp_path: Path,
+    write_recipe: RecipeWriter,
+    family: str,
+    n_layers: int,
+    n_clamps: int,
+    scalar: int,
+) -> None:
+    data = tiny_config(family).to_dict() | {
+        "num_hidden_layers": n_layers,
+        "query_pre_attn_scalar": scalar,
+        "layer_types": None,
+    }
+    torch.manual_seed(0)
+    config = tf.AutoConfig.for_model(**data)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tables = sae_tables(tmp_path, "clamp", METHOD_FEATURES, n_clamps)
+    before, reference, found, fired = compare(tmp_path, write_recipe, tables)
+    assert fired.any() and kl_nats(reference, before).mean() > 0.1
+    assert kl_nats(reference, found).mean() <= 1e-7
+    compiled = tf.AutoConfig.from_pretrained(tmp_path / "compiled")
+    assert compiled.query_pre_attn_scalar == guessed_by_counting(compiled)
+    assert (scalar == compiled.query_pre_attn_scalar) == (n_layers == 4 and scalar == 8)
 
 
 @pytest.mark.parametrize("k", [1, 3, 17, 40])
