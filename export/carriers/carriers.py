@@ -114,8 +114,8 @@ session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 ```
 
 The graph uses the safetensors in place and holds the clamp as the operator `ai.bakeout::SAEClamp`
-with its body. `onnx/` holds copies with rounded weights. ONNX data may not be links, so download
-into a plain folder (`hf download REPO --local-dir FOLDER`).
+with its body. `onnx/` holds copies with rounded weights. The hub's cache will do as it is; other
+links to data are refused.
 {% else %}
 onnxruntime-genai runs the folder as it is, ONNX Runtime the graph in `onnx/`:
 

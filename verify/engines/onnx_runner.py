@@ -12,7 +12,7 @@ import numpy as np
 from bake.errors import BakeoutError, FolderError
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
 from verify.clamped_folder import clamped_layers, read_config
-from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph
+from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
 from verify.engines.runners import DecodingRunner, Reading, check_padding
 from verify.engines.sampling import Chooser, check_prompts
@@ -62,9 +62,9 @@ def open_session(
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
-    )
+    model, folder = unlinked(model, path)
+    key = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(key, str(folder))
     if threads is not None:
         options.intra_op_num_threads = threads
     wanted = (provider, {"device_id": index}) if index and kind != "cpu" else provider
