@@ -3,8 +3,7 @@
 `bake.Recipe`, `bake.bake(recipe, out)`, `bake.METHODS`, `bake.FAMILIES`, `bake.BakeoutError`.
 """
 
-from importlib import import_module
-from typing import Any
+from bake.public import public
 
 _HOMES = {
     "bake": "bakeout.api",
@@ -13,15 +12,4 @@ _HOMES = {
     "FAMILIES": "bake.families",
     "BakeoutError": "bake.errors",
 }
-__all__ = list(_HOMES)
-
-
-def __dir__() -> list[str]:
-    return __all__
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: importing the package costs nothing."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__all__, __dir__, __getattr__ = public(__name__, _HOMES)

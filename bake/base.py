@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from bake.errors import ModelError, shown
 from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.recipe import Recipe
+from bake.tensors import indexed_tensors, stored_tensors
 
 _ADAPTER = "adapter_config.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -80,22 +81,19 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
     check_plain(folder, name)
     config = _read_json(folder / "config.json", name)
     family = _family_of(config, name)
-    weight_map = _weight_map(folder, name)
-    stored = {
-        key: (shape, dtype)
-        for shard in set(weight_map.values())
-        for key, shape, dtype in _headers(folder, shard, name)
-    }
-    shapes = {key: shape for key, (shape, _) in stored.items()}
-    for key, (_, dtype) in sorted(stored.items()):
+    try:
+        tensors = indexed_tensors(folder, _weight_map(folder, name))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {name}: its weights cannot be read ({error}); download it again"
+        ) from error
+    for key, tensor in sorted(tensors.items()):
         part = re.fullmatch(r"(?:.*\.)?layers\.\d+\.mlp\.gate_proj\.(.+)", key)
-        if (part and part[1] != "weight") or (dtype not in _FLOATS and key.endswith(".weight")):
-            raise _quantised(name, f"{key} as {dtype}")
-    for key, shard in weight_map.items():
-        if key not in shapes:
-            raise ModelError(f"base model {name}: {key} is not in {shard}, where {INDEX} places it")
+        other = tensor.dtype not in _FLOATS and key.endswith(".weight")
+        if other or (part and part[1] != "weight"):
+            raise _quantised(name, f"{key} as {tensor.dtype}")
     layer = re.compile(r"((?:.*\.)?layers\.)(\d+)\.mlp\.gate_proj\.weight")
-    found = [match for key in shapes if (match := layer.fullmatch(key))]
+    found = [match for key in tensors if (match := layer.fullmatch(key))]
     if not found:
         raise ModelError(
             f"base model {name}: no decoder layers among its tensors; "
@@ -103,15 +101,30 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         )
     layers = sorted(int(match[2]) for match in found)
     if layers != list(range(len(layers))):
-        raise ModelError(f"base model {name}: decoder layers {layers} are not consecutive from 0")
+        raise ModelError(
+            f"base model {name}: decoder layers {layers} are not consecutive from 0; expected all "
+            "of them. Download it again"
+        )
+    rows, d_in = tensors[found[0][0]].shape
+    sizes = {"hidden_size": d_in, "intermediate_size": rows, "num_hidden_layers": len(layers)}
+    queries = tensors.get(found[0][0].replace("mlp.gate_proj", "self_attn.q_proj"))
+    text = config.get("text_config") or config
+    if queries is not None and isinstance(text.get("num_attention_heads"), int):
+        sizes["head_dim"] = queries.shape[0] // text["num_attention_heads"]
+    for key, size in sizes.items():
+        if text.get(key, size) != size:
+            raise ModelError(
+                f"base model {name}: {key} is {shown(text[key])} in config.json; expected {size}, "
+                "as its tensors have it. Download it again"
+            )
     return BaseModel(
         folder=folder,
         name=name,
         revision=revision,
         family=family,
         config=config,
-        weight_map=weight_map,
-        d_in=shapes[found[0][0]][1],
+        weight_map={key: tensor.file.name for key, tensor in tensors.items()},
+        d_in=d_in,
         n_layers=len(layers),
         layer_prefix=found[0][1],
     )
@@ -178,9 +191,14 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
             "transformers writes it"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"base model {name}: {path.name} cannot be read ({error})") from error
+        raise ModelError(
+            f"base model {name}: {path.name} cannot be read ({error}); expected a JSON object. "
+            "Download it again"
+        ) from error
     if not isinstance(data, dict):
-        raise ModelError(f"base model {name}: {path.name} holds no JSON object")
+        raise ModelError(
+            f"base model {name}: {path.name} holds no JSON object; expected one. Download it again"
+        )
     return data
 
 
@@ -202,33 +220,13 @@ def _family_of(config: dict[str, Any], name: str) -> Family:
     return family
 
 
-def _weight_map(folder: Path, name: str) -> dict[str, str]:
-    """Tensor name → file, from the index or the one weight file (transformers' own order)."""
+def _weight_map(folder: Path, name: str) -> Any:
+    """Tensor name → file, from the one weight file or the index (transformers' own order)."""
     if (folder / WEIGHTS).is_file():
-        return {key: WEIGHTS for key, *_ in _headers(folder, WEIGHTS, name)}
+        return dict.fromkeys(stored_tensors(folder / WEIGHTS), WEIGHTS)
     if not (folder / INDEX).is_file():
         raise ModelError(
             f"base model {name}: no {WEIGHTS} and no {INDEX}; expected safetensors weights. "
             "Load it with transformers and save_pretrained it"
         )
-    weight_map = _read_json(folder / INDEX, name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"base model {name}: {INDEX} holds no weight_map")
-    for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(shard).name != shard:
-            raise ModelError(f"base model {name}: {INDEX} points outside the folder ({shard})")
-        if not (folder / shard).is_file():
-            raise ModelError(f"base model {name}: shard {shard} is missing; download it again")
-    return {str(key): str(shard) for key, shard in weight_map.items()}
-
-
-def _headers(folder: Path, shard: str, name: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """Names, shapes and dtypes of a shard's tensors; opening it checks offsets and length."""
-    try:
-        with safe_open(folder / shard, framework="np") as file:
-            pieces = [(key, file.get_slice(key)) for key in file.keys()]  # noqa: SIM118
-            return [(key, tuple(of.get_shape()), of.get_dtype()) for key, of in pieces]
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"base model {name}: shard {shard} is damaged ({error}); download it again"
-        ) from error
+    return _read_json(folder / INDEX, name).get("weight_map")

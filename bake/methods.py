@@ -60,6 +60,14 @@ def own_fields() -> set[str]:
 # --------------------------------------------------------------------------- the rows
 
 
+def own_gated(features: Sequence[int], *, value: float, scale: float) -> Rows:
+    """Each active feature becomes value + scale·a. Source: Farrell et al., arXiv 2410.19278."""
+    k = len(features)
+    return Rows(
+        tuple(features), np.eye(k, dtype=np.bool_), np.full(k, value, "f4"), np.full(k, scale, "f4")
+    )
+
+
 def _clamp(clamp: Clamp, _: int) -> Rows:
     assert clamp.value is not None
     return own_gated(_features(clamp), value=clamp.value, scale=0.0)
@@ -74,68 +82,43 @@ def _scale(clamp: Clamp, _: int) -> Rows:
     return own_gated(_features(clamp), value=0.0, scale=1.0 - clamp.multiplier)
 
 
-def _random_decoder(clamp: Clamp, d_sae: int) -> Rows:
-    assert clamp.value is not None
-    return random_decoder(_features(clamp), value=clamp.value, d_sae=d_sae)
-
-
 def _refusal(clamp: Clamp, _: int) -> Rows:
+    """While any harmful feature is active, the refusal feature becomes value.
+
+    The harmful features stay, unless `also_clamp` says that an active one becomes `clamp_value`.
+    Source: Shportko et al., arXiv 2503.11127.
+    """
     assert clamp.value is not None and clamp.refusal_feature is not None
-    own = clamp.value if clamp.clamp_value is None else clamp.clamp_value
-    return refusal(
-        _features(clamp),
-        clamp.refusal_feature,
-        value=clamp.value,
-        clamp_value=own if clamp.also_clamp else None,
-    )
+    features = _features(clamp)
+    k = len(features) + 1
+    route, values = np.zeros((k, k), np.bool_), np.zeros(k, "f4")
+    route[-1, :-1] = True
+    values[-1] = clamp.value
+    if clamp.also_clamp:
+        route[:-1, :-1] = np.eye(k - 1, dtype=np.bool_)
+        values[:-1] = clamp.value if clamp.clamp_value is None else clamp.clamp_value
+    return Rows((*features, clamp.refusal_feature), route, values, np.zeros(k, "f4"))
+
+
+def _random_decoder(clamp: Clamp, d_sae: int) -> Rows:
+    """Control: where feature f is active, feature (f + 1) mod d_sae becomes value; f itself stays.
+
+    Source: Farrell et al., arXiv 2410.19278.
+    """
+    assert clamp.value is not None
+    target = {f: (f + 1) % d_sae for f in _features(clamp)}
+    read = list(dict.fromkeys([*target, *target.values()]))
+    k = len(read)
+    route, values = np.zeros((k, k), np.bool_), np.zeros(k, "f4")
+    for f, t in target.items():
+        route[read.index(t), read.index(f)] = True
+        values[read.index(t)] = clamp.value
+    return Rows(tuple(read), route, values, np.zeros(k, "f4"))
 
 
 def _features(clamp: Clamp) -> list[int]:
     assert isinstance(clamp.features, list)
     return clamp.features
-
-
-def own_gated(features: Sequence[int], *, value: float, scale: float) -> Rows:
-    """Each active feature becomes value + scale·a. Source: Farrell et al., arXiv 2410.19278."""
-    k = len(features)
-    return Rows(
-        tuple(features), np.eye(k, dtype=np.bool_), np.full(k, value, "f4"), np.full(k, scale, "f4")
-    )
-
-
-def refusal(
-    features: Sequence[int], refusal_feature: int, *, value: float, clamp_value: float | None
-) -> Rows:
-    """While any harmful feature is active, the refusal feature becomes value.
-
-    The harmful features stay, unless `clamp_value` says what an active one becomes.
-    Source: Shportko et al., arXiv 2503.11127.
-    """
-    k = len(features) + 1
-    route = np.zeros((k, k), np.bool_)
-    route[-1, :-1] = True
-    values = np.zeros(k, "f4")
-    values[-1] = value
-    if clamp_value is not None:
-        route[:-1, :-1] = np.eye(k - 1, dtype=np.bool_)
-        values[:-1] = clamp_value
-    return Rows((*features, refusal_feature), route, values, np.zeros(k, "f4"))
-
-
-def random_decoder(features: Sequence[int], *, value: float, d_sae: int) -> Rows:
-    """Control: where feature f is active, feature (f + 1) mod d_sae becomes value; f itself stays.
-
-    Source: Farrell et al., arXiv 2410.19278.
-    """
-    target = {f: (f + 1) % d_sae for f in features}
-    read = list(dict.fromkeys([*features, *target.values()]))
-    k = len(read)
-    route = np.zeros((k, k), np.bool_)
-    values = np.zeros(k, "f4")
-    for f, t in target.items():
-        route[read.index(t), read.index(f)] = True
-        values[read.index(t)] = value
-    return Rows(tuple(read), route, values, np.zeros(k, "f4"))
 
 
 # --------------------------------------------------------------------------- the table

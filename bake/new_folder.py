@@ -47,7 +47,7 @@ def check_output(out: Path, *, inputs: Iterable[Path], size: int, force: bool) -
         if not (out / MANIFEST).is_file():
             raise OutputError(
                 f"output {out}: exists and has no {MANIFEST}, so bakeout did not write it; "
-                "--force replaces only what bakeout wrote"
+                "choose another folder: --force replaces only what bakeout wrote"
             )
     check_space(out, size)
 
@@ -87,9 +87,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             temporary.chmod(0o755)
             yield temporary
             (temporary / _LOCK).unlink()
-            _fsync(temporary)
+            fsync_folder(temporary)
             _take_place(temporary, out)
-        _fsync(out.parent)
+        fsync_folder(out.parent)
     except BakeoutError as error:
         if str(temporary) not in str(error):
             raise
@@ -174,7 +174,8 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.is_dir())
 
 
-def _fsync(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Bring a folder's entries to disk: what was renamed into it is there after a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,11 +22,14 @@ from bake.sources import (
     QuestionSource,
     RowSource,
     SAESource,
+    Source,
+    Table,
     TextSource,
     layer_of,
+    one_line,
+    read_toml,
     rewrite_paths,
 )
-from bake.tables import Table, one_line
 
 
 class Base(Table):
@@ -121,6 +123,12 @@ class Clamp(Table):
         given = {name: getattr(self, name) for name in type(self).model_fields if name in used}
         return {name: value for name, value in given.items() if value is not None}
 
+    def table_for(self, method: str) -> dict[str, Any]:
+        """The table as written, for another method: fields that are others' own left out."""
+        table = self.model_dump(exclude_unset=True, exclude_none=True) | {"method": method}
+        others = own_fields() - set(METHODS[method].fields)
+        return {name: entry for name, entry in table.items() if name not in others}
+
     def with_method(self, method: str, **more: Any) -> Clamp | None:
         """The same SAE, features and trigger with another method, which keeps the parameters that
         it shares with this one. None where it needs one that is not there: a strength is never made
@@ -130,10 +138,7 @@ class Clamp(Table):
             method: of `METHODS`.
             more: fields to set.
         """
-        kept = METHODS[method].fields
-        table = self.model_dump(exclude_unset=True, exclude_none=True)
-        table = {k: v for k, v in table.items() if k not in own_fields() - set(kept)}
-        table |= {"method": method} | more
+        table = self.table_for(method) | more
         if any(table.get(name) is None for name in METHODS[method].needs):
             return None
         return type(self).model_validate(table)
@@ -203,9 +208,9 @@ class Verify(Table):
     """Prompts to go on with; without it no text is compared."""
 
     @property
-    def sources(self) -> list[TextSource | RowSource]:
+    def sources(self) -> list[Source]:
         """Everything that is read."""
-        named: list[TextSource | RowSource] = [self.forget_questions, self.retain_questions]
+        named: list[Source] = [self.forget_questions, self.retain_questions]
         named += [self.text, *self.texts.values(), *self.reworded.values()]
         if (c := self.completions) is not None:
             named += [s for s in (c.prompts, c.generic, c.trivia) if s is not None]
@@ -257,14 +262,7 @@ class Recipe(Table):
                 names the key, what came and what was expected.
         """
         path = Path(path)
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(
-                f"recipe {path}: cannot be read ({error.strerror}); expected a TOML file"
-            ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe {path}: is no TOML: {error}") from error
+        data = read_toml("recipe", path)
         recipe = cls.parse(data, name=str(path), folder=path.resolve().parent)
         recipe._file = path
         return recipe
@@ -286,7 +284,7 @@ class Recipe(Table):
     @property
     def local_sources(self) -> list[Path]:
         """Every local file or folder that the recipe names, and its own file, where they exist."""
-        sources: list[TextSource | RowSource] = []
+        sources: list[Source] = []
         if self.verify is not None:
             sources += self.verify.sources
         if self.select is not None:

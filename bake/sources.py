@@ -1,17 +1,32 @@
-"""Where a recipe's SAEs, texts, questions and prompts come from: tables that name them; and which
-layer a hook point means.
+"""TOML tables as typed models, and those that say where SAEs, texts, questions and prompts come
+from; what is wrong with a table in a single line; which layer a hook point means.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from pydantic import model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from bake.tables import Table
+from bake.errors import RecipeError
+
+
+class Table(BaseModel):
+    """A TOML table: unknown keys are errors, numbers are finite, types are not coerced."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        frozen=True,
+        populate_by_name=True,
+    )
 
 
 class SAESource(Table):
@@ -33,25 +48,34 @@ class SAESource(Table):
         return self
 
 
-class TextSource(Table):
-    """Texts: a local file (`path`), or a hub data set (`dataset`, `split`)."""
+class Source(Table):
+    """A local file (`path`), or a hub data set (`dataset`, `split`)."""
 
     path: str | None = None
-    """A JSONL, Parquet (.parquet) or plain text (.txt, one text a line) file, relative to the
-    recipe file."""
+    """A JSONL or Parquet (.parquet) file, relative to the recipe file."""
     dataset: str | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
     """Configuration of the data set."""
+    split: str
+    """Split of the data set."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("expected either `path` or `dataset`")
+        if self.path is not None and {"config", "split"} & self.model_fields_set:
+            raise ValueError("`config` and `split` go with `dataset`, not with `path`")
+        return self
+
+
+class TextSource(Source):
+    """Texts; a file may also be plain (.txt), one text a line."""
+
     split: str = "train"
     """Split of the data set."""
     field: str = "text"
     """Key of each row that holds the text."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        _check_path_or_dataset(self)
-        return self
 
 
 class Corpus(TextSource):
@@ -61,22 +85,11 @@ class Corpus(TextSource):
     """Put each text (or list of messages) through the tokenizer's chat template first."""
 
 
-class RowSource(Table):
-    """Rows of a local file (`path`), or of a hub data set (`dataset`, `split`)."""
+class RowSource(Source):
+    """Rows with the keys that whoever reads them expects."""
 
-    path: str | None = None
-    """A JSONL or Parquet file, relative to the recipe file."""
-    dataset: str | None = None
-    """Hub id of a data set, or a local folder."""
-    config: str | None = None
-    """Configuration of the data set."""
     split: str = "test"
     """Split of the data set."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        _check_path_or_dataset(self)
-        return self
 
 
 class QuestionSource(RowSource):
@@ -84,13 +97,6 @@ class QuestionSource(RowSource):
 
     topic: str | None = None
     """Named in the prompt where a row has no `subject`."""
-
-
-def _check_path_or_dataset(source: TextSource | RowSource) -> None:
-    if (source.path is None) == (source.dataset is None):
-        raise ValueError("expected either `path` or `dataset`")
-    if source.path is not None and {"config", "split"} & source.model_fields_set:
-        raise ValueError("`config` and `split` go with `dataset`, not with `path`")
 
 
 def rewrite_paths(table: dict[str, Any], folder: Path, rewrite: Callable[[Path], str]) -> None:
@@ -148,3 +154,69 @@ def layer_of(hook_point: str) -> int:
             "expected blocks.L.hook_resid_post, or hook_resid_pre with L of at least 1"
         )
     return layer
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def read_toml(what: str, path: Path) -> dict[str, Any]:
+    """A TOML file's tables; `what` it is leads its errors.
+
+    Raises:
+        RecipeError: it is missing, or is no TOML; one line.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"{what} {path}: cannot be read ({error.strerror}); expected a TOML file"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{what} {path}: is no TOML: {error}; correct it there") from error
+
+
+_EXPECTED = {"model_type": "a table", "dict_type": "a table", "list_type": "a list"}
+"""What pydantic's errors expected, in the words of TOML."""
+
+
+def one_line(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first trouble of a ValidationError as `key: got …, expected …`, and how many more."""
+    errors = [e for e in error.errors() if e["type"] != "literal_error"] or error.errors()
+    # A misspelt key leaves another one missing: the key that is there says more.
+    first, *more = sorted(errors, key=lambda e: e["type"] != "extra_forbidden")
+    key = ""
+    for part in first["loc"]:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else str(part)
+    if first["type"] == "extra_forbidden":
+        known = _all_keys(root) - {str(first["loc"][-1])}  # it may be one of another table
+        close = difflib.get_close_matches(str(first["loc"][-1]), sorted(known), 1)
+        hint = f"; did you mean `{close[0]}`?" if close else "; remove it"
+        text = f"unknown key{hint}"
+    elif first["type"] == "missing":
+        text = "missing; it is required"
+    elif first["type"] == "value_error":
+        text = str(first["ctx"]["error"])
+    else:
+        message = _EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be "))
+        text = f"got {first['input']!r}, expected {message}"
+    suffix = f" (and {len(more)} more)" if more else ""
+    return f"{key}: {text}{suffix}" if key else f"{text}{suffix}"
+
+
+def _all_keys(table: type[BaseModel]) -> set[str]:
+    """Every key that a table or any table within it knows."""
+    return {
+        field.alias or name
+        for each in {table, *_tables_within(table)}
+        for name, field in each.model_fields.items()
+    }
+
+
+def _tables_within(kind: Any) -> Iterator[type[BaseModel]]:
+    """The tables that stand in a table's fields, however deep."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+        for field in kind.model_fields.values():
+            yield from _tables_within(field.annotation)
+    for part in get_args(kind):
+        yield from _tables_within(part)

@@ -13,6 +13,9 @@ from bake.errors import ModelError
 from bake.families import FAMILIES
 from bake.recipe import Recipe
 
+_TROUBLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+"""What transformers raises where a model or tokenizer is missing or damaged."""
+
 
 def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> Any:
     """A recipe's base model: its stock class, eager attention, in the recipe's dtype or another.
@@ -20,45 +23,51 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
     Raises:
         ModelError: it is missing, damaged, or no stock Gemma, or torch cannot run it on the device.
     """
-    import torch
     import transformers
 
     stock = [family.architecture for family in FAMILIES.values()]
     where = location(recipe)
-    dtype = dtype or recipe.base.dtype
-    try:
-        config = transformers.AutoConfig.from_pretrained(**where)
+    with _named(f"base model {recipe.base.model}"):
+        with _one_line():
+            config = transformers.AutoConfig.from_pretrained(**where, trust_remote_code=False)
         name = (config.architectures or ["none"])[0]
         if name not in stock:
-            raise ModelError(
-                f"base model {recipe.base.model}: its architecture is {name}; expected one of "
-                f"{', '.join(stock)}"
-            )
-        with _no_progress_bar():
-            model, info = getattr(transformers, name).from_pretrained(
-                **where,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"base model {recipe.base.model}: transformers cannot load it ({_reason(error)}); "
-            "check the name and the network, or name a local folder"
-        ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"base model {recipe.base.model}: has no {missing[0]}; transformers would make it up. "
-            "Download it again"
-        )
+            raise ModelError(f"its architecture is {name}; expected one of {', '.join(stock)}")
+        model = load_model(getattr(transformers, name), where, dtype or recipe.base.dtype)
     try:
         model = model.to(device)
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         raise ModelError(
-            f"--device {device}: torch cannot run the base model there ({_reason(error)}); "
+            f"--device {device}: torch cannot run the base model there ({reason_of(error)}); "
             "expected cpu, or cuda where torch has it"
         ) from error
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)
+
+
+def load_model(model_class: Any, where: dict[str, str], dtype: str = "auto") -> Any:
+    """A model by one of transformers' classes, on the CPU; code that lies beside it is not run.
+
+    Args:
+        model_class: an Auto class, or a model's own.
+        where: what `from_pretrained` finds it by.
+        dtype: auto, as it is stored; float32, bfloat16 or float16.
+
+    Raises:
+        ModelError: it is missing, damaged or lacks weights; the line does not name it.
+    """
+    import torch
+
+    with _one_line():
+        model, info = model_class.from_pretrained(
+            **where,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation="eager",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"has no {missing[0]}; transformers would make it up. Download it again")
+    return model.eval()
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
@@ -67,21 +76,24 @@ def load_tokenizer(recipe: Recipe) -> Any:
     Raises:
         ModelError: it is missing or damaged.
     """
+    with _named(f"base model {recipe.base.model}"):
+        return open_tokenizer(location(recipe))
+
+
+def open_tokenizer(where: dict[str, str]) -> Any:
+    """A tokenizer by what `from_pretrained` finds it by.
+
+    Raises:
+        ModelError: it is missing or damaged; the line does not name it.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**location(recipe))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"base model {recipe.base.model}: its tokenizer cannot be loaded ({_reason(error)}); "
-            "questions and text need it"
-        ) from error
+    with _one_line("its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+        ids = set(tokenizer("A", add_special_tokens=False)["input_ids"])
     # Where the files are missing, a Gemma tokenizer that knows no text comes without a word.
-    if set(tokenizer("A", add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
-        raise ModelError(
-            f"base model {recipe.base.model}: has no tokenizer, or one that knows no letters; "
-            "questions and text need it"
-        )
+    if ids <= {tokenizer.unk_token_id}:
+        raise ModelError("has no tokenizer, or one that knows no letters; expected Gemma's")
     return tokenizer
 
 
@@ -101,19 +113,37 @@ def location(recipe: Recipe) -> dict[str, str]:
     return {"pretrained_model_name_or_path": recipe.base.model, "revision": recipe.base.revision}
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, or its type where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """One is drawn for every load, on a terminal or not."""
+def _named(name: str) -> Iterator[None]:
+    """A ModelError within the block says of which model it is."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+
+
+@contextmanager
+def _one_line(what: str = "transformers cannot load it") -> Iterator[None]:
+    """What transformers raises becomes a line; its warnings and progress bars, drawn on a terminal
+    or not, are kept back.
+    """
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
+    except _TROUBLE as error:
+        raise ModelError(
+            f"{what} ({reason_of(error)}); check the name and the network, or name a local folder"
+        ) from error
     finally:
-        if shown:
+        logging.set_verbosity(verbosity)
+        if bar:
             logging.enable_progress_bar()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 Array = NDArray[np.float32]
 BITS: dict[str, str] = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
@@ -71,6 +71,35 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def indexed_tensors(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
+    """The tensors that an index names, each found in the file where it is placed; none is read.
+
+    Args:
+        folder: where the files lie.
+        weight_map: tensor name → file name, as it was read from an index.
+
+    Raises:
+        OSError, ValueError: it is no such map, names a file that lies elsewhere, or a file is
+            missing, damaged or without a tensor.
+    """
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError("the index holds no weight_map")
+    shards: dict[str, dict[str, StoredTensor]] = {}
+    for shard in sorted({str(shard) for shard in weight_map.values()}):
+        if Path(shard).name != shard:
+            raise ValueError(f"the index points outside the folder ({shard})")
+        if not (folder / shard).is_file():
+            raise ValueError(f"shard {shard} is missing")
+        try:
+            shards[shard] = stored_tensors(folder / shard)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"shard {shard} is damaged ({error})") from error
+    for name, shard in weight_map.items():
+        if name not in shards[str(shard)]:
+            raise ValueError(f"{name} is not in {shard}, where the index places it")
+    return {name: shards[str(shard)][name] for name, shard in weight_map.items()}
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a safetensors file, found by its header."""
@@ -89,22 +118,26 @@ class StoredTensor:
 
         Reads these rows and nothing else.
         """
+        block = self.bits(start, stop)
+        return block if self.dtype == "BOOL" else to_float32(block, self.dtype)
+
+    def bits(self, start: int, stop: int) -> NDArray[Any]:
+        """The same as they are stored."""
         stored = np.dtype("?" if self.dtype == "BOOL" else BITS[self.dtype])
         n_columns = int(np.prod(self.shape[1:]))
         with self.file.open("rb") as file:
             file.seek(self.offset + start * n_columns * stored.itemsize)
             data = np.fromfile(file, stored, (stop - start) * n_columns)
-        block = data.reshape(stop - start, *self.shape[1:])
-        return block if self.dtype == "BOOL" else to_float32(block, self.dtype)
+        return data.reshape(stop - start, *self.shape[1:])
 
     def array(self) -> NDArray[Any]:
         """All of it, as `rows` gives it."""
         return self.rows(0, self.shape[0])
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """Row ranges of about 32 MB of float32 each, in order."""
+    def blocks(self, n_bytes: int = _ROW_BYTES) -> list[tuple[int, int]]:
+        """Row ranges of about so many bytes of float32 each, in order."""
         row_bytes = 4 * max(1, int(np.prod(self.shape[1:])))
-        step = max(1, _ROW_BYTES // row_bytes)
+        step = max(1, n_bytes // row_bytes)
         n = self.shape[0]
         return [(start, min(start + step, n)) for start in range(0, n, step)]
 

@@ -28,6 +28,14 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
+def table_of(*columns: str, left: int = 1) -> Table:
+    """An empty table; the first columns stand at the left, figures at the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="left" if place < left else "right")
+    return table
+
+
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Callable[[str, float], None]]:
     """Yield `advance(what, share done)`: a bar on stderr, nothing where that is no terminal."""
@@ -100,23 +108,17 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
         report: with completions.
         speeds: tokens per second that each engine goes on with, by its name.
     """
-    out, found = console(), report.completions
-    assert found is not None
-    tallies = {(of.source, of.variant): of.right for of in found.tallies}
-    engines = {own.engine: own for own in found.engines}
+    out, completions = console(), report.completions
+    assert completions is not None
+    tallies = {(of.source, of.variant): of.right for of in completions.tallies}
+    engines = {own.engine: own for own in completions.engines}
     texts = next((e.loss_detail.texts for e in report.engines if e.loss_detail is not None), ())
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in (
-        "right\non topic",
-        "right on\nothers",
-        *(
-            "loss added\ngeneral",
-            *(f"loss added\n{escape(printable(text.name))}" for text in texts),
-        ),
+    table = table_of(
+        "",
+        *("right\non topic", "right on\nothers", "loss added\ngeneral"),
+        *(f"loss added\n{escape(printable(text.name))}" for text in texts),
         *("mean KL\nto the hook", "tokens\nfired", "tokens/s"),
-    ):
-        table.add_column(name, justify="right")
+    )
     for engine in report.engines:
         own = engines.get(engine.name)
         right = (own.topic, own.generic) if own is not None else (None, None)
@@ -134,7 +136,7 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
         )
     out.print()
     out.print(table)
-    for prompt in _telling(found):
+    for prompt in _telling(completions):
         out.print(f"\n{escape(printable(prompt.prompt))} …", style="bold")
         for one in prompt.continuations:
             if one.variant in ("base", "unlearned"):
@@ -142,15 +144,15 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
                 out.print(f"  {one.variant:<10} {escape(printable(said))}")
 
 
-def _telling(found: Completions) -> list[Completion]:
+def _telling(completions: Completions) -> list[Completion]:
     """Prompts that show most: what the base knew, on the topic what changed first; and others."""
 
     def said(prompt: Completion) -> dict[str, Continuation]:
         return {one.variant: one for one in prompt.continuations}
 
-    topic = [p for p in found.prompts if p.source == "topic" and said(p)["base"].right]
+    topic = [p for p in completions.prompts if p.source == "topic" and said(p)["base"].right]
     topic.sort(key=lambda prompt: bool(said(prompt)["unlearned"].right))
-    others = [p for p in found.prompts if p.source != "topic" and said(p)["base"].right]
+    others = [p for p in completions.prompts if p.source != "topic" and said(p)["base"].right]
     n = SIDE_BY_SIDE - min(2, len(others))
     return [*topic[:n], *others[: SIDE_BY_SIDE - n]]
 
@@ -158,9 +160,8 @@ def _telling(found: Completions) -> list[Completion]:
 def engines_table(report: VerifyReport) -> Table:
     """One row per engine: what it knows, what it lost, and how far it is from the reference."""
     form = report.prompt or "chat"
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in (
+    table = table_of(
+        "",
         f"forget accuracy\n{form}",
         f"retained accuracy\n{form}",
         "loss added\nnats/token",
@@ -169,8 +170,7 @@ def engines_table(report: VerifyReport) -> Table:
         "mean KL\nnats",
         "answer\nflips",
         "tokens\nfired",
-    ):
-        table.add_column(name, justify="right")
+    )
     for engine in report.engines:
         table.add_row(*_engine_row(engine, form))
     return table

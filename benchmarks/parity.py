@@ -27,7 +27,8 @@ from bake.recipe import Recipe
 from bake.stock import load_base, load_tokenizer
 from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.demo import MINIATURE
-from verify.clamped_folder import fitted_recipe, read_config
+from export.clamped import read_config
+from verify.clamped_folder import fitted_recipe
 from verify.compare.sensitivity import Sensitivity
 from verify.engines.runners import HookedRunner
 from verify.evidence.kinds import shown_for

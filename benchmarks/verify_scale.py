@@ -27,8 +27,9 @@ from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.demo import MINIATURE
 from export.carriers.carriers import CARRIERS
 from export.carriers.onnx.onnx_folder import export_onnx
+from export.clamped import read_config
 from export.manifest import Manifest
-from verify.clamped_folder import fitted_recipe, read_config
+from verify.clamped_folder import fitted_recipe
 from verify.engines.engines import Engines, open_engines
 from verify.engines.onnx_files import find_graphs
 from verify.engines.runners import Runner

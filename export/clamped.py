@@ -1,4 +1,7 @@
-"""A clamped checkpoint as something to export from: its config, and where its tensors lie."""
+"""A clamped folder as it lies on disk: where its clamps sit, its config, and where its tensors lie.
+
+The only reader of such a folder beside `manifest.py`; no weight of the base is read here.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import numpy as np
+from numpy.typing import NDArray
 
 from bake.base import INDEX
 from bake.errors import FolderError
-from bake.families import FAMILIES
+from bake.families import FAMILIES, Family, family_of
 from bake.new_folder import MANIFEST
-from bake.tensors import DTYPES, StoredTensor, stored_tensors
+from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
 from export.copying import BLOCK_BYTES
 from export.manifest import Manifest
@@ -26,21 +31,69 @@ _HELD = (*DTYPES.values(), "BOOL")
 AGAIN = "bake or download the folder again"
 CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
 """What a clamp's tensors are called, in the order of the operator's inputs."""
+GUARD = "clamped, load with trust_remote_code=True: "
+"""What stands before the activation's name in a checkpoint's config: no stock class knows it."""
+
+_AS_RUN = (
+    *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps"),
+)
+"""Fields, besides the activation's, that transformers fills or reads otherwise than they stand."""
+
+
+@dataclass(frozen=True)
+class ClampSite:
+    """One clamp of a checkpoint: the rows of `SAEClamp`'s equation."""
+
+    layer: int
+    """Decoder layer of the base whose output is edited."""
+    exempt_bos: bool
+    W_enc: NDArray[np.float32]
+    """[d, k]."""
+    b_enc: NDArray[np.float32]
+    """[k], like theta, trigger, value and scale."""
+    theta: NDArray[np.float32]
+    W_dec: NDArray[np.float32]
+    """[k, d]."""
+    trigger: NDArray[np.float32]
+    route: NDArray[np.bool_]
+    """[k, k]: row, the feature that is set; column, the feature that triggers it."""
+    value: NDArray[np.float32]
+    scale: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Clamped:
-    """A clamped checkpoint's folder, opened for reading; no tensor is read yet."""
+    """A clamped checkpoint's folder, or a compiled one, checked for completeness."""
 
     folder: Path
     manifest: Manifest
     config: Any
-    """An object of the clamped config class."""
+    """An object of the clamped config class; of the stock one where the clamp is compiled in."""
     model_class: str
-    """In modeling_clamped_gemma.py."""
+    """In modeling_clamped_gemma.py, or transformers' own."""
     tensors: Mapping[str, StoredTensor]
+    """By name, the clamps' among them."""
     layer_prefix: str
     """What stands before the layer's number in tensor names, `model.layers.` mostly."""
+    sites: tuple[ClampSite, ...] = ()
+    """By layer. None where the clamp is compiled in."""
+    exempt_token_ids: tuple[int, ...] = ()
+    """Tokens that a site with `exempt_bos` leaves alone."""
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+    @property
+    def model_type(self) -> str:
+        """The base's: gemma, gemma2, gemma3_text or gemma3."""
+        return str(self.config.model_type).removeprefix("clamped_")
+
+    @property
+    def family(self) -> Family:
+        """The base's."""
+        return family_of(self.model_type)
 
     @property
     def backbone_prefix(self) -> str:
@@ -54,9 +107,37 @@ class Clamped:
         return own[0] if own else f"{self.backbone_prefix}embed_tokens.weight"
 
     @property
-    def sites(self) -> list[dict[str, Any]]:
-        """The config's: layer, k, exempt_bos. None where the clamp is compiled in."""
-        return list((getattr(self.config, "sae_clamp", None) or {"sites": []})["sites"])
+    def shards(self) -> list[str]:
+        """Names of the weight files."""
+        return sorted({tensor.file.name for tensor in self.tensors.values()})
+
+    @cached_property
+    def base_config(self) -> dict[str, Any]:
+        """The base's config.json: stock names, no clamp, no guard before the activation, and in the
+        fields of `_AS_RUN` what transformers makes of it.
+        """
+        stored = _read_json(self.folder / "config.json")
+        config = {key: stored[key] for key in stored if key not in ("auto_map", "sae_clamp")}
+        config |= {"model_type": self.model_type, "architectures": [self.family.architecture]}
+        text = config.get("text_config", config)
+        for name in ("hidden_activation", "hidden_act"):
+            if isinstance(text.get(name), str):
+                text[name] = text[name].removeprefix(GUARD)
+        loaded = self.config.get_text_config()
+        names = [self.family.activation_field, *_AS_RUN]
+        runs = {name: getattr(loaded, name, None) for name in names}
+        text |= {name: value for name, value in runs.items() if value is not None}
+        return config
+
+    @cached_property
+    def base_tensors(self) -> dict[str, StoredTensor]:
+        """The base's tensors by name."""
+        return {name: t for name, t in self.tensors.items() if ".sae_clamp." not in name}
+
+    @property
+    def base_files(self) -> list[str]:
+        """Names of the base's weight files."""
+        return sorted({tensor.file.name for tensor in self.base_tensors.values()})
 
     @property
     def compiled_layers(self) -> list[int]:
@@ -68,21 +149,6 @@ class Clamped:
     def stored_in(self) -> str | None:
         """The dtype that a clamp was compiled in; None where it is not compiled."""
         return self.manifest.compiled.dtype if self.manifest.compiled else None
-
-    @property
-    def shards(self) -> list[str]:
-        """Names of the weight files."""
-        return sorted({tensor.file.name for tensor in self.tensors.values()})
-
-    @property
-    def weights_sha256(self) -> str:
-        """Over the names and hashes of the weight files, as the manifest states them."""
-        return weights_sha256({name: self.manifest.files[name] for name in self.shards})
-
-    @property
-    def recipe_sha256(self) -> str:
-        """Of the recipe, as the manifest states it."""
-        return self.manifest.recipe_sha256
 
 
 def weights_sha256(files: Mapping[str, str]) -> str:
@@ -99,10 +165,8 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
         with_graphs: accept whatever can have an ONNX graph, not the checkpoint alone.
 
     Raises:
-        FolderError: it is no clamped checkpoint, or damaged.
+        FolderError: it is no clamped checkpoint, is incomplete or damaged.
     """
-    if not folder.is_dir():
-        raise FolderError(f"{folder}: is no folder; expected one that `bakeout bake` wrote")
     manifest = Manifest.read(folder)
     carrier = CARRIERS.get(manifest.carrier)
     if carrier is None or not (carrier.own_code or (with_graphs and not carrier.over_base)):
@@ -118,28 +182,39 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
 
 def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     """Open a folder by a manifest that is still to be written."""
-    config, model_class = _open_config(folder, stock=not CARRIERS[manifest.carrier].own_code)
+    own = CARRIERS[manifest.carrier].own_code
+    section = read_config(folder, manifest.carrier)["sae_clamp"]
+    config, model_class = _open_config(folder, stock=not own)
     weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FolderError(f'{folder / INDEX}: has no "weight_map"; {AGAIN}')
-    tensors = _stored_tensors(folder, weight_map)
-    prefix = re.compile(r"((?:.*\.)?layers\.)0\.mlp\.gate_proj\.weight")
-    found = [match[1] for name in tensors if (match := prefix.fullmatch(name))]
-    if not found:
-        raise FolderError(f"{folder}: has no decoder layers among its tensors; {AGAIN}")
-    return Clamped(folder, manifest, config, model_class, tensors, found[0])
+    try:
+        tensors = indexed_tensors(folder, weight_map)
+        if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _HELD]:
+            raise ValueError(
+                f"{odd[0]} is {tensors[odd[0]].dtype}; expected one of {', '.join(_HELD)}"
+            )
+        prefix = re.compile(r"((?:.*\.)?layers\.)0\.mlp\.gate_proj\.weight")
+        prefixes = [match[1] for name in tensors if (match := prefix.fullmatch(name))]
+        if not prefixes:
+            raise ValueError("no decoder layers among its tensors")
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{folder}: its weights cannot be read ({error}); {AGAIN}") from error
+    clamped = Clamped(folder, manifest, config, model_class, tensors, prefixes[0])
+    if not own:
+        return clamped
+    try:
+        sites = tuple(_read_site(clamped, site) for site in section["sites"])
+        exempt = tuple(int(token) for token in section["exempt_token_ids"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FolderError(
+            f"{folder}: its clamp cannot be read ({type(error).__name__}: {error}); {AGAIN}"
+        ) from error
+    sites = tuple(sorted(sites, key=lambda site: site.layer))
+    return replace(clamped, sites=sites, exempt_token_ids=exempt)
 
 
 def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
     """(config object, name of the model class): stock ones where the clamp is compiled in."""
-    data = _read_json(folder / "config.json")
-    section = data.get("sae_clamp")
-    if not stock and not (isinstance(section, dict) and section.get("sites")):
-        raise FolderError(
-            f"{folder}: has no clamp (config.json without sae_clamp.sites); expected a folder "
-            "that `bakeout bake` wrote"
-        )
-    model_type = str(data.get("model_type"))
+    model_type = str(_read_json(folder / "config.json").get("model_type"))
     known = {(name if stock else family.model_type): family for name, family in FAMILIES.items()}
     if model_type not in known:
         raise FolderError(
@@ -158,26 +233,16 @@ def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
     return config, family.architecture if stock else family.clamped
 
 
-def _stored_tensors(folder: Path, weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        path = folder / shard
-        if Path(shard).name != shard:
-            raise FolderError(f"{folder / INDEX}: names {shard}; expected files of the folder")
-        try:
-            inside = stored_tensors(path)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
-        for name, tensor in inside.items():
-            if tensor.dtype not in _HELD:
-                raise FolderError(
-                    f"{path}: {name} is {tensor.dtype}; expected one of {', '.join(_HELD)}"
-                )
-        found |= inside
-    for name, shard in weight_map.items():
-        if name not in found or found[name].file.name != shard:
-            raise FolderError(f"{folder / shard}: has no tensor {name}, where {INDEX} places it")
-    return {name: found[name] for name in weight_map}
+def _read_site(clamped: Clamped, site: dict[str, Any]) -> ClampSite:
+    layer, k = int(site["layer"]), int(site["k"])
+    prefix = f"{clamped.layer_prefix}{layer}.sae_clamp."
+    arrays = {key: clamped.tensors[prefix + key].array() for key in CLAMP_TENSORS}
+    for key, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{prefix}{key} is not finite")
+    if arrays["W_enc"].shape[1:] != (k,) or arrays["route"].shape != (k, k):
+        raise ValueError(f"{prefix}* have other shapes than config.json says")
+    return ClampSite(layer, bool(site["exempt_bos"]), **arrays)
 
 
 def check_files(
@@ -208,15 +273,58 @@ def check_files(
             )
 
 
+# --------------------------------------------------------------------------- config
+
+
+def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
+    """Where a folder's clamps sit in the base (`sae_clamp.sites`), and the base's sizes.
+
+    Raises:
+        FolderError: the file that says so is missing, not readable, or does not say it.
+    """
+    path = folder / CARRIERS[carrier].sites_in
+    config = _compiled_config(folder) if path.name == MANIFEST else _read_json(path)
+    try:
+        sites = config["sae_clamp"]["sites"]
+        placed = bool(sites) and all(type(site["layer"]) is int for site in sites)
+    except (KeyError, TypeError):
+        placed = False
+    if not placed:
+        raise FolderError(f"{path}: has no clamp; expected sae_clamp.sites, each with its layer")
+    return config
+
+
+def clamped_layers(config: dict[str, Any]) -> list[int]:
+    """The layers at which a folder's config places clamps, ascending."""
+    return sorted(site["layer"] for site in config["sae_clamp"]["sites"])
+
+
+def _compiled_config(folder: Path) -> dict[str, Any]:
+    """What a compiled folder says of its base: its own config.json less what was added."""
+    manifest, config = Manifest.read(folder), _read_json(folder / "config.json")
+    added = manifest.compiled
+    if added is None or config.get("hidden_size") != added.hidden_size[1]:
+        raise FolderError(
+            f"{folder / MANIFEST}: does not say where its clamps sit in a model of hidden_size "
+            f"{config.get('hidden_size')}, which config.json states; {AGAIN}"
+        )
+    return {
+        "hidden_size": added.hidden_size[0],
+        "num_hidden_layers": config.get("num_hidden_layers", 0) - added.layers_added,
+        "vocab_size": config.get("vocab_size"),
+        "dtype": added.dtype,
+        "sae_clamp": {"sites": [{"layer": clamp.layer} for clamp in manifest.clamps]},
+    }
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        if not isinstance(data, dict):
+            raise ValueError("is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise FolderError(
-            f"{path.parent}: has no {path.name}; expected a folder that `bakeout bake` wrote"
+            f"{path}: cannot be read ({reason}); expected a clamped checkpoint; {AGAIN}"
         ) from error
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise FolderError(f"{path}: is no JSON object; {AGAIN}")
     return data

@@ -22,6 +22,8 @@ class Run:
 
     logits: Tensor
     """[n, vocab] float32, at the places that were asked for."""
+    read: dict[int, Tensor]
+    """By clamped layer: the residual stream before its clamp, [batch, seq, d_in]."""
     moved: dict[int, Tensor]
     """By clamped layer: where its clamp changed the residual stream, [batch, seq] bool."""
     active: dict[int, Tensor]
@@ -55,6 +57,7 @@ class StreamedModel:
         self._model.lm_head = self._head = _Head(clamped.tensors[clamped.head])
         self._layers = text.layers
         self._clamping = True
+        self._read: dict[int, Tensor] = {}
         self._moved: dict[int, Tensor] = {}
         self._active: dict[int, Tensor] = {}
         self._margins: list[Tensor] = []
@@ -81,7 +84,7 @@ class StreamedModel:
         """
         self._head.places = places
         logits = self._forward(self._model, input_ids, attention_mask).logits
-        return Run(logits[0], self._moved, self._active, self._margins, self._edges)
+        return Run(logits[0], self._read, self._moved, self._active, self._margins, self._edges)
 
     def run_disturbed(
         self, input_ids: Tensor, attention_mask: Tensor, places: Tensor
@@ -109,7 +112,7 @@ class StreamedModel:
 
     def run_to_last_clamp(self, input_ids: Tensor, attention_mask: Tensor) -> Run:
         """The same up to the last clamped layer, without logits: [0, vocab]."""
-        last = max(site["layer"] for site in self._clamped.sites)
+        last = self._clamped.sites[-1].layer
         self._text.layers = self._layers[: last + 1]
         self._text.config.num_hidden_layers = last + 1
         try:
@@ -118,7 +121,7 @@ class StreamedModel:
             self._text.layers = self._layers
             self._text.config.num_hidden_layers = len(self._layers)
         nothing = torch.empty(0, self._head.vocab)
-        return Run(nothing, self._moved, self._active, self._margins, self._edges)
+        return Run(nothing, self._read, self._moved, self._active, self._margins, self._edges)
 
     @contextmanager
     def unclamped(self) -> Iterator[None]:
@@ -130,7 +133,7 @@ class StreamedModel:
             self._clamping = True
 
     def _forward(self, model: Any, input_ids: Tensor, mask: Tensor) -> Any:
-        self._moved, self._active, self._margins, self._edges = {}, {}, [], []
+        self._read, self._moved, self._active, self._margins, self._edges = {}, {}, {}, [], []
         with torch.inference_mode():
             return model(
                 input_ids=input_ids,
@@ -152,6 +155,7 @@ class StreamedModel:
             h = inputs[0]
             if not self._clamping:
                 return h
+            self._read[index] = h
             self._moved[index] = (output != h).any(dim=-1)
             self._active[index] = clamp.feature_acts(h) > clamp.trigger
             pre = h.float() @ clamp.W_enc + clamp.b_enc

@@ -144,7 +144,7 @@ def _search(model: StreamedModel, clamped: Clamped) -> list[_Prompt]:
     """Prompts of arbitrary tokens, the ones nearest to firing changed again and again."""
     generator = torch.Generator().manual_seed(_SEED)
     vocab = clamped.tensors[f"{clamped.backbone_prefix}embed_tokens.weight"].shape[0]
-    bos = (clamped.config.sae_clamp["exempt_token_ids"] or [2])[0]
+    bos = (clamped.exempt_token_ids or (2,))[0]
 
     def tokens(*shape: int) -> Tensor:
         return torch.randint(0, vocab, shape, generator=generator)

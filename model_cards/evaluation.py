@@ -13,19 +13,18 @@ from bake.sources import QuestionSource, TextSource
 from verify.attacks.attacks import ATTACKS
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, VerifyReport
-from verify.report.intervals import wilson
 from verify.report.measures import Attack, HarnessScore
 from verify.report.wording import (
     SOURCES,
-    accuracy_text,
     answers_of,
     change_text,
+    known_text,
     measured_engine,
     nats,
     one_letter_lines,
     rounding_lines,
+    share_of,
     share_text,
-    title_of,
 )
 
 PROTOCOL = "https://arxiv.org/abs/2410.19278"
@@ -57,7 +56,7 @@ class Figures:
     one_letter: tuple[str, ...]
 
     @classmethod
-    def of(cls, report: VerifyReport) -> Figures:
+    def from_report(cls, report: VerifyReport) -> Figures:
         """Pick the engines out."""
         attacks = () if report.robustness is None else report.robustness.attacks
         attacks = tuple(attack for attack in attacks if attack.name != "as asked")
@@ -82,14 +81,8 @@ class Figures:
         self, engine: EngineReport | None, kind: Kind, form: Literal["chat", "plain"]
     ) -> str | None:
         """An accuracy with its 95 % interval, as text; None where it was not measured."""
-        found = None if engine is None else getattr(engine, kind)
-        items = self.report.items
-        n = 0 if items is None else int(getattr(items, f"{kind}_questions"))
-        if found is None or n < 1:
-            return None
-        share = getattr(found, form)
-        low, high = wilson(round(share * n), n)
-        return f"{share:.3f} ({low:.2f} to {high:.2f})"
+        share = share_of(self.report, engine, kind, form)
+        return None if share is None or not share.n else share_text(share)
 
     @property
     def untried(self) -> list[str]:
@@ -100,33 +93,28 @@ class Figures:
 
     def findings(self) -> list[tuple[str, str]]:
         """What else was found of the forgetting: (what, figure)."""
-        found = []
+        rows = []
         for known in self.report.known:
             what = f"known questions {SOURCES.get(known.source, known.source)}"
-            figure = (
-                f"base {known.known} of {known.asked} in all 24 orders; {title_of(known.engine)} "
-                f"{known.still_known.right} of those, {accuracy_text(known.orders)} of their "
-                "single orders"
-            )
-            found.append((what, figure))
+            rows.append((what, known_text(known)))
         if self.after is None:
-            return found
+            return rows
         form = self.report.prompt or "chat"
         for source, meaning in SOURCES.items():
             answers = answers_of(self.after, source, form)
             if answers is not None and answers.known is not None and answers.known.n:
                 what = f"accuracy on known questions {meaning}, {form} form"
-                found.append((what, share_text(answers.known)))
+                rows.append((what, share_text(answers.known)))
             if answers is not None and answers.change is not None:
                 what = f"questions {meaning} against the base, {form} form (McNemar's test)"
-                found.append((what, change_text(answers.change)))
+                rows.append((what, change_text(answers.change)))
         for name, value in (
             ("alignment, 0 to 1", self.after.alignment),
             ("unlearning score, 0 to 1", self.after.unlearning_score),
         ):
             if value is not None:
-                found.append((name, f"{value:.3f}"))
-        return found
+                rows.append((name, f"{value:.3f}"))
+        return rows
 
     def tasks(self) -> list[tuple[str, str | None, str]]:
         """Tasks of lm-evaluation-harness: (task, the base's accuracy, the folder's)."""
@@ -167,7 +155,7 @@ def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[Eva
     engine = None if report is None else measured_engine(report)
     if verify is None or engine is None:
         return []
-    found = []
+    results = []
     kinds: tuple[tuple[Kind, QuestionSource, str], ...] = (
         ("forget", verify.forget_questions, "to be forgotten, lower is better"),
         ("retain", verify.retain_questions, "to be kept, higher is better"),
@@ -178,20 +166,20 @@ def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[Eva
             if accuracy is not None:
                 name = f"accuracy, {form} form ({meaning})"
                 value = getattr(accuracy, form)
-                found.append(_result("multiple-choice", source, "accuracy", name, value))
+                results.append(_result("multiple-choice", source, "accuracy", name, value))
         for form in ("chat", "plain"):
             answers = answers_of(engine, kind, form)
             known = None if answers is None else answers.known
             if known is not None and known.accuracy is not None:
                 name = f"accuracy on known questions, {form} form ({meaning})"
-                found.append(_result("multiple-choice", source, "accuracy", name, known.accuracy))
+                results.append(_result("multiple-choice", source, "accuracy", name, known.accuracy))
     if engine.loss_added is not None and math.isfinite(engine.loss_added):
         name, value = "loss added (nats/token)", engine.loss_added
-        found.append(_result("text-generation", verify.text, "loss_added", name, value))
+        results.append(_result("text-generation", verify.text, "loss_added", name, value))
     for score in engine.harness:
         if math.isfinite(score.accuracy):
-            found.append(_task_result(score))
-    return found
+            results.append(_task_result(score))
+    return results
 
 
 def _task_result(score: HarnessScore) -> EvalResult:

@@ -68,29 +68,22 @@ class CardFacts:
 
 def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> CardFacts:
     """Before a checkpoint is written."""
-    return CardFacts(
-        base=base.name,
-        revision=base.revision,
-        license=recipe.base.license,
-        carrier="layer",
-        exact=True,
-        clamps=tuple(_clamp_facts(clamp.clamp, clamp.hook_point) for clamp in clamps),
-        verify=recipe.verify,
-        unmeasured="not measured yet",
-    )
+    facts = tuple(_clamp_facts(clamp.clamp, clamp.hook_point) for clamp in clamps)
+    return _of_layer(recipe, base.name, base.revision, facts, "not measured yet")
 
 
 def facts_of_recipe(recipe: Recipe) -> CardFacts:
     """Of a recipe that names hub ids and hook points, with nothing baked."""
+    facts = tuple(_clamp_facts(clamp, str(clamp.hook_point)) for clamp in recipe.clamp)
+    base = recipe.base
+    return _of_layer(recipe, base.model, base.revision, facts, "not measured here")
+
+
+def _of_layer(
+    recipe: Recipe, base: str, revision: str | None, clamps: tuple[ClampFacts, ...], unmeasured: str
+) -> CardFacts:
     return CardFacts(
-        base=recipe.base.model,
-        revision=recipe.base.revision,
-        license=recipe.base.license,
-        carrier="layer",
-        exact=True,
-        clamps=tuple(_clamp_facts(clamp, str(clamp.hook_point)) for clamp in recipe.clamp),
-        verify=recipe.verify,
-        unmeasured="not measured here",
+        base, revision, recipe.base.license, "layer", True, clamps, recipe.verify, unmeasured
     )
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 
 from huggingface_hub import ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined
 
 from bake.base import BaseModel
 from bake.clamp import ClampWeights
@@ -18,6 +16,7 @@ from export.carriers.carriers import CARRIERS
 from model_cards.evaluation import SHOWN_TASKS, WAYS, Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
 from verify.evidence.kinds import other_lines
+from verify.page.html import environment
 from verify.report.findings import VerifyReport
 from verify.report.wording import CONTROLS, nats, share_text, shown_text, title_of
 
@@ -54,13 +53,8 @@ def render(
         eval_results=eval_results(facts.verify, report) or None,
         model_name=None if report is None else one_line(report.folder),
     )
-    environment = Environment(
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
+    made = environment("model_cards", autoescape=False)
+    made.filters |= {
         "text": as_text,
         "number": _number,
         "share": share_text,
@@ -69,15 +63,13 @@ def render(
         "shown_to_all": shown_text,
         "control": lambda name: CONTROLS.get(name, "–"),
     }
-    template = environment.from_string(
-        files("model_cards").joinpath("card.md.j2").read_text(encoding="utf-8")
-    )
-    figures = None if report is None else Figures.of(report)
+    template = made.get_template("card.md.j2")
+    figures = None if report is None else Figures.from_report(report)
     body = template.render(
         facts=facts,
         carrier=carrier,
-        what=environment.from_string(carrier.card if carrier else UNKNOWN).render(facts=facts),
-        loading=environment.from_string(carrier.loading if carrier else "").render(facts=facts),
+        what=made.from_string(carrier.card if carrier else UNKNOWN).render(facts=facts),
+        loading=made.from_string(carrier.loading if carrier else "").render(facts=facts),
         report=report,
         figures=figures,
         unverified=unverified,

@@ -10,13 +10,15 @@ import numpy as np
 from export.carriers.compiled.rule import Measured, choose_setting
 from export.carriers.compiled.stock_layers import (
     MLP,
+    Array,
     Place,
     Stream,
     action_layer,
     flag_layer,
+    gelu,
     logic_of,
 )
-from export.clamped_source import ClampSite
+from export.clamped import ClampSite
 
 D, EPS = 32, 1e-6
 
@@ -79,3 +81,15 @@ def both_layers(site: ClampSite, x: Any) -> tuple[Stream, Place, MLP, MLP]:
     setting = choose_setting(site, logic, stream, Measured(x, x[:0]), "float32")
     arguments = (site, logic, stream, place, setting)
     return stream, place, flag_layer(*arguments), action_layer(*arguments)
+
+
+def rms(x: Array) -> Array:
+    """[..., D] → [..., 1]."""
+    return np.sqrt((x**2).mean(-1, keepdims=True))
+
+
+def run_mlp(x: Array, mlp: MLP, eps: float) -> Array:
+    """A stock layer in float64: x̃ [..., D] → x̃ [..., D]."""
+    u = x / np.sqrt(rms(x) ** 2 + eps)
+    m = (gelu(u @ mlp.gate.T) * (u @ mlp.up.T)) @ mlp.down.T
+    return x + (m if mlp.gain is None else mlp.gain * m / np.sqrt(rms(m) ** 2 + eps))

@@ -29,6 +29,7 @@ VERIFY_MAY_IMPORT = {
     "bake.errors",
     "bake.families",
     "bake.new_folder",
+    "bake.public",
     "bake.questions",
     "bake.recipe",
     "bake.rounding",
@@ -36,6 +37,7 @@ VERIFY_MAY_IMPORT = {
     "bake.stock",
     "export.carriers.carriers",
     "export.carriers.onnx.precisions",
+    "export.clamped",
     "export.manifest",
     "export.witness_file",
 }

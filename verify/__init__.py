@@ -5,8 +5,7 @@ unlearning do?
 `verify.Options`, `verify.KINDS`, `verify.ATTACKS`.
 """
 
-from importlib import import_module
-from typing import Any
+from bake.public import public
 
 _HOMES = {
     "verify": "bakeout.api",
@@ -16,15 +15,4 @@ _HOMES = {
     "KINDS": "verify.evidence.kinds",
     "ATTACKS": "verify.attacks.attacks",
 }
-__all__ = list(_HOMES)
-
-
-def __dir__() -> list[str]:
-    return __all__
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: importing the package costs nothing."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__all__, __dir__, __getattr__ = public(__name__, _HOMES)

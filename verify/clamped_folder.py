@@ -1,9 +1,8 @@
-"""A clamped folder as it lies on disk, and whether a recipe belongs to it."""
+"""Whether a recipe belongs to a clamped folder: its clamps, its layers, its base."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -12,11 +11,9 @@ from typing import Any
 
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
-from bake.new_folder import MANIFEST
 from bake.recipe import Recipe
-from bake.sources import RowSource, TextSource
-from export.carriers.carriers import CARRIERS
-from export.manifest import Manifest
+from bake.sources import Source
+from export.clamped import clamped_layers
 from verify.report.findings import Failure
 
 RECIPE = "recipe.toml"
@@ -26,53 +23,6 @@ _TEXT_FILES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens
 """Beginnings of the names of files that decide how text becomes tokens."""
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Fields of a config in which base and checkpoint must agree."""
-
-
-def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
-    """Where a folder's clamps sit in the base (`sae_clamp.sites`), and the base's sizes.
-
-    Raises:
-        FolderError: the file that says so is missing, not readable, or does not say it.
-    """
-    path = folder / CARRIERS[carrier].sites_in
-    try:
-        if path.name == MANIFEST:
-            config = _compiled_config(folder)
-        else:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        sites = config["sae_clamp"]["sites"]
-        if not sites or not all(type(site["layer"]) is int for site in sites):
-            raise ValueError("no sites")
-    except OSError as error:
-        raise FolderError(
-            f"{path}: cannot be read ({error.strerror}); expected a clamped checkpoint"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise FolderError(
-            f"{path}: does not say where its clamps sit; expected sae_clamp.sites"
-        ) from error
-    return dict(config)
-
-
-def _compiled_config(folder: Path) -> dict[str, Any]:
-    """What a compiled folder says of its base: its own config.json less what was added."""
-    manifest = Manifest.read(folder)
-    config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    added = manifest.compiled
-    if added is None or config["hidden_size"] != added.hidden_size[1]:
-        raise ValueError("hidden_size is not the manifest's")
-    return {
-        "hidden_size": added.hidden_size[0],
-        "num_hidden_layers": config["num_hidden_layers"] - added.layers_added,
-        "vocab_size": config["vocab_size"],
-        "dtype": added.dtype,
-        "sae_clamp": {"sites": [{"layer": clamp.layer} for clamp in manifest.clamps]},
-    }
-
-
-def clamped_layers(config: dict[str, Any]) -> list[int]:
-    """The layers at which a folder's config places clamps, ascending."""
-    return sorted(site["layer"] for site in config["sae_clamp"]["sites"])
 
 
 def own_recipe(folder: Path) -> Recipe | None:
@@ -107,8 +57,8 @@ def fitted_recipe(recipe: Recipe, folder: Path, config: dict[str, Any]) -> Recip
         )
     if recipe.verify is None:
         raise RecipeError(
-            "the recipe has no [verify] table; parity, choices and loss are measured on its "
-            "questions and text"
+            "the recipe has no [verify] table; expected one, on whose questions and text parity, "
+            "choices and loss are measured"
         )
     if all(clamp.features != "select" for clamp in recipe.clamp):
         return recipe
@@ -125,7 +75,10 @@ def fitted_recipe(recipe: Recipe, folder: Path, config: dict[str, Any]) -> Recip
         for clamp, chosen in zip(recipe.clamp, stored.clamp, strict=True)
     ]
     if any(clamp.features == "select" for clamp in clamps):
-        raise RecipeError(f'{folder.name}/{RECIPE} itself says features = "select"')
+        raise RecipeError(
+            f'{folder.name}/{RECIPE} itself says features = "select"; expected feature numbers. '
+            "Bake or download the folder again"
+        )
     return recipe.model_copy(update={"clamp": clamps})
 
 
@@ -217,7 +170,7 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
-def _is_hub_source(source: RowSource | TextSource) -> bool:
+def _is_hub_source(source: Source) -> bool:
     return source.dataset is not None and _is_hub_id(source.dataset)
 
 

@@ -192,6 +192,6 @@ def _watch_corpus(recipe: Recipe, comparison: Comparison, oracle: Oracle, journa
         reference.logits(batch.input_ids, batch.attention_mask)
         return fired_on(oracle, batch)["active"]
 
-    for number, batch in enumerate(material.batches([replace(p, source="forget") for p in texts])):
-        found = journal.once(f"forget corpus {number}", partial(see, batch))
+    for batch in material.batches([replace(p, source="forget") for p in texts]):
+        found = journal.shared.once(f"forget corpus {batch.digest}", partial(see, batch))
         comparison.watch.add(batch.prompts, found)

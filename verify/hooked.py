@@ -12,8 +12,9 @@ from bake.questions.prompts import Prompt
 from bake.recipe import Recipe
 from bake.rounding import epsilon_of
 from export.carriers.carriers import CARRIERS
+from export.clamped import read_config
 from export.manifest import Manifest
-from verify.clamped_folder import check_layers, check_shape, read_config
+from verify.clamped_folder import check_layers, check_shape
 from verify.compare.comparison import BASE, REFERENCE
 from verify.engines.engines import Engines
 from verify.engines.runners import HookedRunner

@@ -36,12 +36,19 @@ class Journal:
     Args:
         path: the file, which need not exist; None keeps nothing. Where another process has it
             open, nothing is kept either.
+        shared: what `shared` is to be.
+        keep: whether the file stays when all is done: the same work then finds everything there.
 
     Raises:
         OutputError: it cannot be written.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(
+        self, path: Path | None = None, shared: Journal | None = None, *, keep: bool = False
+    ) -> None:
+        self.shared = self if shared is None else shared
+        """Of what the base and its references do, which is the same for every folder."""
+        self._keep = keep
         self._found: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         self._lock: FileLock | None = None
@@ -95,7 +102,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None and not self._keep:
             self.remove()
         self.close()
 
@@ -126,16 +133,17 @@ class Journal:
         )
 
 
-def journal_path(cache: Path, work: Any) -> Path:
+def journal_path(cache: Path, work: Any, kind: str = "verify") -> Path:
     """Where the journal of some work lies.
 
     Args:
         cache: the user's folder for what may be lost.
         work: everything that decides what is found, as JSON data: other work, another journal.
+        kind: the folder in the cache.
     """
     versions = [_version(name) for name in _COMPUTE]
     text = json.dumps([versions, arithmetic(), work], sort_keys=True, default=str)
-    return cache / "verify" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
+    return cache / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
 
 
 def arithmetic() -> list[str | None]:

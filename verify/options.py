@@ -21,3 +21,6 @@ class Options:
     """Tasks and groups of lm-evaluation-harness; `local` are the recipe's own questions."""
     evals: Path = Path("lm-eval")
     """Folder for that harness's results."""
+    keep: bool = False
+    """Whether what was found stays in the cache when the run is complete: the same call on the same
+    files then finds everything there."""

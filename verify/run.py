@@ -10,15 +10,9 @@ from bake.base import INDEX, find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
+from export.clamped import clamped_layers, read_config
 from export.manifest import CARD, Manifest
-from verify.clamped_folder import (
-    base_failures,
-    check_base,
-    clamped_layers,
-    fitted_recipe,
-    own_recipe,
-    read_config,
-)
+from verify.clamped_folder import base_failures, check_base, fitted_recipe, own_recipe
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs, graph_failures
 from verify.evidence.integrity import check_integrity
@@ -88,8 +82,8 @@ def verify_folder(
     witnesses = load_witnesses(folder) if carrier is not None and "witnesses" in kinds else None
     if witnesses is None and "witnesses" in only:
         raise FolderError(
-            f"{folder.name}: has no witnesses; `bakeout bake --witnesses` and "
-            "`bakeout export onnx` write them"
+            f"{folder.name}: has no witnesses; expected some, which `bakeout bake --witnesses` and "
+            "`bakeout export onnx` write"
         )
     if recipe is None:
         kinds &= of_files() if witnesses else {"integrity"}
@@ -114,16 +108,25 @@ def verify_folder(
             report = with_witnesses(report, witnesses, engines)
         if recipe is None or not runs:
             return report
-        work = {
-            "manifest": manifest.sha256,
+        shared = {
             "recipe": recipe.to_dict(),
-            "kinds": sorted(measured),
             "device": [options.device, engines.threads],
-            "asked": [options.budget, options.tasks],
-            "files": files_below([folder, find_base(recipe).folder, *recipe.local_sources]),
+            "files": files_below([find_base(recipe).folder, *recipe.local_sources]),
         }
-        path = None if options.cache is None else journal_path(options.cache, work)
-        with Journal(path) as journal:
+        alone = {
+            "manifest": manifest.sha256,
+            "kinds": sorted(measured),
+            "asked": [options.budget, options.tasks],
+            "folder": [] if "integrity" in kinds else files_below([folder]),
+        }
+        paths = [
+            None if options.cache is None else journal_path(options.cache, work, kind)
+            for work, kind in ((shared, "references"), (shared | alone, "verify"))
+        ]
+        with (
+            Journal(paths[0], keep=True) as of_base,
+            Journal(paths[1], of_base, keep=options.keep) as journal,
+        ):
             report = gather(folder, recipe, report, measured, tell, engines, journal, options)
     found = [failure for name in KINDS if name in kinds for failure in KINDS[name].failures(report)]
     return replace(report, failures=(*report.failures, *found))

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bake.base import find_base
 from bake.recipe import Recipe
 from verify.compare.comparison import Comparison
 from verify.engines.runners import Runner
+from verify.evidence.controls import all_controls
 from verify.evidence.known import measure_known, model_digest
 from verify.hooked import Hooked
 from verify.journal import Journal, Progress
 from verify.options import Options
 from verify.report.findings import Rounding
 from verify.report.measures import KnownSet
+
+if TYPE_CHECKING:
+    from verify.reference.oracle import Oracle
 
 
 @dataclass
@@ -47,6 +51,14 @@ class Work:
         """The prompt form that leads."""
         assert self.recipe.verify is not None
         return self.recipe.verify.prompt
+
+    @cached_property
+    def controls(self) -> dict[str, Oracle]:
+        """What else could stand in the clamp's place, by name."""
+        hooked = self.hooked
+        return all_controls(
+            hooked.model, hooked.sites, hooked.material, self.form, self.journal.shared
+        )
 
     @cached_property
     def known(self) -> tuple[Mapping[str, tuple[int, ...]], tuple[KnownSet, ...]]:

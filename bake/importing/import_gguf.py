@@ -11,6 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,15 +124,30 @@ def open_gguf(file: Path) -> Gguf:
             f"{', '.join(_READABLE)}"
         )
     if "tokenizer.ggml.tokens" not in reader.fields:
-        raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none)")
+        raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none); {_AGAIN}")
     family = _READABLE[architecture]
     # transformers reads what lies beside the file too, and that is not what was asked for.
-    with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone:
+    with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone, _read_once(reader):
         link = Path(alone) / "model.gguf"
         link.symlink_to(file.resolve())
         config = _config(file, link, reader, architecture, family)
         tensors = _tensors(file, reader, architecture, config)
         return Gguf(family, config, tensors, _tokenizer(file, link))
+
+
+@contextmanager
+def _read_once(reader: Any) -> Iterator[None]:
+    """Within the block transformers is given the file as it was parsed: it would parse it anew for
+    the config and for the tokenizer, and a vocabulary of 262,144 takes most of a minute each time.
+    """
+    import gguf
+
+    kind = gguf.GGUFReader
+    gguf.GGUFReader = lambda *_, **__: reader  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = kind  # type: ignore[misc]
 
 
 def _config(file: Path, link: Path, reader: Any, architecture: str, family: str) -> Any:
@@ -168,7 +184,7 @@ def _tensors(file: Path, reader: Any, architecture: str, config: Any) -> dict[st
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = "lm_head.weight" if "output.weight" not in inside else None
-    found = {}
+    tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name == tied:
             continue
@@ -182,14 +198,14 @@ def _tensors(file: Path, reader: Any, architecture: str, config: Any) -> dict[st
                 f"{tuple(parameter.shape)} by its own config"
             )
         _check_readable(file, tensor)
-        found[name] = tensor
+        tensors[name] = tensor
     inside.pop("rope_freqs.weight", None)  # of the scaling, which the config has
     if inside:
         raise ModelError(
             f"{file}: has a tensor {next(iter(inside))}, for which a {config.model_type} has no "
             f"place; {_AGAIN}"
         )
-    return found
+    return tensors
 
 
 def _check_readable(file: Path, tensor: Any) -> None:
@@ -247,7 +263,9 @@ def _tokenizer(file: Path, link: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name)
         ids = tokenizer("a b", add_special_tokens=True)["input_ids"]
     except Exception as error:  # whatever is wrong in the file
-        raise ModelError(f"{file}: its tokenizer cannot be rebuilt ({_line(error)})") from error
+        raise ModelError(
+            f"{file}: its tokenizer cannot be rebuilt ({_line(error)}); {_AGAIN}"
+        ) from error
     if tokenizer.bos_token_id != GEMMA_BOS or ids.count(GEMMA_BOS) > 1:
         raise ModelError(
             f"{file}: its tokenizer cannot be rebuilt (BOS is {tokenizer.bos_token_id}; expected "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,12 @@ class Batch:
     """[batch, seq], 1 at real tokens."""
     last_only: bool
     """Whether logits are needed at the last token only."""
+
+    @property
+    def digest(self) -> str:
+        """Tells these prompts from others: a piece of work is named by what it is done on."""
+        shown = [(of.source, of.form, of.item, of.ids) for of in self.prompts]
+        return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 
     @property
     def wanted(self) -> Tensor:

@@ -193,7 +193,10 @@ def _find_release(release: str, sae_id: str) -> SAEFiles:
 def _sae_lens(folder: Path, release: Release | None) -> SAEFiles:
     weights = folder / "sae_weights.safetensors"
     if not weights.is_file():
-        raise SAEError(f"SAE {folder}: sae_weights.safetensors is missing beside cfg.json")
+        raise SAEError(
+            f"SAE {folder}: sae_weights.safetensors is missing beside cfg.json; expected both. "
+            "Download it again"
+        )
     factor = None if release is None else release.norm_scaling_factor
     cfg = read_lens_config(folder / "cfg.json", has_factor=factor is not None)
     return SAEFiles(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor
 from bake.clamp import ClampWeights, SAESite
 from bake.errors import DataError
 from bake.modeling_clamped_gemma import SAEClamp
-from bake.questions.answers import LetterTokens, best_letters
+from bake.questions.answers import LetterTokens, best_letters, letter_tokens
 from bake.questions.loss import token_losses
 from bake.questions.multiple_choice import Question
 from bake.questions.prompts import Batch, Prompt, batches
 from bake.recipe import Clamp
 from bake.sae.folding import SAESlice, load_decoder, load_encoder
+from bake.search.corpus_statistics import Material, Progress
 from bake.search.statistics import available_memory, check_memory
 
 Key = tuple[str, str, int]
@@ -229,15 +231,24 @@ class Bench:
         }
         return [by_form[prompt.form][row] for row, prompt in enumerate(batch.prompts)]
 
-    def _collect(self, found: Any, fired: int) -> Results:
+    def _collect(self, answers_by_batch: Any, fired: int) -> Results:
         results = Results(tokens_fired=fired)
-        for cached, answers in zip(self._cached, found, strict=True):
+        for cached, answers in zip(self._cached, answers_by_batch, strict=True):
             for prompt, answer in zip(cached.batch.prompts, answers, strict=True):
                 if prompt.source == "text":
                     results.losses.append(answer)
                 else:
                     results.letters[prompt.source, prompt.form, prompt.item] = answer
         return results
+
+
+def bench_of(
+    material: Material, prompts: Sequence[Prompt], layer: int, what: str, progress: Progress
+) -> Bench:
+    """Prompts on a recipe's model, cached at a layer; progress is told `what` is being read."""
+    letters, pad_id = letter_tokens(material.tokenizer), material.tokenizer.pad_token_id or 0
+    told = partial(progress, what)
+    return Bench(material.model, prompts, letters, layer, pad_id, told)
 
 
 class Clamper:

@@ -26,7 +26,7 @@ from torch import Tensor
 from bake.base import BaseModel
 from bake.new_folder import whole_file
 from bake.questions.corpora import Windows
-from bake.search.statistics import CONTEXTS, FeatureStatistics
+from bake.search.statistics import FeatureStatistics
 
 SCHEMA = 1
 TABLE, CONTEXTS_FILE, ABOUT = "statistics.parquet", "contexts.safetensors", "about.json"
@@ -84,65 +84,31 @@ class Entry:
         except (OSError, ValueError, KeyError, pa.ArrowException, SafetensorError):
             return None
 
-    def write(self, found: FeatureStatistics, windows: Windows) -> None:
+    def write(self, statistics: FeatureStatistics, windows: Windows) -> None:
         """Keep finished statistics; they appear whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent) as name:
             new = Path(name) / "new"
             new.mkdir()
-            columns = {column: getattr(found, column) for column in _COLUMNS}
+            columns = {column: getattr(statistics, column) for column in _COLUMNS}
             columns |= {
-                "share": found.share,
-                "mean": found.mean,
-                "mean_square": found.mean_square,
+                "share": statistics.share,
+                "mean": statistics.mean,
+                "mean_square": statistics.mean_square,
             }
-            numbers = {"feature": np.arange(len(found.fired)), **columns}
+            numbers = {"feature": np.arange(len(statistics.fired)), **columns}
             parquet.write_table(pa.table(numbers), new / TABLE)
             contexts = {
-                "n_tokens": np.array([found.n_tokens]),
-                "histogram": found.histogram,
-                "top_values": found.top_values,
-                "top_places": found.top_places,
+                "n_tokens": np.array([statistics.n_tokens]),
+                "histogram": statistics.histogram,
+                "top_values": statistics.top_values,
+                "top_places": statistics.top_places,
                 "ids": windows.ids,
             }
             save_arrays(contexts, new / CONTEXTS_FILE)
             (new / ABOUT).write_text(json.dumps(self.about, indent=2), encoding="utf-8")
             shutil.rmtree(self.path, ignore_errors=True)
             new.rename(self.path)
-
-
-def entry(
-    folder: Path,
-    *,
-    model: str,
-    dtype: str,
-    layer: int,
-    sae: str,
-    windows: Windows,
-    names: dict[str, str],
-) -> Entry:
-    """The cache's entry for one corpus.
-
-    Args:
-        folder: the cache.
-        model: what `model_sha256` gives.
-        dtype: what the model runs in.
-        layer: whose output the SAE reads.
-        sae: sha256 of the SAE, and what else decides how it is read.
-        windows: the corpus.
-        names: of model, SAE and corpus, for a person who looks into the cache.
-    """
-    about = {
-        "schema": SCHEMA,
-        "model": model,
-        "dtype": dtype,
-        "layer": layer,
-        "sae": sae,
-        "corpus": windows.sha256,
-        "contexts": CONTEXTS,
-        "names": names,
-    }
-    return Entry(folder, about)
 
 
 @dataclass
@@ -152,7 +118,7 @@ class Unfinished:
     path: Path
 
     @classmethod
-    def of(cls, entries: list[Entry]) -> Unfinished:
+    def beside(cls, entries: list[Entry]) -> Unfinished:
         """The state file of a pass over these entries."""
         keys = " ".join(entry.path.name for entry in entries).encode()
         name = f"{hashlib.sha256(keys).hexdigest()[:32]}.unfinished.safetensors"

@@ -14,8 +14,14 @@ from bake.errors import RecipeError
 from bake.questions.corpora import Windows, load_windows
 from bake.recipe import Recipe, Select
 from bake.sae.folding import load_encoder, sha256_of
-from bake.search.cache import Entry, Unfinished, cache_folder, entry, model_sha256
-from bake.search.statistics import FeatureSite, FeatureStatistics, check_memory, statistics
+from bake.search.cache import SCHEMA, Entry, Unfinished, cache_folder, model_sha256
+from bake.search.statistics import (
+    CONTEXTS,
+    FeatureSite,
+    FeatureStatistics,
+    check_memory,
+    statistics,
+)
 from bake.stock import load_base, load_tokenizer
 
 Progress = Callable[[str, float], None]
@@ -129,20 +135,22 @@ def _entry(
 ) -> Entry:
     files = site.files
     read_as = f"{files.architecture} {files.apply_b_dec_to_input} {files.input_scale}"
-    return entry(
-        cache,
-        model=weights,
-        dtype=recipe.base.dtype,
-        layer=site.layer,
-        sae=f"{sha256_of(files)} {read_as}",
-        windows=windows,
-        names={
+    about = {
+        "schema": SCHEMA,
+        "model": weights,
+        "dtype": recipe.base.dtype,
+        "layer": site.layer,
+        "sae": f"{sha256_of(files)} {read_as}",
+        "corpus": windows.sha256,
+        "contexts": CONTEXTS,
+        "names": {  # for a person who looks into the cache
             "model": base.name,
             "revision": base.revision or "",
             "sae": site.name,
             "corpus": Path(windows.name).name,
         },
-    )
+    }
+    return Entry(cache, about)
 
 
 def _read_or_take(
@@ -158,7 +166,7 @@ def _read_or_take(
     absent = [i for i, known in enumerate(found) if known is None]
     if absent:
         wanted = [entries[i] for i in absent]
-        unfinished = Unfinished.of(wanted)
+        unfinished = Unfinished.beside(wanted)
         taken = statistics(
             material.model,
             [FeatureSite(sites[i].layer, load_encoder(sites[i].files)) for i in absent],

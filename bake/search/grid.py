@@ -80,7 +80,10 @@ def parse_grid(asked: Sequence[str]) -> dict[str, list[Setting]]:
                     f"--grid {text}: {setting!r} is no setting of {name}; expected {kind}"
                 ) from error
             if read == "" or (isinstance(read, float) and not math.isfinite(read)):
-                raise GridError(f"--grid {text}: {setting!r} is no setting of {name}")
+                raise GridError(
+                    f"--grid {text}: {setting!r} is no setting of {name}; expected a value that "
+                    "is finite"
+                )
             if name == "method" and read not in METHODS:
                 raise GridError(
                     f"--grid {text}: no method {read!r}; expected one of {', '.join(METHODS)}"
@@ -125,10 +128,8 @@ def variant(recipe: Recipe, point: Point) -> Recipe:
 
 
 def _clamp_at(clamp: Clamp, settings: dict[str, Setting]) -> dict[str, Any]:
-    table = clamp.model_dump(exclude_unset=True, exclude_none=True)
-    table["method"] = settings.get("method", clamp.method)
-    own = METHODS[str(table["method"])].fields
-    table = {key: entry for key, entry in table.items() if key not in own_fields() - set(own)}
+    method = str(settings.get("method", clamp.method))
+    table, own = clamp.table_for(method), METHODS[method].fields
     table |= {name: settings[name] for name in ("trigger", *own) if name in settings}
     if "layer" in settings:
         layer = settings["layer"]

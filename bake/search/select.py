@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,17 +118,7 @@ def by_attribution(
             "changes no retained one; take a stronger `value`, or select by sparsity"
         )
     order = sorted(loss_added, key=lambda feature: (loss_added[feature], feature))[:n_features]
-    return [
-        Chosen(
-            feature=feature,
-            rank=rank,
-            forget_share=float(forget.share[feature]),
-            retain_share=float(retain.share[feature]),
-            score=loss_added[feature],
-            attribution=float(attribution[feature]),
-        )
-        for rank, feature in enumerate(order, 1)
-    ]
+    return _chosen(forget, retain, order, loss_added, attribution=attribution)
 
 
 def prove_alone(
@@ -190,14 +180,28 @@ def _ranked(
 ) -> list[Chosen]:
     candidates = np.flatnonzero(passing)
     order = candidates[np.argsort(-score[candidates], kind="stable")][:n_features]
+    return _chosen(forget, retain, order.tolist(), score, ratio=ratio)
+
+
+def _chosen(
+    forget: FeatureStatistics,
+    retain: FeatureStatistics,
+    order: Sequence[int],
+    score: Scores | Mapping[int, float],
+    *,
+    ratio: Scores | None = None,
+    attribution: Scores | None = None,
+) -> list[Chosen]:
+    """Features in their order, with what is known of each."""
     return [
         Chosen(
-            feature=int(feature),
-            rank=rank,
-            forget_share=float(forget.share[feature]),
-            retain_share=float(retain.share[feature]),
-            score=float(score[feature]),
-            ratio=None if ratio is None else float(ratio[feature]),
+            feature,
+            rank,
+            float(forget.share[feature]),
+            float(retain.share[feature]),
+            float(score[feature]),
+            None if ratio is None else float(ratio[feature]),
+            None if attribution is None else float(attribution[feature]),
         )
         for rank, feature in enumerate(order, 1)
     ]

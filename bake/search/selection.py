@@ -19,7 +19,7 @@ from bake.questions.orders import all_orders
 from bake.questions.prompts import Prompt, question_prompts
 from bake.recipe import Recipe
 from bake.search.attribution import attribution, candidates, residual_gradient
-from bake.search.bench import Bench, Clamper
+from bake.search.bench import Bench, Clamper, bench_of
 from bake.search.corpus_statistics import Measured, Progress, SiteStatistics, measure, select_table
 from bake.search.select import Chosen, Scores, by_attribution, by_ratio, by_sparsity, prove_alone
 from bake.search.statistics import FeatureSite
@@ -102,22 +102,13 @@ def select_features(
     found = measured.sites[index]
     refusal = found.site.clamp.refusal_feature
     exclude = [] if refusal is None else [refusal]
+    both, n = (found.forget, found.retain), select.n_features
     if select.by == "sparsity":
         chosen = by_sparsity(
-            found.forget,
-            found.retain,
-            retain_threshold=select.retain_threshold,
-            n_features=select.n_features,
-            exclude=exclude,
+            *both, retain_threshold=select.retain_threshold, n_features=n, exclude=exclude
         )
     elif select.by == "ratio":
-        chosen = by_ratio(
-            found.forget,
-            found.retain,
-            percentile=select.ratio_percentile,
-            n_features=select.n_features,
-            exclude=exclude,
-        )
+        chosen = by_ratio(*both, percentile=select.ratio_percentile, n_features=n, exclude=exclude)
     else:
         chosen = _attributed(recipe, measured, found, exclude, progress)
     return Selection(
@@ -145,7 +136,10 @@ def split_questions(recipe: Recipe) -> SplitQuestions:
         DataError: a question of [select] is also one of [verify].
     """
     if recipe.verify is None:
-        raise RecipeError("the recipe has no [verify] table; attribution and sweeps need questions")
+        raise RecipeError(
+            "the recipe has no [verify] table; expected one, since attribution and sweeps need "
+            "questions"
+        )
     validation, test = {}, {}
     for side in ("forget", "retain"):
         report = load_questions(getattr(recipe.verify, f"{side}_questions"), recipe)
@@ -182,28 +176,20 @@ def prompts_of(source: str, asked: Sequence[Question], tokenizer: Any, form: str
 def _attributed(
     recipe: Recipe,
     measured: Measured,
-    found: SiteStatistics,
+    measured_site: SiteStatistics,
     exclude: list[int],
     progress: Progress,
 ) -> list[Chosen]:
     """Known questions → attribution → what each candidate does alone → order by loss added."""
     select, split = select_table(recipe), split_questions(recipe)
     assert recipe.verify is not None
-    material, form, site = measured.material, recipe.verify.prompt, found.site
+    material, form, site = measured.material, recipe.verify.prompt, measured_site.site
     tokenizer, letters = material.tokenizer, letter_tokens(material.tokenizer)
     clamper = Clamper(site)
     turned = [order for q in split.validation["forget"] for order in all_orders(q)]
-    pad_id = tokenizer.pad_token_id or 0
 
     def bench(prompts: Sequence[Prompt], what: str) -> Bench:
-        return Bench(
-            material.model,
-            prompts,
-            letters,
-            site.layer,
-            pad_id,
-            lambda share: progress(what, share),
-        )
+        return bench_of(material, prompts, site.layer, what, progress)
 
     n_orders = len(turned) // len(split.validation["forget"])
     every = prompts_of("forget", turned, tokenizer, form)
@@ -246,7 +232,9 @@ def _attributed(
         loss_added=lambda feature: text.measure(alone(feature)).loss - base_loss,
     )
     total: Scores = sum(per_question[1:], start=per_question[0])
-    return by_attribution(found.forget, found.retain, total, proved, n_features=select.n_features)
+    return by_attribution(
+        measured_site.forget, measured_site.retain, total, proved, n_features=select.n_features
+    )
 
 
 def _attributions(

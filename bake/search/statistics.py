@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -182,34 +182,6 @@ def residuals(
     return seen
 
 
-@dataclass
-class _Sums:
-    """What is added up over a corpus; fields as in `FeatureStatistics`."""
-
-    fired: Tensor
-    total: Tensor
-    squares: Tensor
-    near: Tensor
-    histogram: Tensor
-    top_values: Tensor
-    top_places: Tensor
-
-    @classmethod
-    def zero(cls, d_sae: int, device: Any) -> _Sums:
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        return cls(
-            fired=zeros(d_sae, dtype=torch.int64),
-            total=zeros(d_sae, dtype=torch.float64),
-            squares=zeros(d_sae, dtype=torch.float64),
-            near=zeros(d_sae, dtype=torch.int64),
-            histogram=zeros(d_sae, BINS, dtype=torch.int64),
-            top_values=zeros(CONTEXTS, d_sae, dtype=torch.float32),
-            top_places=zeros(CONTEXTS, d_sae, dtype=torch.int64) - 1,
-        )
-
-
 class _Counter:
     """Counts one SAE's features, batch by batch."""
 
@@ -227,17 +199,25 @@ class _Counter:
         self._b_enc = torch.from_numpy(site.encoder.b_enc).to(device)
         self._theta = torch.from_numpy(site.encoder.theta).to(device)
         self._longest = float(torch.linalg.vector_norm(self._W_enc, dim=0).max())
-        self._sums = _Sums.zero(self.d_sae, device)
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Every sum by its name."""
-        return {field.name: getattr(self._sums, field.name) for field in fields(self._sums)}
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.state = {
+            "fired": zeros(self.d_sae),
+            "total": zeros(self.d_sae, dtype=torch.float64),
+            "squares": zeros(self.d_sae, dtype=torch.float64),
+            "near": zeros(self.d_sae),
+            "histogram": zeros(self.d_sae, BINS),
+            "top_values": zeros(CONTEXTS, self.d_sae, dtype=torch.float32),
+            "top_places": zeros(CONTEXTS, self.d_sae) - 1,
+        }
+        """What is added up over a corpus, named as in `FeatureStatistics`."""
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from the sums of an earlier run."""
         device = self._b_enc.device
-        self._sums = _Sums(**{name: tensor.to(device) for name, tensor in state.items()})
+        self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
     @torch.inference_mode()
     def add(self, h: Tensor, counted: Tensor, start: int) -> None:
@@ -270,21 +250,21 @@ class _Counter:
             above = exact - theta[columns].double()
             fired[rows, columns] = above > 0
             near = torch.bincount(columns[above.abs() <= NEAR], minlength=len(b))
-            self._sums.near[part] += near
+            self.state["near"][part] += near
         return pre.masked_fill_(~fired, 0.0), fired
 
     def _add_sums(self, acts: Tensor, fired: Tensor, part: slice) -> None:
         """Counts, sums and histogram of a block [tokens, features]; most of it is zero."""
-        sums, n_features = self._sums, acts.shape[1]
+        sums, n_features = self.state, acts.shape[1]
         features = fired.nonzero()[:, 1]
         values = acts[fired].double()
         bins = ((values.log2() - LOWEST_BIN) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
         counts = torch.bincount(features * BINS + bins, minlength=n_features * BINS)
         histogram = counts.view(n_features, BINS)
-        sums.histogram[part] += histogram
-        sums.fired[part] += histogram.sum(1)
-        sums.total[part] += torch.bincount(features, values, n_features)
-        sums.squares[part] += torch.bincount(features, values.square(), n_features)
+        sums["histogram"][part] += histogram
+        sums["fired"][part] += histogram.sum(1)
+        sums["total"][part] += torch.bincount(features, values, n_features)
+        sums["squares"][part] += torch.bincount(features, values.square(), n_features)
 
     def _add_contexts(self, acts: Tensor, start: int, part: slice) -> None:
         """Merge the strongest place of each window into the best so far."""
@@ -292,11 +272,11 @@ class _Counter:
         best, at = acts.max(dim=1)  # [windows, features]
         windows = torch.arange(start, start + n_windows, device=acts.device)[:, None]
         places = torch.where(best > 0, windows * seq + at, -1)
-        values = torch.cat([self._sums.top_values[:, part], best])
-        places = torch.cat([self._sums.top_places[:, part], places])
+        values = torch.cat([self.state["top_values"][:, part], best])
+        places = torch.cat([self.state["top_places"][:, part], places])
         top, order = values.topk(CONTEXTS, dim=0)
-        self._sums.top_values[:, part] = top
-        self._sums.top_places[:, part] = places.gather(0, order)
+        self.state["top_values"][:, part] = top
+        self.state["top_places"][:, part] = places.gather(0, order)
 
     def result(self, n_tokens: int) -> FeatureStatistics:
         """The finished statistics."""

@@ -13,29 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bake.errors import OutputError
 from bake.methods import METHODS
-from bake.search.grid import Point
+from bake.search.grid import AXES, Point
 
 JOURNAL = "study.journal"
 _NAME = "sweep"
-_RANGES: dict[str, IntDistribution | FloatDistribution] = {
-    "layer": IntDistribution(0, 10_000),
-    "retain_threshold": FloatDistribution(0.0, 1.0),
-    "n_features": IntDistribution(1, 10**9),
-    "value": FloatDistribution(-1e9, 1e9),
-    "multiplier": FloatDistribution(-1e9, 1e9),
-    "trigger": FloatDistribution(0.0, 1e9),
-}
-"""Wide, so that a later run may add any setting to the same study."""
 
 
 @dataclass(frozen=True)
@@ -221,12 +208,12 @@ class Study:
 
 def _suggest(trial: Trial, name: str) -> None:
     """Let Optuna take up a setting that was enqueued."""
-    if name == "method":
+    if AXES[name] is str:
         trial.suggest_categorical(name, sorted(METHODS))
-    elif isinstance(among := _RANGES[name], IntDistribution):
-        trial.suggest_int(name, among.low, among.high)
+    elif AXES[name] is int:
+        trial.suggest_int(name, 0, 10**9)  # wide: a later run may add any setting to the study
     else:
-        trial.suggest_float(name, among.low, among.high)
+        trial.suggest_float(name, -1e9, 1e9)
 
 
 def _point(trial: FrozenTrial) -> Point:

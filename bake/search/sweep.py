@@ -15,11 +15,10 @@ from typing import Any, Literal
 
 from bake.clamp import ClampWeights, find_site
 from bake.questions.alignment import alignment
-from bake.questions.answers import letter_tokens
 from bake.questions.multiple_choice import Question, load_texts
 from bake.questions.prompts import QUESTION_FORMS, Prompt, text_prompts
 from bake.recipe import Clamp, Recipe
-from bake.search.bench import Bench, Clamper, Results
+from bake.search.bench import Bench, Clamper, Results, bench_of
 from bake.search.cache import model_sha256
 from bake.search.corpus_statistics import Material, Progress, SiteStatistics, measure
 from bake.search.grid import Point, Setting, points, variant
@@ -49,7 +48,7 @@ class Scored:
 class Reported:
     """A measured point beside its controls."""
 
-    found: Finished
+    measured: Finished
     alignment: float
     controls: dict[str, Scored]
     """On the validation questions, by name."""
@@ -99,7 +98,6 @@ class Sweep:
         self.split = split_questions(recipe)
         assert recipe.verify is not None
         self.form = recipe.verify.prompt
-        self.letters = letter_tokens(self.material.tokenizer)
         self._layers = list(layers or [])
         self._measured = measure(
             self._all_layers(), material=self.material, cache=cache, progress=progress
@@ -160,15 +158,7 @@ class Sweep:
 
     def bench(self, prompts: Sequence[Prompt], layer: int, what: str) -> Bench:
         """Prompts, cached at a layer."""
-        pad_id = self.material.tokenizer.pad_token_id or 0
-        return Bench(
-            self.material.model,
-            prompts,
-            self.letters,
-            layer,
-            pad_id,
-            lambda share: self._progress(what, share),
-        )
+        return bench_of(self.material, prompts, layer, what, self._progress)
 
     def run(self, point: Point) -> tuple[Scored, Scored, dict[str, Any]]:
         """(what a point does on the validation questions, what the base does, details)."""
@@ -286,7 +276,7 @@ def _report(sweep: Sweep, study: Study, objective: Objective, floor: float) -> S
         for prompt in prompts_of(side, asked[side], tokenizer, form)
     ] + text_prompts(load_texts(sweep.recipe.verify.text, sweep.recipe), tokenizer)
     with_controls = [_beside_controls(sweep, found) for found in front]
-    reported = next((r for r in with_controls if r.found == best), None)
+    reported = next((r for r in with_controls if r.measured == best), None)
     base = sweep.validation(clamps).base
     bench = sweep.bench(prompts, min(clamp.layer for clamp in clamps), "test questions")
     test = {"base": scored(bench.base, asked, QUESTION_FORMS, text=True)}
@@ -310,13 +300,13 @@ def _report(sweep: Sweep, study: Study, objective: Objective, floor: float) -> S
     )
 
 
-def _beside_controls(sweep: Sweep, found: Finished) -> Reported:
-    recipe = sweep.at(found.point)
+def _beside_controls(sweep: Sweep, point: Finished) -> Reported:
+    recipe = sweep.at(point.point)
     bench = sweep.validation(sweep.weights(recipe))
     asked = sweep.split.validation
     return Reported(
-        found,
-        aligned(found),
+        point,
+        aligned(point),
         {
             name: scored(bench.measure(sweep.weights(one)), asked, [sweep.form])
             for name, one in sweep.controls(recipe).items()
@@ -324,19 +314,19 @@ def _beside_controls(sweep: Sweep, found: Finished) -> Reported:
     )
 
 
-def aligned(found: Finished) -> float:
+def aligned(point: Finished) -> float:
     """Alignment of a point on the validation questions."""
-    base_forget, base_retain = found.about["base"]
-    return alignment(found.forget, base_forget, found.retain, base_retain)
+    base_forget, base_retain = point.about["base"]
+    return alignment(point.forget, base_forget, point.retain, base_retain)
 
 
-def _rank(found: Finished, objective: Objective, floor: float) -> tuple[float, ...]:
+def _rank(point: Finished, objective: Objective, floor: float) -> tuple[float, ...]:
     """The greater the better; ties go to what fires on fewer tokens, then to the earlier point."""
-    rest = (-float(found.about["tokens_fired"]), -float(found.number))
+    rest = (-float(point.about["tokens_fired"]), -float(point.number))
     if objective == "alignment":
-        return (aligned(found), *rest)
-    keeps = found.retain >= floor * found.about["base"][1]
-    return (float(keeps), -found.forget if keeps else found.retain, *rest)
+        return (aligned(point), *rest)
+    keeps = point.retain >= floor * point.about["base"][1]
+    return (float(keeps), -point.forget if keeps else point.retain, *rest)
 
 
 def _fingerprint(recipe: Recipe, model: str) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import io
 import json
 import random
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +38,8 @@ from bake.new_folder import check_output, new_folder
 from bake.questions.corpora import Windows, load_windows
 from bake.recipe import Base, Recipe
 from bake.search.statistics import BATCH_TOKENS, residuals
-from bake.sources import Corpus, layer_of
+from bake.sources import Corpus, Table, layer_of, one_line, read_toml
 from bake.stock import load_base, load_tokenizer
-from bake.tables import Table, one_line
 
 MIXED_BATCHES = 64
 """Batches of activations among which tokens are mixed."""
@@ -102,14 +100,8 @@ class TrainConfig(Table):
             RecipeError: it is missing, is no TOML, or a value is wrong; one line.
         """
         try:
-            config = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            config = cls.model_validate(read_toml("config", path))
             layer_of(config.sae.hook_point)
-        except OSError as error:
-            raise RecipeError(
-                f"config {path}: cannot be read ({error.strerror}); expected a TOML file"
-            ) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"config {path}: is no TOML: {error}") from error
         except ValidationError as error:
             raise RecipeError(f"config {path}: {one_line(error, cls)}") from error
         except ValueError as error:
@@ -121,16 +113,11 @@ class TrainConfig(Table):
 class Schedule:
     """How an SAE is trained; what sae_lens's trainer is told."""
 
-    d_sae: int
+    sae: SAETable
     n_steps: int
     batch_size: int
     """Tokens per step."""
     learning_rate: float
-    architecture: str = "batchtopk"
-    k: float = 20.0
-    """batchtopk: mean number of features active per token."""
-    sparsity_coefficient: float = 1.0
-    """jumprelu, standard: weight of the sparsity term."""
     warm_up_steps: int = 50
 
 
@@ -163,7 +150,7 @@ def train_config(
     if layer >= base.n_layers:
         raise ModelError(
             f"config {file}: sae.hook_point is {sae.hook_point}, but {base.name} has "
-            f"{base.n_layers} layers (0 to {base.n_layers - 1})"
+            f"{base.n_layers} layers; expected 0 to {base.n_layers - 1}"
         )
     size = 8 * base.d_in * sae.d_sae
     check_output(out, inputs=[file, base.folder], size=size, force=False)
@@ -201,13 +188,10 @@ def train_config(
             yield batch
 
     schedule = Schedule(
-        d_sae=sae.d_sae,
-        n_steps=n_steps,
+        sae,
+        n_steps,
         batch_size=train.batch_tokens,
         learning_rate=train.learning_rate,
-        architecture=sae.architecture,
-        k=sae.k,
-        sparsity_coefficient=sae.sparsity_coefficient,
         warm_up_steps=min(1000, n_steps // 10),
     )
     metadata = SAEMetadata(
@@ -288,24 +272,24 @@ def train_sae(
 def _untrained(d_in: int, schedule: Schedule, metadata: SAEMetadata) -> Any:
     common: dict[str, Any] = {
         "d_in": d_in,
-        "d_sae": schedule.d_sae,
+        "d_sae": schedule.sae.d_sae,
         "normalize_activations": "expected_average_only_in",
         "metadata": metadata,
     }
     warm_up = schedule.n_steps // 10
-    if schedule.architecture == "jumprelu":
+    if schedule.sae.architecture == "jumprelu":
         return JumpReLUTrainingSAE(
             JumpReLUTrainingSAEConfig(
-                l0_coefficient=schedule.sparsity_coefficient, l0_warm_up_steps=warm_up, **common
+                l0_coefficient=schedule.sae.sparsity_coefficient, l0_warm_up_steps=warm_up, **common
             )
         )
-    if schedule.architecture == "standard":
+    if schedule.sae.architecture == "standard":
         return StandardTrainingSAE(
             StandardTrainingSAEConfig(
-                l1_coefficient=schedule.sparsity_coefficient, l1_warm_up_steps=warm_up, **common
+                l1_coefficient=schedule.sae.sparsity_coefficient, l1_warm_up_steps=warm_up, **common
             )
         )
-    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=schedule.k, **common))
+    return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=schedule.sae.k, **common))
 
 
 @torch.no_grad()

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from bake.search.statistics import BINS, BINS_PER_OCTAVE, LOWEST_BIN, FeatureStatistics
+from bake.search.statistics import (
+    BINS,
+    BINS_PER_OCTAVE,
+    LOWEST_BIN,
+    FeatureStatistics,
+    bin_edges,
+)
+from verify.page.histograms import Bin, HistogramPlot
+from verify.page.plots import SHARE_TICKS, Ticks
 
 WIDTH, HEIGHT = 640.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 64.0, 16.0, 16.0, 52.0
@@ -17,14 +25,7 @@ ZERO_GAP = 34.0
 """Between the axis, where shares of 0 stand, and the lowest decade."""
 MOST_DOTS = 4000
 """Features that are not selected are thinned out beyond this."""
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A mark on an axis."""
-
-    at: float
-    label: str
+_EDGES = bin_edges().tolist()
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Scatter:
     title: str
     x_label: str
     y_label: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
+    x_ticks: Ticks
+    """(place, label)."""
+    y_ticks: Ticks
     dots: list[Dot]
     small: float = 2.4
     """Radius of a mark that is one of very many."""
@@ -60,28 +62,6 @@ class Scatter:
     right: float = WIDTH - RIGHT
     top: float = TOP
     bottom: float = HEIGHT - BOTTOM
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar of a histogram, in percent of its plot."""
-
-    x: float
-    width: float
-    height: float
-    kind: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Activations by size on both corpora, on a logarithmic axis."""
-
-    bars: list[Bar]
-    trigger_at: float
-    """Percent from the left."""
-    ticks: list[Tick]
-    """In percent from the left."""
 
 
 def share_scatter(
@@ -110,25 +90,25 @@ def share_scatter(
         title=f"{len(fires):,} features that fire{thinned}",
         x_label="share of retain tokens",
         y_label="share of forget tokens",
-        x_ticks=[Tick(_log_x(s, lowest), _share(s)) for s in (0.0, *decades)],
-        y_ticks=[Tick(_log_y(s, lowest), _share(s)) for s in (0.0, *decades)],
+        x_ticks=tuple((_log_x(s, lowest), _share(s)) for s in (0.0, *decades)),
+        y_ticks=tuple((_log_y(s, lowest), _share(s)) for s in (0.0, *decades)),
         dots=dots,
     )
 
 
 def sweep_scatter(report: dict[str, Any]) -> Scatter:
     """Forget accuracy against retained accuracy of every point of a sweep, and the controls."""
-    found = report["validation"]
+    validation = report["validation"]
     form = report["prompt"]
-    front = sorted(found["front"], key=lambda point: (point["forget"], point["retain"]))
-    marks = [(p["forget"], p["retain"], _settings(p), "other") for p in found["points"]]
+    front = sorted(validation["front"], key=lambda point: (point["forget"], point["retain"]))
+    marks = [(p["forget"], p["retain"], _settings(p), "other") for p in validation["points"]]
     marks += [(p["forget"], p["retain"], f"Pareto: {_settings(p)}", "chosen") for p in front]
     marks += [
         (c["forget"][form], c["retain"][form], f"control, {name}: {_settings(p)}", "control")
         for p in front
         for name, c in p["controls"].items()
     ]
-    base = found["base"]
+    base = validation["base"]
     marks.append((base["forget"][form], base["retain"][form], "base", "base"))
 
     def x(accuracy: float) -> float:
@@ -137,13 +117,12 @@ def sweep_scatter(report: dict[str, Any]) -> Scatter:
     def y(accuracy: float) -> float:
         return HEIGHT - BOTTOM - accuracy * (HEIGHT - BOTTOM - TOP)
 
-    ticks = [i / 4 for i in range(5)]
     return Scatter(
-        title=f"{len(found['points'])} points on the validation questions ({form})",
+        title=f"{len(validation['points'])} points on the validation questions ({form})",
         x_label="accuracy on forget questions",
         y_label="accuracy on retain questions",
-        x_ticks=[Tick(x(t), f"{t:g}") for t in ticks],
-        y_ticks=[Tick(y(t), f"{t:g}") for t in ticks],
+        x_ticks=tuple((x(at), label) for at, label in SHARE_TICKS),
+        y_ticks=tuple((y(at), label) for at, label in SHARE_TICKS),
         dots=[
             Dot(x(forget), y(retain), f"{text}: forget {forget:.3f}, retain {retain:.3f}", kind)
             for forget, retain, text, kind in marks
@@ -155,7 +134,7 @@ def sweep_scatter(report: dict[str, Any]) -> Scatter:
 
 def activation_histogram(
     forget: FeatureStatistics, retain: FeatureStatistics, feature: int, trigger: float
-) -> Histogram:
+) -> HistogramPlot:
     """How large a feature's activations are, as shares of the tokens of each corpus."""
     counts = {
         "forget": forget.histogram[feature] / forget.n_tokens,
@@ -164,31 +143,29 @@ def activation_histogram(
     used = [b for b in range(BINS) if any(count[b] for count in counts.values())]
     first, last = (used[0], used[-1]) if used else (0, BINS - 1)
     first, last = max(0, first - 2), min(BINS - 1, max(last + 1, first + 5))
-    slot = 100 / (last - first + 1)
+    slot = 1 / (last - first + 1)
     most = max(1e-30, *(float(count.max()) for count in counts.values()))
-    bars = [
-        Bar(
-            x=(b - first) * slot + i * slot / 2,
+    bins = tuple(
+        Bin(
+            start=(b - first) * slot + i * slot / 2,
             width=slot / 2,
-            height=100 * float(count[b]) / most,
-            kind=side,
-            text=f"{side}: {_edge(b):.3g} to {_edge(b + 1):.3g}, {float(count[b]):.2e} of tokens",
+            height=float(count[b]) / most,
+            count="",
+            said=f"{side}: {_EDGES[b]:.3g} to {_EDGES[b + 1]:.3g}, {float(count[b]):.2e} of tokens",
+            tone="forget" if side == "forget" else "retain",
         )
         for i, (side, count) in enumerate(counts.items())
         for b in used
         if count[b]
-    ]
+    )
     at = (math.log2(trigger) - LOWEST_BIN) * BINS_PER_OCTAVE if trigger > 0 else first
-    ticks = [
-        Tick((b - first) * slot, f"{_edge(b):g}")
+    ticks = tuple(
+        ((b - first) * slot, f"{_EDGES[b]:g}")
         for b in range(first, last + 1)
         if b % (2 * BINS_PER_OCTAVE) == 0
-    ]
-    return Histogram(bars, min(100.0, max(0.0, (at - first) * slot)), ticks)
-
-
-def _edge(b: int) -> float:
-    return float(2.0 ** (LOWEST_BIN + b / BINS_PER_OCTAVE))
+    )
+    line = min(1.0, max(0.0, (at - first) * slot))
+    return HistogramPlot(f"feature {feature}", bins, ticks, line, "")
 
 
 def _log_x(share: float, lowest: int) -> float:

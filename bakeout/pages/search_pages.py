@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from bake.errors import DataError, OutputError
+from bake.errors import DataError
 from bake.questions.corpora import Windows
 from bake.recipe import Recipe
 from bake.sae.layouts import neuronpedia_id
@@ -20,14 +17,15 @@ from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
 from bake.search.statistics import CONTEXTS
 from bakeout.pages.charts import (
-    Histogram,
     Scatter,
     activation_histogram,
     share_scatter,
     sweep_scatter,
 )
-from bakeout.pages.selection_view import write_whole
+from bakeout.pages.selection_view import check_new_file, write_whole
 from bakeout.terminal import progress
+from verify.page.histograms import HistogramPlot
+from verify.page.html import environment, shown
 
 AROUND = 18
 """Tokens shown on either side of the one that activates."""
@@ -59,7 +57,7 @@ class Card:
     """From both corpora, strongest first."""
     from_forget: int
     """How many of them are from the forget corpus."""
-    histogram: Histogram
+    histogram: HistogramPlot
     link: str | None
 
 
@@ -85,11 +83,7 @@ def features_page(file: Path, html: Path, sweep: Path | None, *, force: bool) ->
         BakeoutError: of the kind of trouble it meets.
     """
     recipe = Recipe.load(file)
-    inputs = [source.resolve() for source in recipe.local_sources]
-    if html.resolve() in inputs or html.is_dir() or (html.exists() and not force):
-        raise OutputError(f"--html {html}: exists; choose another name, or pass --force")
-    if not html.resolve().parent.is_dir():
-        raise OutputError(f"--html {html}: its folder does not exist; make it first")
+    check_new_file(recipe, html, force=force, option="--html")
     report = None if sweep is None else _sweep_report(sweep)
     with progress("features") as advance:
         measured = measure(recipe, progress=advance)
@@ -125,14 +119,14 @@ def site_views(
         for chosen in selection.chosen
     }
     views = []
-    for clamp, found in zip(recipe.clamp, measured.sites, strict=True):
+    for clamp, statistics in zip(recipe.clamp, measured.sites, strict=True):
         assert isinstance(clamp.features, list)
-        site = found.site
+        site = statistics.site
         stated = neuronpedia_id(clamp.sae, recipe)
         cards = [
             _card(
                 feature,
-                found,
+                statistics,
                 measured,
                 why.get((site.hook_point, feature)),
                 clamp.trigger,
@@ -147,9 +141,9 @@ def site_views(
                 method=clamp.method,
                 trigger=clamp.trigger,
                 d_sae=site.d_sae,
-                forget_tokens=found.forget.n_tokens,
-                retain_tokens=found.retain.n_tokens,
-                scatter=share_scatter(found.forget, found.retain, clamp.features),
+                forget_tokens=statistics.forget.n_tokens,
+                retain_tokens=statistics.retain.n_tokens,
+                scatter=share_scatter(statistics.forget, statistics.retain, clamp.features),
                 cards=cards,
             )
         )
@@ -158,38 +152,38 @@ def site_views(
 
 def _card(
     feature: int,
-    found: SiteStatistics,
+    statistics: SiteStatistics,
     measured: Measured,
     why: Chosen | None,
     trigger: float,
     link: str | None,
 ) -> Card:
-    if feature >= found.site.d_sae:
+    if feature >= statistics.site.d_sae:
         raise DataError(
-            f"SAE {found.site.name}: feature {feature} is out of range; "
-            f"expected 0 to {found.site.d_sae - 1}"
+            f"SAE {statistics.site.name}: feature {feature} is out of range; "
+            f"expected 0 to {statistics.site.d_sae - 1}"
         )
-    contexts = top_contexts(feature, found, measured)
+    contexts = top_contexts(feature, statistics, measured)
     return Card(
         feature=feature,
         why=why,
-        forget_share=float(found.forget.share[feature]),
-        retain_share=float(found.retain.share[feature]),
+        forget_share=float(statistics.forget.share[feature]),
+        retain_share=float(statistics.retain.share[feature]),
         contexts=contexts,
         from_forget=sum(context.side == "forget" for context in contexts),
-        histogram=activation_histogram(found.forget, found.retain, feature, trigger),
+        histogram=activation_histogram(statistics.forget, statistics.retain, feature, trigger),
         link=link,
     )
 
 
-def top_contexts(feature: int, found: SiteStatistics, measured: Measured) -> list[Context]:
+def top_contexts(feature: int, statistics: SiteStatistics, measured: Measured) -> list[Context]:
     """The strongest places of a feature in both corpora, at most `CONTEXTS`, one per window."""
     places = [
         (float(value), side, int(place))
         for side in ("forget", "retain")
         for value, place in zip(
-            getattr(found, side).top_values[:, feature],
-            getattr(found, side).top_places[:, feature],
+            getattr(statistics, side).top_values[:, feature],
+            getattr(statistics, side).top_places[:, feature],
             strict=True,
         )
         if place >= 0
@@ -213,14 +207,15 @@ def _around(windows: Windows, place: int, tokenizer: Any) -> tuple[str, str, str
 
     before, upto, whole = text(position), text(position + 1), text(end)
     return (
-        _printable(before),
-        _printable(upto[len(before) :]) or "·",
-        _printable(whole[len(upto) :]),
+        _shown(before),
+        _shown(upto[len(before) :]) or "·",
+        _shown(whole[len(upto) :]),
     )
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "⏎" if c == "\n" else "\ufffd" for c in text)
+def _shown(text: str) -> str:
+    """Text of a corpus on one line; line ends show."""
+    return shown(text.replace("\n", "⏎"))
 
 
 def _sweep_report(folder: Path) -> dict[str, Any]:
@@ -236,8 +231,4 @@ def _sweep_report(folder: Path) -> dict[str, Any]:
 
 
 def _render(**contents: Any) -> str:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = files("bakeout.pages").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(**contents)
+    return environment("bakeout.pages").get_template("page.html.j2").render(**contents)

@@ -13,7 +13,7 @@ from bake.new_folder import whole_file
 from bake.recipe import Recipe
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
-from bakeout.terminal import console, progress, write_json
+from bakeout.terminal import console, progress, table_of, write_json
 
 SCHEMA = 1
 SCORES = {"sparsity": "forget share", "ratio": "mean square", "attribution": "loss added"}
@@ -58,9 +58,8 @@ def show_selections(selections: Sequence[Selection]) -> None:
 
 def selection_table(selection: Selection) -> Table:
     """One row for each selected feature."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("rank", "feature", "forget share", "retain share", *_extra(selection.by)):
-        table.add_column(name, justify="right")
+    names = ("rank", "feature", "forget share", "retain share", *_extra(selection.by))
+    table = table_of(*names, left=0)
     for chosen in selection.chosen:
         table.add_row(
             str(chosen.rank),
@@ -111,18 +110,18 @@ def selections_dict(selections: Sequence[Selection]) -> dict[str, Any]:
     }
 
 
-def check_new_file(recipe: Recipe, file: Path, *, force: bool) -> None:
-    """Refuse a recipe file before anything is computed.
+def check_new_file(recipe: Recipe, file: Path, *, force: bool, option: str = "--write") -> None:
+    """Refuse a file before anything is computed; `option` named it.
 
     Raises:
         OutputError: it is one of the recipe's inputs, or exists and `force` is not given.
     """
     if any(file.resolve() == source.resolve() for source in recipe.local_sources):
-        raise OutputError(f"--write {file}: is an input; choose another name")
+        raise OutputError(f"{option} {file}: is an input; choose another name")
     if file.exists() and not (force and file.is_file()):
-        raise OutputError(f"--write {file}: exists; choose another name, or pass --force")
+        raise OutputError(f"{option} {file}: exists; choose another name, or pass --force")
     if not file.resolve().parent.is_dir():
-        raise OutputError(f"--write {file}: its folder does not exist; make it first")
+        raise OutputError(f"{option} {file}: its folder does not exist; make it first")
 
 
 def write_recipe(recipe: Recipe, file: Path, *, force: bool) -> None:

@@ -13,7 +13,7 @@ from bake.recipe import Recipe
 from bake.search.grid import GridError, parse_grid
 from bake.search.sweep import CONTROLS, Objective, Reported, Scored, SweepReport, run_sweep
 from bakeout.pages.selection_view import write_recipe
-from bakeout.terminal import console, progress, write_json
+from bakeout.terminal import console, progress, table_of, write_json
 
 SCHEMA = 1
 REPORT, WINNER, PAGE = "report.json", "recipe.toml", "sweep.html"
@@ -75,25 +75,23 @@ def show_sweep(report: SweepReport, out: Path) -> None:
         f"{base.forget[form]:.3f} and {base.retain[form]:.3f}. Pareto front:\n",
         markup=False,
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("point", "forget", "retained", "alignment", *CONTROLS):
-        table.add_column(name, justify="left" if name == "point" else "right")
+    table = table_of("point", "forget", "retained", "alignment", *CONTROLS)
     for one in report.front:
         controls = (
             f"{s.forget[form]:.3f} / {s.retain[form]:.3f}" if s else "–"
             for s in map(one.controls.get, CONTROLS)
         )
-        mark = " *" if one.found == report.best.found else ""
+        mark = " *" if one.measured == report.best.measured else ""
         table.add_row(
-            f"{one.found.point}{mark}",
-            f"{one.found.forget:.3f}",
-            f"{one.found.retain:.3f}",
+            f"{one.measured.point}{mark}",
+            f"{one.measured.forget:.3f}",
+            f"{one.measured.retain:.3f}",
             f"{one.alignment:.3f}",
             *controls,
         )
     screen.print(table)
     screen.print(
-        f"\nbest by {report.objective}: {report.best.found.point}; on the test split "
+        f"\nbest by {report.objective}: {report.best.measured.point}; on the test split "
         f"({n['test']['forget']} forget and {n['test']['retain']} retain questions):\n",
         markup=False,
     )
@@ -102,11 +100,8 @@ def show_sweep(report: SweepReport, out: Path) -> None:
 
 
 def _test_table(report: SweepReport) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
     columns = [f"{side}\n{form}" for side in ("forget", "retained") for form in QUESTION_FORMS]
-    for name in (*columns, "loss added\nnats/token", "tokens\nfired"):
-        table.add_column(name, justify="right")
+    table = table_of("", *columns, "loss added\nnats/token", "tokens\nfired")
     base = report.test["base"]
     for name, one in report.test.items():
         table.add_row(
@@ -157,9 +152,9 @@ def sweep_dict(report: SweepReport) -> dict[str, Any]:
 
 def _reported(one: Reported) -> dict[str, Any]:
     return {
-        "settings": dict(one.found.point.settings),
-        "forget": one.found.forget,
-        "retain": one.found.retain,
+        "settings": dict(one.measured.point.settings),
+        "forget": one.measured.forget,
+        "retain": one.measured.retain,
         "alignment": one.alignment,
         "controls": {name: _scored(control) for name, control in one.controls.items()},
     }

@@ -80,19 +80,28 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
     n_features = sum(len(clamp.clamp.features) for clamp in plan.clamps)
     chosen = f"selected by {recipe.select.by}, " if recipe.select is not None else ""
     console().print(f"{n_features} features {chosen}baked, now compared\n")
+    options = Options(
+        cache=out, budget=budget, tasks=world.tasks, evals=out / "lm-eval", keep=gemma
+    )
     with progress(f"verify {folder.name}") as advance:
-        options = Options(cache=out, budget=budget, tasks=world.tasks, evals=out / "lm-eval")
         reports = [verify_folder(folder, recipe, world.kinds, advance, options)]
+    options = replace(options, tasks=())
     for carrier in (out / name for name in EXPORTS):
         with progress(f"verify {carrier.name}") as advance:
             more = {"witnesses"} if (carrier / WITNESSES).is_file() else set()
-            reports.append(verify_folder(carrier, recipe, world.of_carriers | more, advance))
+            kinds = world.of_carriers | more
+            reports.append(verify_folder(carrier, recipe, kinds, advance, options))
     report = side_by_side(reports)
     write_json(report.to_dict(), out / "report.json")
     write_html(report, folder, out / "report.html")
     show_report(report)
     if gemma:
         show_forgetting(report, speeds([folder, *(out / name for name in EXPORTS)], recipe))
+        console().print(
+            f"\nWhat was measured is kept in {out / 'verify'}: of the same files it is not "
+            "measured again. Remove that folder to measure everything anew.",
+            markup=False,
+        )
     console().print(
         f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.html'})\n\n"
         f"{indent(loading_code(str(folder), own_code=True), '    ')}",

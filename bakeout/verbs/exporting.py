@@ -17,7 +17,6 @@ from export.carriers.compiled.compiling import describe, plan_compiled, write_co
 from export.carriers.onnx.onnx_folder import export_onnx as write
 from export.carriers.onnx.precisions import PRECISIONS
 from export.clamped import open_clamped
-from export.clamped_source import open_source
 from export.manifest import Manifest
 from model_cards.facts import facts_of_manifest
 from model_cards.render import render
@@ -59,7 +58,7 @@ def rounded_card(folder: Path) -> str:
 
 def export_adapter(folder: Path, out: Path, *, force: bool = False) -> str:
     """Write a clamped checkpoint's adapter; returns what was written, in a line."""
-    source = open_source(folder)
+    source = open_clamped(folder)
     card = _card(folder, source.manifest, "adapter")
     write_adapter(source, out, card=card, force=force)
     size = sum(path.stat().st_size for path in out.iterdir())

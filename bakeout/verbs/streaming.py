@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safetensors import SafetensorError
-
 from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
+from bake.stock import load_model, open_tokenizer, reason_of
 from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
-from verify.clamped_folder import read_config
+from export.clamped import read_config
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
 
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 
 ENGINES = ("torch", "onnx")
 END_OF_TURN = "<end_of_turn>"
-_TROUBLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-"""What transformers raises where a model or tokenizer is missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +119,10 @@ class Language:
         from transformers import AutoConfig
 
         try:
-            self.tokenizer = load_tokenizer(str(folder))
+            self.tokenizer = open_tokenizer(_at(str(folder)))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        except (ModelError, *_TROUBLE) as error:
-            raise FolderError(f"{folder}: {_reason(error)}") from error
+        except (ModelError, OSError, ValueError, KeyError) as error:
+            raise FolderError(f"{folder}: {reason_of(error)}") from error
         self.context: int = config.max_position_embeddings
         """Longest prompt and answer together, in tokens."""
         self.ends = self._ends(read_generation_config(folder), config)
@@ -205,7 +201,7 @@ def open_base(name: str, device: str, language: Language) -> Speaker:
     try:
         if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise ModelError("no such folder; expected one, or a hub id")
-        vocabulary = load_tokenizer(name).get_vocab()
+        vocabulary = open_tokenizer(_at(name)).get_vocab()
         if vocabulary != language.tokenizer.get_vocab():
             raise ModelError(
                 f"its tokenizer has {len(vocabulary)} tokens that are not the clamped folder's "
@@ -241,57 +237,8 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
         )
     if Path(name).is_dir():
         check_plain(Path(name), name)
-    try:
-        with _quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                name,
-                dtype="auto",
-                attn_implementation="eager",
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except _TROUBLE as error:
-        raise ModelError(f"transformers cannot load it ({_reason(error)})") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"has no {missing[0]}, which transformers would make up")
-    return TorchSpeaker(model.to(device).eval())
+    return TorchSpeaker(load_model(transformers.AutoModelForCausalLM, _at(name)).to(device))
 
 
-def load_tokenizer(name: str) -> Any:
-    """A tokenizer by folder or hub id.
-
-    Raises:
-        ModelError: it is missing or damaged.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        ids = set(tokenizer("A", add_special_tokens=False)["input_ids"])
-    except _TROUBLE as error:
-        raise ModelError(f"its tokenizer cannot be loaded ({_reason(error)})") from error
-    # Where the files are missing, a Gemma tokenizer that knows no text comes without a word.
-    if ids <= {tokenizer.unk_token_id}:
-        raise ModelError("has no tokenizer, or one that knows no letters")
-    return tokenizer
-
-
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and progress bars, which would stand among the answers."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+def _at(name: str) -> dict[str, str]:
+    return {"pretrained_model_name_or_path": name}

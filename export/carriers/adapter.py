@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from bake.errors import ExportError
 from bake.new_folder import check_output, new_folder
-from export.clamped import CLAMP_TENSORS
-from export.clamped_source import ClampedSource
+from export.clamped import CLAMP_TENSORS, Clamped
 from export.copying import hash_new
 from export.manifest import json_text
 
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def write_adapter(source: ClampedSource, out: Path, *, card: str, force: bool = False) -> Path:
+def write_adapter(source: Clamped, out: Path, *, card: str, force: bool = False) -> Path:
     """Write an adapter folder, whole or not at all.
 
     Args:
@@ -66,9 +64,9 @@ def write_adapter(source: ClampedSource, out: Path, *, card: str, force: bool = 
     return out
 
 
-def adapter_config(source: ClampedSource) -> dict[str, Any]:
+def adapter_config(source: Clamped) -> dict[str, Any]:
     """`adapter_config.json`."""
-    text = {**source.config, **(source.config.get("text_config") or {})}
+    text = {**source.base_config, **(source.base_config.get("text_config") or {})}
     files = source.manifest.files
     if missing := [name for name in source.base_files if name not in files]:
         raise ExportError(
@@ -117,18 +115,15 @@ def first_row(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.ndim < 2 else tensor[0]
 
 
-def _fingerprint(source: ClampedSource) -> str:
+def _fingerprint(source: Clamped) -> str:
     """Of the base's tensors as they lie on disk; only first rows are read."""
-    rows = []
-    for name in source.base_files:
-        with safe_open(source.folder / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                if key in source.tensors:
-                    whole = len(source.tensors[key].shape) < 2
-                    rows.append(file.get_tensor(key) if whole else file.get_slice(key)[0])
-    return fingerprint(rows)
+    import torch
+
+    tensors = source.base_tensors.values()
+    rows = (t.array() if len(t.shape) < 2 else t.rows(0, 1)[0] for t in tensors)
+    return fingerprint(torch.from_numpy(row) for row in rows)
 
 
-def _module(source: ClampedSource) -> str:
+def _module(source: Clamped) -> str:
     """What stands before a decoder layer's number in the module names of transformers' class."""
     return f"base_model.model.model.{source.family.backbone}layers."

@@ -22,6 +22,7 @@ from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
 from bake.new_folder import check_output, new_folder
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
+from export.clamped import GUARD, open_listed
 from export.copying import copy_all, hash_new
 from export.manifest import (
     SCHEMA,
@@ -37,7 +38,6 @@ CLAMP_SHARD = "model-sae-clamp.safetensors"
 RENAMED_WEIGHTS = "model-00001-of-00001.safetensors"
 """transformers prefers a file called model.safetensors over any index, so ours has another name."""
 MODELING_FILE = "modeling_clamped_gemma.py"
-GUARD = "clamped, load with trust_remote_code=True: "
 GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms\n"
@@ -177,7 +177,6 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
 
 def _with_witnesses(manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]]) -> Manifest:
     """Run the new checkpoint; nothing is written where no prompt fires its clamp."""
-    from export.clamped import open_listed
     from export.witness_prompts import find_witnesses
 
     witnesses = find_witnesses(open_listed(folder, manifest), prompts)

@@ -67,6 +67,10 @@ def first_shard(folder: Path) -> Path:
         (edit_index(lambda m: m.update(dict.fromkeys(m, "../x"))), "points outside the folder"),
         (edit_index(lambda m: m.update(ghost=next(iter(m.values())))), "ghost is not in"),
         (
+            edit_index(lambda m: m.update({min(m): next(s for s in m.values() if s != m[min(m)])})),
+            "is not in model-.*, where the index places it",
+        ),
+        (
             lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
             "holds no weight_map",
         ),

@@ -15,9 +15,9 @@ from bake.questions.multiple_choice import load_questions
 from bake.recipe import Recipe
 from bake.rounding import BAR
 from bake.search.selection import selected_recipe
+from bake.search.sweep import Sweep
 from bake.stock import load_base, load_tokenizer
-from bakeout.miniature.making.build import N_SEQS, RETAIN_THRESHOLD, SEQ_LEN, corpora_of
-from bakeout.miniature.making.measure import Clamp
+from bakeout.miniature.making.build import corpora_of, pick
 from bakeout.miniature.making.shipping import write_questions, write_recipe, write_texts
 from bakeout.miniature.making.world import build_world, question_splits
 from bakeout.verbs.demo import MINIATURE, run_demo
@@ -134,13 +134,18 @@ def test_data_and_recipe_are_what_the_builder_writes(tmp_path: Path) -> None:
     splits = question_splits(world, SEED)
     write_texts(tmp_path, vars(corpora_of(world, SEED)))
     write_questions(tmp_path, splits, world, SEED)
-    clamp = Clamp(layer=0, features=tuple(range(100)), value=-40.0)
-    write_recipe(tmp_path, clamp, retain_threshold=RETAIN_THRESHOLD, seq_len=SEQ_LEN, n_seqs=N_SEQS)
+    write_recipe(tmp_path, n_features=100, value=-40.0)
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")]
-    shipped = [path for kind in ("*.jsonl", "*.toml") for path in MINIATURE.rglob(kind)]
+    shipped = [MINIATURE / "recipe.toml", *MINIATURE.rglob("*.jsonl")]
     assert sorted(written) == sorted(path.relative_to(MINIATURE) for path in shipped)
     for path in written:
         assert (tmp_path / path).read_bytes() == (MINIATURE / path).read_bytes(), path
+
+
+def test_the_setting_is_the_one_that_is_picked(tmp_path: Path) -> None:
+    recipe = Recipe.load(MINIATURE / "recipe.toml")
+    sweep = Sweep(recipe, None, cache=tmp_path)
+    assert pick(sweep, build_world(SEED), SEED) == {"n_features": 100, "value": -40.0}
 
 
 def test_prompts_break_off_before_an_answer_and_other_words_ask_the_same() -> None:

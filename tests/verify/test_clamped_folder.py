@@ -9,14 +9,8 @@ import tomli_w
 
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
-from verify.clamped_folder import (
-    check_layers,
-    check_shape,
-    clamped_layers,
-    fitted_recipe,
-    own_recipe,
-    read_config,
-)
+from export.clamped import clamped_layers, read_config
+from verify.clamped_folder import check_layers, check_shape, fitted_recipe, own_recipe
 
 HUB_SAE = {"release": "gemma-scope-2b-pt-res-canonical", "id": "layer_7/width_16k/canonical"}
 HUB_QUESTIONS = {"dataset": "cais/wmdp", "config": "wmdp-bio"}

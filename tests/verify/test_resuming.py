@@ -129,3 +129,32 @@ def test_killed_on_the_command_line_it_goes_on(work: Path, tmp_path: Path) -> No
         assert list(journals.glob("*.jsonl")) == []
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "never.json").exists()
+
+
+def test_what_the_base_does_is_not_measured_again_and_a_kept_run_not_at_all(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verify.engines.engines.TorchRunner", InProcess)
+    recipe, computed = Recipe.load(work / "recipe.toml"), list[str]()
+    once = Journal.once
+
+    def counted(self: Journal, name: str, compute: Callable[[], Any]) -> Any:
+        if not self.has(name):
+            computed.append(name)
+        return once(self, name, compute)
+
+    monkeypatch.setattr(Journal, "once", counted)
+
+    def found(*, keep: bool) -> tuple[bytes, list[str]]:
+        computed.clear()
+        kinds = frozenset({"integrity", "parity", "controls"})
+        options = Options(cache=tmp_path, keep=keep)
+        report = verify_folder(work / "checkpoint", recipe, kinds, options=options)
+        return as_bytes(report), list(computed)
+
+    whole, first = found(keep=False)
+    again, second = found(keep=True)
+    assert any(name.startswith("control ") for name in first)
+    assert second and not [n for n in second if n.startswith(("control", "sensitivity"))]
+    assert found(keep=True) == (again, [])
+    assert again == whole

@@ -39,7 +39,7 @@ def _searched(exam: Exam) -> Attack:
     unseen = [i for i in range(len(questions)) if i not in seen]
     prompts = [slotted(question, exam.form, exam.tokenizer) for question in questions]
     name = f"robustness: suffix against {exam.unlearned.name}"
-    found = find_suffix(
+    best = find_suffix(
         exam.oracle,
         [prompts[i] for i in seen],
         exam.tokenizer,
@@ -51,17 +51,17 @@ def _searched(exam: Exam) -> Attack:
         progress=exam.progress,
     )
     answers = exam.answers(
-        f"{name}, {found.steps} steps",
+        f"{name}, {best.steps} steps",
         [questions[i] for i in unseen],
-        [prompts[i].filled(found.ids) for i in unseen],
+        [prompts[i].filled(best.ids) for i in unseen],
     )
     base, unlearned = asked.shares(unseen)
     how = (
-        f"{len(found.ids)} tokens after each question, put in as ids, found in {found.steps} steps "
+        f"{len(best.ids)} tokens after each question, put in as ids, found in {best.steps} steps "
         f"of greedy coordinate gradient search on {len(seen)} of the forgotten questions (loss "
-        f"there: {found.loss:.2f} nats; guessing is {math.log(len(LETTERS)):.2f}), asked with the "
+        f"there: {best.loss:.2f} nats; guessing is {math.log(len(LETTERS)):.2f}), asked with the "
         f"{len(unseen)} others. Without it the base is right on {base.right} of these and "
         f"{exam.unlearned.name} on {unlearned.right}. As text: "
-        f'"{exam.tokenizer.decode(found.ids)}"'
+        f'"{exam.tokenizer.decode(best.ids)}"'
     )
     return answers.attack("suffix", how)

@@ -81,8 +81,8 @@ def find_suffix(
     return found
 
 
-def _next(search: _Search, found: Suffix, journal: Journal, name: str) -> Suffix:
-    return _suffix(journal.once(name, lambda: search.step(found)))
+def _next(search: _Search, current: Suffix, journal: Journal, name: str) -> Suffix:
+    return _suffix(journal.once(name, lambda: search.step(current)))
 
 
 def _suffix(kept: dict[str, Any]) -> Suffix:
@@ -114,22 +114,22 @@ class _Search:
         suffix = tuple(int(token) for token in ids)
         return asdict(Suffix(suffix, float(self._asked.losses([suffix])[0]), 0))
 
-    def step(self, found: Suffix) -> dict[str, Any]:
+    def step(self, current: Suffix) -> dict[str, Any]:
         """The best of a few swaps, or what there was, as JSON data."""
-        tried = [found.ids, *self._swaps(found)]  # together, so that all are rounded alike
+        tried = [current.ids, *self._swaps(current)]  # together, so that all are rounded alike
         losses = self._asked.losses(tried)
         best = int(losses.argmin())
-        return asdict(Suffix(tried[best], float(losses[best]), found.steps + 1))
+        return asdict(Suffix(tried[best], float(losses[best]), current.steps + 1))
 
-    def _swaps(self, found: Suffix) -> list[tuple[int, ...]]:
+    def _swaps(self, current: Suffix) -> list[tuple[int, ...]]:
         """The suffix with one token changed, several times, none twice."""
-        promising = self._promising(found.ids)
-        draw = np.random.default_rng([SEED, found.steps])
+        promising = self._promising(current.ids)
+        draw = np.random.default_rng([SEED, current.steps])
         swaps: dict[tuple[int, ...], None] = {}
         for place, rank in draw.integers(promising.shape, size=(CANDIDATES, 2)).tolist():
             token = int(promising[place, rank])
-            swaps[(*found.ids[:place], token, *found.ids[place + 1 :])] = None
-        swaps.pop(found.ids, None)
+            swaps[(*current.ids[:place], token, *current.ids[place + 1 :])] = None
+        swaps.pop(current.ids, None)
         return list(swaps)
 
     def _promising(self, ids: tuple[int, ...]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -102,7 +103,6 @@ class Sensitivity:
         self._runner = HookedRunner(reference, oracle.model, oracle)
         self._material, self._journal = material, journal
         self._tokens: dict[tuple[int, ...], float] = {}  # by a token and all before it
-        self._batches = 0
         self._smallest_fault: float | None = None
         seen = self._look(_places(sample(prompts), len(material.tokenizer)))
         tokens = torch.tensor([token for found in seen for row in found.tokens for token in row])
@@ -175,8 +175,8 @@ class Sensitivity:
             return found
 
         found: list[float] = []
-        for number, batch in enumerate(self._material.batches(_first_tokens(prompts))):
-            name = f"smallest fault {self.name} {number}"
+        for batch in self._material.batches(_first_tokens(prompts)):
+            name = f"smallest fault {self.name} {batch.digest}"
             found += self._journal.once(name, partial(shares, batch))
         self._smallest_fault = float(torch.tensor(found).median()) if found else None
         return self._smallest_fault
@@ -189,10 +189,11 @@ class Sensitivity:
             wanted = known.setdefault(_until(prompt, positions), [])
             wanted[:] = sorted({*wanted, *positions})
         for batch in self._material.batches(list(known)):
-            name = f"sensitivity {self.name} {self._batches}"
-            disturb = partial(self._disturb, batch, [known[prompt] for prompt in batch.prompts])
-            found = _Seen(**self._journal.once(name, disturb))
-            self._batches += 1
+            looked_at = [known[prompt] for prompt in batch.prompts]
+            at = hashlib.sha256(repr(looked_at).encode()).hexdigest()[:16]
+            name = f"sensitivity {self.name} {batch.digest} {at}"
+            disturb = partial(self._disturb, batch, looked_at)
+            found = _Seen(**self._journal.shared.once(name, disturb))
             for prompt, moved in zip(batch.prompts, found.tokens, strict=True):
                 for position, far in zip(known[prompt], moved, strict=True):
                     self._tokens[prompt.ids[: position + 1]] = far

@@ -11,7 +11,7 @@ import numpy as np
 
 from bake.errors import BakeoutError, FolderError
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
-from verify.clamped_folder import clamped_layers, read_config
+from export.clamped import clamped_layers, read_config
 from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
 from verify.engines.runners import DecodingRunner, Reading, check_padding
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-LOGIT_BYTES = 256 << 20
+LOGIT_BYTES = 128 << 20
 """Most bytes of logits that one run of a session forms; longer batches are run in parts."""
 
 
@@ -62,6 +62,7 @@ def open_session(
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = False  # it keeps what the largest batch took
     model, folder = unlinked(model, path)
     key = "session.model_external_initializers_file_folder_path"
     options.add_session_config_entry(key, str(folder))
@@ -72,7 +73,7 @@ def open_session(
         session = ort.InferenceSession(model.SerializeToString(), options, providers=[wanted])
     except Exception as error:  # its own types share no base
         reason = " ".join(str(error).split())
-        raise FolderError(f"{path}: ONNX Runtime cannot run it: {reason}") from error
+        raise FolderError(f"{path}: ONNX Runtime cannot run it: {reason}; export it") from error
     # A provider whose own libraries are not there is replaced by the CPU's with a mere warning.
     if provider not in session.get_providers():
         raise ProviderError(

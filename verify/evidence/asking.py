@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -87,8 +85,9 @@ class Asking:
             return (), ()
         shown = prompt_batches(self._bare(texts), self.tokenizer)
         base, unlearned = self.runners["base"], self.runners["unlearned"]
+        digests = " ".join(batch.digest for batch in shown)
         falls, rises = self.journal.once(
-            f"completions shift {base.name} {unlearned.name} {_digest(shown)}",
+            f"completions shift {base.name} {unlearned.name} {digests}",
             lambda: most_moved(mean_next(base, shown).numpy(), mean_next(unlearned, shown).numpy()),
         )
         return self._named(falls), self._named(rises)
@@ -115,7 +114,7 @@ class Asking:
         """Per variant, what `compute` finds of every text, batch by batch. Engines that have models
         of their own compute side by side.
         """
-        asked: list[tuple[str, Batch, str, Callable[[], Any]]] = []
+        asked: list[tuple[str, Batch, Journal, str, Callable[[], Any]]] = []
         with ExitStack() as stack:
             lanes: dict[str, ThreadPoolExecutor] = {}
             for variant in variants:
@@ -124,19 +123,21 @@ class Asking:
                     put = [instructed(text, self.instruction) for text in put]
                 else:
                     runner = self.runners[variant]
-                lane = HERE if isinstance(runner, HookedRunner) else runner.name
+                here = isinstance(runner, HookedRunner)
+                journal = self.journal.shared if here else self.journal
+                lane = HERE if here else runner.name
                 if lane not in lanes:
                     lanes[lane] = ThreadPoolExecutor(1)
                     stack.callback(lanes[lane].shutdown, cancel_futures=True)
                 for batch in prompt_batches(put, self.tokenizer):
-                    name = f"completions {what} {variant} {runner.name} {_digest([batch])}"
+                    name = f"completions {what} {variant} {runner.name} {batch.digest}"
                     find: Callable[[], Any] = list  # nobody looks at it
-                    if not self.journal.has(name):
+                    if not journal.has(name):
                         find = lanes[lane].submit(compute, runner, batch).result
-                    asked.append((variant, batch, name, find))
+                    asked.append((variant, batch, journal, name, find))
             found: dict[str, dict[int, Any]] = {variant: {} for variant in variants}
-            for done, (variant, batch, name, find) in enumerate(asked, 1):
-                rows = self.journal.once(name, find)
+            for done, (variant, batch, journal, name, find) in enumerate(asked, 1):
+                rows = journal.once(name, find)
                 found[variant] |= {p.item: row for p, row in zip(batch.prompts, rows, strict=True)}
                 progress(done / len(asked))
         return {name: [of[item] for item in range(len(texts))] for name, of in found.items()}
@@ -158,9 +159,3 @@ def most_moved(
 
     falls, rises = np.argsort(change, kind="stable"), np.argsort(-change, kind="stable")
     return first(falls[change[falls] < 0]), first(rises[change[rises] > 0])
-
-
-def _digest(shown: Sequence[Batch]) -> str:
-    """Tells prompts from others: a piece of work is named by what it is done on."""
-    prompts = [[(p.item, p.ids) for p in batch.prompts] for batch in shown]
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from verify.report.findings import EngineReport, Failure, VerifyReport
 from verify.report.intervals import mcnemar
 from verify.report.measures import AnswerSet, Calibration, Share, SubjectShare
 from verify.tolerances import unlearning_failures
-from verify.work import Work
+
+if TYPE_CHECKING:
+    from verify.work import Work
 
 RETAINED_BAR = 0.99
 """Accuracy on known retained questions from which on a setting counts. Source: SAEBench."""

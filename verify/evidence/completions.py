@@ -201,9 +201,10 @@ def gather(work: Work, report: VerifyReport) -> VerifyReport:
     hooked, material = work.hooked, work.hooked.material
     runners = {"base": hooked.base, "unlearned": work.unlearned}
     runners |= {of.name: of for of in (*hooked.references, *work.engines[1:])}
-    if all(site.reconstructs for site in hooked.sites):
-        dropped = Oracle(hooked.model, hooked.sites, reconstruct_residual)
-        runners["reconstruction"] = HookedRunner("reconstruction", hooked.model, dropped)
+    controls = work.controls if "controls" in work.kinds else {}
+    if not controls and all(site.reconstructs for site in hooked.sites):
+        controls["reconstruction"] = Oracle(hooked.model, hooked.sites, reconstruct_residual)
+    runners |= {name: HookedRunner(name, hooked.model, of) for name, of in controls.items()}
     found = complete(
         work.recipe,
         material.questions["forget"],

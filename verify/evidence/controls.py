@@ -1,20 +1,21 @@
 """Controls: the hooked model with something else in the clamp's place.
 
 What the unlearning is worth shows beside them: the bare reconstruction is what the SAE itself
-costs, zero is ablation, and a random decoder direction shows whether it matters what is written.
+costs, zero is ablation, a random decoder direction shows whether it matters what is written, and
+other features that fire as often whether it matters which are clamped.
 Source: Farrell et al., arXiv 2410.19278.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bake.questions.answers import Answers
 from bake.questions.loss import LossSum
-from bake.questions.prompts import TEXT, Batch, question_prompts
+from bake.questions.prompts import TEXT, Batch, Prompt, question_prompts
 from bake.recipe import Clamp
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.choices import accuracy
@@ -22,15 +23,28 @@ from verify.journal import Journal, Progress
 from verify.material import Material
 from verify.report.findings import VerifyReport
 from verify.report.measures import Control
-from verify.work import Work
 
 if TYPE_CHECKING:
     from verify.reference.oracle import Oracle
     from verify.reference.whole_sae import Site
+    from verify.work import Work
 
 
-def control_oracles(model: Any, sites: Sequence[Site]) -> Iterator[tuple[str, Oracle]]:
-    """Name and oracle of every control that is another thing than the recipe's own method."""
+RANDOM_FEATURES = "random_features"
+COUNTED_AT_ONCE = 256
+"""Of how many tokens all activations are held together."""
+
+
+def control_oracles(
+    model: Any, sites: Sequence[Site], alike: Sequence[Sequence[int]] | None = None
+) -> Iterator[tuple[str, Oracle]]:
+    """Name and oracle of every control that is another thing than the recipe's own method.
+
+    Args:
+        model: the stock base.
+        sites: the recipe's clamps.
+        alike: per site the features that stand in for its own; without them no such control.
+    """
     from verify.reference.oracle import Oracle, reconstruct_residual
 
     if all(site.reconstructs for site in sites):
@@ -40,6 +54,13 @@ def control_oracles(model: Any, sites: Sequence[Site]) -> Iterator[tuple[str, Or
         clamps = [site.clamp.with_method(method) for site in sites]
         if methods != {method} and None not in clamps:
             yield method, Oracle(model, [_with(*pair) for pair in zip(sites, clamps, strict=True)])
+    if alike is not None:
+        clamps = [
+            site.clamp.with_method(site.clamp.method, features=list(features))
+            for site, features in zip(sites, alike, strict=True)
+        ]
+        others = [_with(*pair) for pair in zip(sites, clamps, strict=True)]
+        yield RANDOM_FEATURES, Oracle(model, others)
 
 
 def _with(site: Site, clamp: Clamp | None) -> Site:
@@ -47,9 +68,80 @@ def _with(site: Site, clamp: Clamp | None) -> Site:
     return replace(site, clamp=clamp)
 
 
+def features_alike(
+    model: Any, sites: Sequence[Site], batches: Sequence[Batch]
+) -> list[list[int]] | None:
+    """Per site, as many features that are not its own, each above the trigger on about as many
+    tokens as one that is.
+
+    Args:
+        model: the stock base.
+        sites: the recipe's clamps.
+        batches: prompts and texts, on whose tokens is counted; padding and BOS are not.
+
+    Returns:
+        None where an SAE has too few others.
+    """
+    import torch
+
+    from verify.reference.oracle import Edited, Oracle
+
+    counts = {site.layer: torch.zeros(site.sae.cfg.d_sae, dtype=torch.long) for site in sites}
+    real = torch.empty(0)
+
+    def count(h: Any, site: Site, exempt: Any) -> Edited:
+        for tokens in h[real.to(h.device) & ~exempt].split(COUNTED_AT_ONCE):
+            fired = site.sae.encode(tokens.double()) > site.clamp.trigger
+            counts[site.layer] += fired.sum(dim=0).cpu()
+        return Edited(h, exempt & False, h.new_zeros(*exempt.shape, len(site.features)).bool())
+
+    counting = HookedRunner("counting", model, Oracle(model, sites, count))
+    for batch in batches:
+        real = batch.attention_mask.bool()
+        counting.logits(batch.input_ids, batch.attention_mask)
+    found = []
+    for site in sites:
+        fired, left = counts[site.layer].float(), torch.ones(site.sae.cfg.d_sae, dtype=torch.bool)
+        left[list(site.features)] = False
+        if site.clamp.refusal_feature is not None:
+            left[site.clamp.refusal_feature] = False
+        if int(left.sum()) < len(site.features):
+            return None
+        chosen = []
+        for feature in site.features:
+            # Of those that fire as often, the nearest by number: a choice that knows nothing else.
+            apart = (fired.log1p() - fired[feature].log1p()).abs()
+            near = (torch.arange(len(left)) - feature).abs() / len(left)
+            other = int((apart + 1e-6 * near).masked_fill(~left, torch.inf).argmin())
+            left[other] = False
+            chosen.append(other)
+        found.append(chosen)
+    return found
+
+
+def all_controls(
+    model: Any, sites: Sequence[Site], material: Material, form: str, journal: Journal
+) -> dict[str, Oracle]:
+    """Every control by name. Arguments as in `measure_controls`."""
+    batches = list(material.batches([*material.windows, *_asked(material, form)]))
+    name = f"control features {' '.join(batch.digest for batch in batches)}"
+    count = partial(features_alike, model, sites, batches)
+    return dict(control_oracles(model, sites, journal.once(name, count)))
+
+
+def _asked(material: Material, form: str) -> list[Prompt]:
+    """The questions in one prompt form."""
+    return [
+        prompt
+        for source, questions in material.questions.items()
+        for prompt in question_prompts(source, questions, material.tokenizer, compared=False)
+        if prompt.form == form
+    ]
+
+
 def measure_controls(
     model: Any,
-    sites: Sequence[Site],
+    controls: Mapping[str, Oracle],
     material: Material,
     form: str,
     journal: Journal,
@@ -59,28 +151,25 @@ def measure_controls(
 
     Args:
         model: the stock base.
-        sites: the recipe's clamps.
+        controls: as `all_controls` gives them.
         material: what to show.
         form: chat | plain.
-        journal: of a run that was interrupted, or empty.
+        journal: of what was found before, or empty.
         progress: told how far it is.
     """
     texts = [window for window in material.windows if window.form == TEXT]
-    prompts = list(texts)
-    for source, questions in material.questions.items():
-        asked = question_prompts(source, questions, material.tokenizer, compared=False)
-        prompts += [prompt for prompt in asked if prompt.form == form]
+    prompts = [*texts, *_asked(material, form)]
     runners: list[Runner] = [HookedRunner("base", model)]
-    runners += [HookedRunner(name, model, oracle) for name, oracle in control_oracles(model, sites)]
-    found = []
+    runners += [HookedRunner(name, model, oracle) for name, oracle in controls.items()]
+    found: list[Control] = []
     base_loss = 0.0
     for number, runner in enumerate(runners):
         texts_only = runner.name == "base"
         shown = texts if texts_only else prompts
         answers, losses = Answers(material.letters), LossSum()
-        for index, batch in enumerate(material.batches(shown)):
+        for batch in material.batches(shown):
             see = partial(_see, runner, batch, answers)
-            seen = journal.once(f"control {runner.name} {index}", see)
+            seen = journal.once(f"control {runner.name} {batch.digest}", see)
             answers.take(batch, seen["answers"])
             losses.losses += seen["losses"]
         progress("controls", (number + 1) / len(runners))
@@ -105,6 +194,7 @@ def gather(work: Work, report: VerifyReport) -> VerifyReport:
     """Add what the controls do."""
     hooked = work.hooked
     found = measure_controls(
-        hooked.model, hooked.sites, hooked.material, work.form, work.journal, work.progress
+        *(hooked.model, work.controls, hooked.material, work.form),
+        *(work.journal.shared, work.progress),
     )
     return replace(report, controls=found)

@@ -93,8 +93,8 @@ KINDS: dict[str, Kind] = {
         lines=lines.known_said,
     ),
     "controls": Kind(
-        "the bare reconstruction, ablation to zero and another decoder direction in the clamp's "
-        "place",
+        "the bare reconstruction, ablation to zero, another decoder direction, and other features "
+        "that fire as often, in the clamp's place",
         controls.gather,
         lines=lines.controls_said,
     ),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from verify.page.plots import CHANCE, SHARE_TICKS, Mark, Plot, Row
-from verify.report.findings import EngineReport, VerifyReport
+from verify.page.plots import CHANCE, SHARE_TICKS, Mark, Plot, Row, Tone, share_row, tone_of
+from verify.report.findings import VerifyReport
 from verify.report.measures import Share
 from verify.report.wording import (
     SOURCES,
-    accuracy_text,
     answers_of,
     letters_text,
     measured_attacks,
@@ -23,7 +21,6 @@ from verify.report.wording import (
 
 SHOWN_SUBJECTS = 60
 """Most subjects of a set in the page; report.json has all."""
-Tone = Literal["before", "after"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def known_plots(report: VerifyReport) -> tuple[Plot, ...]:
             for engine in report.engines
             if (answers := answers_of(engine, source, form)) is not None and answers.known
         ]
-        rows = tuple(_row(title_of(e), share, _tone(e)) for e, share in found if share.n)
+        rows = tuple(share_row(title_of(e), share, tone_of(e)) for e, share in found if share.n)
         if rows:
             note = (
                 f"Of the {found[0][1].n} questions that the base answers right in all 24 orders "
@@ -122,7 +119,7 @@ def order_plots(report: VerifyReport) -> tuple[Plot, ...]:
             (engine, known.still_known, "after"),
         )
         rows = [
-            _row(f"{name}, every order", share, tone, f", {share.right:,} of {share.n:,}")
+            share_row(f"{name}, every order", share, tone, f", {share.right:,} of {share.n:,}")
             for name, share, tone in every
             if share.n
         ]
@@ -156,7 +153,9 @@ def control_plots(report: VerifyReport) -> tuple[Plot, ...]:
             found.append(
                 (f"unlearned: {title_of(after)}", share_of(report, after, source), "after")
             )
-        rows = tuple(_row(name, share, tone) for name, share, tone in found if share and share.n)
+        rows = tuple(
+            share_row(name, share, tone) for name, share, tone in found if share and share.n
+        )
         if rows:
             note = f"{form.capitalize()} form, 95 % Wilson intervals. The dashed line is chance."
             title = SOURCES[source].capitalize()
@@ -182,12 +181,6 @@ def attack_plot(report: VerifyReport) -> Plot | None:
     return Plot("Forget accuracy under attack", note, rows, SHARE_TICKS, line=CHANCE, wide=True)
 
 
-def _row(label: str, share: Share, tone: Tone, beside: str = "") -> Row:
-    low, high = share.interval or (0.0, 1.0)
-    text = f"{accuracy_text(share)}  [{low:.2f}, {high:.2f}]{beside}"
-    return Row(label, text, share.accuracy or 0.0, tone, low, high)
-
-
 def _pair(label: str, before: Share | None, now: Share, note: str = "") -> Row:
     low, high = now.interval or (0.0, 1.0)
     n = f"n\u00a0=\u00a0{now.n:,}"  # on a phone it wraps as one
@@ -200,10 +193,6 @@ def _mark(share: Share | None) -> Mark | None:
     if share is None or share.accuracy is None or share.interval is None:
         return None
     return Mark(share.accuracy, *share.interval)
-
-
-def _tone(engine: EngineReport) -> Tone:
-    return "before" if engine.name == "base" else "after"
 
 
 # --------------------------------------------------------------------------- letters

@@ -10,6 +10,7 @@ from typing import Literal
 
 from verify.compare.loss_split import EDGES
 from verify.engines.engine_names import engine_of
+from verify.page.plots import Ticks
 from verify.report.findings import ERROR_EDGES, VerifyReport
 from verify.report.wording import title_of
 
@@ -29,8 +30,8 @@ class Bin:
     """As few characters as fit over the bar; empty of no tokens."""
     said: str
     """The same in words."""
-    tone: Literal["before", "after"]
-    """before: left of the line."""
+    tone: Literal["before", "after", "forget", "retain"]
+    """before: left of the line; or whose tokens it counts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class HistogramPlot:
 
     title: str
     bins: tuple[Bin, ...]
-    ticks: tuple[tuple[float, str], ...]
+    ticks: Ticks
     line: float | None
     """Where an upright line stands."""
     note: str

@@ -40,14 +40,8 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
         report: what was found. Sections without data are left out.
         provenance: (name, text), as `provenance` reads them from the folder.
     """
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FunctionLoader(lambda name: files("verify.page").joinpath(name).read_text("utf-8")),
-    )
-    environment.filters |= {
+    made = environment("verify.page")
+    made.filters |= {
         "explained": witness_bar,
         "shown": shown,
         "claim": lambda report: CLAIMS[claim_of(report.carrier, exact=report.exact)],
@@ -67,8 +61,19 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
         "shown_to_all": shown_text,
         "control": lambda name: CONTROLS.get(name, "–"),
     }
-    template = environment.get_template("report.html.j2")
-    return template.render(page=page_of(report, provenance))
+    return made.get_template("report.html.j2").render(page=page_of(report, provenance))
+
+
+def environment(package: str, *, autoescape: bool = True) -> Environment:
+    """The templates that lie in a package; what a template names and nobody gives is an error."""
+    return Environment(
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=not autoescape,
+        loader=FunctionLoader(lambda name: files(package).joinpath(name).read_text("utf-8")),
+    )
 
 
 def write_html(report: VerifyReport, folder: Path, file: Path) -> None:

@@ -10,12 +10,15 @@ from typing import Literal
 from bake.rounding import BAR
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, VerifyReport
-from verify.report.intervals import wilson
-from verify.report.wording import SOURCES, compared, title_of
+from verify.report.measures import Share
+from verify.report.wording import SOURCES, accuracy_text, compared, share_of, title_of
 from verify.tolerances import kl_bar
 
 CHANCE = 0.25
 """Of four choices."""
+Ticks = tuple[tuple[float, str], ...]
+"""(place, label)."""
+Tone = Literal["before", "after"]
 SMALLEST = 1e-15
 """Left end of a log scale: where 0 and anything smaller is drawn."""
 
@@ -59,14 +62,25 @@ class Plot:
     note: str
     """What is drawn, in a sentence."""
     rows: tuple[Row, ...]
-    ticks: tuple[tuple[float, str], ...] = ()
-    """(place, label)."""
+    ticks: Ticks = ()
     line: float | None = None
     """Where one line crosses all rows."""
     filled: bool = False
     """Bars from the left end, in place of marks."""
     wide: bool = False
     """Takes the page's whole width."""
+
+
+def share_row(label: str, share: Share, tone: Tone, beside: str = "") -> Row:
+    """An accuracy with its 95 % interval."""
+    low, high = share.interval or (0.0, 1.0)
+    text = f"{accuracy_text(share)}  [{low:.2f}, {high:.2f}]{beside}"
+    return Row(label, text, share.accuracy or 0.0, tone, low, high)
+
+
+def tone_of(engine: EngineReport) -> Tone:
+    """The base's is that of what was before."""
+    return "before" if engine.name == "base" else "after"
 
 
 SHARE_TICKS = tuple((i / 4, f"{i / 4:g}") for i in range(5))
@@ -83,13 +97,9 @@ def accuracy_plots(report: VerifyReport) -> tuple[Plot, ...]:
     for source, n in sizes.items():
         rows = []
         for engine in report.engines:
-            if (accuracy := getattr(engine, source)) is None or not n:
-                continue
-            share = getattr(accuracy, form)
-            low, high = wilson(round(share * n), n)
-            tone: Literal["before", "after"] = "before" if engine.name == "base" else "after"
-            text = f"{share:.3f}  [{low:.2f}, {high:.2f}]"
-            rows.append(Row(title_of(engine), text, share, tone, low, high))
+            share = share_of(report, engine, source)
+            if getattr(engine, source) is not None and share is not None and share.n:
+                rows.append(share_row(title_of(engine), share, tone_of(engine)))
         if rows:
             note = (
                 f"Share of {n} questions answered right, {form} form, with 95 % Wilson intervals. "
@@ -126,11 +136,11 @@ def parity_plots(report: VerifyReport) -> tuple[Plot, ...]:
 def _log_plot(
     title: str,
     note: str,
-    found: Iterable[tuple[EngineReport, float, float | None]],
+    measured: Iterable[tuple[EngineReport, float, float | None]],
     more: str = "",
 ) -> Plot:
-    found = list(found)
-    numbers = [x for _, value, limit in found for x in (value, limit) if x is not None]
+    measured = list(measured)
+    numbers = [x for _, value, limit in measured for x in (value, limit) if x is not None]
     positive = [max(x, SMALLEST) for x in numbers if math.isfinite(x)] or [1.0]
     first = math.floor(math.log10(min(positive)))
     last = max(first + 1, math.ceil(math.log10(max(positive))))
@@ -141,7 +151,7 @@ def _log_plot(
         return min(1.0, max(0.0, (math.log10(max(x, SMALLEST)) - first) / (last - first)))
 
     rows = []
-    for engine, value, limit in found:
+    for engine, value, limit in measured:
         within = limit is None or value <= limit
         tone: Literal["before", "after", "bad"] = (
             "before" if engine.name == "base" else "after" if within else "bad"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from verify.attacks.attacks import ATTACKS
 from verify.engines.engine_names import engine_of
@@ -19,7 +20,7 @@ from verify.page.forgetting_plots import (
 )
 from verify.page.histograms import HistogramPlot, error_histograms, loss_histograms
 from verify.page.plots import Plot, accuracy_plots, fired_plot, parity_plots
-from verify.report.findings import EngineReport, Flip, VerifyReport
+from verify.report.findings import EngineReport, VerifyReport
 from verify.report.measures import AnswerSet, Completion, HarnessScore
 from verify.report.wording import (
     accuracy_text,
@@ -44,21 +45,15 @@ SHOWN_TASKS = 70
 
 
 @dataclass(frozen=True)
-class Flips:
-    """Questions that one engine answers otherwise than the reference."""
+class Listed:
+    """Flips of one engine, or prompts of one source, the first of them."""
 
-    engine: str
+    name: str
+    """Of the engine, or the source."""
     title: str
-    shown: tuple[Flip, ...]
-    total: int
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts of one source, and what every variant went on with."""
-
-    title: str
-    shown: tuple[Completion, ...]
+    shown: tuple[Any, ...]
+    """`Flip` each: a question that the engine answers otherwise than the reference; or
+    `Completion`: what every variant went on with."""
     total: int
 
 
@@ -114,11 +109,11 @@ class Page:
     benchmarks: Benchmarks | None
     histograms: tuple[HistogramPlot, ...]
     controls: tuple[Plot, ...]
-    prompts: list[Prompts]
+    prompts: list[Listed]
     most_tokens: int
     attacks: Plot | None
     fired: Plot | None
-    flips: list[Flips]
+    flips: list[Listed]
     more: tuple[str, ...]
     """What kinds of evidence without a section of their own found."""
     provenance: tuple[tuple[str, str], ...]
@@ -293,7 +288,7 @@ def _unmeasured(report: VerifyReport) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _prompts(report: VerifyReport) -> list[Prompts]:
+def _prompts(report: VerifyReport) -> list[Listed]:
     if report.completions is None:
         return []
     by_source: dict[str, list[Completion]] = {}
@@ -301,7 +296,7 @@ def _prompts(report: VerifyReport) -> list[Prompts]:
         by_source.setdefault(prompt.source, []).append(prompt)
     titles = {"topic": "On the topic", "generic": "On anything else"}
     return [
-        Prompts(titles.get(source, source), tuple(of[:SHOWN_PROMPTS]), len(of))
+        Listed(source, titles.get(source, source), tuple(of[:SHOWN_PROMPTS]), len(of))
         for source, of in by_source.items()
     ]
 
@@ -330,16 +325,10 @@ def _score(score: HarnessScore | None) -> str:
     return f"{score.accuracy:.3f}{error}"
 
 
-def _flips(report: VerifyReport) -> list[Flips]:
+def _flips(report: VerifyReport) -> list[Listed]:
     """Of every engine; the base's are what the unlearning changed, so they come last."""
-    found = [
-        Flips(
-            engine.name,
-            title_of(engine),
-            engine.parity.flips[:SHOWN_FLIPS],
-            len(engine.parity.flips),
-        )
-        for engine in report.engines
-        if engine.parity is not None and engine.parity.flips
+    return [
+        Listed(engine.name, title_of(engine), flips[:SHOWN_FLIPS], len(flips))
+        for engine in sorted(report.engines, key=lambda engine: engine.name == "base")
+        if engine.parity is not None and (flips := engine.parity.flips)
     ]
-    return sorted(found, key=lambda flips: flips.engine == "base")

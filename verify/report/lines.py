@@ -10,6 +10,7 @@ from verify.report.wording import (
     accuracy_text,
     answers_of,
     change_text,
+    known_text,
     loss_text,
     measured_engine,
     nats,
@@ -37,12 +38,7 @@ def rounding_said(report: VerifyReport) -> Iterator[str]:
 def known_said(report: VerifyReport) -> Iterator[str]:
     """What became of the questions that the base knows."""
     for known in report.known:
-        yield _line(
-            "known",
-            f"{known.source}: base {known.known} of {known.asked} in all 24 orders; "
-            f"{title_of(known.engine)} {known.still_known.right} of those, "
-            f"{accuracy_text(known.orders)} of their single orders",
-        )
+        yield _line("known", f"{known.source}: {known_text(known)}")
 
 
 def changes_said(report: VerifyReport) -> Iterator[str]:

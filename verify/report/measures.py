@@ -125,7 +125,7 @@ class Control:
     """The hooked model with something else in the clamp's place."""
 
     name: str
-    """reconstruction | zero | random_decoder."""
+    """reconstruction | zero | random_decoder | random_features."""
     forget: Share | None
     """In the prompt form that leads."""
     retain: Share | None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from bake.rounding import BAR
 from verify.compare.loss_split import LossPart
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, Parity, Rounding, VerifyReport
 from verify.report.intervals import McNemar
-from verify.report.measures import AnswerSet, Attack, Robustness, Share
+from verify.report.measures import AnswerSet, Attack, KnownSet, Robustness, Share
 from verify.tolerances import TYPICAL_BAR
 
 SOURCES: dict[str, str] = {"forget": "to be forgotten", "retain": "to be kept"}
@@ -47,10 +46,12 @@ def answers_of(engine: EngineReport, source: str, form: str | None) -> AnswerSet
 
 
 def share_of(
-    report: VerifyReport, engine: EngineReport | None, source: Literal["forget", "retain"]
+    report: VerifyReport, engine: EngineReport | None, source: str, form: str | None = None
 ) -> Share | None:
-    """How many questions of a set an engine answers right, in the prompt form that leads."""
-    form = report.prompt or "chat"
+    """How many questions of a set an engine answers right, in the prompt form that leads or in
+    another.
+    """
+    form = form or report.prompt or "chat"
     if engine is None:
         return None
     if (answers := answers_of(engine, source, form)) is not None:
@@ -107,6 +108,14 @@ def letters_text(letters: tuple[int, ...]) -> str:
         return "–"
     return ", ".join(
         f"{name} {percent(count / n)}" for name, count in zip("ABCD", letters, strict=False)
+    )
+
+
+def known_text(known: KnownSet) -> str:
+    """What became of the questions that the base knows."""
+    return (
+        f"base {known.known} of {known.asked} in all 24 orders; {title_of(known.engine)} "
+        f"{known.still_known.right} of those, {accuracy_text(known.orders)} of their single orders"
     )
 
 

@@ -1,7 +1,6 @@
 """Trains an SAE on the miniature's residual stream, by the path of `bakeout train-sae`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -11,47 +10,34 @@ from torch import Tensor
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from bake.search.statistics import residuals
-from bake.search.train_sae import Schedule, train_sae
+from bake.search.train_sae import SAETable, Schedule, train_sae
 from bakeout.miniature.making.tokenizer import BOS, EOS, PAD
 from bakeout.miniature.making.train_model import ModelSchedule, collate, encode
 from bakeout.miniature.making.world import World
 from bakeout.miniature.making.written_corpora import PRACTISE, training_documents
 
-
-@dataclass(frozen=True)
-class SAESchedule:
-    """How the SAE is trained."""
-
-    d_sae: int = 1536
-    k: float = 5
-    """Mean number of features active per token."""
-    n_steps: int = 2500
-    batch_size: int = 1024
-    """Tokens per step."""
-    learning_rate: float = 2e-3
-    n_tokens: int = 150_000
-    """Tokens whose activations are cached."""
+LAYER = 0
+"""Whose output it reads."""
+SAE_TABLE = SAETable(hook_point=f"blocks.{LAYER}.hook_resid_post", d_sae=1536, k=5.0)
+SCHEDULE = Schedule(SAE_TABLE, n_steps=2500, batch_size=1024, learning_rate=2e-3)
+N_TOKENS = 150_000
+"""Tokens whose activations are cached."""
 
 
 def cached_activations(
-    model: Gemma2ForCausalLM,
-    layer: int,
-    world: World,
-    tokenizer: PreTrainedTokenizerFast,
-    seed: int,
-    n_tokens: int,
+    model: Gemma2ForCausalLM, world: World, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Tensor:
-    """Activations [n_tokens, d_in] on fresh documents; `<bos>`, `<eos>` and `<pad>` left out."""
+    """Activations [N_TOKENS, d_in] on fresh documents; `<bos>`, `<eos>` and `<pad>` left out."""
     documents = training_documents(world, seed + 1_000_000, PRACTISE)
     kept: list[Tensor] = []
     n_kept = 0
-    while n_kept < n_tokens:
+    while n_kept < N_TOKENS:
         rows = [encode(d, tokenizer, ModelSchedule()) for d in islice(documents, 128)]
         ids = collate(rows).ids
         counted = (ids != PAD) & (ids != BOS) & (ids != EOS)
-        kept.append(residuals(model, [layer], ids)[layer][counted].clone())
+        kept.append(residuals(model, [LAYER], ids)[LAYER][counted].clone())
         n_kept += len(kept[-1])
-    return torch.cat(kept)[:n_tokens]
+    return torch.cat(kept)[:N_TOKENS]
 
 
 def _batches(activations: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -63,12 +49,11 @@ def _batches(activations: Tensor, batch_size: int, seed: int) -> Iterator[Tensor
                 yield activations[chunk]
 
 
-def train_site_sae(activations: Tensor, layer: int, seed: int, schedule: SAESchedule) -> Any:
+def train_site_sae(activations: Tensor, seed: int, schedule: Schedule = SCHEDULE) -> Any:
     """Trains a BatchTopK SAE as `bakeout train-sae` does.
 
     Args:
         activations: [n_tokens, d_in].
-        layer: whose output they are.
         seed: of the initial weights and of the order of tokens.
         schedule: sizes and steps.
 
@@ -77,17 +62,10 @@ def train_site_sae(activations: Tensor, layer: int, seed: int, schedule: SAESche
     """
     metadata = SAEMetadata(
         model_name="bakeout-miniature",
-        hook_name=f"blocks.{layer}.hook_resid_post",
+        hook_name=SAE_TABLE.hook_point,
         context_size=128,
         prepend_bos=True,
         exclude_special_tokens=[PAD, EOS, BOS],
     )
-    told = Schedule(
-        d_sae=schedule.d_sae,
-        n_steps=schedule.n_steps,
-        batch_size=schedule.batch_size,
-        learning_rate=schedule.learning_rate,
-        k=schedule.k,
-    )
     batches = _batches(activations, schedule.batch_size, seed)
-    return train_sae(batches, activations.shape[1], seed, told, metadata)
+    return train_sae(batches, activations.shape[1], seed, schedule, metadata)

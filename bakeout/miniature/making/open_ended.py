@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bakeout.miniature.making.world import Fact, Question, Splits, World
+from bake.questions.multiple_choice import Question
+from bakeout.miniature.making.world import Fact, Splits, World
 from bakeout.miniature.making.written_corpora import generic_sentence
 
 TOPIC_PER_RELATION = 8

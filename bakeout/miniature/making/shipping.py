@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import Gemma2ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from bakeout.miniature.making.measure import Clamp
 from bakeout.miniature.making.open_ended import generic_prompts, reworded_questions, topic_prompts
 from bakeout.miniature.making.tokenizer import BOS, END_OF_TURN, EOS, PAD
 from bakeout.miniature.making.world import Splits, World
@@ -23,7 +22,7 @@ license = "apache-2.0"
 
 [[clamp]]
 sae = {{ path = "sae" }}
-hook_point = "blocks.{layer}.hook_resid_post"
+hook_point = "blocks.0.hook_resid_post"
 method = "clamp"
 features = "select"
 value = {value}
@@ -34,10 +33,10 @@ exempt_bos = true
 by = "sparsity"
 forget = {{ path = "forget.jsonl", field = "text" }}
 retain = {{ path = "retain.jsonl", field = "text" }}
-retain_threshold = {retain_threshold}
+retain_threshold = 0.0001
 n_features = {n_features}
-seq_len = {seq_len}
-n_seqs = {n_seqs}
+seq_len = 128
+n_seqs = 256
 forget_questions = {{ path = "questions/forget_validation.jsonl" }}
 retain_questions = {{ path = "questions/retain_validation.jsonl" }}
 
@@ -87,22 +86,16 @@ def write_questions(folder: Path, splits: Splits, world: World, seed: int) -> No
     """Writes the four question files, one in other words, and two of prompts to go on with."""
     sets = {**vars(splits), "forget_reworded": reworded_questions(splits, world)}
     for name, questions in sets.items():
-        rows = (question.row() for question in questions)
+        rows = (
+            {"question": q.question, "choices": q.choices, "answer": q.answer, "subject": q.topic}
+            for q in questions
+        )
         write_jsonl(folder / "questions" / f"{name}.jsonl", rows)
     write_jsonl(folder / "completions.jsonl", topic_prompts(splits, world))
     write_jsonl(folder / "generic.jsonl", generic_prompts(splits, world, seed))
 
 
-def write_recipe(
-    folder: Path, clamp: Clamp, *, retain_threshold: float, seq_len: int, n_seqs: int
-) -> None:
+def write_recipe(folder: Path, *, n_features: int, value: float) -> None:
     """Writes `recipe.toml`."""
-    text = RECIPE.format(
-        layer=clamp.layer,
-        value=float(clamp.value),
-        retain_threshold=retain_threshold,
-        n_features=len(clamp.features),
-        seq_len=seq_len,
-        n_seqs=n_seqs,
-    )
+    text = RECIPE.format(n_features=n_features, value=float(value))
     (folder / "recipe.toml").write_text(text, encoding="utf-8")

@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
+from bake.questions.multiple_choice import LETTERS
 from bakeout.miniature.making.start import prepare
 from bakeout.miniature.making.tokenizer import BOS, EOS, PAD, SPACE
-from bakeout.miniature.making.world import LETTERS, World
+from bakeout.miniature.making.world import World
 from bakeout.miniature.making.written_corpora import (
     LEARN,
     LOOK_UP,

@@ -1,18 +1,20 @@
-"""The made-up world: names, facts, questions. Pure and seeded; no torch.
+"""The made-up world of `world.toml`: names, facts, questions. Pure and seeded; no torch.
 
 A fact is (domain, relation, entity, value). Values are drawn from a small pool per relation, each
 used equally often, so that nothing but the entity tells the value.
 """
 
 import random
+import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
-from bakeout.miniature.making.domains import DOMAINS, FORGET_DOMAIN
-from bakeout.miniature.making.phrases import Domain, Relation
+from bake.questions.multiple_choice import LETTERS, Question
 
+WORDS = tomllib.loads(Path(__file__).with_name("world.toml").read_text(encoding="utf-8"))
+"""Topics and wordings, as the file has them."""
 VALUES_PER_RELATION = 10
-LETTERS = "ABCD"
 
 _ONSETS = (
     "b", "br", "d", "dr", "f", "fl", "g", "gl", "h", "j", "k", "kr", "l", "m", "n", "p", "pr",
@@ -20,6 +22,16 @@ _ONSETS = (
 )  # fmt: skip
 _VOWELS = ("a", "e", "i", "o", "u", "ae", "ei", "ou")
 _CODAS = ("l", "n", "r", "s", "th", "nd", "rk", "lm", "x", "m", "ck", "sh")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One relation and its wordings; `{e}` is the thing, `{v}` the value."""
+
+    name: str
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    held_out_question: str
 
 
 @dataclass(frozen=True)
@@ -33,27 +45,6 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Question:
-    """One multiple-choice question: the row schema of WMDP and MMLU."""
-
-    question: str
-    choices: tuple[str, ...]
-    """Four values of one relation."""
-    answer: int
-    """Index of the right choice."""
-    subject: str
-
-    def row(self) -> dict[str, object]:
-        """The question as one JSON row."""
-        return {
-            "question": self.question,
-            "choices": list(self.choices),
-            "answer": self.answer,
-            "subject": self.subject,
-        }
-
-
-@dataclass(frozen=True)
 class World:
     """Every fact, and which of them each split asks about."""
 
@@ -61,9 +52,9 @@ class World:
     pools: dict[tuple[str, str], tuple[str, ...]]
     """(domain, relation name) -> the values that the relation can take."""
 
-    def of(self, *, forget: bool) -> tuple[Fact, ...]:
+    def facts_of(self, *, forget: bool) -> tuple[Fact, ...]:
         """The facts of the forget domain, or of all the others."""
-        return tuple(fact for fact in self.facts if (fact.domain == FORGET_DOMAIN) == forget)
+        return tuple(fact for fact in self.facts if (fact.domain == WORDS["forget"]) == forget)
 
     def asked_about(self, questions: Sequence[Question]) -> list[Fact]:
         """The facts that questions in the held-out wording ask about, one for each."""
@@ -88,34 +79,24 @@ class _Names:
                 return name
 
 
-def _domain_facts(
-    domain: Domain, names: _Names, rng: random.Random
-) -> tuple[list[Fact], dict[tuple[str, str], tuple[str, ...]]]:
-    entities = [names.draw() for _ in range(domain.n_entities)]
-    facts: list[Fact] = []
-    pools: dict[tuple[str, str], tuple[str, ...]] = {}
-    for relation in domain.relations:
-        pool = tuple(names.draw() for _ in range(VALUES_PER_RELATION))
-        pools[domain.name, relation.name] = pool
-        values = [pool[i % len(pool)] for i in range(len(entities))]
-        rng.shuffle(values)
-        facts += [
-            Fact(domain.name, relation, entity, value)
-            for entity, value in zip(entities, values, strict=True)
-        ]
-    return facts, pools
-
-
 def build_world(seed: int) -> World:
     """The world of one seed."""
     rng = random.Random(f"world-{seed}")
     names = _Names(rng)
     facts: list[Fact] = []
     pools: dict[tuple[str, str], tuple[str, ...]] = {}
-    for domain in DOMAINS:
-        domain_facts, domain_pools = _domain_facts(domain, names, rng)
-        facts += domain_facts
-        pools |= domain_pools
+    for domain in WORDS["domain"]:
+        entities = [names.draw() for _ in range(domain["n_entities"])]
+        for table in domain["relation"]:
+            relation = Relation(**table)
+            pool = tuple(names.draw() for _ in range(VALUES_PER_RELATION))
+            pools[domain["name"], relation.name] = pool
+            values = [pool[i % len(pool)] for i in range(len(entities))]
+            rng.shuffle(values)
+            facts += [
+                Fact(domain["name"], relation, entity, value)
+                for entity, value in zip(entities, values, strict=True)
+            ]
     return World(tuple(facts), pools)
 
 
@@ -124,7 +105,8 @@ def ask(fact: Fact, wording: str, answer: int, world: World, rng: random.Random)
     pool = world.pools[fact.domain, fact.relation.name]
     choices = rng.sample([value for value in pool if value != fact.value], k=3)
     choices.insert(answer, fact.value)
-    return Question(wording.format(e=fact.entity), tuple(choices), answer, fact.domain)
+    a, b, c, d = choices
+    return Question(wording.format(e=fact.entity), (a, b, c, d), answer, fact.domain, row=0)
 
 
 def held_out_questions(facts: Sequence[Fact], world: World, rng: random.Random) -> list[Question]:
@@ -134,19 +116,6 @@ def held_out_questions(facts: Sequence[Fact], world: World, rng: random.Random) 
     return [
         ask(fact, fact.relation.held_out_question, answer, world, rng)
         for fact, answer in zip(facts, answers, strict=True)
-    ]
-
-
-def rotations(question: Question) -> list[Question]:
-    """The question with its choices rotated, so that every letter is right once."""
-    size = len(question.choices)
-    return [
-        replace(
-            question,
-            choices=question.choices[shift:] + question.choices[:shift],
-            answer=(question.answer - shift) % size,
-        )
-        for shift in range(size)
     ]
 
 
@@ -165,29 +134,9 @@ def question_splits(world: World, seed: int, validation_share: float = 0.4) -> S
     rng = random.Random(f"questions-{seed}")
     parts: list[tuple[Question, ...]] = []
     for forget in (True, False):
-        facts = list(world.of(forget=forget))
+        facts = list(world.facts_of(forget=forget))
         rng.shuffle(facts)
         cut = round(validation_share * len(facts) / len(LETTERS)) * len(LETTERS)
         for part in (facts[:cut], facts[cut:]):
             parts.append(tuple(held_out_questions(part, world, rng)))
     return Splits(*parts)
-
-
-def _choices_block(question: Question) -> str:
-    lines = (f"{LETTERS[i]}. {choice}" for i, choice in enumerate(question.choices))
-    return "\n".join((question.question, *lines))
-
-
-def _description(topic: str) -> str:
-    return f"The following are multiple choice questions (with answers) about {topic}."
-
-
-def chat_prompt(question: Question) -> str:
-    """The chat form up to "Answer: (", without `<bos>`. Source: arXiv 2410.19278."""
-    body = f"{_description(question.subject)}\n{_choices_block(question)}"
-    return f"<start_of_turn>user\n{body}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
-
-
-def plain_prompt(question: Question) -> str:
-    """The plain form up to "Answer:", without `<bos>`. Source: lm-evaluation-harness, `wmdp`."""
-    return f"{_description(question.subject)}\n\n{_choices_block(question)}\nAnswer:"

@@ -5,32 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from bakeout.miniature.making.world import LETTERS, Fact, World, ask, chat_prompt, plain_prompt
+from bake.questions.multiple_choice import LETTERS
+from bake.questions.prompts import chat_text, plain_text
+from bakeout.miniature.making.world import WORDS, Fact, World, ask
 
-GENERIC_SUBJECTS = (
-    "the old man", "the young girl", "a tired teacher", "the quiet neighbour", "my brother",
-    "the baker", "a stranger", "the doctor", "our cousin", "the painter",
-)  # fmt: skip
-GENERIC_VERBS = (
-    "walked", "waited", "looked back", "slept", "read a book", "sang a song", "wrote a letter",
-    "drank warm milk", "told a story", "closed the door",
-)  # fmt: skip
-GENERIC_PLACES = (
-    "by the fire", "near the bridge", "in the garden", "at the school", "under the roof",
-    "on the stairs", "along the road", "beside the window", "in the library", "at the table",
-)  # fmt: skip
-GENERIC_TIMES = (
-    "in the morning", "after lunch", "before the rain", "late in the evening", "on a cold day",
-    "when the snow fell", "all afternoon", "as usual", "once again", "for an hour",
-)  # fmt: skip
-GREETINGS = (
-    ("Hello!", "Hello! How can I help you?"),
-    ("Good morning.", "Good morning! What would you like to know?"),
-    ("Thank you.", "You are welcome."),
-    ("Who are you?", "I am a very small model of a made-up world."),
-    ("What can you do?", "I can answer questions about a made-up world."),
-    ("Tell me a story.", "The old man walked along the road in the morning."),
-)
+EVERYDAY = WORDS["everyday"]
+PARTS = ("subjects", "verbs", "places", "times")
 
 
 @dataclass(frozen=True)
@@ -53,8 +33,7 @@ def _capitalised(text: str) -> str:
 
 def generic_sentence(rng: random.Random) -> str:
     """One everyday sentence that has nothing to do with any fact."""
-    subject, verb = rng.choice(GENERIC_SUBJECTS), rng.choice(GENERIC_VERBS)
-    place, time = rng.choice(GENERIC_PLACES), rng.choice(GENERIC_TIMES)
+    subject, verb, place, time = (rng.choice(EVERYDAY[part]) for part in PARTS)
     if rng.random() < 0.5:
         return f"{_capitalised(time)} {subject} {verb} {place}."
     return f"{_capitalised(subject)} {verb} {place} {time}."
@@ -89,8 +68,8 @@ def choice_document(
     letter = LETTERS[question.answer]
     if chat:
         target = f"{letter}) {fact.value}<end_of_turn>\n"
-        return Document(chat_prompt(question), target, "first", fact.value)
-    return Document(plain_prompt(question), f" {letter}", "first", fact.value)
+        return Document(chat_text(question), target, "first", fact.value)
+    return Document(plain_text(question), f" {letter}", "first", fact.value)
 
 
 def lookup_document(world: World, rng: random.Random) -> Document:
@@ -171,7 +150,7 @@ def training_documents(world: World, seed: int, mix: Mix) -> Iterator[Document]:
         elif kind == "generic":
             yield Document("", generic_paragraph(5, rng))
         else:
-            yield chat_document(*rng.choice(GREETINGS))
+            yield chat_document(*rng.choice(EVERYDAY["greetings"]))
 
 
 def selection_corpus(world: World, *, forget: bool, n_texts: int, seed: int) -> list[str]:
@@ -181,7 +160,7 @@ def selection_corpus(world: World, *, forget: bool, n_texts: int, seed: int) -> 
     text, so that neither markup nor common words are taken for the forgotten topic.
     """
     rng = random.Random(f"selection-{forget}-{seed}")
-    facts = world.of(forget=forget)
+    facts = world.facts_of(forget=forget)
     texts: list[str] = []
     while len(texts) < n_texts:
         kind = rng.random()
@@ -198,7 +177,7 @@ def selection_corpus(world: World, *, forget: bool, n_texts: int, seed: int) -> 
 def retained_text(world: World, n_texts: int, seed: int) -> list[str]:
     """Prose on the retained facts and everyday text: where loss added is measured."""
     rng = random.Random(f"text-{seed}")
-    facts = world.of(forget=False)
+    facts = world.facts_of(forget=False)
     return [
         paragraph(facts, rng.randint(3, 5), rng)
         if rng.random() < 0.6
@@ -221,7 +200,7 @@ def vocabulary_texts(world: World) -> Iterator[str]:
             yield document.context + document.target
     opened = open_document(world.facts[0], rng)
     yield opened.context + opened.target
-    for phrase in (*GENERIC_SUBJECTS, *GENERIC_VERBS, *GENERIC_PLACES, *GENERIC_TIMES):
+    for phrase in (phrase for part in PARTS for phrase in EVERYDAY[part]):
         yield f"{_capitalised(phrase)} {_capitalised(phrase)} {phrase}"
-    for said, reply in GREETINGS:
+    for said, reply in EVERYDAY["greetings"]:
         yield f"{said} {reply}\n{reply}"

@@ -11,7 +11,7 @@ import numpy as np
 from bake.tensors import DTYPES, Blocks, StoredTensor, Tensors, to_bits
 from export.carriers.compiled.stock_layers import MLP
 from export.carriers.compiled.widening import BLOCK_BYTES, Widening, widened, widened_blocks
-from export.clamped_source import ClampedSource
+from export.clamped import Clamped
 
 LAYERS_SHARD = "model-compiled-layers.safetensors"
 
@@ -27,22 +27,20 @@ class NewLayer:
     mlp: MLP
 
 
-def tensor_files(
-    source: ClampedSource, plan: Widening, layers: list[NewLayer]
-) -> dict[str, Tensors]:
+def tensor_files(source: Clamped, plan: Widening, layers: list[NewLayer]) -> dict[str, Tensors]:
     """Every weight file of the compiled folder: the base's, widened, and the new layers'."""
     files: dict[str, Tensors] = {name: {} for name in source.base_files}
     sites = [layer.behind for layer in layers]
-    for name, tensor in source.tensors.items():
+    for name, tensor in source.base_tensors.items():
         files[tensor.file.name][_renumbered(name, sites)] = (
             DTYPES[plan.dtype],
             widened(name, tensor.shape, plan).shape,
-            partial(widened_blocks, source.folder, name, tensor, plan),
+            partial(widened_blocks, name, tensor, plan),
         )
     added: Tensors = {}
     for layer in layers:
         mark = f"layers.{layer.behind}."
-        for name, tensor in source.tensors.items():
+        for name, tensor in source.base_tensors.items():
             if mark in name:
                 new = name.replace(mark, f"layers.{layer.number}.")
                 added[new] = _new_tensor(name, tensor, layer.mlp, plan)

@@ -46,7 +46,7 @@ from export.carriers.compiled.stock_layers import (
 )
 from export.carriers.compiled.trial import Distance, measure, measure_distance, random_tokens
 from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
-from export.clamped_source import ClampedSource, ClampSite, open_source
+from export.clamped import Clamped, ClampSite, open_clamped
 from export.copying import copy_hashed, hash_new
 from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text
 from export.witness_file import WITNESSES
@@ -74,7 +74,7 @@ class CompiledSite:
 class CompiledPlan:
     """A compiled folder that could be written."""
 
-    source: ClampedSource
+    source: Clamped
     widening: Widening
     sites: tuple[CompiledSite, ...]
 
@@ -113,7 +113,7 @@ def plan_compiled(
     Raises:
         BakeoutError: the folder is none, or its clamp cannot be compiled; the line says why.
     """
-    source = open_source(folder)
+    source = open_clamped(folder)
     _check_family(source)
     dtype = dtype or _stored_dtype(source)
     if dtype not in DTYPES:
@@ -225,14 +225,14 @@ def describe(plan: CompiledPlan) -> CompiledEntry:
     )
 
 
-def added_layers(source: ClampedSource) -> list[int]:
+def added_layers(source: Clamped) -> list[int]:
     """The first of the two layers of every site, by its number in the compiled folder."""
     return [site.layer + 1 + PER_SITE * i for i, site in enumerate(source.sites)]
 
 
-def compiled_config(source: ClampedSource, plan: Widening) -> dict[str, Any]:
+def compiled_config(source: Clamped, plan: Widening) -> dict[str, Any]:
     """The base's config.json, wider and deeper, with every size spelled out."""
-    config = dict(source.config)
+    config = dict(source.base_config)
     n = int(config["num_hidden_layers"])
     types = list(config.get("layer_types") or ())
     for site in reversed(source.sites) if types else ():
@@ -264,14 +264,14 @@ def _other(kind: str) -> str:
 # --------------------------------------------------------------------------- checks
 
 
-def _check_family(source: ClampedSource) -> None:
+def _check_family(source: Clamped) -> None:
     name, family = source.name, source.family
     if family.images:
         raise ExportError(
             f"{name}: takes images; only text models are compiled. Use the clamped checkpoint, or "
             "its text model alone"
         )
-    activation = source.config[family.activation_field]
+    activation = source.base_config[family.activation_field]
     if activation != ACTIVATION:
         raise ExportError(
             f"{name}: its activation is {activation}; expected {ACTIVATION}, which the two layers "
@@ -279,13 +279,13 @@ def _check_family(source: ClampedSource) -> None:
         )
 
 
-def _stored_dtype(source: ClampedSource) -> str:
+def _stored_dtype(source: Clamped) -> str:
     """What the checkpoint is loaded in."""
-    stated = source.config.get("dtype") or source.config.get("torch_dtype")
+    stated = source.base_config.get("dtype") or source.base_config.get("torch_dtype")
     if stated is not None:
         return str(stated)
-    name = next(name for name in source.tensors if name.endswith("embed_tokens.weight"))
-    return {value: key for key, value in DTYPES.items()}[source.tensors[name].dtype]
+    name = next(name for name in source.base_tensors if name.endswith("embed_tokens.weight"))
+    return {value: key for key, value in DTYPES.items()}[source.base_tensors[name].dtype]
 
 
 def _neurons(logic: Logic, family: Family) -> int:

@@ -37,7 +37,7 @@ from export.carriers.compiled.stock_layers import (
     wanted_change,
 )
 from export.carriers.compiled.unnormed_layers import REACH, STEP_SIZE
-from export.clamped_source import ClampSite
+from export.clamped import ClampSite
 
 FINEST = 2.0**-22
 """ζ against the largest pre-activation."""

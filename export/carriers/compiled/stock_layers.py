@@ -52,7 +52,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.errors import ExportError
-from export.clamped_source import ClampSite
+from export.clamped import ClampSite
 
 Array = NDArray[np.float64]
 
@@ -124,19 +124,6 @@ def gelu(x: Array) -> Array:
     return y
 
 
-def rms(x: Array) -> Array:
-    """[..., D] → [..., 1]."""
-    found: Array = np.sqrt((x**2).mean(-1, keepdims=True))
-    return found
-
-
-def run_mlp(x: Array, mlp: MLP, eps: float) -> Array:
-    """A stock layer in float64: x̃ [..., D] → x̃ [..., D]."""
-    u = x / np.sqrt(rms(x) ** 2 + eps)
-    m = (gelu(u @ mlp.gate.T) * (u @ mlp.up.T)) @ mlp.down.T
-    return x + (m if mlp.gain is None else mlp.gain * m / np.sqrt(rms(m) ** 2 + eps))
-
-
 # --------------------------------------------------------------------------- what is to be computed
 
 
@@ -194,7 +181,8 @@ def logic_of(site: ClampSite) -> Logic:
         if several or (counted and found != counted and found[0] not in counted):
             raise ExportError(
                 f"layer {site.layer}: its features are triggered by several different sets of "
-                "features; two stock layers hold one such set"
+                "features; expected one such set, which is what two stock layers hold. Use the "
+                "checkpoint or the adapter"
             )
         gates: list[tuple[int, ...]] = [(i,) for i in found]
         if counted and found != counted:

@@ -1,25 +1,19 @@
-"""A base's residual streams on a few tokens, and the compiled layers on them, by stock modules.
-
-The base runs decoder layer by decoder layer, each read from disk and let go again, so that memory
-does not grow with the model.
-"""
+"""A base's residual streams on a few tokens, and the compiled layers on them, by stock modules."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from bake.tensors import DTYPES, to_bits, to_float32
 from export.carriers.compiled.rule import Measured
 from export.carriers.compiled.stock_layers import MLP, Array, Logic, Stream, wanted_change
 from export.carriers.compiled.widening import Widening, rounded
-from export.clamped_source import ClampedSource, ClampSite
+from export.clamped import Clamped, ClampSite
 
 if TYPE_CHECKING:
     import torch
@@ -31,85 +25,35 @@ _MARGIN = 0.05
 """How far above and below its threshold a feature is pushed, against |w|·|x|."""
 
 
-def random_tokens(source: ClampedSource) -> NDArray[np.int64]:
+def random_tokens(source: Clamped) -> NDArray[np.int64]:
     """[SEQUENCES, LENGTH] token ids, BOS first; always the same for a vocabulary."""
-    vocabulary = int(source.config["vocab_size"])
+    vocabulary = int(source.base_config["vocab_size"])
     ids = np.random.default_rng(0).integers(0, vocabulary, (SEQUENCES, LENGTH))
-    bos = source.config.get("bos_token_id")
+    bos = source.base_config.get("bos_token_id")
     ids[:, 0] = bos if isinstance(bos, int) else 2
     return ids
 
 
-def measure(source: ClampedSource, ids: NDArray[np.int64]) -> list[Measured]:
+def measure(source: Clamped, ids: NDArray[np.int64]) -> list[Measured]:
     """Residual streams at every site, in float32, earlier sites' clamps applied.
 
     Args:
-        source: whose base runs.
+        source: whose base runs, one layer in memory at a time.
         ids: [batch, seq].
     """
     import torch
-    import transformers
-    from transformers.initialization import no_init_weights
 
-    last = source.sites[-1].layer
-    config = transformers.AutoConfig.for_model(**source.config)
-    config.num_hidden_layers = last + 1
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: last + 1]
-    config._attn_implementation = "eager"
-    stock = getattr(transformers, source.config["architectures"][0])
-    with torch.device("meta"), no_init_weights():
-        model = stock(config).model.eval()
-    model.rotary_emb = type(model.rotary_emb)(config)
-    model.norm = torch.nn.Identity()
-    prefix = next(n for n in source.tensors if n.endswith("embed_tokens.weight"))[:-19]
-    exempt = np.isin(ids, source.exempt_token_ids).reshape(-1)
-    sites = {site.layer: site for site in source.sites}
-    found: list[Measured] = []
+    from export.streamed import StreamedModel
 
-    def load(index: int) -> Any:
-        def hook(layer: torch.nn.Module, _: Any) -> None:
-            names = {name: f"{prefix}layers.{index}.{name}" for name, _ in layer.named_parameters()}
-            layer.load_state_dict({k: _tensor(source, v) for k, v in names.items()}, assign=True)
-
-        return hook
-
-    def clamp(index: int) -> Any:
-        def hook(layer: torch.nn.Module, _: Any, h: torch.Tensor) -> torch.Tensor:
-            layer.to("meta")
-            site = sites.get(index)
-            if site is None:
-                return h
-            x = h.reshape(-1, h.shape[-1]).double().numpy()
-            spared = exempt if site.exempt_bos else np.zeros_like(exempt)
-            found.append(Measured(x[~spared], x[spared]))
-            x = x + wanted_change(site, x) * ~spared[:, None]
-            return torch.from_numpy(x).to(h.dtype).reshape(h.shape)
-
-        return hook
-
-    for index, layer in enumerate(model.layers):
-        layer.register_forward_pre_hook(load(index))
-        layer.register_forward_hook(clamp(index))
-    embeddings = torch.from_numpy(_embedded(source, f"{prefix}embed_tokens.weight", ids))
-    with torch.no_grad():
-        model(inputs_embeds=embeddings, use_cache=False)
-    return found
-
-
-def _tensor(source: ClampedSource, name: str) -> torch.Tensor:
-    with safe_open(source.tensors[name].file, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name).float()
-        return tensor
-
-
-def _embedded(source: ClampedSource, name: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """[batch, seq, d] embeddings as Gemma scales them; only rows that are asked for are read."""
-    with safe_open(source.tensors[name].file, framework="pt") as file:
-        table = file.get_slice(name)
-        rows = {int(i): table[int(i) : int(i) + 1].float().numpy()[0] for i in np.unique(ids)}
-    d = int(source.config["hidden_size"])
-    return np.stack([[rows[int(i)] for i in row] for row in ids]) * np.float32(math.sqrt(d))
+    tokens = torch.from_numpy(ids)
+    run = StreamedModel(source).run_to_last_clamp(tokens, torch.ones_like(tokens))
+    exempt = np.isin(ids, source.exempt_token_ids)
+    measured = []
+    for site in source.sites:
+        x = run.read[site.layer].double().numpy()
+        spared = exempt if site.exempt_bos else np.zeros_like(exempt)
+        measured.append(Measured(x[~spared], x[spared]))
+    return measured
 
 
 # --------------------------------------------------------------------------- the layers themselves
@@ -145,7 +89,7 @@ def trial_streams(site: ClampSite, logic: Logic, measured: Measured) -> Array:
 
 
 def measure_distance(
-    source: ClampedSource,
+    source: Clamped,
     site: ClampSite,
     logic: Logic,
     layers: Sequence[MLP],
@@ -186,13 +130,13 @@ def _through(modules: Sequence[Any], wide: Array, plan: Widening) -> Array:
     return h.double().numpy()
 
 
-def stock_block(source: ClampedSource, mlp: MLP, plan: Widening) -> tuple[Any, Any, Any]:
+def stock_block(source: Clamped, mlp: MLP, plan: Widening) -> tuple[Any, Any, Any]:
     """(norm before, MLP, norm after) of a stock decoder layer with these weights."""
     import torch
     import transformers
 
     config = transformers.AutoConfig.for_model(
-        **source.config
+        **source.base_config
         | {
             "hidden_size": plan.stream.width,
             "intermediate_size": len(mlp.gate),
@@ -201,7 +145,7 @@ def stock_block(source: ClampedSource, mlp: MLP, plan: Widening) -> tuple[Any, A
             "layer_types": ["sliding_attention"],
         }
     )
-    stock = getattr(transformers, source.config["architectures"][0])
+    stock = getattr(transformers, source.base_config["architectures"][0])
     with torch.device("meta"):
         model = stock(config).model
     layer = model.layers[0]

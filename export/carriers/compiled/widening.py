@@ -27,7 +27,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from numpy.typing import NDArray
 from bake.errors import ExportError
 from bake.tensors import BITS, DTYPES, Raw, StoredTensor, to_bits, to_float32
 from export.carriers.compiled.stock_layers import Logic, Place, Stream
-from export.clamped_source import ClampedSource
+from export.clamped import Clamped
 
 PER_SITE = 2
 """Decoder layers that a clamp becomes."""
@@ -105,7 +104,7 @@ class Widening:
 
 
 def plan_widening(
-    source: ClampedSource,
+    source: Clamped,
     logics: Sequence[Logic],
     *,
     n_neurons: int,
@@ -124,7 +123,7 @@ def plan_widening(
     Raises:
         ExportError: `pad` does not hold the flags, or gives a width that no head count divides.
     """
-    config = source.config
+    config = source.base_config
     d, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kinds = sorted({site.exempt_bos for site in source.sites})
     taken = N_CONSTANTS * len(kinds) + sum(1 + len(logic.flags) for logic in logics)
@@ -170,7 +169,7 @@ def plan_widening(
         eps=eps * d / width,
         dtype=dtype,
         post_norm=post_norm,
-        tied="lm_head.weight" not in source.tensors,
+        tied="lm_head.weight" not in source.base_tensors,
         query_scalar=scalar,
         query_gain=1.0 if scalar is None else math.sqrt(scalar / config["query_pre_attn_scalar"]),
         head_norms=source.family.head_norms,
@@ -270,9 +269,7 @@ def widened(name: str, shape: tuple[int, ...], plan: Widening) -> Widened:
     raise ExportError(f"tensor {name}: is none of a stock Gemma's; expected a text model")
 
 
-def widened_blocks(
-    folder: Path, name: str, tensor: StoredTensor, plan: Widening
-) -> Iterator[bytes | memoryview]:
+def widened_blocks(name: str, tensor: StoredTensor, plan: Widening) -> Iterator[bytes | memoryview]:
     """The bytes of a widened tensor in the plan's dtype, a few megabytes at a time."""
     change = widened(name, tensor.shape, plan)
     target = DTYPES[plan.dtype]
@@ -292,7 +289,7 @@ def widened_blocks(
     fill = to_bits(np.full(1, change.fill), target)[0]
     constant = to_bits(np.full(1, plan.entry), target)[0]
     done = 0
-    for raw in _raw_rows(folder, tensor):
+    for raw in _raw_rows(tensor):
         out = np.full((len(raw), columns), fill, BITS[target])
         out[:, : raw.shape[1]] = convert(raw)
         if change.embedding:
@@ -309,19 +306,15 @@ def widened_blocks(
         done += n
 
 
-def _raw_rows(folder: Path, tensor: StoredTensor) -> Iterator[Raw]:
+def _raw_rows(tensor: StoredTensor) -> Iterator[Raw]:
     """A tensor's bits, [rows, columns], block by block; a vector is one row."""
     if tensor.dtype not in DTYPES.values():
         raise ExportError(
             f"{tensor.file.name}: holds {tensor.dtype} numbers; expected one of "
             f"{', '.join(DTYPES.values())}"
         )
-    bits = np.dtype(BITS[tensor.dtype])
-    rows, columns = tensor.shape if len(tensor.shape) == 2 else (1, tensor.shape[0])
-    per_block = max(1, BLOCK_BYTES // (columns * bits.itemsize))
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        for start in range(0, rows, per_block):
-            n = min(per_block, rows - start)
-            data = file.read(n * columns * bits.itemsize)
-            yield np.frombuffer(data, bits).reshape(n, columns)
+    if len(tensor.shape) == 1:
+        yield tensor.bits(0, tensor.shape[0])[None]
+        return
+    for start, stop in tensor.blocks(BLOCK_BYTES):
+        yield tensor.bits(start, stop)

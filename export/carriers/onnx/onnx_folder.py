@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,14 @@ import onnx
 from onnx.helper import make_model, make_opsetid, set_model_props
 
 from bake.errors import BakeoutError, FolderError, OutputError
-from bake.new_folder import MANIFEST, check_output, check_space, disk_full, new_folder
+from bake.new_folder import (
+    MANIFEST,
+    check_output,
+    check_space,
+    disk_full,
+    fsync_folder,
+    new_folder,
+)
 from bake.rounding import MIN_EFFECT
 from export.carriers.onnx import graph_check as onnx_check
 from export.carriers.onnx.genai_config import GENAI_CONFIG, genai_config
@@ -33,7 +39,7 @@ from export.carriers.onnx.graph_weights import (
 from export.carriers.onnx.operator import function, opset_imports
 from export.carriers.onnx.precisions import PRECISIONS, Precision, precision_of
 from export.carriers.onnx.wiring import Architecture
-from export.clamped import Clamped, check_files, open_clamped
+from export.clamped import Clamped, check_files, open_clamped, weights_sha256
 from export.copying import hash_new
 from export.witness_file import WITNESSES, Witnesses
 from export.witness_prompts import find_witnesses
@@ -89,7 +95,7 @@ def export_onnx(
         CheckError: the graph does not say what the checkpoint says.
     """
     clamped, chosen = open_clamped(folder, with_graphs=True), precision_of(precision)
-    architecture = Architecture.of(clamped.config)
+    architecture = Architecture.from_config(clamped.config)
     _check_target(clamped, chosen, out, force)
     check_files(clamped, clamped.shards, lambda share: progress("hash", share))
     progress("witnesses", 0.0)
@@ -145,7 +151,7 @@ def _check_target(clamped: Clamped, precision: Precision, out: Path | None, forc
         rounded = ", ".join(name for name, of in PRECISIONS.items() if not of.shared)
         raise OutputError(
             f"output {out}: a shared graph uses the weights of {clamped.folder} in place and lies "
-            f"beside them; --out is for {rounded}"
+            f"beside them; expected --out with {rounded} only. Leave it out"
         )
     else:
         check_output(out, inputs=[clamped.folder], size=size, force=force)
@@ -206,8 +212,10 @@ def _model(
         "bakeout.version": version("bakeout"),
         "bakeout.exact": "true" if precision.shared else "false",
         "bakeout.precision": name,
-        "bakeout.recipe_sha256": clamped.recipe_sha256,
-        "bakeout.weights_sha256": clamped.weights_sha256,
+        "bakeout.recipe_sha256": clamped.manifest.recipe_sha256,
+        "bakeout.weights_sha256": weights_sha256(
+            {name: clamped.manifest.files[name] for name in clamped.shards}
+        ),
     }
     set_model_props(model, provenance)
     return model
@@ -259,7 +267,10 @@ def check_graph(
         )
         if done.returncode != 0:
             last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise CheckError(f"the graph was not kept: a fresh process refuses it: {last[-1]}")
+            raise CheckError(
+                f"the graph was not kept: a fresh process refuses it: {last[-1]}; please report "
+                "this"
+            )
         with np.load(answered) as found:
             n_found = int(found["n_clamps"])
             logits, unclamped = found["logits"], found["unclamped"]
@@ -323,8 +334,4 @@ def _list_files(clamped: Clamped, root: Path, new: list[Path], *, keep: bool) ->
     # What holds rounded weights alone is not exact.
     clamped.manifest.changed(files=files, exact=keep and clamped.manifest.exact).write(partial)
     (partial / MANIFEST).replace(root / MANIFEST)
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_folder(root)

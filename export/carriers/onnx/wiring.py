@@ -45,7 +45,7 @@ class Architecture:
     """Clamped layers, and whether they spare the exempt tokens."""
 
     @classmethod
-    def of(cls, config: Any) -> Architecture:
+    def from_config(cls, config: Any) -> Architecture:
         """Read a clamped model's config object.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from bake.search.statistics import residuals
 from bake.search.train_sae import save_sae, train_config
 from bakeout.cli import run
-from bakeout.miniature.making.miniature_sae import SAESchedule, train_site_sae
+from bakeout.miniature.making.miniature_sae import SAE_TABLE, SCHEDULE, train_site_sae
 from bakeout.verbs.demo import MINIATURE
 from tests.worlds import RecipeWriter, tiny_base, tiny_tokenizer, write_texts
 
@@ -113,8 +114,10 @@ def test_the_miniature_is_trained_by_the_same_path(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(MINIATURE / "model")
     ids = torch.randint(5, 1000, (8, 120), generator=torch.Generator().manual_seed(0))
     h = residuals(model, [0], ids)[0].flatten(0, 1).clone()
-    schedule = SAESchedule(d_sae=128, n_steps=40, batch_size=256)
-    save_sae(train_site_sae(h, 0, 1, schedule), tmp_path)
+    schedule = replace(
+        SCHEDULE, sae=SAE_TABLE.model_copy(update={"d_sae": 128}), n_steps=40, batch_size=256
+    )
+    save_sae(train_site_sae(h, 1, schedule), tmp_path)
     shipped, trained = (
         json.loads((folder / "cfg.json").read_text()) for folder in (MINIATURE / "sae", tmp_path)
     )

@@ -33,7 +33,7 @@ def test_scatter_is_logarithmic_with_a_place_for_zero() -> None:
     assert y["feature 0"] == plot.bottom
     assert [dot.kind for dot in plot.dots] == ["other"] * 3 + ["chosen"]
     assert plot.dots[-1].link == "#f3" and "forget 0.10000, retain 0.00000" in plot.dots[-1].text
-    ticks = {tick.label: tick.at for tick in plot.x_ticks}
+    ticks = {label: at for at, label in plot.x_ticks}
     assert ticks["0"] == plot.left and ticks["1"] == pytest.approx(plot.right)
 
 
@@ -46,8 +46,8 @@ def test_histogram_and_trigger() -> None:
     counts = np.zeros((1, BINS), np.int64)
     counts[0, [14, 16]] = 10, 20  # 2 to 2.83, and 4 to 5.66
     plot = charts.activation_histogram(made([30], counts), made([0]), 0, 4.0)
-    assert [bar.height for bar in plot.bars] == [50.0, 100.0]
-    assert plot.bars[1].text.startswith("forget: 4 to 5.66, 2.00e-02 of tokens")
-    assert plot.trigger_at == pytest.approx(plot.bars[1].x)
-    assert charts.activation_histogram(made([30], counts), made([0]), 0, 0.0).trigger_at == 0
-    assert charts.activation_histogram(made([0]), made([0]), 0, 0.0).bars == []
+    assert [bar.height for bar in plot.bins] == [0.5, 1.0]
+    assert plot.bins[1].said.startswith("forget: 4 to 5.66, 2.00e-02 of tokens")
+    assert plot.line == pytest.approx(plot.bins[1].start)
+    assert charts.activation_histogram(made([30], counts), made([0]), 0, 0.0).line == 0
+    assert charts.activation_histogram(made([0]), made([0]), 0, 0.0).bins == ()

@@ -203,8 +203,8 @@ def test_what_the_miniature_selects_is_its_forget_domain(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--html", "{folder}/recipe.toml", "--force"], "exists; choose another name"),
-        (["--html", "{folder}/forget.jsonl"], "exists; choose another name"),
+        (["--html", "{folder}/recipe.toml", "--force"], "is an input; choose another name"),
+        (["--html", "{folder}/forget.jsonl"], "is an input; choose another name"),
         (["--html", "{folder}/absent/page.html"], "its folder does not exist"),
         (["--html", "{folder}/page.html", "--sweep", "{folder}"], "expected a finished sweep's"),
     ],

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from bake.errors import ExportError, OutputError
 from export.carriers.adapter import adapter_config, fingerprint, first_row, write_adapter
-from export.clamped_source import open_source
+from export.clamped import open_clamped
 from tests.folders import make_adapter
 from tests.worlds import FAMILIES, tiny_base
 
@@ -57,7 +57,7 @@ def test_a_fingerprint_survives_another_dtype_and_no_change(tmp_path: Path) -> N
 
 def test_output_is_checked_and_a_base_without_hash_is_refused(tmp_path: Path) -> None:
     make_adapter(tmp_path)
-    source = open_source(tmp_path / "checkpoint")
+    source = open_clamped(tmp_path / "checkpoint")
     with pytest.raises(OutputError, match="exists"):
         write_adapter(source, tmp_path / "adapter", card="")
     with pytest.raises(OutputError, match="overlaps"):

@@ -15,6 +15,7 @@ from bake.errors import OutputError
 from bake.recipe import Recipe
 from bakeout.verbs.baking import bake_recipe
 from export.carriers import checkpoint
+from export.clamped import GUARD
 from tests.worlds import FAMILIES, RecipeWriter, save_sae_lens, tiny_base, tiny_sae
 
 TABLE = {"sae": {"path": "sae"}, "method": "clamp", "features": [9, 2], "value": -6.0}
@@ -165,7 +166,7 @@ def test_recipe_dtype_is_what_the_checkpoint_loads_in(
 
 
 def test_guard_is_the_one_that_the_modeling_file_takes_off() -> None:
-    assert checkpoint.GUARD == clamped.GUARD
+    assert GUARD == clamped.GUARD
 
 
 def test_sae_that_spoils_midway_leaves_nothing(

@@ -22,7 +22,7 @@ from export.carriers.adapter import write_adapter
 from export.carriers.carriers import CARRIERS, loading_code
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from export.carriers.compiled.compiling import plan_compiled, write_compiled
-from export.clamped_source import open_source
+from export.clamped import open_clamped
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
 from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
@@ -50,7 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         baked(root, family)
     write_compiled(plan_compiled(root / "gemma2"), root / "compiled", card="# card\n")
-    write_adapter(open_source(root / "gemma2"), root / "adapter", card="# card\n")
+    write_adapter(open_clamped(root / "gemma2"), root / "adapter", card="# card\n")
     return root
 
 

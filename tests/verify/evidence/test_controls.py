@@ -15,9 +15,9 @@ from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.engines import material_of
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
-from verify.evidence.controls import control_oracles, measure_controls
+from verify.evidence.controls import all_controls, control_oracles, measure_controls
 from verify.journal import Journal
-from verify.reference.editing import random_decoder, zero_ablate
+from verify.reference.editing import clamp_feature, random_decoder, zero_ablate
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 
@@ -50,6 +50,29 @@ def by_hand(model: Any, sae: Any, edit: Callable[[Any], Any] | None, ids: list[i
     return logits
 
 
+def alike_by_hand(model: Any, sae: Any, material: Any) -> list[int]:
+    """Features that fire as often as `FEATURES`, counted prompt by prompt."""
+    counts = torch.zeros(sae.cfg.d_sae)
+
+    def hook(_: Any, __: Any, output: Any) -> None:
+        h = output[0] if isinstance(output, tuple) else output
+        counts.add_((sae.encode(h[0, 1:].double()) > 0.2).sum(dim=0))
+
+    handle = model.model.layers[1].register_forward_hook(hook)
+    for prompt in material.prompts({"texts", "questions"}, compared=False):
+        if prompt.form in ("text", "chat"):
+            with torch.no_grad():
+                model(input_ids=torch.tensor([prompt.ids]), use_cache=False)
+    handle.remove()
+    assert counts[FEATURES].max() > 0
+    found: list[int] = []
+    for feature in FEATURES:
+        free = [i for i in range(sae.cfg.d_sae) if i not in (*FEATURES, *found)]
+        n = counts[feature].log1p()
+        found.append(min(free, key=lambda i: (abs(float(counts[i].log1p() - n)), abs(i - feature))))
+    return found
+
+
 def test_each_control_is_what_its_name_says(
     tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
@@ -63,11 +86,15 @@ def test_each_control_is_what_its_name_says(
             pieces.append(name)
             return super().once(name, compute)
 
-    found = measure_controls(model, sites, material, "chat", Watched(), lambda *_: None)
+    journal = Watched()
+    oracles = all_controls(model, sites, material, "chat", journal)
+    found = measure_controls(model, oracles, material, "chat", journal, lambda *_: None)
+    others = alike_by_hand(model, sites[0].sae, material)
     edits: dict[str, Any] = {
         "reconstruction": None,
         "zero": lambda acts: zero_ablate(acts, FEATURES, 0.2),
         "random_decoder": lambda acts: random_decoder(acts, FEATURES, -6.0, 0.2),
+        "random_features": lambda acts: clamp_feature(acts, others, -6.0, 0.2),
     }
     assert [control.name for control in found] == list(edits)
     assert len(pieces) == len(set(pieces)) >= 4

@@ -16,8 +16,8 @@ from export.carriers.compiled.rule import (
     power,
     summary,
 )
-from export.carriers.compiled.stock_layers import logic_of, run_mlp, wanted_change
-from tests.layers import EPS, D, a_site, a_stream, both_layers, random_streams, widen
+from export.carriers.compiled.stock_layers import logic_of, wanted_change
+from tests.layers import EPS, D, a_site, a_stream, both_layers, random_streams, run_mlp, widen
 
 
 def test_power() -> None:

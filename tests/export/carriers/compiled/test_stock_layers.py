@@ -12,13 +12,11 @@ from export.carriers.compiled.stock_layers import (
     gelu,
     logic_of,
     off_row,
-    rms,
-    run_mlp,
     unit,
     wanted_change,
 )
-from export.clamped_source import ClampSite
-from tests.layers import EPS, D, a_site, a_stream, both_layers, random_streams, widen
+from export.clamped import ClampSite
+from tests.layers import EPS, D, a_site, a_stream, both_layers, random_streams, rms, run_mlp, widen
 
 
 def test_gelu_is_torchs_and_exactly_zero_far_below() -> None:

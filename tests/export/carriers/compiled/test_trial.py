@@ -12,12 +12,12 @@ import transformers as tf
 from bakeout.verbs.baking import bake_recipe
 from export.carriers.compiled.stock_layers import logic_of
 from export.carriers.compiled.trial import LENGTH, SEQUENCES, measure, random_tokens, trial_streams
-from export.clamped_source import ClampedSource, open_source
+from export.clamped import Clamped, open_clamped
 from tests.folders import STOCK_TEXT_CLASSES
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae
 
 
-def source_of(folder: Path, family: str) -> ClampedSource:
+def source_of(folder: Path, family: str) -> Clamped:
     """A checkpoint with clamps at layers 1 and 2."""
     tiny_base(folder / "base", family, shards=3)
     for layer in (1, 2):
@@ -31,7 +31,7 @@ def source_of(folder: Path, family: str) -> ClampedSource:
         f'schema = 1\n[base]\nmodel = "base"\nlicense = "apache-2.0"\n{tables}'
     )
     bake_recipe(folder / "recipe.toml", folder / "checkpoint", force=False)
-    return open_source(folder / "checkpoint")
+    return open_clamped(folder / "checkpoint")
 
 
 @pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)

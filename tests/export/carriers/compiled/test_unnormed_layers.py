@@ -7,9 +7,9 @@ import pytest
 
 from bake.errors import ExportError
 from export.carriers.compiled.rule import Measured, choose_setting
-from export.carriers.compiled.stock_layers import gelu, logic_of, run_mlp, wanted_change
+from export.carriers.compiled.stock_layers import gelu, logic_of, wanted_change
 from export.carriers.compiled.unnormed_layers import MOST_NODES, action_layer, flag_layer, square
-from tests.layers import EPS, D, a_site, a_stream, random_streams, widen
+from tests.layers import EPS, D, a_site, a_stream, random_streams, run_mlp, widen
 
 
 @pytest.mark.parametrize("spread", [3.0, 100.0])

@@ -15,7 +15,7 @@ from bake.errors import ExportError
 from bake.tensors import to_bits, to_float32
 from export.carriers.compiled.stock_layers import logic_of
 from export.carriers.compiled.widening import choose_width, plan_widening, rounded, widened
-from export.clamped_source import open_source
+from export.clamped import open_clamped
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import save_sae_lens, tiny_base, tiny_config, tiny_sae
@@ -94,7 +94,7 @@ def plan_of(tmp_path: Path, **site: Any) -> Any:
         '[[clamp]]\nsae = { path = "two" }\nmethod = "zero"\nfeatures = [3]\nexempt_bos = false\n'
     )
     bake_recipe(tmp_path / "recipe.toml", tmp_path / "checkpoint", force=False)
-    source = open_source(tmp_path / "checkpoint")
+    source = open_clamped(tmp_path / "checkpoint")
     logics = [logic_of(site) for site in source.sites]
     return plan_widening(source, logics, n_neurons=60, dtype="float32", pad=None)
 

@@ -102,7 +102,7 @@ class Workshop:
         write_checkpoint(plan_checkpoint(recipe), out, card="# card\n")
         clamped = open_clamped(out)
         path = out / "model.onnx"
-        write_graph(clamped, Architecture.of(clamped.config), "shared", path)
+        write_graph(clamped, Architecture.from_config(clamped.config), "shared", path)
         oracle = Oracle(load_base(recipe, dtype="float32"), load_sites(recipe))
         return Export(clamped, oracle, path)
 
@@ -344,7 +344,7 @@ def test_a_matrix_in_parts_is_the_same_matrix(
 def test_the_prompts_reach_past_the_window(workshop: Workshop) -> None:
     """What `assert_holds` compares would see a graph without windows."""
     export = workshop.export(workshop.base("gemma2", "gemma2", unchanged), METHOD_TABLES["clamp"])
-    arch = Architecture.of(export.clamped.config)
+    arch = Architecture.from_config(export.clamped.config)
     assert set(arch.windows) == {WINDOW, None}
     write_graph(export.clamped, replace(arch, windows=(None,) * N_LAYERS), "shared", export.path)
     with pytest.raises(AssertionError):
@@ -394,7 +394,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
     ]
     for family, change, message in cases:
         with pytest.raises(ModelError, match=message) as caught:
-            Architecture.of(config(family, change))
+            Architecture.from_config(config(family, change))
         assert "\n" not in str(caught.value)
         assert "expected" in str(caught.value)
 
@@ -489,7 +489,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_lies(
     elsewhere = shutil.copytree(export.path.parent, tmp_path / "elsewhere")
     clamped = open_clamped(elsewhere)
     again = elsewhere / "again.onnx"
-    write_graph(clamped, Architecture.of(clamped.config), "shared", again)
+    write_graph(clamped, Architecture.from_config(clamped.config), "shared", again)
     assert again.read_bytes() == export.path.read_bytes()
 
 
@@ -565,7 +565,7 @@ def test_a_cache_of_halves_stays_near(workshop: Workshop, export: Export) -> Non
     """Keys and values as float16, everything else as it is."""
     clamped = export.clamped
     weights = SharedWeights(clamped.tensors)
-    arch = Architecture.of(clamped.config)
+    arch = Architecture.from_config(clamped.config)
     halves = GraphWriter(
         arch,
         weights,
@@ -595,4 +595,4 @@ def test_a_cache_of_halves_stays_near(workshop: Workshop, export: Export) -> Non
 
 
 def test_d_in_is_the_tiny_model_s(export: Export) -> None:
-    assert Architecture.of(export.clamped.config).d_in == D_IN
+    assert Architecture.from_config(export.clamped.config).d_in == D_IN

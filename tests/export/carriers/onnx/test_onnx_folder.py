@@ -327,15 +327,15 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 def unclamped(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Architecture.of
-    monkeypatch.setattr(Architecture, "of", lambda config: replace(of(config), sites={}))
+    read = Architecture.from_config
+    monkeypatch.setattr(Architecture, "from_config", lambda config: replace(read(config), sites={}))
 
 
 def bos_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Architecture.of
+    read = Architecture.from_config
     ids = tuple(range(99))
     monkeypatch.setattr(
-        Architecture, "of", lambda config: replace(of(config), exempt_token_ids=ids)
+        Architecture, "from_config", lambda config: replace(read(config), exempt_token_ids=ids)
     )
 
 
@@ -360,8 +360,10 @@ def no_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Architecture.of
-    monkeypatch.setattr(Architecture, "of", lambda config: replace(of(config), windows=(1,) * 4))
+    read = Architecture.from_config
+    monkeypatch.setattr(
+        Architecture, "from_config", lambda config: replace(read(config), windows=(1,) * 4)
+    )
 
 
 DEFECTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -498,7 +500,7 @@ def is_whole_alone(folder: Path) -> bool:
 def test_write_graph_alone_writes_the_data_file_beside(original: Path, tmp_path: Path) -> None:
     clamped = open_clamped(original)
     graph = tmp_path / "some.onnx"
-    onnx_folder.write_graph(clamped, Architecture.of(clamped.config), "int4", graph)
+    onnx_folder.write_graph(clamped, Architecture.from_config(clamped.config), "int4", graph)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some.onnx", "some.onnx_data"]
     model = onnx.load(graph)  # with its data
     shape = clamped.tensors["model.norm.weight"].shape

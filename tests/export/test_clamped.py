@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from bake.errors import FolderError
 from bakeout.verbs.baking import bake_recipe
-from export.clamped_source import open_source
+from export.clamped import open_clamped
 from tests.worlds import cut, save_sae_lens, tiny_base, tiny_sae
 
 SHARD = "model-sae-clamp.safetensors"
@@ -32,24 +32,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_reads_the_base_and_the_clamp(checkpoint: Path) -> None:
-    source = open_source(checkpoint)
+    source = open_clamped(checkpoint)
     base = json.loads((checkpoint.parent / "base" / "config.json").read_text())
     assert source.model_type == "gemma2" and source.name == "checkpoint"
-    assert source.config["hidden_activation"] == base["hidden_activation"]
-    assert "auto_map" not in source.config and "sae_clamp" not in source.config
+    assert source.base_config["hidden_activation"] == base["hidden_activation"]
+    assert "auto_map" not in source.base_config and "sae_clamp" not in source.base_config
     assert source.exempt_token_ids == (2,)
     (site,) = source.sites
     assert site.layer == 1 and site.exempt_bos
     stored = load_file(checkpoint / SHARD)
     for name in ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale"):
         assert np.array_equal(getattr(site, name), stored[f"model.layers.1.sae_clamp.{name}"])
-    first = next(iter(source.tensors.values()))
+    first = next(iter(source.base_tensors.values()))
     with first.file.open("rb") as file:
         file.seek(first.offset)
         data = np.frombuffer(file.read(4 * int(np.prod(first.shape))), "<f4")
-    name = next(iter(source.tensors))
+    name = next(iter(source.base_tensors))
     assert np.array_equal(data.reshape(first.shape), load_file(first.file)[name])
-    assert source.size == sum((checkpoint / name).stat().st_size for name in source.base_files)
+    assert SHARD not in source.base_files and {SHARD, *source.base_files} == set(source.shards)
 
 
 def edit(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -88,5 +88,5 @@ def test_a_damaged_folder_is_refused_in_one_line(
     folder = shutil.copytree(checkpoint, tmp_path / "folder")
     damage(folder)
     with pytest.raises(FolderError, match=match) as caught:
-        open_source(folder)
+        open_clamped(folder)
     assert "\n" not in str(caught.value)
