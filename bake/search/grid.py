@@ -139,7 +139,7 @@ def _clamp_at(clamp: Clamp, settings: dict[str, Setting]) -> dict[str, Any]:
     return table
 
 
-_NUMBERED = re.compile(r"(layer_|blocks\.)\d+")
+_NUMBERED = re.compile(r"(layer_|blocks\.|layers\.)\d+")
 
 
 def _renumbered(name: str, layer: Setting) -> str:
