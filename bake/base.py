@@ -10,11 +10,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from bake.errors import ModelError
+from bake.errors import ModelError, shown
 from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.recipe import Recipe
 from bake.tensors import indexed_tensors, stored_tensors
 
+_ADAPTER = "adapter_config.json"
+_FLOATS = ("F64", "F32", "BF16", "F16")
+"""What safetensors calls the dtypes that a base's weights may be stored in."""
+_QUANTIZERS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+"""Files in which GPTQ and AWQ tools of their own say what config.json says today."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -73,6 +78,7 @@ def find_base(recipe: Recipe) -> BaseModel:
 
 def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
     """Check a model folder and read its config and tensor names; no tensor is read."""
+    check_plain(folder, name)
     config = _read_json(folder / "config.json", name)
     family = _family_of(config, name)
     try:
@@ -81,6 +87,11 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         raise ModelError(
             f"base model {name}: its weights cannot be read ({error}); download it again"
         ) from error
+    for key, tensor in sorted(tensors.items()):
+        part = re.fullmatch(r"(?:.*\.)?layers\.\d+\.mlp\.gate_proj\.(.+)", key)
+        other = tensor.dtype not in _FLOATS and key.endswith(".weight")
+        if other or (part and part[1] != "weight"):
+            raise _quantised(name, f"{key} as {tensor.dtype}")
     layer = re.compile(r"((?:.*\.)?layers\.)(\d+)\.mlp\.gate_proj\.weight")
     found = [match for key in tensors if (match := layer.fullmatch(key))]
     if not found:
@@ -90,7 +101,22 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         )
     layers = sorted(int(match[2]) for match in found)
     if layers != list(range(len(layers))):
-        raise ModelError(f"base model {name}: decoder layers {layers} are not consecutive from 0")
+        raise ModelError(
+            f"base model {name}: decoder layers {layers} are not consecutive from 0; expected all "
+            "of them. Download it again"
+        )
+    rows, d_in = tensors[found[0][0]].shape
+    sizes = {"hidden_size": d_in, "intermediate_size": rows, "num_hidden_layers": len(layers)}
+    queries = tensors.get(found[0][0].replace("mlp.gate_proj", "self_attn.q_proj"))
+    text = config.get("text_config") or config
+    if queries is not None and isinstance(text.get("num_attention_heads"), int):
+        sizes["head_dim"] = queries.shape[0] // text["num_attention_heads"]
+    for key, size in sizes.items():
+        if text.get(key, size) != size:
+            raise ModelError(
+                f"base model {name}: {key} is {shown(text[key])} in config.json; expected {size}, "
+                "as its tensors have it. Download it again"
+            )
     return BaseModel(
         folder=folder,
         name=name,
@@ -98,9 +124,42 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         family=family,
         config=config,
         weight_map={key: tensor.file.name for key, tensor in tensors.items()},
-        d_in=tensors[found[0][0]].shape[1],
+        d_in=d_in,
         n_layers=len(layers),
         layer_prefix=found[0][1],
+    )
+
+
+def check_plain(folder: Path, name: str) -> None:
+    """Refuse a model folder whose weights are not all of what transformers would run.
+
+    Raises:
+        ModelError: an adapter lies beside the weights, or they are quantised.
+    """
+    if (folder / _ADAPTER).is_file():
+        raise ModelError(
+            f"base model {name}: holds {_ADAPTER}, an adapter that transformers applies on "
+            "loading; expected weights alone. Merge it first (peft: "
+            "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(out)), or "
+            "move it elsewhere"
+        )
+    config = _read_json(folder / "config.json", name)
+    for of in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(of, dict) and of.get(key) is not None:
+                stated = of[key]
+                method = stated.get("quant_method") if isinstance(stated, dict) else stated
+                raise _quantised(name, f"{key} with quant_method {shown(method)}")
+    for file in _QUANTIZERS:
+        if (folder / file).is_file():
+            raise _quantised(name, file)
+
+
+def _quantised(name: str, got: str) -> ModelError:
+    return ModelError(
+        f"base model {name}: is quantised ({got}); expected no quantization_config, and weights "
+        "in float32, bfloat16 or float16. Take the model that it was made from, or load it with "
+        "transformers, `model.dequantize()`, and save_pretrained it"
     )
 
 
@@ -132,9 +191,14 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
             "transformers writes it"
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"base model {name}: {path.name} cannot be read ({error})") from error
+        raise ModelError(
+            f"base model {name}: {path.name} cannot be read ({error}); expected a JSON object. "
+            "Download it again"
+        ) from error
     if not isinstance(data, dict):
-        raise ModelError(f"base model {name}: {path.name} holds no JSON object")
+        raise ModelError(
+            f"base model {name}: {path.name} holds no JSON object; expected one. Download it again"
+        )
     return data
 
 

@@ -27,6 +27,8 @@ class ClampWeights:
     """The recipe's table."""
     sae: SAESlice
     rows: Rows
+    hook_point_from: str = "SAE"
+    """Who says where it sits: the SAE (its config, or its folders' names), or only the recipe."""
 
     @property
     def k(self) -> int:
@@ -76,7 +78,8 @@ def load_clamp(clamp: Clamp, recipe: Recipe, base: BaseModel) -> ClampWeights:
     site = find_site(clamp, recipe, base)
     rows = site.rows(clamp)
     piece = load_slice(site.files, rows.features)
-    return ClampWeights(site.layer, site.hook_point, clamp, piece, rows)
+    says = "recipe" if site.files.hook_point is None else "SAE"
+    return ClampWeights(site.layer, site.hook_point, clamp, piece, rows, says)
 
 
 @dataclass(frozen=True)

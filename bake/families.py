@@ -20,6 +20,8 @@ class Family:
     """transformers' class."""
     clamped: str
     """Our class, in modeling_clamped_gemma.py."""
+    clamped_model: str
+    """Our class without the head, there too: what AutoModel gives, for hidden states."""
     config: str
     """Our config class, there too."""
     model_type: str
@@ -35,10 +37,13 @@ class Family:
     """A block's output has a norm of its own before it is added."""
     head_norms: bool = True
     """Queries and keys have a norm of their own; and windowed layers other rotary frequencies."""
+    layers_27b: int | None = None
+    """By this many layers llama.cpp knows the family's 27B, and divides attention scores by the
+    root of the hidden size per head; at any other count by the head size's. None: it never does."""
     images: bool = False
     """It takes images too: clamped and as an adapter only, neither compiled nor in ONNX."""
     auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)
-    """Auto classes of transformers that load it."""
+    """Auto classes of transformers that load it, besides AutoModel."""
 
     @property
     def backbone(self) -> str:
@@ -50,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(
         architecture="GemmaForCausalLM",
         clamped="ClampedGemmaForCausalLM",
+        clamped_model="ClampedGemmaModel",
         config="ClampedGemmaConfig",
         model_type="clamped_gemma",
         rope="GemmaRotaryEmbedding",
@@ -61,22 +67,27 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
         clamped="ClampedGemma2ForCausalLM",
+        clamped_model="ClampedGemma2Model",
         config="ClampedGemma2Config",
         model_type="clamped_gemma2",
         rope="Gemma2RotaryEmbedding",
         sliding="alternating",
         head_norms=False,
+        layers_27b=46,
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
         clamped="ClampedGemma3ForCausalLM",
+        clamped_model="ClampedGemma3TextModel",
         config="ClampedGemma3TextConfig",
         model_type="clamped_gemma3_text",
         rope="Gemma3RotaryEmbedding",
+        layers_27b=62,
     ),
     "gemma3": Family(
         architecture="Gemma3ForConditionalGeneration",
         clamped="ClampedGemma3ForConditionalGeneration",
+        clamped_model="ClampedGemma3Model",
         config="ClampedGemma3Config",
         model_type="clamped_gemma3",
         rope="Gemma3RotaryEmbedding",

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bake.errors import OutputError
+from bake.errors import BakeoutError, OutputError
 
 MANIFEST = "manifest.json"
 """What tells a folder that bakeout wrote."""
@@ -47,7 +47,7 @@ def check_output(out: Path, *, inputs: Iterable[Path], size: int, force: bool) -
         if not (out / MANIFEST).is_file():
             raise OutputError(
                 f"output {out}: exists and has no {MANIFEST}, so bakeout did not write it; "
-                "--force replaces only what bakeout wrote"
+                "choose another folder: --force replaces only what bakeout wrote"
             )
     check_space(out, size)
 
@@ -66,7 +66,8 @@ def check_space(out: Path, size: int) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `out`; on success it takes out's place in one step.
 
-    When the body raises, the temporary folder is removed and `out` is as it was. A folder left
+    When the body raises, the temporary folder is removed and `out` is as it was; an error that
+    names the temporary folder names `out` instead. A folder left
     behind by a process that was killed is removed by the next run.
 
     Raises:
@@ -89,6 +90,10 @@ def new_folder(out: Path) -> Iterator[Path]:
             fsync_folder(temporary)
             _take_place(temporary, out)
         fsync_folder(out.parent)
+    except BakeoutError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(temporary), str(out))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

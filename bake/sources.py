@@ -118,21 +118,36 @@ def rewrite_paths(table: dict[str, Any], folder: Path, rewrite: Callable[[Path],
             table[key] = rewrite(folder / entry)
 
 
+_AFTER = re.compile(
+    r"blocks\.(\d+)\.hook_(?:resid_post|out)|"
+    r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)(?:\.output(?:\.0)?)?"
+)
+"""A layer's output, as TransformerLens (2, 3) and as Hugging Face's modules name it."""
+_BEFORE = re.compile(
+    r"blocks\.(\d+)\.hook_(?:resid_pre|in)|"
+    r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.input(?:\.0)?"
+)
+"""A layer's input, which is the output of the one before."""
+
+
 def layer_of(hook_point: str) -> int:
     """The decoder layer whose output a residual-stream hook point reads.
 
-    `blocks.L.hook_resid_post` is the output of layer L; `blocks.L.hook_resid_pre` that of L - 1.
+    `blocks.L.hook_resid_post`, `blocks.L.hook_out` and the module `model.layers.L` are the output
+    of layer L; `blocks.L.hook_resid_pre`, `blocks.L.hook_in` and `model.layers.L.input` that of
+    L - 1.
 
     Raises:
-        ValueError: any other hook point, and `blocks.0.hook_resid_pre`, which no layer writes.
+        ValueError: any other hook point, and the input of layer 0, which no layer writes.
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(post|pre)", hook_point)
+    after, before = _AFTER.fullmatch(hook_point), _BEFORE.fullmatch(hook_point)
+    match = after or before
     if match is None:
         raise ValueError(
             f'hook point "{hook_point}" is not supported; expected blocks.L.hook_resid_post '
-            "or blocks.L.hook_resid_pre (the residual stream)"
+            "or blocks.L.hook_resid_pre (the residual stream), or model.layers.L"
         )
-    layer = int(match[1]) - (match[2] == "pre")
+    layer = int(match[1] or match[2]) - (before is not None)
     if layer < 0:
         raise ValueError(
             f'hook point "{hook_point}" is the embedding, which no decoder layer writes; '
@@ -157,7 +172,7 @@ def read_toml(what: str, path: Path) -> dict[str, Any]:
             f"{what} {path}: cannot be read ({error.strerror}); expected a TOML file"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{what} {path}: is no TOML: {error}") from error
+        raise RecipeError(f"{what} {path}: is no TOML: {error}; correct it there") from error
 
 
 _EXPECTED = {"model_type": "a table", "dict_type": "a table", "list_type": "a list"}

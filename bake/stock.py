@@ -93,7 +93,7 @@ def open_tokenizer(where: dict[str, str]) -> Any:
         ids = set(tokenizer("A", add_special_tokens=False)["input_ids"])
     # Where the files are missing, a Gemma tokenizer that knows no text comes without a word.
     if ids <= {tokenizer.unk_token_id}:
-        raise ModelError("has no tokenizer, or one that knows no letters")
+        raise ModelError("has no tokenizer, or one that knows no letters; expected Gemma's")
     return tokenizer
 
 

@@ -24,6 +24,8 @@ def register() -> None:
     for family in FAMILIES.values():
         config = getattr(clamped, family.config)
         transformers.AutoConfig.register(family.model_type, config, exist_ok=True)
+        backbone = getattr(clamped, family.clamped_model)
+        transformers.AutoModel.register(config, backbone, exist_ok=True)
         for name in family.auto_classes:
             auto = getattr(transformers, name)
             auto.register(config, getattr(clamped, family.clamped), exist_ok=True)

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from bake.errors import BakeoutError
-from export.carriers.carriers import claim_of
+from export.carriers.carriers import CARRIERS, claim_of
 from export.manifest import ClampEntry, CompiledEntry, Manifest
 from verify.evidence.kinds import lines_of
 from verify.report.findings import EngineReport, VerifyReport
@@ -96,6 +96,8 @@ def show_report(report: VerifyReport) -> None:
         out.print(f"[red]fail[/red]  {escape(printable(str(failure)))}")
     for line in flip_lines(report):
         out.print(escape(printable(line)))
+    if report.carrier in CARRIERS:
+        out.print(f"the clamp is lost by {escape(CARRIERS[report.carrier].lost_by)}")
     colour = "green" if report.verdict == "pass" else "red"
     exact = claim_of(report.carrier, exact=report.exact)
     out.print(
@@ -227,11 +229,13 @@ def flip_lines(report: VerifyReport, most: int = 10) -> list[str]:
 def show_folder(folder: Path) -> None:
     """Print what a folder says it is. Nothing in it is run or checked."""
     manifest = Manifest.read(folder)
+    carrier = CARRIERS.get(manifest.carrier)
     rows = [
         ("carrier", f"{manifest.carrier}, {claim_of(manifest.carrier, exact=manifest.exact)}"),
         ("base", manifest.base.title),
         *((f"clamp, layer {clamp.layer}", _clamp_text(clamp)) for clamp in manifest.clamps),
         *compiled_lines(manifest.compiled),
+        *([("lost by", carrier.lost_by)] if carrier is not None else []),
         ("recipe sha256", manifest.recipe_sha256),
         ("made with", ", ".join(f"{name} {v}" for name, v in manifest.tools.items())),
         ("files", f"{len(manifest.files)}, checked by `bakeout verify`, not by this"),
@@ -266,8 +270,9 @@ def compiled_lines(compiled: CompiledEntry | None) -> list[tuple[str, str]]:
 def _clamp_text(clamp: ClampEntry) -> str:
     features = ", ".join(str(feature) for feature in clamp.features)
     parameters = ", ".join(f"{k} {v}" for k, v in clamp.parameters.items())
+    word = ", by the recipe's word alone" if clamp.hook_point_from == "recipe" else ""
     return (
-        f"{clamp.method} at {clamp.hook_point} ({parameters})\n"
+        f"{clamp.method} at {clamp.hook_point}{word} ({parameters})\n"
         f"features {features}\n"
         f"of {clamp.sae.name} ({clamp.sae.architecture}, sha256 {clamp.sae.sha256[:16]}…)"
     )

@@ -32,6 +32,11 @@ CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value"
 GUARD = "clamped, load with trust_remote_code=True: "
 """What stands before the activation's name in a checkpoint's config: no stock class knows it."""
 
+_AS_RUN = (
+    *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps"),
+)
+"""Fields, besides the activation's, that transformers fills or reads otherwise than they stand."""
+
 
 @dataclass(frozen=True)
 class ClampSite:
@@ -106,7 +111,9 @@ class Clamped:
 
     @cached_property
     def base_config(self) -> dict[str, Any]:
-        """The base's config.json: stock names, no clamp, no guard before the activation."""
+        """The base's config.json: stock names, no clamp, no guard before the activation, and in the
+        fields of `_AS_RUN` what transformers makes of it.
+        """
         stored = read_json(self.folder / "config.json")
         config = {key: stored[key] for key in stored if key not in ("auto_map", "sae_clamp")}
         config |= {"model_type": self.model_type, "architectures": [self.family.architecture]}
@@ -114,6 +121,10 @@ class Clamped:
         for name in ("hidden_activation", "hidden_act"):
             if isinstance(text.get(name), str):
                 text[name] = text[name].removeprefix(GUARD)
+        loaded = self.config.get_text_config()
+        names = [self.family.activation_field, *_AS_RUN]
+        runs = {name: getattr(loaded, name, None) for name in names}
+        text |= {name: value for name, value in runs.items() if value is not None}
         return config
 
     @cached_property

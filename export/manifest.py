@@ -69,6 +69,8 @@ class ClampEntry(Part):
     k: int
     """How many features are read or set."""
     sae: SAEEntry
+    hook_point_from: str | None = None
+    """`SAE` where the SAE says where it sits, `recipe` where that is the user's word alone."""
 
 
 class CompiledDistance(Part):

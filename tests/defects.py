@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from bake.recipe import Recipe
 from export.carriers.checkpoint import CLAMP_SHARD, MODELING_FILE, plan_checkpoint, write_checkpoint
 from tests.clamps import METHOD_TABLES
+from tests.worlds import sae_table
 
 DEFECT_FEATURES = [1, 2, 5, 9, 20, 40]
 _VERIFY = {
@@ -49,7 +50,7 @@ def bake_tables(
         "schema": 1,
         "base": {"model": base, "license": "apache-2.0", **more},
         "clamp": [
-            {"sae": {"path": sae}, "features": DEFECT_FEATURES, **table}
+            {**sae_table(sae), "features": DEFECT_FEATURES, **table}
             for sae, table in zip(saes, tables, strict=False)
         ],
         "verify": _VERIFY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import string
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -173,6 +174,31 @@ def save_gemma_scope_2(folder: Path, sae: TinySAE) -> Path:
     hook = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.1.output"}
     (folder / "config.json").write_text(json.dumps(hook | {"model_name": "gemma-v3-tiny"}))
     return folder
+
+
+OTHER_PLACES = (
+    "gemma-scope-2b-pt-mlp/layer_1/width_16k/average_l0_7",
+    "gemma-scope-2b-pt-att/layer_1/width_16k/average_l0_7",
+    "gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_7",
+    "gemma-scope-2b-pt-res/embedding/width_16k/average_l0_7",
+    "models--google--gemma-scope-9b-pt-mlp/snapshots/0f/layer_1/width_16k/average_l0_7",
+    "models--google--gemma-scope-9b-pt-att/snapshots/0f/layer_1/width_16k/average_l0_7",
+    "gemma-scope-2-1b-pt/mlp_out/layer_1_width_16k_l0_small",
+    "gemma-scope-2-1b-pt/attn_out_all/layer_1_width_16k_l0_big",
+    "models--google--gemma-scope-2-1b-pt/snapshots/0f/transcoder/layer_1_width_16k_l0_small",
+    "models--google--gemma-scope-2-1b-pt/snapshots/0f/attn_out/layer_1_width_16k_l0_small",
+)
+"""Folders of Gemma Scope and Gemma Scope 2 (from `…_l0_…` alone) that say another place than the
+residual stream, by themselves and in the hub's cache."""
+
+
+def sae_table(path: str) -> dict[str, Any]:
+    """The beginning of a [[clamp]] table over an SAE's folder. Where the folder is called by its
+    layer only, as Gemma Scope's are, the recipe says that it is the residual stream's.
+    """
+    layer = re.search(r"layer_(\d+)", path)
+    word = {"hook_point": f"blocks.{layer[1]}.hook_resid_post"} if layer else {}
+    return {"sae": {"path": path}, **word}
 
 
 def tiny_tokenizer(folder: Path) -> Path:

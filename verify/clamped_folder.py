@@ -57,8 +57,8 @@ def fitted_recipe(recipe: Recipe, folder: Path, config: dict[str, Any]) -> Recip
         )
     if recipe.verify is None:
         raise RecipeError(
-            "the recipe has no [verify] table; parity, choices and loss are measured on its "
-            "questions and text"
+            "the recipe has no [verify] table; expected one, on whose questions and text parity, "
+            "choices and loss are measured"
         )
     if all(clamp.features != "select" for clamp in recipe.clamp):
         return recipe
@@ -75,7 +75,10 @@ def fitted_recipe(recipe: Recipe, folder: Path, config: dict[str, Any]) -> Recip
         for clamp, chosen in zip(recipe.clamp, stored.clamp, strict=True)
     ]
     if any(clamp.features == "select" for clamp in clamps):
-        raise RecipeError(f'{folder.name}/{RECIPE} itself says features = "select"')
+        raise RecipeError(
+            f'{folder.name}/{RECIPE} itself says features = "select"; expected feature numbers. '
+            "Bake or download the folder again"
+        )
     return recipe.model_copy(update={"clamp": clamps})
 
 

@@ -13,6 +13,7 @@ from bake.recipe import Recipe
 from bake.rounding import epsilon_of
 from export.carriers.carriers import CARRIERS
 from export.clamped import read_config
+from export.manifest import Manifest
 from verify.clamped_folder import check_layers, check_shape
 from verify.compare.comparison import BASE, REFERENCE
 from verify.engines.engines import Engines
@@ -99,7 +100,8 @@ def load_hooked(folder: Path, recipe: Recipe, engines: Engines, progress: Progre
 
     config = read_config(folder, engines.carrier)
     progress("load", 0.0)
-    sites = load_sites(recipe)
+    recorded = {clamp.sae.sha256: clamp.hook_point for clamp in Manifest.read(folder).clamps}
+    sites = load_sites(recipe, recorded)
     check_layers([site.layer for site in sites], folder, config)
     material = load_material(recipe, load_tokenizer(recipe))
     progress("load", 0.4)

@@ -83,8 +83,8 @@ def verify_folder(
     witnesses = load_witnesses(folder) if carrier is not None and "witnesses" in kinds else None
     if witnesses is None and "witnesses" in only:
         raise FolderError(
-            f"{folder.name}: has no witnesses; `bakeout bake --witnesses` and "
-            "`bakeout export onnx` write them"
+            f"{folder.name}: has no witnesses; expected some, which `bakeout bake --witnesses` and "
+            "`bakeout export onnx` write"
         )
     if recipe is None:
         kinds &= of_files() if witnesses else {"integrity"}

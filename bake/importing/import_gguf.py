@@ -124,7 +124,7 @@ def open_gguf(file: Path) -> Gguf:
             f"{', '.join(_READABLE)}"
         )
     if "tokenizer.ggml.tokens" not in reader.fields:
-        raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none)")
+        raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none); {_AGAIN}")
     family = _READABLE[architecture]
     # transformers reads what lies beside the file too, and that is not what was asked for.
     with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone, _read_once(reader):
@@ -263,7 +263,9 @@ def _tokenizer(file: Path, link: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(link.parent, gguf_file=link.name)
         ids = tokenizer("a b", add_special_tokens=True)["input_ids"]
     except Exception as error:  # whatever is wrong in the file
-        raise ModelError(f"{file}: its tokenizer cannot be rebuilt ({_line(error)})") from error
+        raise ModelError(
+            f"{file}: its tokenizer cannot be rebuilt ({_line(error)}); {_AGAIN}"
+        ) from error
     if tokenizer.bos_token_id != GEMMA_BOS or ids.count(GEMMA_BOS) > 1:
         raise ModelError(
             f"{file}: its tokenizer cannot be rebuilt (BOS is {tokenizer.bos_token_id}; expected "

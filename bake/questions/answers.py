@@ -79,8 +79,8 @@ def _single_token(tokenizer: Any, text: str) -> int | None:
 
 def _not_a_token(text: str) -> str:
     return (
-        f'the base model\'s tokenizer has no single token for "{text}"; multiple choice needs one '
-        "for each of A to D, as Gemma's has"
+        f'the base model\'s tokenizer has no single token for "{text}"; expected one for each '
+        "of A to D, as Gemma's has, for multiple choice"
     )
 
 

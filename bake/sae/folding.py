@@ -13,6 +13,13 @@ from bake.sae.array_file import ArrayFile
 from bake.sae.layouts import SAEFiles
 from bake.tensors import Array
 
+_OWN = {
+    "standard": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+"""Tensors of each architecture besides W_enc, W_dec and b_dec."""
+
 
 @dataclass(frozen=True)
 class SAESlice:
@@ -53,9 +60,37 @@ def size_of(files: SAEFiles) -> tuple[int, int]:
     shape = arrays.shapes.get(_key(files, "W_enc"), ())
     if len(shape) != 2:
         raise SAEError(
-            f"SAE file {files.weights}: W_enc has shape {list(shape)}; expected [d_in, d_sae]"
+            f"SAE file {files.weights}: W_enc has shape {list(shape)}; expected [d_in, d_sae]. "
+            "Download it again"
         )
+    if files.stated_size not in (None, shape):
+        raise SAEError(
+            f"SAE file {files.weights}: W_enc has shape {list(shape)}, but its config states "
+            f"{list(files.stated_size or ())} (d_in, d_sae); expected the two to agree. Save the "
+            "SAE again with sae_lens"
+        )
+    _check_names(files, arrays)
     return shape[0], shape[1]
+
+
+def _check_names(files: SAEFiles, arrays: ArrayFile) -> None:
+    """Refuse tensors that nothing here reads: an SAE that has more computes something else."""
+    known = {_key(files, name) for name in ("W_enc", "W_dec", "b_dec", *_OWN[files.architecture])}
+    more = set(arrays.shapes) - known
+    if "scaling_factor" in more:  # sae_lens 2 and 3 wrote it, as ones mostly
+        if not np.allclose(arrays.vector("scaling_factor"), 1):
+            raise SAEError(
+                f"SAE file {files.weights}: scaling_factor is not 1 throughout, so activations "
+                "are multiplied after the ReLU, which sae_lens 6 does not load; expected none. "
+                "Multiply it into W_dec's rows, and save the SAE without it"
+            )
+        more.remove("scaling_factor")
+    if more:
+        raise SAEError(
+            f"SAE file {files.weights}: holds {', '.join(sorted(more))} too, which an SAE of "
+            f"architecture {files.architecture} does not have; expected "
+            f"{', '.join(sorted(known))}. Take another SAE"
+        )
 
 
 def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
@@ -138,7 +173,10 @@ def _checked(files: SAEFiles, arrays: ArrayFile, name: str, *shape: int) -> str:
     key = _key(files, name)
     if arrays.shapes.get(key) != shape:
         got = list(arrays.shapes[key]) if key in arrays.shapes else "nothing"
-        raise SAEError(f"SAE file {files.weights}: {key} has shape {got}; expected {list(shape)}")
+        raise SAEError(
+            f"SAE file {files.weights}: {key} has shape {got}; expected {list(shape)}. "
+            "Download it again"
+        )
     return key
 
 

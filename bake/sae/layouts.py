@@ -2,8 +2,7 @@
 
 To add one: an entry in `LAYOUTS`, and what the oracle makes of the same files in
 `verify/reference/whole_sae.py`. The only file of `bake` besides the trainer that imports sae_lens,
-and only for what sae_lens alone knows: its directory of releases and the configs of its older
-versions.
+and only for what sae_lens alone knows: its directory of releases.
 """
 
 from __future__ import annotations
@@ -13,22 +12,23 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bake.errors import SAEError
+from bake.errors import SAEError, shown
 from bake.recipe import Recipe
 from bake.sae.array_file import ArrayFile
+from bake.sae.lens_config import neuronpedia_id_of, read_lens_config
 from bake.sources import SAESource, layer_of
 
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
-_NOT_PRUNABLE = {
-    "topk": "TopK keeps the k largest of all features, so every feature decides on every other",
-    "abstopk": "TopK keeps the k largest of all features, so every feature decides on every other",
-    "batchtopk": "this is a training checkpoint; save it with save_inference_model(), which "
-    "writes a JumpReLU SAE",
-    "matryoshka_batchtopk": "this is a training checkpoint; save it with save_inference_model(), "
-    "which writes a JumpReLU SAE",
-}
+_RESIDUAL = re.compile(r"gemma-scope-.*-res\b|resid_post")
+"""A folder's name that says residual stream, as Gemma Scope's repositories and Gemma Scope 2's
+folders have it."""
+_ELSEWHERE = frozenset(
+    {"mlp", "att", "attn", "transcoder", "transcoders", "clt", "crosscoder", "embedding"}
+)
+"""Words of a folder's name that say another place."""
+_DEPTH = 6
+"""Folders of a path that are looked at: an SAE's in the hub's cache, from the repository's on."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class SAEFiles:
     apply_b_dec_to_input: bool
     hook_point: str | None
     """As the SAE states it, None where it does not."""
+    layer: int | None = None
+    """The layer that its folders name, where nothing says which place in it."""
+    stated_size: tuple[int, int] | None = None
+    """(d_in, d_sae) as its config states them."""
     lower_case: bool = False
     """Gemma Scope 2 writes `w_enc` for `W_enc`."""
     input_scale: float = 1.0
@@ -105,7 +109,7 @@ def open_sae_folder(folder: Path) -> SAEFiles:
 
 
 def resolve_layer(files: SAEFiles, hook_point: str | None, name: str) -> tuple[int, str]:
-    """The layer whose output is clamped, and the hook point's name.
+    """The layer whose output is clamped, and the hook point as TransformerLens names it.
 
     Args:
         files: the SAE.
@@ -117,17 +121,23 @@ def resolve_layer(files: SAEFiles, hook_point: str | None, name: str) -> tuple[i
     """
     stated = hook_point or files.hook_point
     if stated is None:
-        raise SAEError(f"SAE {name}: states no hook point; give `hook_point` in the recipe")
+        only = "" if files.layer is None else f" (its folders name layer {files.layer} only)"
+        raise SAEError(
+            f"SAE {name}: states no hook point{only}; expected one of the residual stream. If it "
+            "is, give `hook_point` in the recipe"
+        )
     try:
         layers = {layer_of(point) for point in (hook_point, files.hook_point) if point}
     except ValueError as error:
-        raise SAEError(f"SAE {name}: {error}") from error
-    if len(layers) > 1:
+        raise SAEError(f"SAE {name}: {error}; take an SAE of the residual stream") from error
+    if len(layers | ({files.layer} - {None})) > 1:
+        sits = files.hook_point or f"layer {files.layer}, as its folders say"
         raise SAEError(
-            f"SAE {name}: sits at {files.hook_point}, the recipe says {hook_point}; "
+            f"SAE {name}: sits at {sits}, the recipe says {hook_point}; "
             "remove `hook_point`, or take another SAE"
         )
-    return layers.pop(), stated
+    layer = layers.pop()
+    return layer, stated if ".hook_resid_" in stated else f"blocks.{layer}.hook_resid_post"
 
 
 def neuronpedia_id(source: SAESource, recipe: Recipe) -> str | None:
@@ -139,9 +149,7 @@ def neuronpedia_id(source: SAESource, recipe: Recipe) -> str | None:
         release = get_pretrained_saes_directory().get(source.release)
         return release.neuronpedia_id.get(source.id) if release is not None else None
     path = recipe.local(source.path) / "cfg.json"
-    cfg = _sae_lens_config(path) if path.is_file() else {}
-    stated = (cfg.get("metadata") or {}).get("neuronpedia_id") or cfg.get("neuronpedia_id")
-    return stated if isinstance(stated, str) else None
+    return neuronpedia_id_of(path) if path.is_file() else None
 
 
 def _find_release(release: str, sae_id: str) -> SAEFiles:
@@ -185,94 +193,92 @@ def _find_release(release: str, sae_id: str) -> SAEFiles:
 def _sae_lens(folder: Path, release: Release | None) -> SAEFiles:
     weights = folder / "sae_weights.safetensors"
     if not weights.is_file():
-        raise SAEError(f"SAE {folder}: sae_weights.safetensors is missing beside cfg.json")
-    cfg = _sae_lens_config(folder / "cfg.json")
-    architecture = cfg.get("architecture", "standard")
-    if architecture not in ("standard", "jumprelu", "gated"):
-        reason = _NOT_PRUNABLE.get(architecture, "its features do not act one by one")
         raise SAEError(
-            f"SAE {folder}: architecture {architecture} cannot be cut down to a few features: "
-            f"{reason}. Expected standard, jumprelu or gated"
+            f"SAE {folder}: sae_weights.safetensors is missing beside cfg.json; expected both. "
+            "Download it again"
         )
-    metadata = cfg.get("metadata") or {}
-    normalisation = cfg.get("normalize_activations") or "none"
-    scale = 1.0
-    stated = None if release is None else release.norm_scaling_factor
-    if normalisation == "expected_average_only_in" and stated is not None:
-        scale = stated
-    elif normalisation != "none":
-        raise SAEError(
-            f"SAE {folder}: normalize_activations is {normalisation}; expected none. "
-            "Fold it into the weights with sae_lens and save the SAE again"
-        )
+    factor = None if release is None else release.norm_scaling_factor
+    cfg = read_lens_config(folder / "cfg.json", has_factor=factor is not None)
     return SAEFiles(
         weights=weights,
-        architecture=architecture,
-        apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
-        hook_point=metadata.get("hook_name") or cfg.get("hook_name"),
-        input_scale=scale,
+        architecture=cfg.architecture,
+        apply_b_dec_to_input=cfg.apply_b_dec_to_input,
+        hook_point=cfg.hook_point,
+        stated_size=(cfg.d_in, cfg.d_sae),
+        input_scale=1.0 if cfg.normalize_activations == "none" or factor is None else factor,
     )
 
 
-def _sae_lens_config(path: Path) -> dict[str, Any]:
-    """cfg.json as sae_lens 6 writes it; older ones are brought up to date by sae_lens itself."""
-    try:
-        cfg: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        metadata = cfg.get("metadata") or {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise SAEError(f"SAE config {path}: is no JSON object ({error})") from error
-    version = str(metadata.get("sae_lens_version") or cfg.get("sae_lens_version") or "")
-    if version[:1].isdigit() and int(version.split(".")[0]) >= 6:
-        return cfg
-    from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
-
-    return dict(handle_config_defaulting(cfg))
-
-
 def _gemma_scope(folder: Path, release: Release | None) -> SAEFiles:
-    """Its place in the model stands in the names of its folders only: `layer_7/width_16k/…`."""
-    if release is None:
-        hook_point = _hook_from_path(folder)
-    elif "-res" in release.repo_id:
-        hook_point = _hook_from_path(Path(release.folder))
-    else:
-        hook_point = f"{release.repo_id}/{release.folder}"
-    return _jumprelu(folder / "params.npz", hook_point)
+    """Its place in the model stands in the names of its folders only."""
+    return _jumprelu(folder / "params.npz", *_place(folder, release))
 
 
 def _gemma_scope_2(folder: Path, release: Release | None) -> SAEFiles:
-    """Its place stands in config.json (`model.layers.9.output`), or in its path."""
-    if release is None:
+    """Its place stands in config.json (`model.layers.9.output`), or in its folders' names."""
+    config = folder / "config.json"
+    stated = None
+    if release is None and config.is_file():
         try:
-            stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            module = str(stated["hf_hook_point_in"])
-        except (OSError, ValueError, KeyError, TypeError):
-            hook_point = _hook_from_path(folder)
-        else:
-            layer = re.fullmatch(r"model\.layers\.(\d+)\.output", module)
-            hook_point = f"blocks.{layer[1]}.hook_resid_post" if layer else module
-    elif "resid_post" in release.folder:
-        hook_point = _hook_from_path(Path(release.folder))
-    else:
-        hook_point = f"{release.repo_id}/{release.folder}"
-    return _jumprelu(folder / "params.safetensors", hook_point)
+            said = json.loads(config.read_text(encoding="utf-8"))
+            kind, stated = said.get("architecture"), said.get("hf_hook_point_in")
+            out = said.get("hf_hook_point_out") or stated
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise SAEError(
+                f"SAE config {config}: is no JSON object ({error}); expected Gemma Scope 2's "
+                "config.json. Download it again"
+            ) from error
+        if kind not in (None, "jump_relu") or out != stated:
+            raise SAEError(
+                f"SAE config {config}: architecture is {shown(kind)}, hf_hook_point_in is "
+                f"{shown(stated)}, hf_hook_point_out is {shown(out)}; expected jump_relu that "
+                "writes where it reads. Take an SAE of the residual stream"
+            )
+    place = _place(folder, release) if stated is None else (str(stated), None)
+    return _jumprelu(folder / "params.safetensors", *place)
 
 
-def _hook_from_path(folder: Path) -> str | None:
-    layers = re.findall(r"layer_(\d+)", folder.as_posix())
-    return f"blocks.{layers[-1]}.hook_resid_post" if layers else None
+def _place(folder: Path, release: Release | None) -> tuple[str | None, int | None]:
+    """(Hook point, layer) as the names of an SAE's folders say them, the innermost first.
+
+    The hook point is None where no name says which of a layer's places is meant, and the name
+    itself where it says another place than the residual stream.
+    """
+    if release is not None:
+        paths = [Path(release.repo_id) / release.folder]
+    else:  # as it is written, and where links lead
+        paths = [folder.absolute(), folder.resolve()]
+    layer, says_residual = None, False
+    for path in paths:
+        names = path.parts[-_DEPTH:]
+        for name in reversed(names):
+            if _ELSEWHERE & set(re.split(r"[-_.]", name)):
+                return name, None
+            if _RESIDUAL.search(name):
+                says_residual = True
+                break
+        numbers = re.findall(r"layer_(\d+)", "/".join(names))
+        if layer is None and numbers:
+            layer = int(numbers[-1])
+    if says_residual and layer is not None:
+        return f"blocks.{layer}.hook_resid_post", None
+    return None, layer
 
 
-def _jumprelu(weights: Path, hook_point: str | None) -> SAEFiles:
+def _jumprelu(weights: Path, hook_point: str | None, layer: int | None) -> SAEFiles:
     """Gemma Scope's arrays: no b_dec on the input. Source: Lieberum et al., arXiv 2408.05147."""
     arrays = ArrayFile.open(weights)
     if "affine_skip_connection" in arrays.shapes:
-        raise SAEError(f"SAE {weights}: is a transcoder; expected an SAE of the residual stream")
+        raise SAEError(
+            f"SAE {weights}: is a transcoder (affine_skip_connection); expected an SAE of the "
+            "residual stream. Take one"
+        )
     return SAEFiles(
         weights=weights,
         architecture="jumprelu",
         apply_b_dec_to_input=False,
         hook_point=hook_point,
+        layer=layer,
         lower_case="w_enc" in arrays.shapes,
     )
 

@@ -80,7 +80,10 @@ def parse_grid(asked: Sequence[str]) -> dict[str, list[Setting]]:
                     f"--grid {text}: {setting!r} is no setting of {name}; expected {kind}"
                 ) from error
             if read == "" or (isinstance(read, float) and not math.isfinite(read)):
-                raise GridError(f"--grid {text}: {setting!r} is no setting of {name}")
+                raise GridError(
+                    f"--grid {text}: {setting!r} is no setting of {name}; expected a value that "
+                    "is finite"
+                )
             if name == "method" and read not in METHODS:
                 raise GridError(
                     f"--grid {text}: no method {read!r}; expected one of {', '.join(METHODS)}"
@@ -136,7 +139,7 @@ def _clamp_at(clamp: Clamp, settings: dict[str, Setting]) -> dict[str, Any]:
     return table
 
 
-_NUMBERED = re.compile(r"(layer_|blocks\.)\d+")
+_NUMBERED = re.compile(r"(layer_|blocks\.|layers\.)\d+")
 
 
 def _renumbered(name: str, layer: Setting) -> str:

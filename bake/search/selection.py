@@ -145,7 +145,10 @@ def split_questions(recipe: Recipe) -> SplitQuestions:
         DataError: a question of [select] is also one of [verify].
     """
     if recipe.verify is None:
-        raise RecipeError("the recipe has no [verify] table; attribution and sweeps need questions")
+        raise RecipeError(
+            "the recipe has no [verify] table; expected one, since attribution and sweeps need "
+            "questions"
+        )
     validation, test = {}, {}
     for side in ("forget", "retain"):
         report = load_questions(getattr(recipe.verify, f"{side}_questions"), recipe)

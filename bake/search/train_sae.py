@@ -150,7 +150,7 @@ def train_config(
     if layer >= base.n_layers:
         raise ModelError(
             f"config {file}: sae.hook_point is {sae.hook_point}, but {base.name} has "
-            f"{base.n_layers} layers (0 to {base.n_layers - 1})"
+            f"{base.n_layers} layers; expected 0 to {base.n_layers - 1}"
         )
     size = 8 * base.d_in * sae.d_sae
     check_output(out, inputs=[file, base.folder], size=size, force=False)

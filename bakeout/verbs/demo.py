@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ from bake.recipe import Recipe
 from bakeout.terminal import console, progress, show_forgetting, show_report, write_json
 from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.exporting import EXPORTS
-from export.carriers.carriers import CARRIERS
+from export.carriers.carriers import CARRIERS, loading_code
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
 from export.manifest import Manifest
@@ -103,9 +104,7 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
         )
     console().print(
         f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.html'})\n\n"
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'    model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)\n'
-        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")\n',
+        f"{indent(loading_code(str(folder), own_code=True), '    ')}",
         markup=False,
     )
     return report.exit_code

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
 from bake.stock import load_model, open_tokenizer, reason_of
 from bakeout.terminal import printable
@@ -234,6 +235,8 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
             f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices here; pass --device cpu, or install torch for CUDA"
         )
+    if Path(name).is_dir():
+        check_plain(Path(name), name)
     return TorchSpeaker(load_model(transformers.AutoModelForCausalLM, _at(name)).to(device))
 
 

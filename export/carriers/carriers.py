@@ -32,6 +32,8 @@ class Carrier:
     """How a card says to load it, likewise."""
     sites_in: str
     """The file that says where its clamps sit and how large the base is."""
+    lost_by: str
+    """The known way to load it without the clamp, and how little is said then."""
     own_code: bool = False
     """It holds the base's own weights beside the clamp, and our modeling file; `config.json` names
     classes of ours."""
@@ -52,14 +54,25 @@ class Carrier:
         return self.own_code or self.over_base
 
 
-_FROM_PRETRAINED = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+def loading_code(folder: str, *, own_code: bool) -> str:
+    """Python that loads a folder with transformers, and asks no question on the way.
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER"%s)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-"""
+    Args:
+        folder: as it is to stand there.
+        own_code: whether the folder's own modeling file is run. The tokenizer needs the word too:
+            transformers reads the config first, and would ask about its code.
+    """
+    trust = ", trust_remote_code=True" if own_code else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})\n'
+    )
+
+
+def _block(code: str) -> str:
+    return f"```python\n{code}```\n"
+
 
 CARRIERS: dict[str, Carrier] = {
     "layer": Carrier(
@@ -69,6 +82,8 @@ CARRIERS: dict[str, Carrier] = {
         needs="one modeling file, which is in the folder; in ONNX nothing but ONNX Runtime",
         comes_off="deleting the layer, or the graph's node",
         sites_in="config.json",
+        lost_by="giving from_pretrained a stock config (config=…), which loads the base, and "
+        "transformers only warns of weights that it did not use",
         own_code=True,
         card="""\
 {% if facts.exact %}
@@ -82,12 +97,13 @@ float32. It computes the clamp on a rounded model, which answers some questions 
         loading="""\
 {% if facts.exact %}
 """
-        + _FROM_PRETRAINED % ", trust_remote_code=True"
+        + _block(loading_code("FOLDER", own_code=True))
         + """\
 
 `trust_remote_code` runs `modeling_clamped_gemma.py` from this folder: torch and transformers, and
-nothing else. Without it, loading fails on purpose: no class of transformers loads this folder and
-leaves the clamp out.
+nothing else. Without it, loading fails on purpose. One way past that is left, since the base's
+weights keep their names: whoever gives `from_pretrained` a stock config (`config=…`) loads the base
+without the clamp, and transformers only warns that some weights were not used.
 
 Where `model.onnx` lies here, ONNX Runtime runs it, and onnxruntime-genai runs the folder as it is:
 
@@ -98,8 +114,8 @@ session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 ```
 
 The graph uses the safetensors in place and holds the clamp as the operator `ai.bakeout::SAEClamp`
-with its body. `onnx/` holds copies with rounded weights. ONNX data may not be links, so download
-into a plain folder (`hf download REPO --local-dir FOLDER`).
+with its body. `onnx/` holds copies with rounded weights. The hub's cache will do as it is; other
+links to data are refused.
 {% else %}
 onnxruntime-genai runs the folder as it is, ONNX Runtime the graph in `onnx/`:
 
@@ -119,6 +135,7 @@ model = onnxruntime_genai.Model("FOLDER")
         comes_off="deleting two layers per clamp, if one knows",
         sites_in="manifest.json",
         edge_flips=0.02,
+        lost_by="tools that prune or skip decoder layers: two of them are a clamp",
         card="""\
 {% if facts.compiled %}
 The clamp is compiled into {{ facts.compiled.layers_added }} further stock decoder layers, without training; the hidden size
@@ -132,7 +149,7 @@ numbers.
 The clamp is compiled into further stock decoder layers. It computes the clamp up to rounding.
 {% endif %}
 """,  # noqa: E501
-        loading=_FROM_PRETRAINED % "",
+        loading=_block(loading_code("FOLDER", own_code=False)),
     ),
     "adapter": Carrier(
         engine="adapter",
@@ -141,17 +158,22 @@ The clamp is compiled into further stock decoder layers. It computes the clamp u
         needs="bakeout and peft imported",
         comes_off="not loading it",
         sites_in="adapter_config.json",
+        lost_by="loading the base alone, or PeftModel.disable_adapter()",
         over_base=True,
         card="""\
 These files are an adapter that adds the clamp to the unchanged base. This is exact: it computes
 what a hook around the whole SAE computes.
 """,
         loading="""\
+{% set at = ", revision=" ~ facts.revision|tojson if facts.revision else "" %}
 ```python
 import bakeout  # registers the adapter with peft
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = PeftModel.from_pretrained(base_model, "FOLDER")
+base = AutoModelForCausalLM.from_pretrained({{ facts.base|tojson }}{{ at }})
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained({{ facts.base|tojson }})
 ```
 """,
     ),

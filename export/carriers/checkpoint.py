@@ -221,6 +221,7 @@ def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
             architecture=clamp.sae.architecture,
             sha256=clamp.sae.sha256,
         ),
+        hook_point_from=clamp.hook_point_from,
     )
 
 
@@ -243,16 +244,19 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     if "text_config" in config:
         text = config["text_config"] = dict(config["text_config"])
         text["model_type"] = f"{family.model_type}_text"
-    default = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
+    runs = text.get(family.activation_field) or "gelu_pytorch_tanh"  # the other field is not read
     for name in ("hidden_activation", "hidden_act"):
-        text[name] = GUARD + (text.get(name) or default)
+        text[name] = GUARD + (text.get(name) or runs)
     if recipe.base.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = recipe.base.dtype
     return config | {
         "model_type": family.model_type,
         "architectures": [family.clamped],
-        "auto_map": {"AutoConfig": f"{module}.{family.config}"}
+        "auto_map": {
+            "AutoConfig": f"{module}.{family.config}",
+            "AutoModel": f"{module}.{family.clamped_model}",
+        }
         | dict.fromkeys(family.auto_classes, f"{module}.{family.clamped}"),
         "sae_clamp": clamp_section(clamps, base.bos_token_id),
     }

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from bake.base import find_base, open_base
 from bake.errors import ModelError
@@ -83,6 +85,102 @@ def test_broken_folders(tmp_path: Path, damage: Callable[[Path], None], match: s
     damage(folder)
     with pytest.raises(ModelError, match=match):
         open_base(folder, name="base", revision=None)
+
+
+def beside(name: str, content: str = "{}") -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def restore(change: Callable[[str, np.ndarray], dict[str, np.ndarray]]) -> Callable[[Path], None]:
+    """Store each layer's MLP gate otherwise."""
+
+    def edit(folder: Path) -> None:
+        path = first_shard(folder)
+        tensors = load_file(path)
+        for name in [name for name in tensors if name.endswith("mlp.gate_proj.weight")]:
+            tensors |= change(name, tensors.pop(name))
+        save_file(tensors, path)
+
+    return edit
+
+
+def as_float8(folder: Path) -> None:
+    """One F8_E4M3 tensor, which numpy has not: its header is edited."""
+    restore(lambda name, array: {name: np.zeros(array.shape, np.uint8)})(folder)
+    path = first_shard(folder)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + size].rstrip().replace(b'"U8"', b'"F8_E4M3"')
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            edit_config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            "quantization_config with quant_method 'bitsandbytes'",
+        ),
+        (edit_config(quantization_config={"quant_method": "gptq"}), "quant_method 'gptq'"),
+        (edit_config(quantization_config={"quant_method": "fp8"}), "quant_method 'fp8'"),
+        (edit_config(quantization_config={}), "quantization_config"),
+        (edit_config(quantization_config="int8"), "quant_method 'int8'"),
+        (edit_config(compression_config={"quant_method": "compressed-tensors"}), "compression_"),
+        (edit_config(text_config={"quantization_config": {"quant_method": "awq"}}), "'awq'"),
+        (beside("quantize_config.json"), r"quantize_config\.json"),
+        (restore(lambda n, a: {n: a.astype(np.int8)}), "gate_proj.weight as I8"),
+        (restore(lambda n, a: {n: np.zeros((a.size // 2, 1), np.uint8)}), "gate_proj.weight as U8"),
+        (
+            restore(lambda n, a: {f"{n}.absmax": a, n: np.zeros((9, 1), np.uint8)}),
+            "gate_proj.weight as U8",
+        ),
+        (
+            restore(lambda n, a: {n.replace(".weight", ".qweight"): a.astype(np.int32)}),
+            "gate_proj.qweight as I32",
+        ),
+        (as_float8, "gate_proj.weight as F8_E4M3"),
+    ],
+)
+def test_quantised_bases_are_refused_in_one_line(
+    tmp_path: Path, change: Callable[[Path], None], match: str
+) -> None:
+    folder = tiny_base(tmp_path / "base")
+    change(folder)
+    with pytest.raises(ModelError, match=match) as caught:
+        open_base(folder, name="base", revision=None)
+    said = str(caught.value)
+    assert "base model base: is quantised" in said and "quantization_config" in said
+    assert "dequantize()" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": ""},
+        {"adapter_config.json": '{"peft_type": "PROMPT_TUNING"}', "adapter_model.bin": ""},
+        {"adapter_config.json": "{"},
+    ],
+)
+@pytest.mark.parametrize("weights", [True, False])
+def test_an_adapter_beside_the_weights_is_refused(
+    tmp_path: Path, files: dict[str, str], weights: bool
+) -> None:
+    folder = tiny_base(tmp_path / "base")
+    if not weights:  # an adapter by itself
+        for path in folder.iterdir():
+            path.unlink()
+    for name, text in files.items():
+        beside(name, text)(folder)
+    with pytest.raises(ModelError, match=r"base: holds adapter_config\.json.*merge_and_unload"):
+        open_base(folder, name="base", revision=None)
+
+
+def test_what_an_adapter_in_another_folder_says_is_not_the_bases(tmp_path: Path) -> None:
+    folder = tiny_base(tmp_path / "base")
+    (folder / "adapter").mkdir()
+    beside("adapter/adapter_config.json")(folder)
+    assert open_base(folder, name="base", revision=None).n_layers == N_LAYERS
 
 
 def test_names_that_lead_nowhere(tmp_path: Path, write_recipe: RecipeWriter) -> None:

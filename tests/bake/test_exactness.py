@@ -16,6 +16,7 @@ from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.worlds import (
     FAMILIES,
     RecipeWriter,
+    sae_table,
     save_gemma_scope,
     save_sae_lens,
     tiny_base,
@@ -66,8 +67,7 @@ def test_float32(
     save_gemma_scope(tmp_path / "layer_2", tiny_sae(1))
     names = ["one", "layer_2"][:hook_points]
     tables = [
-        {"sae": {"path": name}, "features": METHOD_FEATURES, **METHOD_TABLES[method]}
-        for name in names
+        {**sae_table(name), "features": METHOD_FEATURES, **METHOD_TABLES[method]} for name in names
     ]
     before, reference, found, fired = compare(tmp_path, write_recipe, tables)
     assert fired > 0

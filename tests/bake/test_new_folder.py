@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bake import new_folder as module
-from bake.errors import OutputError
+from bake.errors import FolderError, OutputError
 from bake.new_folder import check_output, new_folder
 
 
@@ -33,6 +33,13 @@ def test_appears_whole_and_replaces_whole(tmp_path: Path) -> None:
     assert (out / "manifest.json").read_text() == "newer"
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert [p.name for p in out.iterdir()] == ["manifest.json"]
+
+
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(FolderError) as caught, new_folder(out) as temporary:
+        raise FolderError(f"{temporary}/config.json: is broken; bake again")
+    assert str(caught.value) == f"{out}/config.json: is broken; bake again"
 
 
 def test_failure_leaves_the_old_folder_and_no_trace(tmp_path: Path) -> None:

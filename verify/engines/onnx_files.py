@@ -69,6 +69,39 @@ def open_graph(name: str, path: Path) -> Graph:
     return Graph(name, path, model)
 
 
+def lies_in(folder: Path, path: Path) -> bool:
+    """Whether a file is a folder's own, links followed: it lies there, or the folder is of a
+    snapshot in the hub's cache, whose files are links into the `blobs` of the same repository.
+    """
+    folder, file = folder.resolve(), path.resolve()
+    if file.is_relative_to(folder):
+        return True
+    for snapshot in (folder, *folder.parents):
+        if snapshot.parent.name == "snapshots":
+            return file.parent == (snapshot.parent.parent / "blobs").resolve()
+    return False
+
+
+def unlinked(model: ModelProto, path: Path) -> tuple[ModelProto, Path]:
+    """A graph whose data is named where it really lies, and that folder: ONNX Runtime takes data of
+    one folder only, and follows no link out of it. Where the graph is no link, it stays as it is.
+
+    Args:
+        model: the graph.
+        path: where it was read from.
+    """
+    real = path.resolve()
+    if real.parent == path.parent.resolve():
+        return model, real.parent
+    renamed = type(model)()
+    renamed.CopyFrom(model)
+    for tensor in renamed.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = (path.parent / entry.value).resolve().name
+    return renamed, real.parent
+
+
 def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[str, int]) -> None:
     file = data.get("location", "")
     parts = PurePosixPath(file).parts
@@ -81,7 +114,7 @@ def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[s
         path = graph.parent / file
         if not path.is_file():
             raise FolderError(f"{graph}: needs {file}, which is not there; download it again")
-        if not path.resolve().is_relative_to(graph.parent.resolve()):
+        if not lies_in(graph.parent, path):
             raise FolderError(
                 f"{graph}: {file} is a link that leads out of the folder, which ONNX Runtime does "
                 "not follow; copy the file itself there (`hf download --local-dir` does)"

@@ -12,7 +12,7 @@ import numpy as np
 from bake.errors import BakeoutError, FolderError
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
 from export.clamped import clamped_layers, read_config
-from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph
+from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
 from verify.engines.runners import DecodingRunner, Reading, check_padding
 from verify.engines.sampling import Chooser, check_prompts
@@ -63,9 +63,9 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = False  # it keeps what the largest batch took
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
-    )
+    model, folder = unlinked(model, path)
+    key = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(key, str(folder))
     if threads is not None:
         options.intra_op_num_threads = threads
     wanted = (provider, {"device_id": index}) if index and kind != "cpu" else provider
@@ -73,7 +73,7 @@ def open_session(
         session = ort.InferenceSession(model.SerializeToString(), options, providers=[wanted])
     except Exception as error:  # its own types share no base
         reason = " ".join(str(error).split())
-        raise FolderError(f"{path}: ONNX Runtime cannot run it: {reason}") from error
+        raise FolderError(f"{path}: ONNX Runtime cannot run it: {reason}; export it") from error
     # A provider whose own libraries are not there is replaced by the CPU's with a mere warning.
     if provider not in session.get_providers():
         raise ProviderError(

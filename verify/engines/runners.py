@@ -316,11 +316,12 @@ class TorchRunner(DecodingRunner):
         except BrokenPipeError:
             data = None
         if data is None:
-            raise FolderError(f"{self._folder.name}: {self._last_words()}")
+            raise FolderError(f"{self._folder.name}: {self._last_words()}; check its files")
         found, answered = torch_worker.unpack(data)
         if "error" in found:
             raise FolderError(
-                f"{self._folder.name}: transformers alone cannot run it: {found['error']}"
+                f"{self._folder.name}: transformers alone cannot run it: {found['error']}; "
+                "check its files by --only integrity"
             )
         return found, answered
 

@@ -141,7 +141,8 @@ def check_harness(tasks: Sequence[str], evals: Path) -> None:
     for task in named:
         if task not in known and not Path(task).is_file():
             raise HarnessError(
-                f"lm-eval task {task}: there is none of that name; `lm_eval ls tasks` lists them"
+                f"lm-eval task {task}: there is none of that name; expected one of those that "
+                "`lm_eval ls tasks` lists, or a YAML file"
             )
     try:
         evals.mkdir(parents=True, exist_ok=True)

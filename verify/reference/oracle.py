@@ -121,13 +121,13 @@ class Oracle:
         for site in self.sites:
             if site.layer >= len(self.layers):
                 raise SAEError(
-                    f"clamp at layer {site.layer}: the model has {len(self.layers)} layers "
-                    f"(0 to {len(self.layers) - 1})"
+                    f"clamp at layer {site.layer}: the model has {len(self.layers)} layers; "
+                    f"expected 0 to {len(self.layers) - 1}"
                 )
             if site.sae.cfg.d_in != text_config.hidden_size:
                 raise SAEError(
                     f"clamp at layer {site.layer}: the SAE's d_in is {site.sae.cfg.d_in}, the "
-                    f"model's hidden size is {text_config.hidden_size}"
+                    f"model's hidden size is {text_config.hidden_size}; take an SAE of this model"
                 )
             site.sae.to(device=model.device)
         self.tokens_fired = 0

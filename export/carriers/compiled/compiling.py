@@ -45,15 +45,14 @@ from export.carriers.compiled.stock_layers import (
     logic_of,
 )
 from export.carriers.compiled.trial import Distance, measure, measure_distance, random_tokens
-from export.carriers.compiled.widening import Widening, plan_widening
+from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
 from export.clamped import Clamped, ClampSite, open_clamped
 from export.copying import copy_hashed, hash_new
 from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text
 from export.witness_file import WITNESSES
 
 ACTIVATION = "gelu_pytorch_tanh"
-PER_SITE = 2
-"""Decoder layers that a clamp becomes."""
+ACTIVATION_FIELDS = ("hidden_activation", "hidden_act")
 
 
 @dataclass(frozen=True)
@@ -235,7 +234,7 @@ def compiled_config(source: Clamped, plan: Widening) -> dict[str, Any]:
     """The base's config.json, wider and deeper, with every size spelled out."""
     config = dict(source.base_config)
     n = int(config["num_hidden_layers"])
-    types = _layer_types(config, n, source.family)
+    types = list(config.get("layer_types") or ())
     for site in reversed(source.sites) if types else ():
         # Gemma 2 goes on alternating, also for runtimes that count layers instead of reading this.
         after = site.layer + 1
@@ -244,8 +243,6 @@ def compiled_config(source: Clamped, plan: Widening) -> dict[str, Any]:
             if source.family.sliding == "alternating"
             else ["sliding_attention"] * PER_SITE
         )
-    heads = int(config["num_attention_heads"])
-    any_q = next(name for name in source.base_tensors if name.endswith("q_proj.weight"))
     config.pop("sliding_window_pattern", None)
     config.pop("torch_dtype", None)
     return config | {
@@ -253,19 +250,11 @@ def compiled_config(source: Clamped, plan: Widening) -> dict[str, Any]:
         "intermediate_size": plan.mlp,
         "num_hidden_layers": n + PER_SITE * len(source.sites),
         **({"layer_types": types} if types else {}),
-        "head_dim": source.base_tensors[any_q].shape[0] // heads,
+        **dict.fromkeys(ACTIVATION_FIELDS, ACTIVATION),  # as runtimes ask for it that check both
+        **({} if plan.query_scalar is None else {"query_pre_attn_scalar": plan.query_scalar}),
         "rms_norm_eps": plan.eps,
         "dtype": plan.dtype,
     }
-
-
-def _layer_types(config: dict[str, Any], n: int, family: Family) -> list[str]:
-    if family.sliding == "never":
-        return []
-    if config.get("layer_types"):
-        return list(config["layer_types"])
-    every = 2 if family.sliding == "alternating" else int(config.get("sliding_window_pattern", 6))
-    return ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(n)]
 
 
 def _other(kind: str) -> str:
@@ -282,7 +271,7 @@ def _check_family(source: Clamped) -> None:
             f"{name}: takes images; only text models are compiled. Use the clamped checkpoint, or "
             "its text model alone"
         )
-    activation = source.base_config.get(family.activation_field) or ACTIVATION
+    activation = source.base_config[family.activation_field]
     if activation != ACTIVATION:
         raise ExportError(
             f"{name}: its activation is {activation}; expected {ACTIVATION}, which the two layers "

@@ -181,7 +181,8 @@ def logic_of(site: ClampSite) -> Logic:
         if several or (counted and found != counted and found[0] not in counted):
             raise ExportError(
                 f"layer {site.layer}: its features are triggered by several different sets of "
-                "features; two stock layers hold one such set"
+                "features; expected one such set, which is what two stock layers hold. Use the "
+                "checkpoint or the adapter"
             )
         gates: list[tuple[int, ...]] = [(i,) for i in found]
         if counted and found != counted:

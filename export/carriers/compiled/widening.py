@@ -11,6 +11,10 @@ The stream grows from d to D = d + p channels, x̃ = [s·x, κ, κ, …], with c
                             lack eps·p/D in the mean square, and Σκ² = p·eps supplies it
     all matrices            stay, with zeros beside them
 
+    attention scores        are divided by sqrt(query_pre_attn_scalar), which llama.cpp does not
+                            read but guesses from layer count, width and heads: the guess stands in
+                            the config, and queries are multiplied by what that lacks
+
 Gemma (1) has no norms after its blocks: there s = 1, the embedding is divided by c, and the final
 norm keeps 1 + w where the head is tied (its matrix is the embedding's).
 
@@ -33,6 +37,8 @@ from bake.tensors import BITS, DTYPES, Raw, StoredTensor, to_bits, to_float32
 from export.carriers.compiled.stock_layers import Logic, Place, Stream
 from export.clamped import Clamped
 
+PER_SITE = 2
+"""Decoder layers that a clamp becomes."""
 N_CONSTANTS = 2
 """Constant channels: what one rounds off, the next holds."""
 ROOT_TOLERANCE = 2.0**-16
@@ -79,6 +85,12 @@ class Widening:
     """Whether the family norms what a block writes."""
     tied: bool
     """Whether the head is the embedding."""
+    query_scalar: int | None
+    """query_pre_attn_scalar of the result; None where the family has none."""
+    query_gain: float
+    """What queries are multiplied by, since they are divided by another root than in the base."""
+    head_norms: bool
+    """Whether queries have a norm of their own, after which the gain has to come."""
 
     @property
     def stream(self) -> Stream:
@@ -141,6 +153,11 @@ def plan_widening(
         for site in source.sites
     ]
     mlp = int(config["intermediate_size"])
+    scalar = None
+    if (largest := source.family.layers_27b) is not None:
+        n_layers = int(config["num_hidden_layers"]) + PER_SITE * len(source.sites)
+        # Source: llama.cpp, src/models/gemma2.cpp and gemma3.cpp, f_attention_scale.
+        scalar = width // heads if n_layers == largest else int(config["head_dim"])
     return Widening(
         streams=tuple(streams),
         places=tuple(places),
@@ -153,6 +170,9 @@ def plan_widening(
         dtype=dtype,
         post_norm=post_norm,
         tied="lm_head.weight" not in source.base_tensors,
+        query_scalar=scalar,
+        query_gain=1.0 if scalar is None else math.sqrt(scalar / config["query_pre_attn_scalar"]),
+        head_norms=source.family.head_norms,
     )
 
 
@@ -236,15 +256,15 @@ def widened(name: str, shape: tuple[int, ...], plan: Widening) -> Widened:
             return Widened((D, plan.mlp))
         case "mlp.gate_proj.weight" | "mlp.up_proj.weight":
             return Widened((plan.mlp, D))
-        case "self_attn.q_proj.weight" | "self_attn.k_proj.weight" | "self_attn.v_proj.weight":
+        case "self_attn.q_norm.weight":
+            return Widened(shape, gain_factor=plan.query_gain)
+        case "self_attn.q_proj.weight":
+            return Widened((shape[0], D), factor=1.0 if plan.head_norms else plan.query_gain)
+        case "self_attn.q_proj.bias":
+            return Widened(shape, factor=1.0 if plan.head_norms else plan.query_gain)
+        case "self_attn.k_proj.weight" | "self_attn.v_proj.weight":
             return Widened((shape[0], D))
-        case (
-            "self_attn.q_proj.bias"
-            | "self_attn.k_proj.bias"
-            | "self_attn.v_proj.bias"
-            | "self_attn.q_norm.weight"
-            | "self_attn.k_norm.weight"
-        ):
+        case "self_attn.k_proj.bias" | "self_attn.v_proj.bias" | "self_attn.k_norm.weight":
             return Widened(shape)
     raise ExportError(f"tensor {name}: is none of a stock Gemma's; expected a text model")
 

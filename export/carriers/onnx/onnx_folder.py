@@ -151,7 +151,7 @@ def _check_target(clamped: Clamped, precision: Precision, out: Path | None, forc
         rounded = ", ".join(name for name, of in PRECISIONS.items() if not of.shared)
         raise OutputError(
             f"output {out}: a shared graph uses the weights of {clamped.folder} in place and lies "
-            f"beside them; --out is for {rounded}"
+            f"beside them; expected --out with {rounded} only. Leave it out"
         )
     else:
         check_output(out, inputs=[clamped.folder], size=size, force=force)
@@ -267,7 +267,10 @@ def check_graph(
         )
         if done.returncode != 0:
             last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise CheckError(f"the graph was not kept: a fresh process refuses it: {last[-1]}")
+            raise CheckError(
+                f"the graph was not kept: a fresh process refuses it: {last[-1]}; please report "
+                "this"
+            )
         with np.load(answered) as found:
             n_found = int(found["n_clamps"])
             logits, unclamped = found["logits"], found["unclamped"]

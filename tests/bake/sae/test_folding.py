@@ -17,6 +17,7 @@ from bake.recipe import Recipe
 from bake.sae import array_file as arrays
 from bake.sae.folding import SAESlice, load_slice
 from bake.sae.layouts import find_sae, resolve_layer
+from bake.sae.lens_config import REASONS
 from bake.sources import SAESource
 from tests.worlds import (
     D_IN,
@@ -72,7 +73,7 @@ def test_slice_equals_sae_lens_encode(tmp_path: Path, architecture: str, apply_b
 @pytest.mark.parametrize("layout", ["npz", "npz compressed", "npz fortran", "scope 2"])
 def test_gemma_scope_slices_equal_plain_arithmetic(tmp_path: Path, layout: str) -> None:
     sae = tiny_sae()
-    folder = tmp_path / "layer_3" / "width_16k"
+    folder = tmp_path / "gemma-scope-tiny-res" / "layer_3" / "width_16k"
     if layout == "scope 2":
         save_gemma_scope_2(folder, sae)
     else:
@@ -81,7 +82,7 @@ def test_gemma_scope_slices_equal_plain_arithmetic(tmp_path: Path, layout: str) 
         np.savez_compressed(folder / "params.npz", **vars(sae))
     if layout == "npz fortran":
         np.savez(folder / "params.npz", **{n: np.asfortranarray(a) for n, a in vars(sae).items()})
-    files = find(tmp_path, "layer_3/width_16k")
+    files = find(tmp_path, "gemma-scope-tiny-res/layer_3/width_16k")
     piece = load_slice(files, FEATURES)
     x = inputs()
     pre = x @ sae.W_enc[:, FEATURES].astype(np.float64) + sae.b_enc[FEATURES]
@@ -156,7 +157,7 @@ def test_norm_scaling_factor_is_folded(tmp_path: Path) -> None:
     assert np.abs(piece.W_dec - whole.W_dec.detach().numpy()[FEATURES]).max() < 1e-6
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "transcoder"])
+@pytest.mark.parametrize("architecture", REASONS)
 def test_architectures_that_cannot_be_pruned_are_refused_with_the_reason(
     tmp_path: Path, architecture: str
 ) -> None:
@@ -165,14 +166,28 @@ def test_architectures_that_cannot_be_pruned_are_refused_with_the_reason(
     (folder / "cfg.json").write_text(json.dumps({**cfg, "architecture": architecture, "k": 5}))
     with pytest.raises(SAEError, match=f"architecture {architecture} cannot be cut down") as caught:
         find(tmp_path, "sae")
-    assert architecture != "topk" or "k largest" in str(caught.value)
+    assert REASONS[architecture] in str(caught.value)
+    assert ("transcoder" in architecture) == (
+        "reads one place and writes another" in REASONS[architecture]
+    )
 
 
-@pytest.mark.parametrize("normalisation", ["layer_norm", "expected_average_only_in"])
-def test_normalisation_that_is_not_folded_is_refused(tmp_path: Path, normalisation: str) -> None:
+@pytest.mark.parametrize(
+    ("normalisation", "advice"),
+    [
+        ("layer_norm", "no weights can; take an SAE that was trained without"),
+        ("constant_norm_rescale", "no weights can; take an SAE that was trained without"),
+        ("expected_average_only_in", "with sae_lens's fold_activation_norm_scaling_factor"),
+        ("covariance_whitening", "with sae_lens's fold_activation_whitening"),
+    ],
+)
+def test_normalisation_that_is_not_folded_is_refused_with_what_can_be_done(
+    tmp_path: Path, normalisation: str, advice: str
+) -> None:
     save_sae_lens(tmp_path / "sae", tiny_sae(), normalize_activations=normalisation)
-    with pytest.raises(SAEError, match=f"normalize_activations is {normalisation}"):
+    with pytest.raises(SAEError, match=f"normalize_activations is {normalisation}.*{advice}"):
         find(tmp_path, "sae")
+    assert not advice.startswith("with") or hasattr(SAE, advice.rpartition(" ")[2].split("'s ")[-1])
 
 
 @pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"])

@@ -71,6 +71,20 @@ def test_a_layer_is_another_sae() -> None:
 
 
 @pytest.mark.parametrize(
+    ("hook_point", "moved"),
+    [
+        ("blocks.7.hook_resid_post", "blocks.9.hook_resid_post"),
+        ("blocks.7.hook_out", "blocks.9.hook_out"),
+        ("model.layers.7", "model.layers.9"),
+        ("model.language_model.layers.7.output", "model.language_model.layers.9.output"),
+    ],
+)
+def test_a_layer_s_hook_point_goes_along_however_it_is_written(hook_point: str, moved: str) -> None:
+    made = variant(recipe(hook_point=hook_point), Point((("layer", 9),)))
+    assert made.clamp[0].hook_point == moved
+
+
+@pytest.mark.parametrize(
     ("table", "asked", "error", "match"),
     [
         ({}, [], GridError, "no --grid"),

@@ -30,6 +30,7 @@ from tests.engines import InProcess
 from tests.worlds import (
     VOCAB,
     cut,
+    sae_table,
     save_gemma_scope,
     save_sae_lens,
     tiny_base,
@@ -68,7 +69,7 @@ def write_recipe(folder: Path, name: str, *tables: dict[str, Any], questions: bo
         "schema": 1,
         "base": {"model": "base", "license": "apache-2.0"},
         "clamp": [
-            {"sae": {"path": sae}, "features": FEATURES, **table}
+            {**sae_table(sae), "features": FEATURES, **table}
             for sae, table in zip(("sae", "layer_2"), tables, strict=False)
         ],
     }

@@ -16,6 +16,7 @@ from tests.clamps import (
     save_sae_of_kind,
     sites_of_tables,
 )
+from tests.worlds import sae_table
 from verify.reference.gates import gates_of
 
 
@@ -25,9 +26,7 @@ def test_a_feature_is_active_where_all_its_gates_are_open(
     kind: str, method: str, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     save_sae_of_kind(kind, tmp_path)
-    (site,) = sites_of_tables(
-        write_recipe, {"sae": {"path": "layer_1/sae"}, **ORACLE_TABLES[method]}
-    )
+    (site,) = sites_of_tables(write_recipe, {**sae_table("layer_1/sae"), **ORACLE_TABLES[method]})
     h, exempt = random_residual(), torch.zeros(1, 40, dtype=torch.bool)
     exempt[0, 3] = True
     gates = gates_of(h, site, exempt)
@@ -44,9 +43,7 @@ def test_the_spread_is_what_one_rounding_does(
     kind: str, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     save_sae_of_kind(kind, tmp_path)
-    (site,) = sites_of_tables(
-        write_recipe, {"sae": {"path": "layer_1/sae"}, **ORACLE_TABLES["zero"]}
-    )
+    (site,) = sites_of_tables(write_recipe, {**sae_table("layer_1/sae"), **ORACLE_TABLES["zero"]})
     h, nowhere = random_residual(), torch.zeros(1, 40, dtype=torch.bool)
     before = gates_of(h, site, nowhere)
     shifts = []

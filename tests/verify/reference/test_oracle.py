@@ -21,7 +21,16 @@ from tests.clamps import (
     save_sae_of_kind,
     sites_of_tables,
 )
-from tests.worlds import D_IN, D_SAE, FAMILIES, TinySAE, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import (
+    D_IN,
+    D_SAE,
+    FAMILIES,
+    TinySAE,
+    sae_table,
+    save_sae_lens,
+    tiny_base,
+    tiny_sae,
+)
 from verify.reference.editing import edit_code
 from verify.reference.oracle import Oracle, edit_residual, reconstruct_residual
 from verify.reference.whole_sae import Site, load_sites
@@ -85,7 +94,7 @@ def test_residual_is_that_of_the_loops(
     kind: str, method: str, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     folder = save_sae_of_kind(kind, tmp_path)
-    table = {"sae": {"path": "layer_1/sae"}, **ORACLE_TABLES[method]}
+    table = {**sae_table("layer_1/sae"), **ORACLE_TABLES[method]}
     (site,) = sites_of_tables(write_recipe, table)
     h = random_residual()
     out, changed = edited_and_changed(h, site)
@@ -107,9 +116,7 @@ def test_the_bare_reconstruction_edits_nothing_and_drops_the_error(
     tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     save_sae_of_kind("jumprelu", tmp_path)
-    (site,) = sites_of_tables(
-        write_recipe, {"sae": {"path": "layer_1/sae"}, **ORACLE_TABLES["zero"]}
-    )
+    (site,) = sites_of_tables(write_recipe, {**sae_table("layer_1/sae"), **ORACLE_TABLES["zero"]})
     h = random_residual()
     exempt = torch.zeros(h.shape[:-1], dtype=torch.bool)
     exempt[0, 0] = True
@@ -147,7 +154,7 @@ def test_a_clamp_that_never_fires_gives_h_bit_for_bit(
     tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     save_sae_of_kind("jumprelu", tmp_path)
-    table = {"sae": {"path": "layer_1/sae"}, "method": "clamp", "features": [3], "value": -9.0}
+    table = {**sae_table("layer_1/sae"), "method": "clamp", "features": [3], "value": -9.0}
     (site,) = sites_of_tables(write_recipe, {**table, "trigger": 1e6})
     for dtype in (torch.float32, torch.bfloat16):
         h = random_residual().to(dtype)
@@ -161,7 +168,7 @@ def test_only_touched_tokens_move_and_exempt_ones_do_not(
     tmp_path: Path, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_sae_of_kind("standard", tmp_path)
-    table = {"sae": {"path": "layer_1/sae"}, "method": "clamp", "features": [3], "value": -9.0}
+    table = {**sae_table("layer_1/sae"), "method": "clamp", "features": [3], "value": -9.0}
     (site,) = sites_of_tables(write_recipe, table)
     h = random_residual()
     whole, changed = edited_and_changed(h, site)
@@ -181,7 +188,7 @@ def test_low_precision_rounds_once_at_the_end(
     tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     save_sae_of_kind("jumprelu", tmp_path)
-    table = {"sae": {"path": "layer_1/sae"}, "method": "clamp", "features": [3, 17], "value": -9.0}
+    table = {**sae_table("layer_1/sae"), "method": "clamp", "features": [3, 17], "value": -9.0}
     (site,) = sites_of_tables(write_recipe, table)
     h = random_residual().bfloat16()
     out, changed = edited_and_changed(h, site)
@@ -194,7 +201,7 @@ def test_active_features_are_those_above_the_trigger(
     tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:
     save_sae_of_kind("standard", tmp_path)
-    table = {"sae": {"path": "layer_1/sae"}, "method": "refusal", "features": [17, 3]}
+    table = {**sae_table("layer_1/sae"), "method": "refusal", "features": [17, 3]}
     table |= {"refusal_feature": 9, "value": 5.0, "trigger": 0.4}
     (site,) = sites_of_tables(write_recipe, table)
     h = random_residual().reshape(2, 20, D_IN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +25,20 @@ def load(write_recipe: RecipeWriter, path: str, **table: Any) -> list[Site]:
     return load_sites(Recipe.load(write_recipe(clamp)))
 
 
-def test_layer_comes_from_the_recipe_else_the_sae_else_the_path(
+def test_layer_comes_from_the_recipe_else_the_sae_else_the_folders_record(
     tmp_path: Path, write_recipe: RecipeWriter
 ) -> None:
     save_sae_lens(tmp_path / "lens", tiny_sae(), hook_name="blocks.2.hook_resid_pre")
     assert load(write_recipe, "lens")[0].layer == 1
     assert load(write_recipe, "lens", hook_point="blocks.1.hook_resid_post")[0].layer == 1
-    save_gemma_scope(tmp_path / "layer_12" / "width_16k" / "average_l0_71", tiny_sae())
-    assert load(write_recipe, "layer_12/width_16k/average_l0_71")[0].layer == 12
     save_gemma_scope(tmp_path / "plain", tiny_sae())
     assert load(write_recipe, "plain", hook_point="blocks.3.hook_resid_post")[0].layer == 3
+    digest = hashlib.sha256((tmp_path / "plain" / "params.npz").read_bytes()).hexdigest()
+    clamp = {"sae": {"path": "plain"}, "method": "zero", "features": [1]}
+    recorded = {digest: "blocks.3.hook_resid_pre"}
+    assert load_sites(Recipe.load(write_recipe(clamp)), recorded)[0].layer == 2
+    clamp["hook_point"] = "blocks.1.hook_resid_post"
+    assert load_sites(Recipe.load(write_recipe(clamp)), recorded)[0].layer == 1
     save_gemma_scope_2(tmp_path / "layer_9_width_16k", tiny_sae())
     assert load(write_recipe, "layer_9_width_16k")[0].layer == 1  # as its config.json says
 
@@ -43,7 +48,7 @@ def test_weights_are_taken_as_they_are(tmp_path: Path, write_recipe: RecipeWrite
     save_sae_lens(tmp_path / "lens", expected)
     save_gemma_scope(tmp_path / "layer_1", expected)
     for path, on_input in (("lens", True), ("layer_1", False)):
-        sae = load(write_recipe, path)[0].sae
+        sae = load(write_recipe, path, hook_point="blocks.1.hook_resid_post")[0].sae
         assert sae.cfg.apply_b_dec_to_input is on_input
         assert sae.W_dec.dtype == sae.dtype == torch.float64
         for name, array in vars(expected).items():
@@ -89,7 +94,7 @@ def test_sites_come_by_layer(tmp_path: Path, write_recipe: RecipeWriter) -> None
     [
         (
             {"hook_point": "blocks.2.hook_resid_post"},
-            "sits at blocks.1.*, the recipe says",
+            "hook_name says blocks.1.*, the recipe says blocks.2",
         ),
         ({"features": [3, 64]}, "feature 64 is out of range; expected 0 to 63"),
         (

@@ -20,7 +20,15 @@ from export.carriers.compiled.compiling import plan_compiled, write_compiled
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
-from tests.worlds import RecipeWriter, save_gemma_scope, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import (
+    RecipeWriter,
+    sae_table,
+    save_gemma_scope,
+    save_sae_lens,
+    tiny_base,
+    tiny_config,
+    tiny_sae,
+)
 from verify.compare.logits import kl_nats
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
@@ -52,9 +60,7 @@ def sae_tables(tmp_path: Path, method: str, features: list[int], n: int) -> list
     save_sae_lens(tmp_path / "one", tiny_sae(), layer=1)
     save_gemma_scope(tmp_path / "layer_2", tiny_sae(1))
     names = ["one", "layer_2"][:n]
-    return [
-        {"sae": {"path": name}, "features": features, **METHOD_TABLES[method]} for name in names
-    ]
+    return [{**sae_table(name), "features": features, **METHOD_TABLES[method]} for name in names]
 
 
 @pytest.mark.parametrize("hook_points", [1, 2])
@@ -74,6 +80,81 @@ def test_float32(
     assert kl_nats(reference, before).mean() > 0.1 or method == "zero"
     assert kl_nats(reference, found).mean() <= 1e-8
     assert torch.equal(found.argmax(-1), reference.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "runs"),
+    [
+        ("gemma", {"hidden_act": "gelu"}, True),  # the official releases' way to say tanh
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}, True),
+        ("gemma", {"hidden_act": None, "hidden_activation": "relu"}, True),
+        ("gemma", {"hidden_act": "relu", "hidden_activation": "gelu_pytorch_tanh"}, False),
+        ("gemma2", {"hidden_act": "gelu"}, True),
+        ("gemma2", {"hidden_activation": "gelu"}, False),
+        ("gemma3_text", {"hidden_act": "gelu", "layer_types": None}, True),
+        ("gemma2", {"layer_types": None, "head_dim": 8}, True),
+    ],
+)
+def test_what_transformers_makes_of_the_config_decides(
+    tmp_path: Path, write_recipe: RecipeWriter, family: str, config: dict[str, Any], runs: bool
+) -> None:
+    path = tiny_base(tmp_path / "base", family) / "config.json"
+    said = json.loads(path.read_text()) | config
+    path.write_text(json.dumps({key: value for key, value in said.items() if value is not None}))
+    tables = sae_tables(tmp_path, "clamp", METHOD_FEATURES, 1)
+    if not runs:
+        with pytest.raises(ExportError, match=r"its activation is (relu|gelu); expected gelu_py"):
+            compile_recipe(write_recipe(*tables), tmp_path)
+        return
+    before, reference, found, _ = compare(tmp_path, write_recipe, tables)
+    assert kl_nats(reference, before).mean() > 0.1
+    assert kl_nats(reference, found).mean() <= 1e-8
+
+
+def guessed_by_counting(config: Any) -> int:
+    """The number whose root divides attention scores in llama.cpp, which knows sizes by layers."""
+    largest = {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+    if config.num_hidden_layers == largest:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
+
+
+@pytest.mark.parametrize(
+    ("family", "n_layers", "n_clamps", "scalar"),
+    [
+        ("gemma2", 4, 1, 11),  # as a 27B with another count
+        ("gemma2", 46, 1, 10),  # the 27B itself, which leaves its count
+        ("gemma2", 44, 1, 8),  # a smaller one that arrives at it
+        ("gemma2", 42, 2, 8),  # a 9B with two clamps
+        ("gemma3_text", 4, 1, 11),
+        ("gemma3_text", 60, 1, 8),
+        ("gemma3_text", 62, 1, 10),
+        ("gemma2", 4, 1, 8),  # nothing to do
+    ],
+)
+def test_who_guesses_the_scale_of_attention_by_counting_layers_guesses_right(
+    tmp_path: Path,
+    write_recipe: RecipeWriter,
+    family: str,
+    n_layers: int,
+    n_clamps: int,
+    scalar: int,
+) -> None:
+    data = tiny_config(family).to_dict() | {
+        "num_hidden_layers": n_layers,
+        "query_pre_attn_scalar": scalar,
+        "layer_types": None,
+    }
+    torch.manual_seed(0)
+    config = tf.AutoConfig.for_model(**data)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tables = sae_tables(tmp_path, "clamp", METHOD_FEATURES, n_clamps)
+    before, reference, found, fired = compare(tmp_path, write_recipe, tables)
+    assert fired.any() and kl_nats(reference, before).mean() > 0.1
+    assert kl_nats(reference, found).mean() <= 1e-7
+    compiled = tf.AutoConfig.from_pretrained(tmp_path / "compiled")
+    assert compiled.query_pre_attn_scalar == guessed_by_counting(compiled)
+    assert (scalar == compiled.query_pre_attn_scalar) == (n_layers == 4 and scalar == 8)
 
 
 @pytest.mark.parametrize("k", [1, 3, 17, 40])

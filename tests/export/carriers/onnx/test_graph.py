@@ -33,6 +33,7 @@ from tests.worlds import (
     D_IN,
     N_LAYERS,
     VOCAB,
+    sae_table,
     save_gemma_scope,
     save_sae_lens,
     tiny_config,
@@ -89,7 +90,7 @@ class Workshop:
     def export(self, base: Path, *tables: dict[str, Any]) -> Export:
         self.n += 1
         recipe_file = self.folder / f"recipe-{self.n}.toml"
-        named = [{"sae": {"path": name}} for name in ("one", "layer_2")]
+        named = [sae_table(name) for name in ("one", "layer_2")]
         clamps = [
             {"features": METHOD_FEATURES, **sae, **table}
             for sae, table in zip(named, tables, strict=False)
