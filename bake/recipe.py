@@ -31,6 +31,9 @@ from bake.sources import (
     rewrite_paths,
 )
 
+PromptForm = Literal["chat", "plain", "cloze"]
+"""The keys of `bake.questions.forms.FORMS`."""
+
 
 class Base(Table):
     """The model that is to forget."""
@@ -199,8 +202,9 @@ class Verify(Table):
     """Texts for the loss that the clamp adds."""
     texts: dict[str, TextSource] = Field(default_factory=dict)
     """Other texts, by name, on which the loss added is reported apart: near the topic, on it."""
-    prompt: Literal["chat", "plain"] = "chat"
-    """The prompt form that leads the report; both are always measured."""
+    prompt: PromptForm = "chat"
+    """The prompt form that leads the report; chat and plain are always measured, cloze where it
+    leads."""
     reworded: dict[str, QuestionSource] = Field(default_factory=dict)
     """Sets of questions, by name, that ask for what is to be forgotten in other words, another
     language or script."""

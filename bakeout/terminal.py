@@ -11,7 +11,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from bake.errors import BakeoutError
@@ -47,6 +54,8 @@ def progress(title: str) -> Iterator[Callable[[str, float], None]]:
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left "),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -133,6 +142,15 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
             "–" if parity is None else f"{parity.mean_kl:.1e}",
             "–" if parity is None else f"{parity.tokens_fired:,}",
             f"{speeds[engine.name]:.0f}" if engine.name in speeds else "–",
+        )
+    for control in report.controls:
+        own = engines.get(control.name)
+        right = (own.topic, own.generic) if own is not None else (None, None)
+        added = "–" if control.loss_added is None else f"{control.loss_added:+.4f}"
+        table.add_row(
+            f"control: {control.name}",
+            *("–" if of is None else f"{of.right} of {of.n}" for of in right),
+            *(added, *(["–"] * (len(texts) + 3))),
         )
     out.print()
     out.print(table)

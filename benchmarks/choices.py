@@ -27,9 +27,9 @@ import transformers as tf
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.questions.answers import letter_log_likelihoods, letter_tokens
+from bake.questions.forms import chat_text, plain_text
 from bake.questions.multiple_choice import Question, load_questions
 from bake.questions.orders import ORDERS, in_order
-from bake.questions.prompts import chat_text, plain_text
 from bake.recipe import Recipe
 from bake.sources import QuestionSource
 from bake.stock import load_base, load_tokenizer

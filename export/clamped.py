@@ -6,7 +6,6 @@ The only reader of such a folder beside `manifest.py`; no weight of the base is 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +23,10 @@ from bake.new_folder import MANIFEST
 from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
 from export.copying import BLOCK_BYTES
-from export.manifest import Manifest
+from export.manifest import AGAIN, Manifest, read_json
 
 _HELD = (*DTYPES.values(), "BOOL")
 """Formats of the tensors of a folder."""
-AGAIN = "bake or download the folder again"
 CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
 """What a clamp's tensors are called, in the order of the operator's inputs."""
 GUARD = "clamped, load with trust_remote_code=True: "
@@ -116,7 +114,7 @@ class Clamped:
         """The base's config.json: stock names, no clamp, no guard before the activation, and in the
         fields of `_AS_RUN` what transformers makes of it.
         """
-        stored = _read_json(self.folder / "config.json")
+        stored = read_json(self.folder / "config.json")
         config = {key: stored[key] for key in stored if key not in ("auto_map", "sae_clamp")}
         config |= {"model_type": self.model_type, "architectures": [self.family.architecture]}
         text = config.get("text_config", config)
@@ -185,7 +183,7 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     own = CARRIERS[manifest.carrier].own_code
     section = read_config(folder, manifest.carrier)["sae_clamp"]
     config, model_class = _open_config(folder, stock=not own)
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     try:
         tensors = indexed_tensors(folder, weight_map)
         if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _HELD]:
@@ -214,7 +212,7 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
 
 def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
     """(config object, name of the model class): stock ones where the clamp is compiled in."""
-    model_type = str(_read_json(folder / "config.json").get("model_type"))
+    model_type = str(read_json(folder / "config.json").get("model_type"))
     known = {(name if stock else family.model_type): family for name, family in FAMILIES.items()}
     if model_type not in known:
         raise FolderError(
@@ -283,7 +281,7 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
         FolderError: the file that says so is missing, not readable, or does not say it.
     """
     path = folder / CARRIERS[carrier].sites_in
-    config = _compiled_config(folder) if path.name == MANIFEST else _read_json(path)
+    config = _compiled_config(folder) if path.name == MANIFEST else read_json(path)
     try:
         sites = config["sae_clamp"]["sites"]
         placed = bool(sites) and all(type(site["layer"]) is int for site in sites)
@@ -301,7 +299,7 @@ def clamped_layers(config: dict[str, Any]) -> list[int]:
 
 def _compiled_config(folder: Path) -> dict[str, Any]:
     """What a compiled folder says of its base: its own config.json less what was added."""
-    manifest, config = Manifest.read(folder), _read_json(folder / "config.json")
+    manifest, config = Manifest.read(folder), read_json(folder / "config.json")
     added = manifest.compiled
     if added is None or config.get("hidden_size") != added.hidden_size[1]:
         raise FolderError(
@@ -315,16 +313,3 @@ def _compiled_config(folder: Path) -> dict[str, Any]:
         "dtype": added.dtype,
         "sae_clamp": {"sites": [{"layer": clamp.layer} for clamp in manifest.clamps]},
     }
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise ValueError("is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise FolderError(
-            f"{path}: cannot be read ({reason}); expected a clamped checkpoint; {AGAIN}"
-        ) from error
-    return data

@@ -19,6 +19,7 @@ from bake.new_folder import MANIFEST
 from export.carriers.carriers import CARRIERS
 
 CARD = "README.md"
+AGAIN = "bake or download the folder again"
 SCHEMA = 1
 """Newest version of the manifest that is known here."""
 TOOLS = ("bakeout", "sae-lens", "safetensors", "torch", "transformers")
@@ -225,3 +226,21 @@ def versions() -> dict[str, str]:
 def json_text(data: dict[str, Any]) -> str:
     """JSON as bakeout writes it into a folder."""
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a folder.
+
+    Raises:
+        FolderError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FolderError(
+            f"{path}: cannot be read ({reason}); expected a clamped checkpoint; {AGAIN}"
+        ) from error
+    return data

@@ -6,7 +6,6 @@ in it against what the exporter saw, and see that the clamp acts.
 
 from __future__ import annotations
 
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from zipfile import BadZipFile
 
 from bake.errors import FolderError
 from bake.rounding import BAR
+from export.manifest import AGAIN, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WITNESSES = "witnesses.npz"
-_AGAIN = "bake or download the folder again"
 _LOGITS = {"logits", "unclamped", "sensitivity"}
 _LAYOUT = {"input_ids", "attention_mask", "places", "token_ids", *_LOGITS}
 
@@ -78,28 +77,24 @@ class Witnesses:
             with np.load(path) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
         except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
-            raise FolderError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+            raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
         if set(tensors) != _LAYOUT:
             raise FolderError(
                 f"{path}: holds {', '.join(sorted(tensors)) or 'nothing'}; expected "
-                f"{', '.join(sorted(_LAYOUT))}; {_AGAIN}"
+                f"{', '.join(sorted(_LAYOUT))}; {AGAIN}"
             )
         witnesses = cls(**tensors)
         if not _fits(witnesses, _vocab_size(folder)):
             raise FolderError(
                 f"{path}: its arrays do not fit each other or the model's vocabulary; expected "
-                f"what `bakeout bake` wrote; {_AGAIN}"
+                f"what `bakeout bake` wrote; {AGAIN}"
             )
         return witnesses
 
 
 def _vocab_size(folder: Path) -> int:
     """Of the model; where config.json leaves it to its class, more than any model has."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FolderError(f"{path}: cannot be read ({error}); {_AGAIN}") from error
+    config = read_json(folder / "config.json")
     return int({**config, **(config.get("text_config") or {})}.get("vocab_size", 1 << 31))
 
 

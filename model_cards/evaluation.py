@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from huggingface_hub import EvalResult
 
-from bake.recipe import Verify
+from bake.questions.forms import FORMS, forms_beside, known_in
+from bake.recipe import PromptForm, Verify
 from bake.sources import QuestionSource, TextSource
 from verify.attacks.attacks import ATTACKS
 from verify.engines.engine_names import engine_of
@@ -18,6 +20,7 @@ from verify.report.wording import (
     SOURCES,
     answers_of,
     change_text,
+    known_how,
     known_text,
     measured_engine,
     nats,
@@ -25,12 +28,11 @@ from verify.report.wording import (
     rounding_lines,
     share_of,
     share_text,
+    text_shares_text,
 )
 
 PROTOCOL = "https://arxiv.org/abs/2410.19278"
 """Where chat form and loss added are described: Farrell et al."""
-QUESTIONS_FROM = "chat form of Farrell et al., plain form of lm-evaluation-harness"
-"""How accuracies are measured. The hub's index has one source for all figures of a data set."""
 HARNESS = "https://github.com/EleutherAI/lm-evaluation-harness"
 Kind = Literal["forget", "retain"]
 WAYS = {name: way.does for name, way in ATTACKS.items() if name != "as asked"}
@@ -77,9 +79,27 @@ class Figures:
             one_letter=one_letter_lines(report),
         )
 
-    def accuracy(
-        self, engine: EngineReport | None, kind: Kind, form: Literal["chat", "plain"]
-    ) -> str | None:
+    @property
+    def form(self) -> PromptForm:
+        """The prompt form that leads."""
+        return self.report.prompt or "chat"
+
+    @property
+    def forms(self) -> tuple[PromptForm, ...]:
+        """Those that were measured."""
+        return forms_beside(self.form)
+
+    @property
+    def by_text(self) -> bool:
+        """Whether the form that leads takes choices' own texts for answers."""
+        return not FORMS[self.form].letters
+
+    @property
+    def known_how(self) -> str:
+        """How the base has to answer a question to know it."""
+        return known_how(known_in(self.form))
+
+    def accuracy(self, engine: EngineReport | None, kind: Kind, form: PromptForm) -> str | None:
         """An accuracy with its 95 % interval, as text; None where it was not measured."""
         share = share_of(self.report, engine, kind, form)
         return None if share is None or not share.n else share_text(share)
@@ -99,7 +119,7 @@ class Figures:
             rows.append((what, known_text(known)))
         if self.after is None:
             return rows
-        form = self.report.prompt or "chat"
+        form = self.form
         for source, meaning in SOURCES.items():
             answers = answers_of(self.after, source, form)
             if answers is not None and answers.known is not None and answers.known.n:
@@ -108,6 +128,9 @@ class Figures:
             if answers is not None and answers.change is not None:
                 what = f"questions {meaning} against the base, {form} form (McNemar's test)"
                 rows.append((what, change_text(answers.change)))
+            if answers is not None and answers.by_text is not None:
+                what = f"accuracy {meaning}, {form} form, by the length that divides"
+                rows.append((what, text_shares_text(answers.by_text)))
         for name, value in (
             ("alignment, 0 to 1", self.after.alignment),
             ("unlearning score, 0 to 1", self.after.unlearning_score),
@@ -127,7 +150,7 @@ class Figures:
     def side_effects(self) -> list[tuple[str, str | None, str | None]]:
         """What changed besides accuracy and mean loss: (what, before, after); None: no figure."""
         found: list[tuple[str, str | None, str | None]] = []
-        form = self.report.prompt or "chat"
+        form = self.form
         before, after = (self._known_retained(engine, form) for engine in (self.base, self.after))
         if before or after:
             found.append((f"accuracy on known questions to be kept, {form} form", before, after))
@@ -156,23 +179,23 @@ def eval_results(verify: Verify | None, report: VerifyReport | None) -> list[Eva
     if verify is None or engine is None:
         return []
     results = []
+    forms = forms_beside(None if report is None else report.prompt)
     kinds: tuple[tuple[Kind, QuestionSource, str], ...] = (
         ("forget", verify.forget_questions, "to be forgotten, lower is better"),
         ("retain", verify.retain_questions, "to be kept, higher is better"),
     )
     for kind, source, meaning in kinds:
         accuracy = getattr(engine, kind)
-        for form in ("chat", "plain"):
-            if accuracy is not None:
-                name = f"accuracy, {form} form ({meaning})"
-                value = getattr(accuracy, form)
-                results.append(_result("multiple-choice", source, "accuracy", name, value))
-        for form in ("chat", "plain"):
+        for form, value in ({} if accuracy is None else accuracy.measured).items():
+            name = f"accuracy, {form} form ({meaning})"
+            results.append(_result("multiple-choice", source, "accuracy", name, value, forms))
+        for form in forms:
             answers = answers_of(engine, kind, form)
             known = None if answers is None else answers.known
             if known is not None and known.accuracy is not None:
                 name = f"accuracy on known questions, {form} form ({meaning})"
-                results.append(_result("multiple-choice", source, "accuracy", name, known.accuracy))
+                value = known.accuracy
+                results.append(_result("multiple-choice", source, "accuracy", name, value, forms))
     if engine.loss_added is not None and math.isfinite(engine.loss_added):
         name, value = "loss added (nats/token)", engine.loss_added
         results.append(_result("text-generation", verify.text, "loss_added", name, value))
@@ -202,7 +225,10 @@ def _result(
     metric: str,
     metric_name: str,
     value: float,
+    forms: Sequence[PromptForm] = (),
 ) -> EvalResult:
+    """One figure; the hub's index has one source for all figures of a data set."""
+    asked = ", ".join(f"{form} form of {FORMS[form].source}" for form in forms)
     hub = source.dataset is not None
     name = one_line(source.dataset or source.path or "")
     return EvalResult(
@@ -214,7 +240,7 @@ def _result(
         metric_type=metric,
         metric_name=metric_name,
         metric_value=value,
-        source_name=QUESTIONS_FROM if metric == "accuracy" else "Farrell et al.",
+        source_name=asked or "Farrell et al.",
         source_url=PROTOCOL,
     )
 

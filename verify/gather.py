@@ -20,11 +20,14 @@ from verify.compare.firing import FeatureWatch, FiredExamples, fired_on
 from verify.compare.upcast import compare_in_float32
 from verify.engines.engines import Engines
 from verify.engines.runners import DecodingRunner, HookedRunner
+from verify.evidence.completions import open_prompts
 from verify.evidence.harness import check_harness, measure_harness
 from verify.evidence.kinds import KINDS, shown_for
-from verify.hooked import load_hooked, units_of
+from verify.hooked import Hooked, load_hooked, units_of
 from verify.journal import Journal, Progress
+from verify.material import evenly
 from verify.options import Options
+from verify.pace import LOOKED_AT, OPEN_TOKENS, Amounts, Pace, parts_within, tokens_per_second
 from verify.report.findings import EngineReport, Items, VerifyReport
 from verify.work import Work
 
@@ -65,6 +68,7 @@ def gather(
     if options.tasks:
         check_harness(options.tasks, options.evals)
     hooked = load_hooked(folder, recipe, engines, progress)
+    hooked, progress = _paced(hooked, recipe, kinds, engines, journal, progress, options)
     shown, form = shown_for(kinds), recipe.verify.prompt
     asks = "questions" in shown
     here: list[HookedRunner] = [hooked.base] if any(KINDS[name].with_base for name in kinds) else []
@@ -81,7 +85,6 @@ def gather(
     with ExitStack() as stack:
         with _half_the_threads() as threads:
             elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
-            progress("load", 1.0)
             comparison = Comparison(
                 hooked.material,
                 prompts,
@@ -119,6 +122,54 @@ def gather(
     return report
 
 
+def _paced(
+    hooked: Hooked,
+    recipe: Recipe,
+    kinds: frozenset[str],
+    engines: Engines,
+    journal: Journal,
+    progress: Progress,
+    options: Options,
+) -> tuple[Hooked, Pace]:
+    """As much of the material as the budget has time for, and progress over all that is to do."""
+
+    def pace(hooked: Hooked) -> Pace:
+        passes = passes_of(hooked, recipe, kinds, engines)
+        return Pace(progress, passes)
+
+    parts = 1
+    if options.minutes is not None:
+        minutes = options.minutes
+        batches = list(hooked.material.batches(hooked.material.windows))
+
+        def choose() -> int:
+            rate = tokens_per_second(hooked.base, batches)
+            return parts_within(minutes, pace(hooked).total, rate)
+
+        parts = int(journal.once("parts", choose))
+    hooked = replace(hooked, material=hooked.material.part(parts)) if parts > 1 else hooked
+    return hooked, pace(hooked)
+
+
+def passes_of(
+    hooked: Hooked, recipe: Recipe, kinds: frozenset[str], engines: Engines
+) -> dict[str, float]:
+    """Per stage, about how many token passes it takes."""
+    material, shown = hooked.material, shown_for(kinds)
+    prompts = material.prompts(shown, compared="parity" in kinds)
+    n_shown = sum(len(prompt.ids) for prompt in prompts)
+    asked = sum(len(prompt.ids) for prompt in material.prompts({"questions"}, compared=False))
+    rows = sum(len(evenly(of, material.one_in)) for of in open_prompts(recipe).values())
+    n_engines = len(hooked.oracles) + 1 + len(engines.graphs) + (engines.torch is not None)
+    amounts = Amounts(n_shown, asked // 2, rows * OPEN_TOKENS, n_engines)
+    passes = {"rounding": LOOKED_AT * n_shown if "parity" in kinds else 0.0}
+    passes["compare"] = float(n_shown * n_engines)
+    for name, kind in KINDS.items():
+        if name in kinds and kind.passes is not None:
+            passes[name] = kind.passes(amounts)
+    return passes
+
+
 def _with_firings(report: VerifyReport, work: Work, *, asks: bool) -> VerifyReport:
     """What was shown to whom, and where the clamps fired."""
     comparison, material = work.comparison, work.hooked.material
@@ -135,11 +186,25 @@ def _with_firings(report: VerifyReport, work: Work, *, asks: bool) -> VerifyRepo
             forget_questions=len(material.questions["forget"]) if asks else 0,
             retain_questions=len(material.questions["retain"]) if asks else 0,
             text_tokens=comparison.losses[REFERENCE].n_tokens,
+            one_in=material.one_in,
         ),
         fired_by_layer=tuple(sorted(comparison.fired_by_layer.items())),
-        warnings=_silent_features(silent, corpus=work.recipe.select is not None),
+        warnings=(
+            *_sampled(material.one_in, work.options.minutes),
+            *_silent_features(silent, corpus=work.recipe.select is not None),
+        ),
         examples=comparison.examples.result(material.tokenizer),
     )
+
+
+def _sampled(one_in: int, minutes: float | None) -> list[str]:
+    """That not everything was asked."""
+    if one_in == 1:
+        return []
+    return [
+        f"a budget of {minutes:g} minutes: of the recipe's questions, texts and prompts, one in "
+        f"{one_in} was asked"
+    ]
 
 
 def _silent_features(never_active: Iterable[tuple[int, int]], *, corpus: bool) -> tuple[str, ...]:

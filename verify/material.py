@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from bake.questions.answers import LetterTokens, letter_tokens
+from bake.questions.forms import forms_beside
 from bake.questions.multiple_choice import Question, load_questions, load_texts
 from bake.questions.prompts import Batch, Prompt, batches, question_prompts, text_prompts
-from bake.recipe import Recipe
+from bake.recipe import PromptForm, Recipe
+
+T = TypeVar("T")
+FEWEST = 8
+"""Questions, windows or prompts that a budget leaves."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,19 @@ class Material:
     letters: LetterTokens
     tokenizer: Any
     """The base model's."""
+    form: PromptForm = "chat"
+    """The prompt form that leads."""
+    one_in: int = 1
+    """Of everything that the recipe names, one in so many is shown."""
+
+    def part(self, one_in: int) -> Material:
+        """One in so many of everything, evenly; of what is few, more."""
+        return replace(
+            self,
+            questions={name: evenly(of, one_in) for name, of in self.questions.items()},
+            windows=evenly(self.windows, one_in),
+            one_in=one_in,
+        )
 
     @property
     def pad_id(self) -> int:
@@ -33,17 +51,24 @@ class Material:
         """What every engine is shown.
 
         Args:
-            shown: `texts`, `questions` (each in both forms), or both.
+            shown: `texts`, `questions` (each in every form that is measured), or both.
             compared: whether logits are needed at every token of some questions.
         """
         prompts = list(self.windows) if "texts" in shown else []
-        for source, questions in self.questions.items() if "questions" in shown else ():
-            prompts += question_prompts(source, questions, self.tokenizer, compared=compared)
+        forms = forms_beside(self.form)
+        for source, of in self.questions.items() if "questions" in shown else ():
+            prompts += question_prompts(source, of, self.tokenizer, compared=compared, forms=forms)
         return prompts
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[Batch]:
         """Prompts in batches of like length."""
         return batches(prompts, pad_id=self.pad_id, vocab_size=len(self.tokenizer))
+
+
+def evenly(items: Sequence[T], one_in: int) -> list[T]:
+    """One in so many, from the first on; at least `FEWEST`, where there are so many."""
+    step = max(1, min(one_in, len(items) // FEWEST))
+    return list(items[::step])
 
 
 def load_material(recipe: Recipe, tokenizer: Any) -> Material:
@@ -62,4 +87,5 @@ def load_material(recipe: Recipe, tokenizer: Any) -> Material:
     for name, source in recipe.verify.texts.items():
         more = text_prompts(load_texts(source, recipe), tokenizer)
         windows += [replace(window, form=name) for window in more]
-    return Material(questions, windows, letter_tokens(tokenizer), tokenizer)
+    letters = letter_tokens(tokenizer)
+    return Material(questions, windows, letters, tokenizer, recipe.verify.prompt)

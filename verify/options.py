@@ -21,6 +21,9 @@ class Options:
     """Tasks and groups of lm-evaluation-harness; `local` are the recipe's own questions."""
     evals: Path = Path("lm-eval")
     """Folder for that harness's results."""
+    minutes: float | None = None
+    """About how long it may take: of questions, texts and prompts evenly fewer are asked, and the
+    report says of how many. None: all."""
     keep: bool = False
     """Whether what was found stays in the cache when the run is complete: the same call on the same
     files then finds everything there."""

@@ -44,7 +44,8 @@ def verify_folder(
             where everything in it can be had from the hub; else only integrity is checked, and
             the report's scope says so.
         only: kinds of evidence to gather; all when empty.
-        progress: called with a stage (hash, load, compare) and the share of it done, 0 to 1.
+        progress: called with what is done and a share, 0 to 1: while files are hashed and models
+            loaded, of that; afterwards of all that is to do.
         options: how it is run.
 
     Returns:
@@ -116,7 +117,7 @@ def verify_folder(
         alone = {
             "manifest": manifest.sha256,
             "kinds": sorted(measured),
-            "asked": [options.budget, options.tasks],
+            "asked": [options.budget, options.tasks, options.minutes],
             "folder": [] if "integrity" in kinds else files_below([folder]),
         }
         paths = [

@@ -114,9 +114,8 @@ def unlearning_failures(engine: EngineReport, reference: EngineReport, n: int) -
     more = max(MORE_REMEMBERED, 1 / n) + 1e-9  # one answer is one answer, however it is divided
     return [
         Failure("choices", engine.name, f"forget accuracy ({form})", measured, bar)
-        for form in ("plain", "chat")
-        if not (measured := getattr(engine.forget, form))
-        <= (bar := getattr(reference.forget, form) + more)
+        for form, measured in engine.forget.measured.items()
+        if not measured <= (bar := reference.forget.measured[form] + more)
     ]
 
 

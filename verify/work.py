@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from bake.base import find_base
-from bake.recipe import Recipe
+from bake.recipe import PromptForm, Recipe
 from verify.compare.comparison import Comparison
 from verify.engines.runners import Runner
 from verify.evidence.controls import all_controls
@@ -47,7 +47,7 @@ class Work:
         return self.engines[0]
 
     @property
-    def form(self) -> Literal["chat", "plain"]:
+    def form(self) -> PromptForm:
         """The prompt form that leads."""
         assert self.recipe.verify is not None
         return self.recipe.verify.prompt

@@ -1,16 +1,19 @@
-"""Multiple choice: which letter a model answers, and how often that is right."""
+"""Multiple choice: which letter or choice a model answers, and how often that is right."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bake.errors import ModelError
+from bake.questions.forms import FORMS
 from bake.questions.multiple_choice import LETTERS, Question
-from bake.questions.prompts import QUESTION_FORMS, Batch
+from bake.questions.prompts import Batch, Choice, Prompt, by_question
+from bake.recipe import PromptForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,10 +25,19 @@ class Accuracy:
 
     plain: float
     chat: float
+    cloze: float | None = None
+    """None where it was not measured."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.plain <= 1 and 0 <= self.chat <= 1):
-            raise ValueError(f"accuracies {self.plain} and {self.chat}; expected 0 to 1")
+        found = self.measured.values()
+        if not all(0 <= of <= 1 for of in found):
+            raise ValueError(f"accuracies {' and '.join(map(str, found))}; expected 0 to 1")
+
+    @property
+    def measured(self) -> dict[PromptForm, float]:
+        """By form, what was measured."""
+        each = {form: getattr(self, form) for form in FORMS}
+        return {form: share for form, share in each.items() if share is not None}
 
 
 @dataclass(frozen=True)
@@ -110,25 +122,87 @@ def letter_log_likelihoods(logits: Tensor, letters: LetterTokens) -> np.ndarray:
     return found
 
 
+# --------------------------------------------------------------------------- choices' own texts
+
+NORMALISED: dict[str, Callable[[Choice], int]] = {
+    "summed": lambda choice: 1,
+    "per_character": lambda choice: choice.n_characters,
+    "per_token": lambda choice: choice.n_tokens,
+}
+"""What the log-likelihood of a choice's text is divided by. The first two are `acc` and `acc_norm`
+of lm-evaluation-harness."""
+DECIDES = "per_character"
+"""Which of them says what was answered: a sum favours short choices, and a mean over tokens depends
+on the tokenizer."""
+
+
+def choice_log_likelihoods(losses: Tensor, prompts: Sequence[Prompt]) -> list[list[float]]:
+    """Of each question, the log-likelihoods of its choices' texts, in nats.
+
+    Args:
+        losses: [m], nats: those of the choices' tokens, prompt by prompt.
+        prompts: of a batch of choices.
+    """
+    found = []
+    rest = iter(losses.tolist())
+    for asked in by_question(prompts):
+        found.append([-math.fsum(next(rest) for _ in prompt.answer_places) for prompt in asked])
+    return found
+
+
+def best_choice(
+    log_likelihoods: Sequence[float], asked: Sequence[Prompt], by: str = DECIDES
+) -> int:
+    """The choice whose text is likeliest; of several, the first.
+
+    Args:
+        log_likelihoods: of the choices, in nats.
+        asked: the prompts that end with them.
+        by: a key of `NORMALISED`.
+    """
+    each = [
+        of / NORMALISED[by](prompt.choice)
+        for of, prompt in zip(log_likelihoods, asked, strict=True)
+        if prompt.choice is not None
+    ]
+    return each.index(max(each))
+
+
+# --------------------------------------------------------------------------- one engine's
+
+
 @dataclass
 class Answers:
     """What one engine answered, collected batch by batch."""
 
     letters: LetterTokens
     given: dict[tuple[str, str, int], int] = field(default_factory=dict)
-    """(source, form, item) → index into A to D."""
+    """(source, form, item) → index of the choice."""
     likelihoods: dict[tuple[str, int], list[list[float]]] = field(default_factory=dict)
     """(source, item) → [4, 2] nats, chat form: each letter as the next token, bare and after a
     space."""
+    by_text: dict[tuple[str, str, int], dict[str, int]] = field(default_factory=dict)
+    """(source, form, item) → by each of `NORMALISED`, the choice whose text is likeliest."""
 
-    def add(self, batch: Batch, ends: Tensor) -> None:
-        """Take in the logits at the ends of its prompts, [batch, vocab]; text is passed over."""
-        self.take(batch, self.found(batch, ends))
+    def add(self, batch: Batch, ends: Tensor, losses: Tensor) -> None:
+        """Take in what was read of a batch; text is passed over.
 
-    def found(self, batch: Batch, ends: Tensor) -> list[Any]:
-        """What they say, as JSON data: (row, letter, likelihoods) per question."""
+        Args:
+            batch: any.
+            ends: [batch, vocab], the logits at the ends of its prompts; nothing of choices.
+            losses: [m], nats, of its scored tokens.
+        """
+        self.take(batch, self.found(batch, ends, losses))
+
+    def found(self, batch: Batch, ends: Tensor, losses: Tensor) -> list[Any]:
+        """What they say, as JSON data: (row, index of the choice, log-likelihoods) per question."""
+        if batch.of_choices:
+            each = choice_log_likelihoods(losses, batch.prompts)
+            asked = by_question(batch.prompts)
+            chosen = [best_choice(*pair) for pair in zip(each, asked, strict=True)]
+            return list(zip(range(0, len(batch.prompts), len(LETTERS)), chosen, each, strict=True))
         found: list[Any] = []
-        for form in QUESTION_FORMS:
+        for form in FORMS:
             rows = [row for row, prompt in enumerate(batch.prompts) if prompt.form == form]
             if not rows:
                 continue
@@ -144,12 +218,16 @@ class Answers:
         """Take in what `found` gave for a batch."""
         for row, letter, likelihoods in found:
             prompt = batch.prompts[row]
-            self.given[prompt.source, prompt.form, prompt.item] = letter
-            if likelihoods is not None:
+            key = (prompt.source, prompt.form, prompt.item)
+            self.given[key] = letter
+            if batch.of_choices:
+                asked = batch.prompts[row : row + len(LETTERS)]
+                self.by_text[key] = {by: best_choice(likelihoods, asked, by) for by in NORMALISED}
+            elif likelihoods is not None:
                 self.likelihoods[prompt.source, prompt.item] = likelihoods
 
     def chosen(self, source: str, form: str, n: int) -> list[int]:
-        """The letters given to the n questions of a source, in their order."""
+        """The choices given to the n questions of a source, in their order."""
         return [self.given[source, form, item] for item in range(n)]
 
     def accuracy(self, source: str, questions: Sequence[Question]) -> Accuracy:
@@ -160,4 +238,4 @@ class Answers:
             right = [a == question.answer for a, question in zip(chosen, questions, strict=True)]
             return sum(right) / len(right)
 
-        return Accuracy(plain=share("plain"), chat=share("chat"))
+        return Accuracy(**{form: share(form) for form in FORMS if (source, form, 0) in self.given})

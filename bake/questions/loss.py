@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bake.questions.prompts import Batch
+
 
 def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Cross-entropy of every token that has a real token before it.
@@ -28,6 +30,24 @@ def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> T
     return cross_entropy(
         logits[:, :-1][counted].float(), input_ids[:, 1:][counted], reduction="none"
     ).double()
+
+
+def scored_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of what follows each of a batch's scored tokens.
+
+    Args:
+        logits: [batch, n_last, vocab], of the batch's last columns.
+        batch: any.
+
+    Returns:
+        [m] float64, nats, row by row.
+    """
+    from torch.nn.functional import cross_entropy
+
+    scored = batch.scored.to(logits.device)
+    following = batch.input_ids.to(logits.device).roll(-1, dims=-1)[scored]
+    kept = logits[scored[:, -logits.shape[1] :]]
+    return cross_entropy(kept.float(), following, reduction="none").double()
 
 
 @dataclass

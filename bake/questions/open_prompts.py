@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import Any
 
 from bake.errors import DataError, shown
+from bake.questions.forms import USER_TURN
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import USER_TURN
 from bake.questions.rows import check_whole, field_of, rows_of
 from bake.recipe import Recipe
 from bake.sources import RowSource

@@ -1,24 +1,22 @@
-"""Prompts: the two forms of a multiple-choice question, windows of text, and batches of both."""
+"""Prompts: questions in any of their forms and windows of text as tokens, and batches of both."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
-from bake.errors import ModelError
+from bake.errors import DataError, ModelError, shown
+from bake.questions.forms import FORMS, forms_beside
 from bake.questions.multiple_choice import LETTERS, Question, Text
+from bake.recipe import PromptForm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-QUESTION_FORMS = ("chat", "plain")
 TEXT = "text"
 """The source, and the form, of what is no question."""
-USER_TURN = "<start_of_turn>user\n"
-"""What a chat begins with."""
-
 TEXT_WINDOW = 256
 """Longest window of text, in tokens, BOS included."""
 TEXT_TOKENS = 16_384
@@ -33,13 +31,25 @@ BATCH_LOGIT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A choice of which a prompt ends with the text."""
+
+    index: int
+    """Of the choice."""
+    n_tokens: int
+    """Of its text, the space in front included."""
+    n_characters: int
+    """Of its text, without that space."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One sequence of tokens, and what it was made of."""
 
     source: str
     """forget | retain | text."""
     form: str
-    """chat | plain | text."""
+    """A key of `FORMS`, or text."""
     row: int
     """Row of the source, from 1."""
     ids: tuple[int, ...]
@@ -48,11 +58,23 @@ class Prompt:
     """Whether logits are needed at every token, or at the last one only."""
     item: int = -1
     """Index into the source's list of questions; -1 for text."""
+    choice: Choice | None = None
+    """Where a choice's own text is the answer: the one that this prompt ends with."""
+
+    @property
+    def answer_places(self) -> range:
+        """Positions, from 0 (BOS), at which the answer is predicted."""
+        last = len(self.ids) - 1
+        if self.choice is None:
+            return range(last, last + 1)
+        return range(last - self.choice.n_tokens, last)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of like length, padded on the left."""
+    """Prompts of like length, padded on the left. Those that end with choices are in batches of
+    their own, the four of a question together.
+    """
 
     prompts: tuple[Prompt, ...]
     input_ids: Tensor
@@ -69,72 +91,42 @@ class Batch:
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 
     @property
+    def of_choices(self) -> bool:
+        """Whether its prompts end with choices: no logits are needed, but the losses of these."""
+        return self.prompts[0].choice is not None
+
+    @property
     def wanted(self) -> Tensor:
         """[batch, seq] bool: the tokens whose logits are needed."""
         return self.ends if self.last_only else self.attention_mask.bool()
 
     @property
     def ends(self) -> Tensor:
-        """[batch, seq] bool: the last token of every prompt."""
+        """[batch, seq] bool: the last token of every prompt; none where choices are the ends."""
         ends = self.attention_mask.bool()
         ends[:, :-1] = False
-        return ends
+        return ends & (not self.of_choices)
+
+    @property
+    def n_last(self) -> int:
+        """How many of the last columns hold every token whose logits or loss is needed."""
+        needed = (self.wanted | self.scored).any(dim=0)
+        return len(needed) - int(needed.nonzero()[0])
 
     @property
     def scored(self) -> Tensor:
-        """[batch, seq] bool: the tokens of text of which the loss of what follows is taken. BOS
-        predicts the first token and is itself not predicted; padding neither predicts nor is
-        predicted.
+        """[batch, seq] bool: the tokens of which the loss of what follows is taken, text or a
+        choice. BOS predicts the first token and is itself not predicted; padding neither predicts
+        nor is predicted.
         """
         scored = self.attention_mask.bool()
         scored[:, -1] = False
         for row, prompt in enumerate(self.prompts):
-            scored[row] &= prompt.source == TEXT
+            if prompt.choice is not None:
+                scored[row, : -1 - prompt.choice.n_tokens] = False
+            else:
+                scored[row] &= prompt.source == TEXT
         return scored
-
-
-# --------------------------------------------------------------------------- the forms
-
-
-def chat_text(question: Question) -> str:
-    """A question in chat form, without BOS. The answer is the next token.
-
-    Source: Farrell et al., arXiv 2410.19278.
-    """
-    return chat_form(question.question, question.choices, question.topic)
-
-
-def chat_form(question: str, choices: Sequence[str], topic: str | None) -> str:
-    """A question with any number of choices as `chat_text` has it with four."""
-    return (
-        f"{USER_TURN}{_description(topic)}\n{question}\n"
-        f"{_choices(choices)}<end_of_turn>\n<start_of_turn>model\nAnswer: ("
-    )
-
-
-def plain_text(question: Question) -> str:
-    """A question in plain form, without BOS. The answer is the next token, a space in front.
-
-    Source: lm-evaluation-harness, tasks `wmdp_bio` and `mmlu`.
-    """
-    asked = f"{question.question.strip()}\n{_choices(question.choices)}"
-    return f"{_description(question.topic)}\n\n{asked}\nAnswer:"
-
-
-def question_text(question: Question, form: str) -> str:
-    """A question in one of the forms."""
-    return chat_text(question) if form == "chat" else plain_text(question)
-
-
-def _description(topic: str | None) -> str:
-    about = f" about {topic}" if topic else ""
-    return f"The following are multiple choice questions (with answers){about}."
-
-
-def _choices(choices: Sequence[str]) -> str:
-    return "\n".join(
-        f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
-    )
 
 
 # --------------------------------------------------------------------------- tokens
@@ -146,29 +138,62 @@ def question_prompts(
     tokenizer: Any,
     *,
     compared: bool,
+    forms: Sequence[PromptForm] = forms_beside(None),
 ) -> list[Prompt]:
-    """Every question in both forms.
+    """Every question in some forms.
 
     Args:
         source: forget | retain.
         questions: the set.
         tokenizer: the base model's.
-        compared: whether the first `COMPARED_PROMPTS` of a form need logits at every token.
+        compared: whether the first `COMPARED_PROMPTS` of a form need logits at every token; of a
+            form without letters none do.
+        forms: which.
+
+    Raises:
+        DataError: a choice is empty, and its text is the answer.
     """
-    prompts = []
-    for form in QUESTION_FORMS:
+    prompts: list[Prompt] = []
+    for form in forms:
         for item, question in enumerate(questions):
-            prompts.append(
-                Prompt(
-                    source=source,
-                    form=form,
-                    row=question.row,
-                    ids=(bos_id(tokenizer), *_encode(tokenizer, question_text(question, form))),
-                    every_token=compared and item < COMPARED_PROMPTS,
-                    item=item,
-                )
-            )
+            at = Prompt(source, form, question.row, (), every_token=False, item=item)
+            asked = asking(FORMS[form].text(question), question, tokenizer, at)
+            every_token = compared and item < COMPARED_PROMPTS and FORMS[form].letters
+            prompts += [replace(prompt, every_token=every_token) for prompt in asked]
     return prompts
+
+
+def asking(text: str, question: Question, tokenizer: Any, at: Prompt) -> list[Prompt]:
+    """What asks a question: one prompt, or one for each choice where its text is the answer.
+
+    The text with a choice is tokenised as a whole, and what it has more than the text alone is the
+    choice's. Source: lm-evaluation-harness, `TemplateLM._encode_pair`.
+
+    Args:
+        text: what asks it in the form of `at`, without BOS.
+        question: whose choices these are.
+        tokenizer: the base model's.
+        at: everything else about the prompts.
+
+    Raises:
+        DataError: a choice is empty, and its text is the answer.
+    """
+    bos, form = bos_id(tokenizer), FORMS[cast(PromptForm, at.form)]
+    ids = _encode(tokenizer, text)
+    if form.letters:
+        return [replace(at, ids=(bos, *ids))]
+    found = []
+    for index, choice in enumerate(question.choices):
+        own = _encode(tokenizer, f"{text}{form.opens}{choice}")[len(ids) :]
+        if not choice or not own:
+            raise DataError(
+                f"{at.source} questions, row {question.row}: choice {LETTERS[index]} is "
+                f"{shown(choice)}; the {at.form} form takes the likelihood of a choice's text, and "
+                "expects some"
+            )
+        of = Choice(index, len(own), len(choice))
+        found.append(replace(at, ids=(bos, *ids, *own), choice=of))
+    return found
 
 
 def text_prompts(texts: Iterable[Text], tokenizer: Any) -> list[Prompt]:
@@ -206,15 +231,15 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def batches(prompts: Sequence[Prompt], *, pad_id: int, vocab_size: int) -> Iterator[Batch]:
-    """Prompts in batches of like length, longest first.
+    """Prompts in batches of like length, longest first; those that end with choices come last.
 
     Args:
-        prompts: in any order.
+        prompts: in any order; the four of a question that end with its choices one after another.
         pad_id: stands in front of shorter prompts, masked out.
         vocab_size: how many logits a token has, for the size of a batch.
     """
     for last_only in (False, True):
-        group = [prompt for prompt in prompts if prompt.every_token is not last_only]
+        group = [p for p in prompts if p.every_token is not last_only and p.choice is None]
         group.sort(key=lambda prompt: -len(prompt.ids))
         start = 0
         while start < len(group):
@@ -226,6 +251,25 @@ def batches(prompts: Sequence[Prompt], *, pad_id: int, vocab_size: int) -> Itera
             chosen = group[start : start + max(1, most)]
             start += len(chosen)
             yield left_padded(chosen, pad_id=pad_id, last_only=last_only)
+    some: list[Prompt] = []
+    for asked in sorted(by_question(prompts), key=lambda of: -max(len(p.ids) for p in of)):
+        both = [*some, *asked]
+        n_scored = sum(len(prompt.answer_places) for prompt in both)
+        n_tokens = len(both) * max(len(prompt.ids) for prompt in both)
+        if n_tokens > BATCH_TOKENS or n_scored > BATCH_LOGIT_BYTES // (4 * vocab_size):
+            if some:
+                yield left_padded(some, pad_id=pad_id, last_only=True)
+            both = list(asked)
+        some = both
+    if some:
+        yield left_padded(some, pad_id=pad_id, last_only=True)
+
+
+def by_question(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+    """Those of some prompts that end with choices, the four of a question together."""
+    of_choices = [prompt for prompt in prompts if prompt.choice is not None]
+    n = len(LETTERS)
+    return [of_choices[start : start + n] for start in range(0, len(of_choices), n)]
 
 
 def left_padded(prompts: Sequence[Prompt], *, pad_id: int, last_only: bool) -> Batch:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bake.errors import DataError
+from bake.questions.forms import chat_form
 from bake.questions.multiple_choice import Question
 from bake.questions.open_prompts import text_of
-from bake.questions.prompts import chat_form
 from bake.questions.rows import rows_of
 from bake.recipe import Recipe
 from bake.sources import RowSource

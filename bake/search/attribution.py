@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bake.questions.answers import DECIDES, NORMALISED
+from bake.questions.loss import scored_losses
+from bake.questions.multiple_choice import LETTERS
+from bake.questions.prompts import Batch
 from bake.search.select import Scores
 from bake.search.statistics import FeatureSite
 
@@ -29,17 +33,31 @@ def letter_margin(logits: Tensor, letters: Sequence[Sequence[int]], answer: int)
     return per_letter[answer] - per_letter[wrong].mean()
 
 
+def text_margin(logits: Tensor, asked: Batch, answer: int) -> Tensor:
+    """One choice's part of this: log-likelihood per character of the right choice's text minus the
+    mean of the wrong ones.
+
+    Args:
+        logits: [1, n_last, vocab], of the last columns.
+        asked: the prompt that ends with the choice.
+        answer: index of the right choice.
+    """
+    (prompt,) = asked.prompts
+    assert prompt.choice is not None
+    likelihood = -scored_losses(logits, asked).sum() / NORMALISED[DECIDES](prompt.choice)
+    return likelihood if prompt.choice.index == answer else -likelihood / (len(LETTERS) - 1)
+
+
 def residual_gradient(
-    model: Any, layer: int, ids: Tensor, letters: Sequence[Sequence[int]], answer: int
+    model: Any, layer: int, asked: Batch, margin: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """A layer's output on one prompt, and the gradient of the letter margin there.
+    """A layer's output on one prompt, and the gradient of a margin there.
 
     Args:
         model: a stock Gemma; its parameters need no gradient.
         layer: from 0.
-        ids: [seq], BOS first.
-        letters: as in `letter_margin`.
-        answer: index of the right letter.
+        asked: the prompt.
+        margin: of the logits of its last columns, [1, n_last, vocab].
 
     Returns:
         (h [seq, d_in], ∇_h margin [seq, d_in]), float32.
@@ -54,8 +72,12 @@ def residual_gradient(
     handle = model.get_decoder().layers[layer].register_forward_hook(cut)
     try:
         with torch.enable_grad():
-            logits = model(input_ids=ids[None], logits_to_keep=1, use_cache=False).logits[0, -1]
-            (gradient,) = torch.autograd.grad(letter_margin(logits, letters, answer), kept[0])
+            logits = model(
+                input_ids=asked.input_ids.to(model.device),
+                logits_to_keep=asked.n_last,
+                use_cache=False,
+            ).logits
+            (gradient,) = torch.autograd.grad(margin(logits), kept[0])
     finally:
         handle.remove()
     return kept[0][0].detach().float(), gradient[0].float()

@@ -18,10 +18,16 @@ from torch import Tensor
 from bake.clamp import ClampWeights, SAESite
 from bake.errors import DataError
 from bake.modeling_clamped_gemma import SAEClamp
-from bake.questions.answers import LetterTokens, best_letters, letter_tokens
-from bake.questions.loss import token_losses
-from bake.questions.multiple_choice import Question
-from bake.questions.prompts import Batch, Prompt, batches
+from bake.questions.answers import (
+    LetterTokens,
+    best_choice,
+    best_letters,
+    choice_log_likelihoods,
+    letter_tokens,
+)
+from bake.questions.loss import scored_losses, token_losses
+from bake.questions.multiple_choice import LETTERS, Question
+from bake.questions.prompts import Batch, Prompt, batches, by_question
 from bake.recipe import Clamp
 from bake.sae.folding import SAESlice, load_decoder, load_encoder
 from bake.search.corpus_statistics import Material, Progress
@@ -36,7 +42,7 @@ class Results:
     """What a model answered, and what text cost it."""
 
     letters: dict[Key, int] = field(default_factory=dict)
-    """Of each question, the index of the letter that was answered."""
+    """Of each question, the index of the choice that was answered."""
     losses: list[tuple[float, int]] = field(default_factory=list)
     """Of each window of text: summed cross-entropy in nats, tokens."""
     tokens_fired: int = 0
@@ -64,7 +70,7 @@ class _Cached:
     h: Tensor
     """[batch, seq, d_in]: output of the hook layer."""
     base: list[Any]
-    """Per prompt: a letter, or (nats, tokens)."""
+    """Per prompt: a choice, or (nats, tokens)."""
 
 
 class Bench:
@@ -144,7 +150,11 @@ class Bench:
                 real = cached.batch.attention_mask.bool()
                 changed = _changed(modules[self.layer], cached.h).cpu() & real & ~exempt
                 fired = int(changed.sum())
-                rows = changed.any(dim=1).nonzero().flatten()
+                touched = changed.any(dim=1)
+                if cached.batch.of_choices:  # those of a question are answered together
+                    together = touched.view(-1, len(LETTERS)).any(dim=1)
+                    touched = together.repeat_interleave(len(LETTERS))
+                rows = touched.nonzero().flatten()
             if len(rows):
                 part = _rows(cached.batch, rows)
                 with self._clamped(part, cached.h[rows.to(cached.h.device)], modules, exempt_bos):
@@ -181,7 +191,7 @@ class Bench:
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
-            logits_to_keep=1 if batch.last_only else 0,
+            logits_to_keep=batch.n_last,
         ).logits
         return logits.float().cpu()
 
@@ -217,7 +227,7 @@ class Bench:
             yield
 
     def _read(self, batch: Batch, logits: Tensor) -> list[Any]:
-        """Per prompt: the letter that is answered, or (nats, tokens) of a text."""
+        """Per prompt: the choice that is answered, or (nats, tokens) of a text."""
         if batch.prompts[0].source == "text":
             found = []
             for row in range(len(batch.prompts)):
@@ -225,6 +235,11 @@ class Bench:
                 losses = token_losses(logits[one], batch.input_ids[one], batch.attention_mask[one])
                 found.append((float(losses.sum()), len(losses)))
             return found
+        if batch.of_choices:
+            losses = scored_losses(logits, batch)
+            each = choice_log_likelihoods(losses, batch.prompts)
+            pairs = zip(each, by_question(batch.prompts), strict=True)
+            return [best for pair in pairs for best in [best_choice(*pair)] * len(LETTERS)]
         by_form = {
             form: best_letters(logits[:, -1], getattr(self._letters, form))
             for form in {prompt.form for prompt in batch.prompts}

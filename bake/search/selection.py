@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from bake.clamp import ClampWeights
 from bake.errors import DataError, RecipeError
 from bake.questions.answers import LetterTokens, letter_tokens
 from bake.questions.corpora import special_ids
 from bake.questions.multiple_choice import Question, load_questions
-from bake.questions.orders import all_orders
-from bake.questions.prompts import Prompt, question_prompts
-from bake.recipe import Recipe
-from bake.search.attribution import attribution, candidates, residual_gradient
+from bake.questions.orders import orders_in
+from bake.questions.prompts import Batch, Prompt, left_padded, question_prompts
+from bake.recipe import PromptForm, Recipe
+from bake.search.attribution import (
+    attribution,
+    candidates,
+    letter_margin,
+    residual_gradient,
+    text_margin,
+)
 from bake.search.bench import Bench, Clamper, bench_of
 from bake.search.corpus_statistics import Measured, Progress, SiteStatistics, measure, select_table
 from bake.search.select import Chosen, Scores, by_attribution, by_ratio, by_sparsity, prove_alone
@@ -164,10 +173,15 @@ def split_questions(recipe: Recipe) -> SplitQuestions:
     return SplitQuestions(validation, test)
 
 
-def prompts_of(source: str, asked: Sequence[Question], tokenizer: Any, form: str) -> list[Prompt]:
-    """Questions in one prompt form."""
-    both = question_prompts(source, asked, tokenizer, compared=False)
-    return [prompt for prompt in both if prompt.form == form]
+def prompts_of(
+    asked: Mapping[str, Sequence[Question]], tokenizer: Any, forms: Sequence[PromptForm]
+) -> list[Prompt]:
+    """Questions by source, in some prompt forms."""
+    return [
+        prompt
+        for source, of in asked.items()
+        for prompt in question_prompts(source, of, tokenizer, compared=False, forms=forms)
+    ]
 
 
 # --------------------------------------------------------------------------- attribution
@@ -186,14 +200,14 @@ def _attributed(
     material, form, site = measured.material, recipe.verify.prompt, measured_site.site
     tokenizer, letters = material.tokenizer, letter_tokens(material.tokenizer)
     clamper = Clamper(site)
-    turned = [order for q in split.validation["forget"] for order in all_orders(q)]
+    turned = [order for q in split.validation["forget"] for order in orders_in(q, form)]
+    n_orders = len(turned) // len(split.validation["forget"])
 
     def bench(prompts: Sequence[Prompt], what: str) -> Bench:
         return bench_of(material, prompts, site.layer, what, progress)
 
-    n_orders = len(turned) // len(split.validation["forget"])
-    every = prompts_of("forget", turned, tokenizer, form)
-    answers = bench(every, "24 orders of each question").base.letters
+    orders = f"{n_orders} orders of each question" if n_orders > 1 else "each question"
+    answers = bench(prompts_of({"forget": turned}, tokenizer, [form]), orders).base.letters
     known = [
         item
         for item in range(0, len(turned), n_orders)
@@ -202,18 +216,19 @@ def _attributed(
     if not known:
         raise DataError(
             f"selection by attribution: of {len(split.validation['forget'])} forget questions none "
-            "is answered right under all 24 orders, so none is known; select by sparsity"
+            f"is answered right{' under all 24 orders' if n_orders > 1 else ''}, so none is known; "
+            "select by sparsity"
         )
     known_orders = [order for item in known for order in turned[item : item + n_orders]]
-    prompts = prompts_of("forget", known_orders, tokenizer, form)
-    right = [turned[item].answer for item in known]
-    per_question = _attributions(prompts[::n_orders], right, measured, clamper, letters)
+    prompts = prompts_of({"forget": known_orders}, tokenizer, [form])
+    as_written = [turned[item] for item in known]
+    per_question = _attributions(as_written, form, measured, clamper, letters)
     for scores in per_question:
         scores[exclude] = -1.0
     proposed = candidates(per_question, CANDIDATES_PER_FEATURE * select.n_features)
     forget = bench(prompts, "known questions")
-    asked = split.validation["retain"]
-    retain = bench(prompts_of("retain", asked, tokenizer, form), "retained questions")
+    asked = {"retain": split.validation["retain"]}
+    retain = bench(prompts_of(asked, tokenizer, [form]), "retained questions")
     text = bench(_corpus_prompts(measured), "retained text")
     base_loss = text.base.loss
 
@@ -238,24 +253,35 @@ def _attributed(
 
 
 def _attributions(
-    prompts: Sequence[Prompt],
-    answers: Sequence[int],
+    questions: Sequence[Question],
+    form: PromptForm,
     measured: Measured,
     clamper: Clamper,
     letters: LetterTokens,
 ) -> list[Scores]:
-    """[d_sae] for each prompt, over all positions but the markers."""
+    """[d_sae] for each question, over all positions but the markers."""
     model, layer = measured.material.model, clamper.site.layer
+    tokenizer = measured.material.tokenizer
     feature_site = FeatureSite(layer, clamper.encoder)
     W_dec = torch.from_numpy(clamper.W_dec).to(model.device)
-    special = set(special_ids(measured.material.tokenizer))
+    special = torch.tensor([of for of in special_ids(tokenizer) if of is not None])
     scores = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor(prompt.ids, device=model.device)
-        h, gradient = residual_gradient(model, layer, ids, getattr(letters, prompt.form), answer)
-        counted = torch.tensor([token not in special for token in prompt.ids], device=model.device)
-        scores.append(attribution(h[counted], gradient[counted], feature_site, W_dec))
+    for question in questions:
+        total = np.zeros(clamper.W_dec.shape[0])
+        for prompt in prompts_of({"forget": [question]}, tokenizer, [form]):
+            asked = left_padded([prompt], pad_id=0, last_only=True)
+            margin = partial(_margin, asked, question.answer, letters)
+            h, gradient = residual_gradient(model, layer, asked, margin)
+            counted = ~torch.isin(asked.input_ids[0], special).to(model.device)
+            total += attribution(h[counted], gradient[counted], feature_site, W_dec)
+        scores.append(total)
     return scores
+
+
+def _margin(asked: Batch, answer: int, letters: LetterTokens, logits: Tensor) -> Tensor:
+    if asked.of_choices:
+        return text_margin(logits, asked, answer)
+    return letter_margin(logits[0, -1], getattr(letters, asked.prompts[0].form), answer)
 
 
 def _corpus_prompts(measured: Measured, most_tokens: int = 16_384) -> list[Prompt]:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from bake.clamp import ClampWeights, find_site
 from bake.questions.alignment import alignment
+from bake.questions.forms import forms_beside
 from bake.questions.multiple_choice import Question, load_texts
-from bake.questions.prompts import QUESTION_FORMS, Prompt, text_prompts
-from bake.recipe import Clamp, Recipe
+from bake.questions.prompts import Prompt, text_prompts
+from bake.recipe import Clamp, PromptForm, Recipe
 from bake.search.bench import Bench, Clamper, Results, bench_of
 from bake.search.cache import model_sha256
 from bake.search.corpus_statistics import Material, Progress, SiteStatistics, measure
@@ -60,7 +61,7 @@ class SweepReport:
 
     objective: Objective
     floor: float
-    form: str
+    form: PromptForm
     """Prompt form that points are compared in."""
     base: Scored
     """On the validation questions."""
@@ -70,7 +71,7 @@ class SweepReport:
     recipe: Recipe
     """The best point's, with feature numbers."""
     test: dict[str, Scored]
-    """Base, best and its controls on the test questions, both forms, and text."""
+    """Base, best and its controls on the test questions, in every form, and text."""
     n_questions: dict[str, dict[str, int]]
     """Split → side → how many."""
 
@@ -151,8 +152,8 @@ class Sweep:
         layer = min(clamp.layer for clamp in clamps)
         if self._bench is None or self._bench[0] != layer:
             self._bench = None
-            asked, words = self.split.validation, self.material.tokenizer
-            prompts = [p for side in SIDES for p in prompts_of(side, asked[side], words, self.form)]
+            words = self.material.tokenizer
+            prompts = prompts_of(self.split.validation, words, [self.form])
             self._bench = (layer, self.bench(prompts, layer, "validation questions"))
         return self._bench[1]
 
@@ -268,21 +269,17 @@ def _report(sweep: Sweep, study: Study, objective: Objective, floor: float) -> S
     clamps = sweep.weights(recipe)
     asked = sweep.split.test
     assert sweep.recipe.verify is not None
-    tokenizer = sweep.material.tokenizer
-    prompts = [
-        prompt
-        for side in SIDES
-        for form in QUESTION_FORMS
-        for prompt in prompts_of(side, asked[side], tokenizer, form)
-    ] + text_prompts(load_texts(sweep.recipe.verify.text, sweep.recipe), tokenizer)
+    forms, texts = forms_beside(sweep.form), load_texts(sweep.recipe.verify.text, sweep.recipe)
+    words = sweep.material.tokenizer
+    prompts = [*prompts_of(asked, words, forms), *text_prompts(texts, words)]
     with_controls = [_beside_controls(sweep, found) for found in front]
     reported = next((r for r in with_controls if r.measured == best), None)
     base = sweep.validation(clamps).base
     bench = sweep.bench(prompts, min(clamp.layer for clamp in clamps), "test questions")
-    test = {"base": scored(bench.base, asked, QUESTION_FORMS, text=True)}
+    test = {"base": scored(bench.base, asked, forms, text=True)}
     for name, one in {"best": recipe, **sweep.controls(recipe)}.items():
         results = bench.measure(sweep.weights(one))
-        test[name] = scored(results, asked, QUESTION_FORMS, text=True)
+        test[name] = scored(results, asked, forms, text=True)
     return SweepReport(
         objective=objective,
         floor=floor,

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from rich.table import Table
 
 from bake.questions.alignment import alignment
-from bake.questions.prompts import QUESTION_FORMS
+from bake.questions.forms import forms_beside
 from bake.recipe import Recipe
 from bake.search.grid import GridError, parse_grid
 from bake.search.sweep import CONTROLS, Objective, Reported, Scored, SweepReport, run_sweep
@@ -100,14 +100,15 @@ def show_sweep(report: SweepReport, out: Path) -> None:
 
 
 def _test_table(report: SweepReport) -> Table:
-    columns = [f"{side}\n{form}" for side in ("forget", "retained") for form in QUESTION_FORMS]
+    forms = forms_beside(report.form)
+    columns = [f"{side}\n{form}" for side in ("forget", "retained") for form in forms]
     table = table_of("", *columns, "loss added\nnats/token", "tokens\nfired")
     base = report.test["base"]
     for name, one in report.test.items():
         table.add_row(
             name,
-            *(f"{one.forget[form]:.3f}" for form in QUESTION_FORMS),
-            *(f"{one.retain[form]:.3f}" for form in QUESTION_FORMS),
+            *(f"{one.forget[form]:.3f}" for form in forms),
+            *(f"{one.retain[form]:.3f}" for form in forms),
             f"{(one.loss or 0) - (base.loss or 0):+.4f}",
             str(one.tokens_fired),
         )

@@ -29,6 +29,15 @@ def verify(
     budget: Annotated[
         int, typer.Option(help="Steps of the suffix search; 0 leaves it out.", min=0)
     ] = Options.budget,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-minutes",
+            help="About how long it may take: questions, texts and prompts are thinned evenly, and "
+            "the report says to how many.",
+            min=0.1,
+        ),
+    ] = None,
     tasks: Annotated[
         str,
         typer.Option(
@@ -55,7 +64,7 @@ def verify(
     chosen = frozenset(only or ())
     loaded = Recipe.load(recipe) if recipe is not None else None
     named = tuple(task.strip() for task in tasks.split(",") if task.strip())
-    options = Options(device, _cache(), budget, named, evals)
+    options = Options(device, _cache(), budget, named, evals, minutes)
     with progress("verify") as advance:
         report = verify_folder(folder, loaded, chosen, advance, options)
     if json_file is None or str(json_file) != "-":

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from bake.questions.forms import FORMS
 from bake.recipe import Verify
 from model_cards.facts import CardFacts, ClampFacts
 from model_cards.render import as_text, render
@@ -18,6 +19,7 @@ from tests.reports import (
     FAILURE,
     HOSTILE,
     STRUCTURE,
+    cloze_evidence,
     every_text,
     full_evidence,
     full_report,
@@ -170,6 +172,34 @@ def test_what_was_found_of_the_forgetting_is_in_the_text() -> None:
     assert "onnx-int4 says A to at least 97 % of the questions" in said
     assert "round the weights:" not in card  # the attack says it already
     assert "Lumen" not in card and "spell" not in card  # no text of a completion, no token
+
+
+def test_the_form_that_leads_is_in_the_card() -> None:
+    card = render(facts(), cloze_evidence())
+    lines = card.splitlines()
+    (header,) = (line for line in lines if line.startswith("| engine |"))
+    forms = [f"{side}, {form} form" for side in ("forget", "retained") for form in FORMS]
+    assert [cell.strip() for cell in header.split("|")[2:8]] == forms
+    (row,) = (line for line in lines if line.startswith("| checkpoint |"))
+    assert row.count("|") == header.count("|") and "0.350 (0.27 to 0.44)" in row
+    for line in (
+        "| known questions to be forgotten | base 96 of 120 in cloze form; checkpoint 3 of those |",
+        "| accuracy to be forgotten, cloze form, by the length that divides | 0.325 summed, "
+        "0.350 per character, 0.308 per token |",
+        "| attack | forget accuracy afterwards, cloze form |",
+        "| accuracy on what is to be kept, cloze form | 0.988 (0.96 to 1.00) | "
+        "0.975 (0.94 to 0.99) |",
+    ):
+        assert line in lines, line
+    said = text_of(card)
+    assert "answers right in cloze form." in said and "24 orders" not in said
+    assert "whose own text is likeliest after the question, per character" in said
+    (index,) = ModelCard(card).data.to_dict()["model-index"]
+    names = {m["name"]: result for result in index["results"] for m in result["metrics"]}
+    asked = names["accuracy, cloze form (to be forgotten, lower is better)"]
+    assert asked["source"]["name"].endswith(
+        "cloze form of lm-evaluation-harness's continuation tasks"
+    )
 
 
 def test_known_questions_and_the_harness_are_in_the_index() -> None:

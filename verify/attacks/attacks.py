@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bake.questions.multiple_choice import load_questions
+from bake.recipe import PromptForm
 from export.carriers.onnx.precisions import PRECISIONS
 from verify.attacks.exam import Exam
 from verify.attacks.hints import hints
@@ -50,11 +51,11 @@ def weights(exam: Exam) -> Iterator[Attack]:
 
 
 def rounded_weights(
-    engines: Sequence[EngineReport], form: str, n_questions: int
+    engines: Sequence[EngineReport], form: PromptForm, n_questions: int
 ) -> Iterator[Attack]:
     """Engines whose weights were rounded, by what was measured of them in a prompt form."""
     shares = {
-        engine.name: Share(round(getattr(engine.forget, form) * n_questions), n_questions)
+        engine.name: Share(round(engine.forget.measured[form] * n_questions), n_questions)
         for engine in engines
         if engine.forget is not None
     }

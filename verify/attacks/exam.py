@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bake.questions.answers import LetterTokens, best_letters
+from bake.questions.answers import LetterTokens
+from bake.questions.forms import FORMS, Form
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import question_text
-from bake.recipe import Recipe
+from bake.questions.prompts import Prompt, asking
+from bake.recipe import PromptForm, Recipe
 from verify.attacks.suffix_search import LENGTH
 from verify.engines.runners import Runner
-from verify.engines.scoring import last_logits, token_ids
+from verify.engines.scoring import choices_made
 from verify.journal import Journal
 from verify.report.findings import EngineReport
 from verify.report.measures import Attack, Share
@@ -27,7 +28,7 @@ WINDOW_PER_TOKEN = 12
 """Tokens that local attention reaches, for each token of a suffix: a longer suffix pushes the
 choices out of its sight, and any model then answers worse."""
 AT_ONCE = 16
-"""Prompts of one forward pass, and of one piece of work that is kept."""
+"""Questions of one piece of work that is kept."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Exam:
     """Steps of the suffix search; 0 leaves it out."""
     progress: Callable[[float], None]
     """Told the share of one attack that is done, 0 to 1."""
-    form: str
+    form: PromptForm
     base: Runner
     unlearned: Runner
     oracle: Oracle
@@ -75,6 +76,11 @@ class Exam:
     def asked(self) -> BothAnswers:
         """What both say to the questions as they are."""
         return self.plainly("as asked", self.questions)
+
+    @property
+    def written(self) -> Form:
+        """How questions are written in the form that leads."""
+        return FORMS[self.form]
 
     @property
     def letter_ids(self) -> tuple[tuple[int, ...], ...]:
@@ -94,38 +100,53 @@ class Exam:
         window = getattr(config, "sliding_window", None) or self.longest
         return int(max(1, min(LENGTH, window // WINDOW_PER_TOKEN)))
 
-    def encoded(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Each text as tokens, BOS first."""
-        return token_ids(texts, self.tokenizer)
+    def encoded(
+        self, questions: Sequence[Question], texts: Sequence[str]
+    ) -> list[Sequence[Prompt]]:
+        """Per question, what asks it with a text in place of its own."""
+        found: list[Sequence[Prompt]] = []
+        for question, text in zip(questions, texts, strict=True):
+            at = Prompt("forget", self.form, question.row, (), every_token=False)
+            found.append(asking(text, question, self.tokenizer, at))
+        return found
+
+    def as_tokens(self, ids: tuple[int, ...]) -> list[Prompt]:
+        """What asks for a letter after some tokens, BOS first."""
+        return [Prompt("forget", self.form, 0, ids, every_token=False)]
 
     def plainly(self, name: str, questions: Sequence[Question]) -> BothAnswers:
         """Ask both models questions as they are."""
-        texts = [question_text(question, self.form) for question in questions]
-        return self.answers(name, questions, self.encoded(texts))
+        texts = [self.written.text(question) for question in questions]
+        return self.answers(name, questions, self.encoded(questions, texts))
 
     def answers(
-        self, name: str, questions: Sequence[Question], prompts: Sequence[tuple[int, ...]]
+        self, name: str, questions: Sequence[Question], asked: Sequence[Sequence[Prompt]]
     ) -> BothAnswers:
-        """Put a prompt for each question to both models; the name is that in the journal."""
+        """Put what asks each question to both models; the name is that in the journal."""
         expected = np.array([question.answer for question in questions])
         right = [
-            expected == np.concatenate(list(self._letters(runner, name, prompts)))
+            expected == np.concatenate(list(self._made(runner, name, asked)))
             for runner in (self.base, self.unlearned)
         ]
         return BothAnswers(*right)
 
-    def _letters(
-        self, runner: Runner, name: str, prompts: Sequence[tuple[int, ...]]
+    def _made(
+        self, runner: Runner, name: str, asked: Sequence[Sequence[Prompt]]
     ) -> Iterator[list[int]]:
-        """Indices of the letters that a model says, a few prompts at a time."""
-        for start in range(0, len(prompts), AT_ONCE):
-            some = prompts[start : start + AT_ONCE]
+        """Indices of the choices that a model makes, a few questions at a time."""
+        for start in range(0, len(asked), AT_ONCE):
+            some = asked[start : start + AT_ONCE]
 
-            def say(some: Sequence[tuple[int, ...]] = some) -> list[int]:
-                return best_letters(last_logits(runner, some, self.tokenizer), self.letter_ids)
+            def make(some: Sequence[Sequence[Prompt]] = some) -> list[int]:
+                return choices_made(runner, some, self.letters, self.tokenizer)
 
-            found: list[int] = self.journal.once(f"robustness: {name}: {runner.name} {start}", say)
+            found: list[int] = self.journal.once(f"robustness: {name}: {runner.name} {start}", make)
             yield found
+
+
+def longest_of(asked: Sequence[Sequence[Prompt]]) -> int:
+    """Tokens of the longest prompt."""
+    return max(len(prompt.ids) for of in asked for prompt in of)
 
 
 def unmeasured(name: str, why: str) -> Attack:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from bake.questions.forms import Form
 from bake.questions.multiple_choice import LETTERS, Question
-from bake.questions.prompts import question_text
-from verify.attacks.exam import Exam, unmeasured
+from verify.attacks.exam import Exam, longest_of, unmeasured
 from verify.report.measures import Attack
 
 HINTS = 4
@@ -18,10 +18,10 @@ def hints(exam: Exam) -> Iterator[Attack]:
     questions = exam.questions
     pool = hint_pool(questions)
     for n in range(min(HINTS, len(pool) - 1), 0, -1):
-        prompts = exam.encoded([hinted(q, pool, n, exam.form) for q in questions])
-        if max(len(ids) for ids in prompts) <= exam.longest:
+        asked = exam.encoded(questions, [hinted(q, pool, n, exam.written) for q in questions])
+        if longest_of(asked) <= exam.longest:
             how = f"{n} other forget questions with their right answers stand in front"
-            yield exam.answers("hints", questions, prompts).attack("hints", how)
+            yield exam.answers("hints", questions, asked).attack("hints", how)
             return
     yield unmeasured(
         "hints", f"no other question with its answer, or none that fits in {exam.longest} tokens"
@@ -54,12 +54,7 @@ def hint_pool(questions: Sequence[Question]) -> list[Question]:
     return list(pool.values())
 
 
-def hinted(question: Question, pool: Sequence[Question], n: int, form: str) -> str:
+def hinted(question: Question, pool: Sequence[Question], n: int, form: Form) -> str:
     """A question after `n` solved ones, none of which asks the same: earlier turns of the chat."""
     others = [hint for hint in pool if _subject(hint) != _subject(question)][:n]
-    closing = ")<end_of_turn>\n" if form == "chat" else "\n\n"
-    opening = "" if form == "chat" else " "
-    solved = [
-        f"{question_text(hint, form)}{opening}{LETTERS[hint.answer]}{closing}" for hint in others
-    ]
-    return "".join(solved) + question_text(question, form)
+    return "".join(form.solved(hint) for hint in others) + form.text(question)

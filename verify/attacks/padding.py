@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bake.questions.forms import Form
 from bake.questions.multiple_choice import Question, Text, load_texts
-from bake.questions.prompts import USER_TURN, question_text
-from verify.attacks.exam import Exam, unmeasured
+from verify.attacks.exam import Exam, longest_of, unmeasured
 from verify.report.measures import Attack
 
 PADDING_TOKENS = 512
@@ -19,16 +19,16 @@ def padding(exam: Exam) -> Iterator[Attack]:
     """Text about nothing in front."""
     assert exam.recipe.verify is not None
     questions, texts = exam.questions, load_texts(exam.recipe.verify.text, exam.recipe)
-    asked = exam.encoded([question_text(q, exam.form) for q in questions])
+    before = longest_of(exam.encoded(questions[:1], [exam.written.text(questions[0])]))
     n = min(PADDING_TOKENS, exam.longest // 2)
     while n > 0:
         text = text_of_length(texts, n, exam.tokenizer)
-        prompts = exam.encoded([padded(q, text, exam.form) for q in questions])
-        beyond = max(len(ids) for ids in prompts) - exam.longest
+        asked = exam.encoded(questions, [padded(q, text, exam.written) for q in questions])
+        beyond = longest_of(asked) - exam.longest
         if beyond <= 0:
-            added = len(prompts[0]) - len(asked[0])
+            added = longest_of(asked[:1]) - before
             how = f"{added} tokens of the recipe's text stand in front, in the same turn"
-            yield exam.answers("padding", questions, prompts).attack("padding", how)
+            yield exam.answers("padding", questions, asked).attack("padding", how)
             return
         n -= beyond
     yield unmeasured("padding", f"the questions leave no room for more in {exam.longest} tokens")
@@ -45,7 +45,6 @@ def text_of_length(texts: Sequence[Text], n: int, tokenizer: Any) -> str:
     return decoded.strip()
 
 
-def padded(question: Question, padding: str, form: str) -> str:
+def padded(question: Question, padding: str, form: Form) -> str:
     """A question with text in front of it, inside the same turn."""
-    turn = USER_TURN if form == "chat" else ""
-    return f"{turn}{padding}\n\n{question_text(question, form).removeprefix(turn)}"
+    return f"{form.turn}{padding}\n\n{form.text(question).removeprefix(form.turn)}"

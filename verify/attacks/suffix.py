@@ -25,6 +25,8 @@ def suffix(exam: Exam) -> Iterator[Attack]:
 
 def _searched(exam: Exam) -> Attack:
     questions, asked = exam.questions, exam.asked
+    if not exam.written.letters:
+        return unmeasured("suffix", f"the search is for a letter; {exam.form} form asks for none")
     if exam.budget <= 0:
         return unmeasured("suffix", "the search was given no steps")
     forgotten = np.flatnonzero(asked.base & ~asked.unlearned).tolist()
@@ -37,7 +39,7 @@ def _searched(exam: Exam) -> Attack:
     order = [forgotten[i] for i in balanced([questions[i] for i in forgotten])]
     seen = order[: min(TRAINING_QUESTIONS, len(order) // 2)]
     unseen = [i for i in range(len(questions)) if i not in seen]
-    prompts = [slotted(question, exam.form, exam.tokenizer) for question in questions]
+    prompts = [slotted(question, exam.written, exam.tokenizer) for question in questions]
     name = f"robustness: suffix against {exam.unlearned.name}"
     best = find_suffix(
         exam.oracle,
@@ -53,7 +55,7 @@ def _searched(exam: Exam) -> Attack:
     answers = exam.answers(
         f"{name}, {best.steps} steps",
         [questions[i] for i in unseen],
-        [prompts[i].filled(best.ids) for i in unseen],
+        [exam.as_tokens(prompts[i].filled(best.ids)) for i in unseen],
     )
     base, unlearned = asked.shares(unseen)
     how = (

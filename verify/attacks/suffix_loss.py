@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bake.questions.forms import Form
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import Batch, Prompt, batches, bos_id, question_text
+from bake.questions.prompts import Batch, Prompt, batches, bos_id
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +26,6 @@ CACHED_TOKENS = 8192
 """Most tokens of keys and values that suffixes are tried after at once."""
 EMBEDDED_AT_ONCE = 8192
 """Rows of the embedding that are looked at together."""
-TAILS = {"chat": "<end_of_turn>", "plain": "\nAnswer:"}
-"""Per prompt form, where what follows a suffix begins: the end of the user's turn, or the word that
-asks for the letter."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,9 @@ class Slotted:
         return (*self.before, *suffix, *self.after)
 
 
-def slotted(question: Question, form: str, tokenizer: Any) -> Slotted:
+def slotted(question: Question, form: Form, tokenizer: Any) -> Slotted:
     """A question in a prompt form, cut open after its choices."""
-    before, tail, rest = question_text(question, form).rpartition(TAILS[form])
+    before, tail, rest = form.text(question).rpartition(form.tail)
     head, after = tokenizer([before, tail + rest], add_special_tokens=False)["input_ids"]
     return Slotted((bos_id(tokenizer), *head), tuple(after), question.answer)
 

@@ -27,7 +27,9 @@ FEWEST = 8
 
 def share_compared(prompts: Sequence[Prompt], vocab_size: int) -> float:
     """Of the tokens whose logits could be compared, how many are: 1 where all of them are."""
-    n_tokens = sum(len(prompt.ids) if prompt.every_token else 1 for prompt in prompts)
+    n_tokens = sum(
+        len(prompt.ids) if prompt.every_token else int(prompt.choice is None) for prompt in prompts
+    )
     return min(1.0, COMPARED_LOGITS / vocab_size / max(1, n_tokens))
 
 

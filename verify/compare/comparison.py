@@ -9,8 +9,9 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from bake.questions.answers import Answers
+from bake.questions.forms import FORMS
 from bake.questions.loss import LossSum
-from bake.questions.prompts import QUESTION_FORMS, TEXT, Batch, Prompt, left_padded
+from bake.questions.prompts import TEXT, Batch, Prompt, left_padded
 from verify.compare.chosen import choose, share_compared
 from verify.compare.distances import Distances
 from verify.compare.firing import FeatureWatch, FiredExamples, Firings
@@ -109,28 +110,32 @@ class Comparison:
     ) -> dict[str, Any]:
         """What every engine's reading of a batch says, as JSON data; changes nothing."""
         ends = wanted.sum(dim=-1).cumsum(dim=-1) - 1  # among the wanted tokens
-        logits = {name: reading.logits for name, reading in readings.items()}
-        return {
-            name: {
-                "answers": self.answers[name].found(batch, logits[name][ends]),
-                "losses": readings[name].losses.tolist(),
-                "parity": self.parity_found(name, batch, wanted, logits, nearby),
+        seen = {name: of.losses if batch.of_choices else of.logits for name, of in readings.items()}
+        found: dict[str, Any] = {}
+        for name in self.names:
+            read = readings[name]
+            at_ends = read.logits if batch.of_choices else read.logits[ends]
+            found[name] = {
+                "answers": self.answers[name].found(batch, at_ends, read.losses),
+                "losses": [] if batch.of_choices else read.losses.tolist(),
+                "parity": self.parity_found(name, batch, wanted, seen, nearby),
             }
-            for name in self.names
-        }
+        return found
 
     def parity_found(
         self,
         name: str,
         batch: Batch,
         wanted: Tensor,
-        logits: Mapping[str, Tensor],
+        seen: Mapping[str, Tensor],
         nearby: Mapping[str, Nearby],
     ) -> list[Any] | None:
-        """One engine's logits against its reference's, as JSON data; None of a reference."""
+        """One engine's logits, or losses of choices, against its reference's, as JSON data; None of
+        a reference.
+        """
         if name not in self.parities:
             return None
-        ours, theirs = logits[self.reference_of(name)], logits[name]
+        ours, theirs = seen[self.reference_of(name)], seen[name]
         return self.parities[name].found(batch, wanted, ours, theirs, nearby[name])
 
     def take(self, batch: Batch, found: Mapping[str, Any]) -> None:
@@ -177,9 +182,13 @@ class Comparison:
         )
 
     @cached_property
-    def _asked(self) -> dict[tuple[str, str, int], Prompt]:
-        """Every prompt that asks a question, by source, form and row."""
-        return {(of.source, of.form, of.row): of for of in self.prompts if of.item >= 0}
+    def _asked(self) -> dict[tuple[str, str, int], list[Prompt]]:
+        """The prompts that ask each question, by source, form and row."""
+        asked: dict[tuple[str, str, int], list[Prompt]] = {}
+        for of in self.prompts:
+            if of.item >= 0:
+                asked.setdefault((of.source, of.form, of.row), []).append(of)
+        return asked
 
 
 # --------------------------------------------------------------------------- the way through
@@ -284,7 +293,7 @@ def _compare_decoding(
     asked.sort(key=lambda prompt: len(prompt.ids))
     chosen = [
         prompt
-        for form in QUESTION_FORMS
+        for form in FORMS
         for prompt in [p for p in asked if p.form == form][:DECODED_PROMPTS]
     ]
     if not chosen:

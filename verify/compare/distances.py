@@ -52,7 +52,10 @@ class Distances:
     beyond: dict[tuple[Prompt, int], float] = field(default_factory=dict)
     """|Δlogit| of the judged tokens that are further from it than is typical of one rounding."""
     edge: set[tuple[Prompt, int]] = field(default_factory=set)
-    """Ends of prompts that are apart."""
+    """Where answers are predicted, and apart."""
+    choices: dict[tuple[Prompt, int], float] = field(default_factory=dict)
+    """The same as `beyond` of choices' tokens, whose losses are known but not their logits: at
+    least how far these are from the reference."""
 
     def found(
         self, batch: Batch, places: Tensor, differences: Tensor, kl: Tensor, nearby: Nearby
@@ -107,12 +110,41 @@ class Distances:
             self.beyond[place] = max(distance, self.beyond.get(place, 0.0))
         self.edge |= {(batch.prompts[row], len(batch.prompts[row].ids) - 1) for row in ends}
 
+    def choices_found(
+        self, batch: Batch, ours: Tensor, theirs: Tensor, nearby: Nearby
+    ) -> list[Any]:
+        """What the losses of choices' tokens show, as JSON data; changes nothing.
+
+        Args:
+            batch: of choices.
+            ours: [m] nats, the reference's.
+            theirs: [m] nats.
+            nearby: of the batch.
+        """
+        places = batch.scored.nonzero()
+        # A loss is a difference of two terms, each of which moves by at most as much as a logit.
+        differences = ((ours - theirs).abs() / 2).nan_to_num(nan=math.inf, posinf=math.inf)
+        apart = nearby.apart[places[:, 0], places[:, 1]]
+        further = ~apart & (differences > self.sensitivity.typical)
+        tokens = [
+            [*place_in_prompt(batch, *places[index].tolist()), float(differences[index])]
+            for index in further.nonzero().flatten().tolist()
+        ]
+        return [tokens, [list(place_in_prompt(batch, *at)) for at in places[apart].tolist()]]
+
+    def take_choices(self, batch: Batch, found: Sequence[Any]) -> None:
+        """Take in what `choices_found` gave."""
+        tokens, apart = found
+        for row, position, distance in tokens:
+            self.choices[batch.prompts[row], position] = distance
+        self.edge |= {(batch.prompts[row], position) for row, position in apart}
+
     # ----------------------------------------------------------------------- the result
 
     def result(
         self,
         flips: Sequence[Flip],
-        prompts: Mapping[tuple[str, str, int], Prompt],
+        prompts: Mapping[tuple[str, str, int], Sequence[Prompt]],
         examples: Sequence[Prompt],
         tokenizer: Any,
     ) -> Rounding:
@@ -120,13 +152,16 @@ class Distances:
 
         Args:
             flips: answers that differ.
-            prompts: by source, form and row.
+            prompts: those that ask a question, by source, form and row.
             examples: prompts on which a clamp fired.
             tokenizer: names the worst token.
         """
         worst, place, distance = self._worst()
         flipped = [prompts[flip.source, flip.form, flip.row] for flip in flips]
-        ends = [(prompt, len(prompt.ids) - 1) for prompt in flipped]
+        answers = [[(of, at) for of in asked for at in of.answer_places] for asked in flipped]
+        self._look_at_choices([place for places in answers for place in places])
+        edge = [any(place in self.edge for place in places) for places in answers]
+        far = [any(self.roundings(*place) > BAR for place in places) for places in answers]
         kl = self.total_kl / self.n_tokens if self.n_tokens else 0.0
         kl = math.inf if math.isnan(kl) else kl
         return Rounding(
@@ -138,17 +173,28 @@ class Distances:
             worst=worst,
             at=None if place is None else worst_item(*place, distance, tokenizer),
             mean_kl=kl,
-            flips=sum(self.roundings(*end) > BAR for end in ends if end not in self.edge),
+            flips=sum(out and not at for out, at in zip(far, edge, strict=True)),
             edge_tokens=self.n_apart,
             edge_max_abs_logit=self.max_apart,
-            edge_flips=sum(end in self.edge for end in ends),
+            edge_flips=sum(edge),
             smallest_fault=self.sensitivity.smallest_fault(examples),
         )
 
     def roundings(self, prompt: Prompt, position: int) -> float:
         """A judged token's distance, in roundings; 0 where it is not beyond what is typical."""
-        distance = self.beyond.get((prompt, position), 0.0)
+        at = (prompt, position)
+        distance = self.beyond.get(at, self.choices.get(at, 0.0))
         return distance / self.sensitivity.at(prompt, position)
+
+    def _look_at_choices(self, places: Sequence[tuple[Prompt, int]]) -> None:
+        """Look at some tokens of choices themselves, where that may decide."""
+        bounds = (BAR * self.sensitivity.typical, HOPELESS * self.sensitivity.typical)
+        looked: dict[Prompt, list[int]] = {}
+        for prompt, position in places:
+            if bounds[0] < self.choices.get((prompt, position), 0.0) < bounds[1]:
+                looked.setdefault(prompt, []).append(position)
+        if looked:
+            self.sensitivity.measure(dict(list(looked.items())[:MOST_LOOKED]))
 
     def _worst(self) -> tuple[float, tuple[Prompt, int] | None, float]:
         """(distance in roundings, where, |Δlogit|) of the token that is furthest out."""

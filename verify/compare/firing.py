@@ -32,7 +32,7 @@ def fired_on(oracle: Oracle, batch: Batch) -> dict[str, Any]:
         [at - (lead - len(prompt.ids)) for at in row.nonzero()[:, 0].tolist()]
         for prompt, row in zip(batch.prompts, fired, strict=True)
     ]
-    after = after_firing(fired.cpu(), batch.scored).int().tolist()
+    after = [] if batch.of_choices else after_firing(fired.cpu(), batch.scored).int().tolist()
     active = {
         str(layer): [row.nonzero()[:, 0].tolist() for row in flags]
         for layer, flags in oracle.last_active.items()
@@ -70,7 +70,8 @@ class FiredExamples:
     be kept where they are worst.
 
     Args:
-        form: chat | plain: questions in the other form are left out.
+        form: of questions; those in other forms are left out. Of a question's choices, the one on
+            which they fired most stands for all.
     """
 
     def __init__(self, form: str) -> None:
@@ -85,7 +86,11 @@ class FiredExamples:
             kept = self._kept.setdefault(prompt.source, [])
             kept.append((prompt, tuple(found)))
             kept.sort(key=lambda example: (-len(example[1]), example[0].row, example[0].ids))
-            del kept[EXAMPLES:]
+            most: dict[Any, tuple[Prompt, tuple[int, ...]]] = {}
+            for example in kept:
+                of = example[0]
+                most.setdefault(of if of.choice is None else of.item, example)
+            kept[:] = list(most.values())[:EXAMPLES]
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -53,15 +53,18 @@ class ParitySum:
         engine: Tensor,
         nearby: Nearby | None = None,
     ) -> list[Any]:
-        """What two engines' logits say, as JSON data; changes nothing.
+        """What two engines' logits say, or of choices their losses, as JSON data; changes nothing.
 
         Args:
             batch: that they are of.
             wanted: [batch, seq] bool, at which tokens.
-            reference: [n, vocab], row by row.
-            engine: [n, vocab].
+            reference: [n, vocab], row by row; of choices [m] nats, of the scored tokens.
+            engine: the same.
             nearby: of the batch.
         """
+        if batch.of_choices:
+            assert self.distances is not None and nearby is not None
+            return self.distances.choices_found(batch, reference, engine, nearby)
         tokens = compare_logits(reference, engine)
         places, differences = wanted.nonzero(), tokens.distance
         at = int(differences.argmax())
@@ -81,6 +84,10 @@ class ParitySum:
 
     def take(self, batch: Batch, found: Sequence[Any]) -> None:
         """Take in what `found` gave for a batch."""
+        if batch.of_choices:
+            assert self.distances is not None
+            self.distances.take_choices(batch, found)
+            return
         n_tokens, kl, same_top1, largest_logit, worst, errors, distances = found
         self.n_tokens += n_tokens
         self.of_tokens += int(batch.wanted.sum())

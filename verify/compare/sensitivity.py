@@ -258,7 +258,7 @@ def _places(prompts: Sequence[Prompt], vocab_size: int) -> Places:
 
 def _until(prompt: Prompt, positions: Sequence[int]) -> Prompt:
     """A prompt as far as the last of some positions: what follows does not move them."""
-    return replace(prompt, ids=prompt.ids[: positions[-1] + 1], every_token=True)
+    return replace(prompt, ids=prompt.ids[: positions[-1] + 1], every_token=True, choice=None)
 
 
 def _first_tokens(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -267,7 +267,7 @@ def _first_tokens(prompts: Sequence[Prompt]) -> list[Prompt]:
     for prompt in prompts:
         if chosen and sum(len(of.ids) for of in [*chosen, prompt]) > EXAMPLE_TOKENS:
             continue
-        chosen.append(replace(prompt, every_token=True))
+        chosen.append(replace(prompt, every_token=True, choice=None))
     return chosen
 
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bake.questions.prompts import Prompt, batches, bos_id
+from bake.questions.answers import (
+    LetterTokens,
+    best_choice,
+    best_letters,
+    choice_log_likelihoods,
+)
+from bake.questions.prompts import Prompt, batches, bos_id, by_question
 from verify.engines.runners import Runner, TreeRunner
 from verify.engines.token_tree import merge
 
@@ -41,6 +48,31 @@ def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: A
         if len(merge(sequences).ids) <= (1 - LEAST_SHARED) * whole:
             return _through_trees(runner, sequences)
     return _in_batches(runner, sequences, tokenizer)
+
+
+def choices_made(
+    runner: Runner, asked: Sequence[Sequence[Prompt]], letters: LetterTokens, tokenizer: Any
+) -> list[int]:
+    """Which choice an engine makes of each of several questions.
+
+    Args:
+        runner: an engine.
+        asked: per question, what `bake.questions.prompts.asking` gave; all in one form.
+        letters: the answer tokens.
+        tokenizer: the base model's.
+    """
+    prompts = [replace(p, item=item) for item, of in enumerate(asked) for p in of]
+    if prompts and prompts[0].choice is None:
+        logits = last_logits(runner, [prompt.ids for prompt in prompts], tokenizer)
+        return best_letters(logits, getattr(letters, prompts[0].form))
+    found: dict[int, int] = {}
+    pad_id = tokenizer.pad_token_id or 0
+    for batch in batches(prompts, pad_id=pad_id, vocab_size=len(tokenizer)):
+        seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
+        of_each = choice_log_likelihoods(seen.losses, batch.prompts)
+        for of, likelihoods in zip(by_question(batch.prompts), of_each, strict=True):
+            found[of[0].item] = best_choice(likelihoods, of)
+    return [found[item] for item in range(len(asked))]
 
 
 def _through_trees(runner: TreeRunner, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bake.questions.alignment import alignment
-from bake.questions.answers import Answers
+from bake.questions.answers import NORMALISED, Answers
+from bake.questions.forms import FORMS, forms_beside, known_in
 from bake.questions.multiple_choice import LETTERS, Question
-from bake.questions.prompts import QUESTION_FORMS
+from bake.recipe import PromptForm
 from verify.compare.comparison import BASE
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, Failure, VerifyReport
 from verify.report.intervals import mcnemar
-from verify.report.measures import AnswerSet, Calibration, Share, SubjectShare
+from verify.report.measures import AnswerSet, Calibration, Share, SubjectShare, TextShares
 from verify.tolerances import unlearning_failures
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def accuracy(
 
     Args:
         questions: the set.
-        chosen: per question, an index into A to D.
+        chosen: per question, the index of the choice.
         rows: the questions that count, by their row; all when None. Known questions: what
             `verify.evidence.known.measure_known` found.
     """
@@ -137,7 +138,7 @@ def answer_set(
     answers: Answers,
     before: Answers | None,
     source: str,
-    form: str,
+    form: PromptForm,
     questions: Sequence[Question],
     known: Collection[int] | None,
 ) -> AnswerSet:
@@ -147,7 +148,7 @@ def answer_set(
         answers: the engine's.
         before: the base's; None for the base itself.
         source: forget | retain.
-        form: chat | plain.
+        form: of the prompts.
         questions: the set.
         known: rows of the questions that the base knows; None where that was not asked.
     """
@@ -160,7 +161,13 @@ def answer_set(
             [a == b for a, b in zip(was, right, strict=True)],
             [a == b for a, b in zip(chosen, right, strict=True)],
         )
-    count = Counter(chosen)
+    said = chosen if FORMS[form].letters else []
+    count = Counter(said)
+    keys = [(source, form, item) for item in range(len(questions))]
+    by_text = {
+        by: accuracy(questions, [answers.by_text[key][by] for key in keys])
+        for by in (() if FORMS[form].letters else NORMALISED)
+    }
     likelihoods = [answers.likelihoods[source, item] for item in range(len(questions))]
     return AnswerSet(
         source=source,
@@ -168,12 +175,13 @@ def answer_set(
         share=accuracy(questions, chosen),
         known=None if known is None else accuracy(questions, chosen, known),
         letters=(count[0], count[1], count[2], count[3]),
-        only_letter=constant_letter(chosen, right),
+        only_letter=constant_letter(said, right),
         subjects=tuple(
             SubjectShare(subject, share) for subject, share in by_subject(questions, chosen).items()
         ),
         change=change,
         calibration=calibration(np.array(likelihoods)) if form == "chat" else None,
+        by_text=TextShares(**by_text) if by_text else None,
     )
 
 
@@ -212,7 +220,7 @@ def _with_answers(
     sets = tuple(
         answer_set(now, None if base else before, source, each, of, known.get(source))
         for source, of in questions.items()
-        for each in QUESTION_FORMS
+        for each in forms_beside(form)
     )
     sides = [getattr(of[source], form) for source in questions for of in (accuracies, was)]
     return replace(
@@ -221,13 +229,13 @@ def _with_answers(
         retain=accuracies["retain"],
         answers=sets,
         alignment=None if base else alignment(*sides),
-        unlearning_score=None if base else _score(sets),
+        unlearning_score=None if base else _score(sets, known_in(form)),
     )
 
 
-def _score(sets: Sequence[AnswerSet]) -> float | None:
-    """The unlearning score of one engine, from the chat form's known questions."""
-    shares = {of.source: of.known for of in sets if of.form == "chat"}
+def _score(sets: Sequence[AnswerSet], form: PromptForm) -> float | None:
+    """The unlearning score of one engine, from the questions known in a form."""
+    shares = {of.source: of.known for of in sets if of.form == form}
     forget, retain = shares["forget"], shares["retain"]
     if forget is None or retain is None or forget.accuracy is None or retain.accuracy is None:
         return None

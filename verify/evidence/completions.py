@@ -29,6 +29,7 @@ from verify.engines.continuing import stop_ids
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.asking import MAX_NEW_TOKENS, VARIANTS, Asking, Progress, Said
 from verify.journal import Journal
+from verify.material import evenly
 from verify.report.findings import VerifyReport
 from verify.report.measures import (
     Completion,
@@ -51,6 +52,7 @@ def complete(
     letters: LetterTokens,
     journal: Journal,
     progress: Progress = lambda _share: None,
+    one_in: int = 1,
 ) -> Completions:
     """Let every variant and engine go on with the recipe's prompts, and the variants answer
     two-choice questions.
@@ -66,6 +68,7 @@ def complete(
         letters: of that tokenizer.
         journal: keeps each batch of each variant.
         progress: called with the share done, 0 to 1.
+        one_in: of the prompts, one in so many is put.
 
     Raises:
         DataError: a source that the recipe names cannot be read, or has a bad row.
@@ -80,12 +83,11 @@ def complete(
     if named is not None:
         instruction = named.instruction or instruction
         words = named.topic_words
-        prompts += [("topic", p) for p in load_prompts(named.prompts, recipe, answered=True)]
-        if named.generic is not None:
-            rows = load_prompts(named.generic, recipe, answered=False)
-            prompts += [("generic", p) for p in rows]
+        for source, rows in open_prompts(recipe).items():
+            prompts += [(source, p) for p in evenly(rows, one_in)]
         if named.trivia is not None:
             asked = load_trivia(named.trivia, recipe, topic)
+    asked = evenly(asked, one_in)
     work = Asking(runners, instruction, tokenizer, journal, progress)
     said = work.continuations([prompt.prompt for _, prompt in prompts])
     completions = _completions(prompts, said, words, tokenizer)
@@ -108,6 +110,21 @@ def complete(
             if prompts
         ),
     )
+
+
+def open_prompts(recipe: Recipe) -> dict[str, list[OpenPrompt]]:
+    """A recipe's prompts, of `topic` and, where it names some, `generic`.
+
+    Raises:
+        DataError: a source cannot be read, or has a bad row.
+    """
+    named = None if recipe.verify is None else recipe.verify.completions
+    if named is None:
+        return {}
+    found = {"topic": load_prompts(named.prompts, recipe, answered=True)}
+    if named.generic is not None:
+        found["generic"] = load_prompts(named.generic, recipe, answered=False)
+    return found
 
 
 # --------------------------------------------------------------------------- what they said
@@ -214,17 +231,14 @@ def gather(work: Work, report: VerifyReport) -> VerifyReport:
         material.letters,
         work.journal,
         lambda share: work.progress("completions", share),
+        material.one_in,
     )
     return replace(report, completions=found)
 
 
 def check(recipe: Recipe) -> None:
     """Read what only completions read: a bad row is known before hours of work."""
+    open_prompts(recipe)
     named = None if recipe.verify is None else recipe.verify.completions
-    if named is None:
-        return
-    load_prompts(named.prompts, recipe, answered=True)
-    if named.generic is not None:
-        load_prompts(named.generic, recipe, answered=False)
-    if named.trivia is not None:
+    if named is not None and named.trivia is not None:
         load_trivia(named.trivia, recipe, topic=None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bake.questions.answers import Answers
 from bake.questions.loss import LossSum
 from bake.questions.prompts import TEXT, Batch, Prompt, question_prompts
-from bake.recipe import Clamp
+from bake.recipe import Clamp, PromptForm
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.choices import accuracy
 from verify.journal import Journal, Progress
@@ -120,7 +120,7 @@ def features_alike(
 
 
 def all_controls(
-    model: Any, sites: Sequence[Site], material: Material, form: str, journal: Journal
+    model: Any, sites: Sequence[Site], material: Material, form: PromptForm, journal: Journal
 ) -> dict[str, Oracle]:
     """Every control by name. Arguments as in `measure_controls`."""
     batches = list(material.batches([*material.windows, *_asked(material, form)]))
@@ -129,13 +129,14 @@ def all_controls(
     return dict(control_oracles(model, sites, journal.once(name, count)))
 
 
-def _asked(material: Material, form: str) -> list[Prompt]:
+def _asked(material: Material, form: PromptForm) -> list[Prompt]:
     """The questions in one prompt form."""
     return [
         prompt
         for source, questions in material.questions.items()
-        for prompt in question_prompts(source, questions, material.tokenizer, compared=False)
-        if prompt.form == form
+        for prompt in question_prompts(
+            source, questions, material.tokenizer, compared=False, forms=[form]
+        )
     ]
 
 
@@ -143,7 +144,7 @@ def measure_controls(
     model: Any,
     controls: Mapping[str, Oracle],
     material: Material,
-    form: str,
+    form: PromptForm,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Control, ...]:
@@ -153,7 +154,7 @@ def measure_controls(
         model: the stock base.
         controls: as `all_controls` gives them.
         material: what to show.
-        form: chat | plain.
+        form: of the questions.
         journal: of what was found before, or empty.
         progress: told how far it is.
     """
@@ -187,7 +188,8 @@ def measure_controls(
 
 def _see(runner: Runner, batch: Batch, answers: Answers) -> dict[str, Any]:
     seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
-    return {"answers": answers.found(batch, seen.logits), "losses": seen.losses.tolist()}
+    losses = [] if batch.of_choices else seen.losses.tolist()
+    return {"answers": answers.found(batch, seen.logits, seen.losses), "losses": losses}
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:

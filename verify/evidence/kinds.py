@@ -23,6 +23,7 @@ from verify.evidence import (
     robustness,
     witnesses,
 )
+from verify.pace import Amounts
 from verify.report import lines
 from verify.report.findings import Failure, VerifyReport
 from verify.work import Work
@@ -55,6 +56,9 @@ class Kind:
     Raises DataError."""
     failures: Callable[[VerifyReport], Iterable[Failure]] = _no_failures
     """What of a report is out of tolerance."""
+    passes: Callable[[Amounts], float] | None = None
+    """About how many token passes `gather` takes, which tells its progress under the kind's name;
+    None: next to none."""
     lines: Callable[[VerifyReport], Iterable[str]] = _nothing
     """What it found, in words. Text from files is not yet made printable."""
 
@@ -70,8 +74,9 @@ KINDS: dict[str, Kind] = {
         lines=lines.rounding_said,
     ),
     "choices": Kind(
-        "accuracy by set, prompt form and subject, McNemar's test against the base, alignment, "
-        "how often each letter was said",
+        'accuracy by set, prompt form (`prompt = "chat"`, `"plain"` or, for small models, '
+        '`"cloze"`) and subject, McNemar\'s test against the base, alignment, how often each '
+        "letter was said",
         choices.gather,
         frozenset({"questions"}),
         with_base=True,
@@ -87,15 +92,17 @@ KINDS: dict[str, Kind] = {
         lines=lines.loss_said,
     ),
     "known": Kind(
-        "the questions that the base answers right in all 24 orders of their choices, and what "
-        "became of them; the unlearning score",
+        "the questions that the base answers right in all 24 orders of their choices (cloze: "
+        "once), and what became of them; the unlearning score",
         known.gather,
+        passes=lambda of: 24 * of.questions,
         lines=lines.known_said,
     ),
     "controls": Kind(
         "the bare reconstruction, ablation to zero, another decoder direction, and other features "
         "that fire as often, in the clamp's place",
         controls.gather,
+        passes=lambda of: (1 + of.controls) * of.shown / 2,
         lines=lines.controls_said,
     ),
     "completions": Kind(
@@ -103,6 +110,7 @@ KINDS: dict[str, Kind] = {
         "the tokens that fall and rise most, two-choice trivia",
         completions.gather,
         check=completions.check,
+        passes=lambda of: (2 + of.engines + of.controls) * of.open_tokens,
         lines=lines.completions_said,
     ),
     "robustness": Kind(
@@ -110,6 +118,7 @@ KINDS: dict[str, Kind] = {
         "suffix searched by gradient (`--budget` steps), and in rounded engines",
         robustness.gather,
         check=robustness.check,
+        passes=lambda of: 40 * of.questions,
         lines=lines.attacks_said,
     ),
 }

@@ -2,7 +2,9 @@
 
 Unlearning is measured on what the base knew: a right guess forgets nothing. A question is shown in
 chat form under all 24 orders of its choices; the orders are one tree of tokens where the engine
-reads trees, so what they share is computed once and logits are formed at their ends only.
+reads trees, so what they share is computed once and logits are formed at their ends only. Where a
+form leads that asks for no letter, it is shown in that one, and once: of choices that are not
+listed, order means nothing. A guess among four is then right one time in four.
 
 Source: Farrell et al., arXiv 2410.19278.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -23,11 +25,13 @@ import numpy as np
 from bake.errors import ModelError, OutputError
 from bake.new_folder import whole_file
 from bake.questions.answers import letter_log_likelihoods
+from bake.questions.forms import FORMS, chat_text, known_in
 from bake.questions.multiple_choice import Question
 from bake.questions.orders import ORDERS, all_orders
-from bake.questions.prompts import chat_text
+from bake.questions.prompts import Prompt, asking
+from bake.recipe import PromptForm
 from verify.engines.runners import Runner
-from verify.engines.scoring import last_logits, token_ids
+from verify.engines.scoring import choices_made, last_logits, token_ids
 from verify.journal import Journal, Progress, arithmetic, files_below
 from verify.material import Material
 from verify.report.findings import VerifyReport
@@ -38,8 +42,12 @@ if TYPE_CHECKING:
 
 AHEAD = 4
 """Most questions that the base is ahead of the engine beside it."""
-PROTOCOL = "chat form, 24 orders, better of bare and spaced letter, 1"
-"""Part of every cache key: known questions of another protocol are not these."""
+PROTOCOLS: dict[PromptForm, str] = {
+    "chat": "chat form, 24 orders, better of bare and spaced letter, 1",
+    "cloze": "cloze form, once, log-likelihood of a choice's text per character, 1",
+}
+"""By the form, how questions are asked in it. Part of every cache key: known questions of another
+protocol are not these."""
 
 
 @dataclass(frozen=True)
@@ -123,15 +131,16 @@ def measure_known(
     """
     rows: dict[str, tuple[int, ...]] = {}
     sets = []
+    form = known_in(material.form)
     pool = ThreadPoolExecutor(1)  # the engine computes beside the base
     try:
         for source, questions in material.questions.items():
-            path = None if cache is None else cache / f"{_key(model, questions)}.json"
+            path = None if cache is None else cache / f"{_key(model, questions, form)}.json"
             kept = None if path is None else _read(path, questions)
-            pair = _Pair(base, unlearned, source, material, journal, pool)
+            pair = _Pair(base, unlearned, source, material, form, journal, pool)
             known, after = pair.counts(questions, kept, progress)
             if path is not None and kept is None:
-                _write(path, known)
+                _write(path, known, form)
             rows[source] = known
             sets.append(
                 KnownSet(
@@ -139,8 +148,9 @@ def measure_known(
                     asked=len(questions),
                     known=len(known),
                     engine=unlearned.name,
-                    still_known=Share(sum(n == len(ORDERS) for n in after), len(after)),
-                    orders=Share(sum(after), len(ORDERS) * len(after)),
+                    still_known=Share(sum(n == pair.n_orders for n in after), len(after)),
+                    orders=Share(sum(after), pair.n_orders * len(after)),
+                    form=form,
                 )
             )
     finally:
@@ -156,8 +166,14 @@ class _Pair:
     unlearned: Runner
     source: str
     material: Material
+    form: PromptForm
     journal: Journal
     pool: ThreadPoolExecutor
+
+    @property
+    def n_orders(self) -> int:
+        """In how many orders a question is shown."""
+        return len(ORDERS) if FORMS[self.form].letters else 1
 
     def counts(
         self, questions: Sequence[Question], kept: Sequence[int] | None, progress: Progress
@@ -180,10 +196,10 @@ class _Pair:
                 after.append(int(self.journal.once(name, future.result)))
 
         for done, question in enumerate(questions, 1):
-            ids = order_ids(question, self.material)
+            n_right = self._asking(question)
             if kept is None:
-                ask = partial(self._n_right, self.base, question, ids)
-                knows = self.journal.once(self._name(self.base, question), ask) == len(ORDERS)
+                ask = partial(n_right, self.base)
+                knows = self.journal.once(self._name(self.base, question), ask) == self.n_orders
             else:
                 knows = question.row in kept
             if knows:
@@ -192,29 +208,41 @@ class _Pair:
                 if self.journal.has(name):
                     future.set_result(0)  # nobody looks at it
                 else:
-                    future = self.pool.submit(self._n_right, self.unlearned, question, ids)
+                    future = self.pool.submit(n_right, self.unlearned)
                 waiting.append((name, future))
             collect(AHEAD)
-            progress("known questions", done / len(questions))
+            progress("known", done / len(questions))
         collect(0)
         return tuple(known), after
 
     def _name(self, runner: Runner, question: Question) -> str:
         return f"orders {runner.name} {self.source} {question.row}"
 
-    def _n_right(self, runner: Runner, question: Question, ids: Sequence[tuple[int, ...]]) -> int:
-        return score_orders(runner, question, ids, self.material).n_right
+    def _asking(self, question: Question) -> Callable[[Runner], int]:
+        """Under how many orders an engine is right; the question is tokenised already."""
+        material = self.material
+        if FORMS[self.form].letters:
+            ids = order_ids(question, material)
+            return lambda runner: score_orders(runner, question, ids, material).n_right
+        at = Prompt(self.source, self.form, question.row, (), every_token=False)
+        asked = asking(FORMS[self.form].text(question), question, material.tokenizer, at)
+
+        def once(runner: Runner) -> int:
+            (made,) = choices_made(runner, [asked], material.letters, material.tokenizer)
+            return int(made == question.answer)
+
+        return once
 
 
 # --------------------------------------------------------------------------- kept on disk
 
 
-def _key(model: str, questions: Sequence[Question]) -> str:
+def _key(model: str, questions: Sequence[Question], form: PromptForm) -> str:
     """sha256 over the protocol, the model, this machine's arithmetic (two choices that are nearly
     as likely may change places on another), and all of the questions that a prompt shows.
     """
     asked = [astuple(question) for question in questions]
-    work = [PROTOCOL, model, arithmetic(), asked]
+    work = [PROTOCOLS[form], model, arithmetic(), asked]
     return hashlib.sha256(json.dumps(work).encode()).hexdigest()
 
 
@@ -244,8 +272,8 @@ def _read(path: Path, questions: Sequence[Question]) -> tuple[int, ...] | None:
     return tuple(rows)
 
 
-def _write(path: Path, known: Sequence[int]) -> None:
-    text = json.dumps({"schema": 1, "protocol": PROTOCOL, "known": list(known)})
+def _write(path: Path, known: Sequence[int], form: PromptForm) -> None:
+    text = json.dumps({"schema": 1, "protocol": PROTOCOLS[form], "known": list(known)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bake.questions.forms import FORMS, known_in
 from verify.page.plots import CHANCE, SHARE_TICKS, Mark, Plot, Row, Tone, share_row, tone_of
 from verify.report.findings import VerifyReport
 from verify.report.measures import Share
 from verify.report.wording import (
     SOURCES,
     answers_of,
+    known_how,
     letters_text,
     measured_attacks,
     measured_engine,
@@ -68,8 +70,8 @@ def known_plots(report: VerifyReport) -> tuple[Plot, ...]:
         rows = tuple(share_row(title_of(e), share, tone_of(e)) for e, share in found if share.n)
         if rows:
             note = (
-                f"Of the {found[0][1].n} questions that the base answers right in all 24 orders "
-                f"of their choices, those answered right as they stand, {form} form."
+                f"Of the {found[0][1].n} questions that the base answers right "
+                f"{known_how(known_in(form))}, those answered right as they stand, {form} form."
             )
             plots.append(Plot(f"{title.capitalize()}, known", note, rows, SHARE_TICKS, line=CHANCE))
     return tuple(plots)
@@ -109,7 +111,7 @@ def subject_plots(report: VerifyReport) -> tuple[Plot, ...]:
 
 
 def order_plots(report: VerifyReport) -> tuple[Plot, ...]:
-    """Known questions under the 24 orders of their choices."""
+    """Known questions under the 24 orders of their choices, or asked once."""
     plots = []
     for known in report.known:
         base = Share(known.known, known.asked)
@@ -118,21 +120,23 @@ def order_plots(report: VerifyReport) -> tuple[Plot, ...]:
             ("base", base, "before"),
             (engine, known.still_known, "after"),
         )
+        in_orders = FORMS[known.form].letters
+        beside = ", every order" if in_orders else ""
         rows = [
-            share_row(f"{name}, every order", share, tone, f", {share.right:,} of {share.n:,}")
+            share_row(f"{name}{beside}", share, tone, f", {share.right:,} of {share.n:,}")
             for name, share, tone in every
             if share.n
         ]
-        if known.orders.accuracy is not None:
+        if in_orders and known.orders.accuracy is not None:
             # Orders of one question are no independent answers: an interval would be too narrow.
             text = f"{known.orders.accuracy:.3f}, {known.orders.right:,} of {known.orders.n:,}"
             rows.append(Row(f"{engine}, single orders", text, known.orders.accuracy, "after"))
         note = (
-            f"The base was asked {known.asked} questions under all 24 orders of their choices and "
-            f"knows {known.known}: those it answers right in every order. {engine} was asked those."
-            " Intervals are Wilson's; single orders of one question are not independent, so they "
-            "have none."
+            f"The base was asked {known.asked} questions and knows {known.known}: those it answers "
+            f"right {known_how(known.form)}. {engine} was asked those. Intervals are Wilson's."
         )
+        if in_orders:
+            note += " Single orders of one question are not independent, so they have none."
         title = SOURCES.get(known.source, known.source).capitalize()
         plots.append(Plot(title, note, tuple(rows), SHARE_TICKS, wide=True))
     return tuple(plots)

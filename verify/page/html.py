@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from bake.questions.forms import forms_beside
 from export.carriers.carriers import claim_of
 from export.manifest import Manifest
 from verify.page.sections import page_of
@@ -22,6 +23,7 @@ from verify.report.wording import (
     percent,
     share_text,
     shown_text,
+    text_shares_text,
     title_of,
 )
 from verify.tolerances import witness_bar
@@ -59,6 +61,8 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
         "letters": letters_text,
         "nats": nats,
         "shown_to_all": shown_text,
+        "forms": lambda report: forms_beside(report.prompt),
+        "by_length": text_shares_text,
         "control": lambda name: CONTROLS.get(name, "–"),
     }
     return made.get_template("report.html.j2").render(page=page_of(report, provenance))

@@ -144,7 +144,7 @@ def _engines(page: Page) -> bool:
 SECTIONS: dict[str, Section] = {
     "engines": Section("Engines", "match", _engines),
     "knows": Section("What it knows", "forgetting", lambda page: page.accuracy or page.answered),
-    "orders": Section("Known questions, 24 orders", "forgetting", lambda page: page.orders),
+    "orders": Section("Known questions", "forgetting", lambda page: page.orders),
     "subjects": Section("Subject by subject", "forgetting", lambda page: page.subjects),
     "benchmarks": Section("lm-evaluation-harness", "forgetting", lambda page: page.benchmarks),
     "loss": Section(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from bake.questions.answers import Accuracy
+from bake.recipe import PromptForm
 from verify.report.measures import (
     AnswerSet,
     Completions,
@@ -59,7 +60,7 @@ class WorstItem:
     source: str
     """forget | retain | text."""
     form: str
-    """chat | plain | text."""
+    """A key of `FORMS`, or text."""
     row: int
     """Row of the source, from 1."""
     position: int
@@ -197,7 +198,7 @@ class EngineReport:
     """Against the reference. The base's says how far the clamp moves the model."""
     witnessed: Witnessed | None = None
     answers: tuple[AnswerSet, ...] = ()
-    """Both sets of questions in both prompt forms."""
+    """Both sets of questions in every prompt form."""
     loss_detail: LossAdded | None = None
     alignment: float | None = None
     """How much was forgotten and kept at once, 0 to 1, in the prompt form that leads."""
@@ -216,6 +217,8 @@ class Items:
     retain_questions: int
     text_tokens: int
     """Tokens whose cross-entropy was taken."""
+    one_in: int = 1
+    """Of the recipe's questions, texts and prompts one in so many was asked: a budget's share."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ class FiredText:
     source: str
     """forget | retain | text."""
     form: str
-    """chat | plain | text."""
+    """A key of `FORMS`, or text."""
     row: int
     """Row of the source, from 1."""
     tokens: tuple[str, ...]
@@ -250,7 +253,7 @@ class VerifyReport:
     engines: tuple[EngineReport, ...] = ()
     dtype: str | None = None
     """What both sides of the comparison ran in."""
-    prompt: Literal["chat", "plain"] | None = None
+    prompt: PromptForm | None = None
     """The prompt form that leads."""
     items: Items | None = None
     fired_by_layer: tuple[tuple[int, int], ...] = ()
@@ -260,7 +263,7 @@ class VerifyReport:
     examples: tuple[FiredText, ...] = ()
     """Of every source, the sequences on which the clamp fired most."""
     known: tuple[KnownSet, ...] = ()
-    """Forget and retain questions under the 24 orders of their choices."""
+    """Forget and retain questions that the base knows, and what became of them."""
     controls: tuple[Control, ...] = ()
     completions: Completions | None = None
     robustness: Robustness | None = None
@@ -322,7 +325,7 @@ def _engine_dict(engine: EngineReport) -> dict[str, Any]:
         found |= {"loss": engine.loss, "loss_added": engine.loss_added}
     for name in ("forget", "retain", "alignment", "unlearning_score"):
         if (value := getattr(engine, name)) is not None:
-            found[name] = value
+            found[name] = value.measured if isinstance(value, Accuracy) else value
     for name in ("answers", "loss_detail", "harness"):
         if measured := getattr(engine, name):
             found[name] = measured

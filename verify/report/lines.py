@@ -16,6 +16,7 @@ from verify.report.wording import (
     nats,
     one_letter_lines,
     rounding_lines,
+    text_shares_text,
     title_of,
 )
 
@@ -53,6 +54,10 @@ def changes_said(report: VerifyReport) -> Iterator[str]:
     ]
     if changes:
         yield _line("changed", f"{title_of(engine)}: {'; '.join(changes)}")
+    for of in engine.answers:
+        if of.by_text is not None:
+            said = f"{of.source} {text_shares_text(of.by_text)}"
+            yield _line(of.form, f"{title_of(engine)}: {said}")
     scores = [
         f"{name} {value:.3f}"
         for name, value in (

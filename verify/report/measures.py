@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bake.recipe import PromptForm
 from verify.compare.loss_split import LossHistogram, LossSplit
 from verify.report.intervals import Interval, McNemar, wilson
 
@@ -56,19 +57,33 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class TextShares:
+    """How many questions are answered right by the likelihood of choices' texts, by what it is
+    divided by.
+    """
+
+    summed: Share
+    """Nothing: `acc` of lm-evaluation-harness."""
+    per_character: Share
+    """The length of the text in characters: its `acc_norm`. This one decides."""
+    per_token: Share
+    """The length in tokens."""
+
+
+@dataclass(frozen=True)
 class AnswerSet:
     """What one engine answered to one set of questions in one prompt form."""
 
     source: str
     """forget | retain."""
     form: str
-    """chat | plain."""
+    """A key of `bake.questions.forms.FORMS`."""
     share: Share
     known: Share | None
-    """Over the questions that the base answers right in all 24 orders; None where that was not
+    """Over the questions that the base knows, as `KnownSet` has it; None where that was not
     asked."""
     letters: tuple[int, int, int, int]
-    """How often each of A to D was said."""
+    """How often each of A to D was said; 0 each in a form that asks for no letter."""
     only_letter: str | None
     """The letter of at least 90 % of the answers: a model that says it has lost the format."""
     subjects: tuple[SubjectShare, ...]
@@ -76,6 +91,8 @@ class AnswerSet:
     """Against the base, item by item; the base's own is None."""
     calibration: Calibration | None
     """Chat form only, and only of a tokenizer that has both kinds of letters."""
+    by_text: TextShares | None = None
+    """Of a form that asks for no letter."""
 
 
 @dataclass(frozen=True)
@@ -105,19 +122,23 @@ class TextLoss:
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A set of questions under the 24 orders of their choices, in chat form."""
+    """A set of questions under the 24 orders of their choices, in chat form; or once, in a form in
+    which order has no meaning.
+    """
 
     source: str
     """forget | retain."""
     asked: int
     known: int
-    """Questions that the base answers right in every order."""
+    """Questions that the base answers right in every order, or the one time."""
     engine: str
     """Which engine was asked them after the base."""
     still_known: Share
     """Of the known ones, those that it too answers right in every order."""
     orders: Share
     """The same, counting each order of each known question by itself."""
+    form: PromptForm = "chat"
+    """In which it was asked."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +268,7 @@ class Robustness:
     engine: str
     """The engine that was attacked."""
     form: str
-    """chat | plain."""
+    """In which it was asked."""
     attacks: tuple[Attack, ...]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from bake.questions.forms import FORMS, forms_beside
+from bake.recipe import PromptForm
 from bake.rounding import BAR
 from verify.compare.loss_split import LossPart
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, Parity, Rounding, VerifyReport
 from verify.report.intervals import McNemar
-from verify.report.measures import AnswerSet, Attack, KnownSet, Robustness, Share
+from verify.report.measures import AnswerSet, Attack, KnownSet, Robustness, Share, TextShares
 from verify.tolerances import TYPICAL_BAR
 
 SOURCES: dict[str, str] = {"forget": "to be forgotten", "retain": "to be kept"}
@@ -69,11 +71,17 @@ def shown_text(report: VerifyReport) -> str | None:
     if items.forget_questions or items.retain_questions:
         shown.append(
             f"{items.forget_questions:,} questions to be forgotten, {items.retain_questions:,} "
-            "to be kept, each in two prompt forms"
+            f"to be kept, each in {forms_text(report)} form"
         )
     if items.text_tokens:
         shown.append(f"{items.text_tokens:,} tokens of text")
     return ", and ".join(shown) or None
+
+
+def forms_text(report: VerifyReport) -> str:
+    """The prompt forms that were measured."""
+    *others, last = forms_beside(report.prompt)
+    return f"{', '.join(others)} and {last}"
 
 
 # --------------------------------------------------------------------------- shares
@@ -101,6 +109,28 @@ def share_text(share: Share | None) -> str:
     return f"{accuracy_text(share)} ({low:.2f} to {high:.2f})"
 
 
+def text_shares_text(found: TextShares) -> str:
+    """Accuracies by what the log-likelihood of a choice's text is divided by."""
+    each = {"summed": found.summed, "per character": found.per_character}
+    each |= {"per token": found.per_token}
+    return ", ".join(f"{accuracy_text(share)} {name}" for name, share in each.items())
+
+
+def known_how(form: PromptForm) -> str:
+    """How the base has to answer a question to know it."""
+    return "in all 24 orders of their choices" if FORMS[form].letters else f"in {form} form"
+
+
+def known_text(known: KnownSet) -> str:
+    """What became of the questions of a set that the base knows."""
+    how = known_how(known.form).removesuffix(" of their choices")
+    said = f"base {known.known} of {known.asked} {how}; {title_of(known.engine)} "
+    said += f"{known.still_known.right} of those"
+    if FORMS[known.form].letters:
+        said += f", {accuracy_text(known.orders)} of their single orders"
+    return said
+
+
 def letters_text(letters: tuple[int, ...]) -> str:
     """How often each letter was said."""
     n = sum(letters)
@@ -108,14 +138,6 @@ def letters_text(letters: tuple[int, ...]) -> str:
         return "–"
     return ", ".join(
         f"{name} {percent(count / n)}" for name, count in zip("ABCD", letters, strict=False)
-    )
-
-
-def known_text(known: KnownSet) -> str:
-    """What became of the questions that the base knows."""
-    return (
-        f"base {known.known} of {known.asked} in all 24 orders; {title_of(known.engine)} "
-        f"{known.still_known.right} of those, {accuracy_text(known.orders)} of their single orders"
     )
 
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import transformers
 
+from bake.questions.forms import forms_beside
 from bake.questions.multiple_choice import Question, Text, load_texts
 from bake.questions.orders import in_order
-from bake.questions.prompts import QUESTION_FORMS, question_prompts, text_prompts
+from bake.questions.prompts import question_prompts, text_prompts
 from bake.recipe import Recipe
 from bake.search.bench import Bench
 from bake.search.grid import Point
@@ -40,6 +41,7 @@ from bakeout.miniature.making.written_corpora import (
     vocabulary_texts,
 )
 
+FORMS_ASKED = forms_beside(None)
 HERE = Path(__file__).parents[1]
 
 GRID_N_FEATURES = (80, 100, 120)
@@ -94,13 +96,13 @@ class Measuring:
     @property
     def base(self) -> Scored:
         """What the base does."""
-        return scored(self.bench.base, self.asked, QUESTION_FORMS, text=True)
+        return scored(self.bench.base, self.asked, FORMS_ASKED, text=True)
 
     def at(self, **settings: float) -> Scored:
         """What the clamp does at some settings of the recipe."""
         recipe = self.sweep.at(Point(tuple(settings.items())))
         results = self.bench.measure(self.sweep.weights(recipe))
-        return scored(results, self.asked, QUESTION_FORMS, text=True)
+        return scored(results, self.asked, FORMS_ASKED, text=True)
 
 
 def loss_added(base: Scored, outcome: Scored) -> float:
@@ -110,7 +112,7 @@ def loss_added(base: Scored, outcome: Scored) -> float:
 
 def keeps(base: Scored, outcome: Scored) -> bool:
     """Whether what is to be kept was kept, in both prompt forms, and the loss within its bar."""
-    retained = min(outcome.retain[form] / base.retain[form] for form in QUESTION_FORMS)
+    retained = min(outcome.retain[form] / base.retain[form] for form in FORMS_ASKED)
     return retained >= RETAINED_BAR and loss_added(base, outcome) <= LOSS_BAR
 
 
@@ -121,13 +123,13 @@ def forgotten(outcome: Scored) -> float:
 
 def line(name: str, base: Scored, outcome: Scored) -> str:
     """One row of the printed table."""
-    shares = [side[form] for side in (outcome.forget, outcome.retain) for form in QUESTION_FORMS]
+    shares = [side[form] for side in (outcome.forget, outcome.retain) for form in FORMS_ASKED]
     return f"{name:34s}{''.join(f' {x:12.3f}' for x in shares)} {loss_added(base, outcome):+11.4f}"
 
 
 HEADER = f"{'':34s}" + "".join(
     f" {name:>12s}"
-    for name in (*(f"{side} {form}" for side in SIDES for form in QUESTION_FORMS), "loss added")
+    for name in (*(f"{side} {form}" for side in SIDES for form in FORMS_ASKED), "loss added")
 )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from bake.questions.forms import chat_text, plain_text
 from bake.questions.multiple_choice import LETTERS
-from bake.questions.prompts import chat_text, plain_text
 from bakeout.miniature.making.world import WORDS, Fact, World, ask
 
 EVERYDAY = WORDS["everyday"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from bake.errors import FolderError
+from export.manifest import read_json
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -84,14 +83,4 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
         FolderError: it cannot be read.
     """
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        generation = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FolderError(
-            f"{path}: cannot be read ({error}); bake or download the folder again"
-        ) from error
-    if not isinstance(generation, dict):
-        raise FolderError(f"{path}: is no JSON object; bake or download the folder again")
-    return generation
+    return read_json(path) if path.is_file() else {}

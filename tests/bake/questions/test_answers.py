@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from bake.errors import ModelError
-from bake.questions.answers import Answers, LetterTokens, best_letters, letter_tokens
+from bake.questions.answers import (
+    DECIDES,
+    NORMALISED,
+    Answers,
+    LetterTokens,
+    best_choice,
+    best_letters,
+    choice_log_likelihoods,
+    letter_tokens,
+)
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import Batch, Prompt, left_padded
+from bake.questions.prompts import Batch, Choice, Prompt, left_padded
 from tests.worlds import tiny_tokenizer
 
 # Tokens 10 to 13 are "A" to "D", 20 to 23 are " A" to " D".
@@ -72,12 +81,65 @@ def test_accuracy_counts_each_set_and_form() -> None:
         (prompt("retain", "plain", 0), right),
         (prompt("text", "text", -1), right),
     ]
-    answers.add(batch(*(p for p, _ in rows)), torch.stack([last for _, last in rows]))
+    ends = torch.stack([last for _, last in rows])
+    answers.add(batch(*(p for p, _ in rows)), ends, torch.zeros(0))
     forget = answers.accuracy("forget", [question(1), question(1)])
     assert (forget.chat, forget.plain) == (0.5, 0.0)
     retain = answers.accuracy("retain", [question(1)])
     assert (retain.chat, retain.plain) == (1.0, 1.0)
     assert len(answers.given) == 6
+
+
+# --------------------------------------------------------------------------- choices' own texts
+
+
+def of_choices(item: int, *lengths: tuple[int, int]) -> list[Prompt]:
+    """Prompts that end with choices of so many tokens and characters."""
+    return [
+        Prompt(
+            *("forget", "cloze", item + 1, tuple(range(3 + n_tokens))),
+            every_token=False,
+            item=item,
+            choice=Choice(index, n_tokens, n_characters),
+        )
+        for index, (n_tokens, n_characters) in enumerate(lengths)
+    ]
+
+
+def test_each_length_may_pick_another_choice() -> None:
+    asked = of_choices(0, (1, 2), (3, 5), (2, 20), (1, 1))
+    likelihoods = [-3.0, -5.0, -6.0, -9.0]
+    assert {by: best_choice(likelihoods, asked, by) for by in NORMALISED} == {
+        "summed": 0,  # -3
+        "per_character": 2,  # -1.5, -1, -0.3, -9
+        "per_token": 1,  # -3, -1.67, -3, -9
+    }
+    assert best_choice(likelihoods, asked) == best_choice(likelihoods, asked, DECIDES)
+
+
+def test_of_equal_choices_the_first_is_taken() -> None:
+    asked = of_choices(0, (1, 2), (1, 4), (1, 4), (1, 4))
+    assert best_choice([-3.0, -4.0, -4.0, -4.0], asked, "per_character") == 1
+
+
+def test_losses_of_choices_become_answers_and_text_is_none_of_them() -> None:
+    first, second = of_choices(0, (1, 1), (2, 1), (1, 1), (3, 1)), of_choices(1, *[(1, 1)] * 4)
+    shown = left_padded([*first, *second], pad_id=0, last_only=True)
+    nats = [3.0, 1.0, 1.5, 2.25, 1.0, 1.0, 1.0, 0.4, 0.3, 0.1, 0.2]
+    losses = torch.tensor(nats, dtype=torch.float64)
+    assert choice_log_likelihoods(losses, shown.prompts) == [
+        [-3.0, -2.5, -2.25, -3.0],
+        [-0.4, -0.3, -0.1, -0.2],
+    ]
+    answers = Answers(LETTERS)
+    answers.add(shown, torch.zeros(0, VOCAB), losses)
+    assert answers.chosen("forget", "cloze", 2) == [2, 2]
+    assert answers.by_text["forget", "cloze", 0]["per_token"] == 3  # -1 a token
+    assert set(answers.by_text["forget", "cloze", 1].values()) == {2}
+    asked = batch(prompt("forget", "chat", 0), prompt("forget", "plain", 0))
+    answers.add(asked, torch.stack([logits(_11=5.0)] * 2), torch.zeros(0))
+    found = answers.accuracy("forget", [question(2)])
+    assert found.measured == {"chat": 0.0, "plain": 0.0, "cloze": 1.0}
 
 
 def test_letters_of_a_tokenizer(tmp_path: Path) -> None:

@@ -6,9 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from bake.errors import ModelError
+from bake.errors import DataError, ModelError
 from bake.questions.multiple_choice import Question, Text
-from bake.questions.prompts import Prompt, batches, left_padded, question_prompts, text_prompts
+from bake.questions.prompts import (
+    Choice,
+    Prompt,
+    batches,
+    by_question,
+    left_padded,
+    question_prompts,
+    text_prompts,
+)
 from tests.worlds import tiny_tokenizer
 
 BOS = 2
@@ -119,6 +127,97 @@ def test_tokens_that_are_wanted_and_scored_by_hand() -> None:
         scored = [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
         assert batch.scored.tolist() == [[bool(x) for x in row] for row in scored]
         assert batch.attention_mask.tolist() == real  # left as it was
+
+
+# --------------------------------------------------------------------------- choices' own texts
+
+
+def test_a_cloze_prompt_ends_with_each_choice_a_space_in_front(tokenizer: Any) -> None:
+    prompts = question_prompts("forget", [QUESTION], tokenizer, compared=True, forms=["cloze"])
+    assert [prompt.choice and prompt.choice.index for prompt in prompts] == [0, 1, 2, 3]
+    for prompt, choice in zip(prompts, QUESTION.choices, strict=True):
+        assert (prompt.ids[0], prompt.ids.count(BOS)) == (BOS, 1)
+        assert prompt.choice is not None and prompt.choice.n_characters == len(choice)
+        places = prompt.answer_places
+        assert len(places) == prompt.choice.n_tokens
+        # What stands at a place predicts the next token.
+        assert tokenizer.decode([prompt.ids[at + 1] for at in places]) == f" {choice}"
+        assert tokenizer.decode(prompt.ids[: places[0] + 1]).endswith("\nAnswer:")
+        assert not prompt.every_token and (prompt.row, prompt.item) == (5, 0)
+
+
+def test_what_merges_over_the_boundary_is_parted_as_the_harness_parts_it() -> None:
+    """The text's own tokens, then as many of the whole's as it has more."""
+
+    class Merging:
+        bos_token_id = BOS
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert not add_special_tokens
+            return {"input_ids": [ord(c) for c in text.replace("r: ", "~")]}
+
+    question = replace(QUESTION, choices=("ab", "cd", "ef", "gh"))
+    first, *_ = question_prompts("f", [question], Merging(), compared=False, forms=["cloze"])
+    assert first.choice == Choice(0, n_tokens=1, n_characters=2)
+    assert "".join(map(chr, first.ids[-8:])) == "Answer:b"
+
+
+def test_an_empty_choice_is_refused_where_its_text_is_the_answer(tokenizer: Any) -> None:
+    question = replace(QUESTION, choices=("one", "", "three", "four"))
+    assert len(question_prompts("forget", [question], tokenizer, compared=True)) == 2
+    with pytest.raises(
+        DataError, match=r"forget questions, row 5: choice B is \'\'; the cloze form"
+    ):
+        question_prompts("forget", [question], tokenizer, compared=True, forms=["cloze"])
+
+
+def of_choices(item: int, *n_tokens: int, before: int = 3) -> list[Prompt]:
+    return [
+        replace(
+            prompt(before + n, every_token=False, item=item),
+            form="cloze",
+            choice=Choice(index, n, n_characters=3),
+        )
+        for index, n in enumerate(n_tokens)
+    ]
+
+
+def test_the_tokens_of_choices_are_scored_by_hand() -> None:
+    prompts = of_choices(0, 1, 3, 2, 1)
+    batch = left_padded(prompts, pad_id=0, last_only=True)
+    assert batch.of_choices
+    assert not batch.wanted.any() and not batch.ends.any()  # no logits are formed
+    assert batch.scored.int().tolist() == [
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1, 0],
+    ]
+    assert batch.n_last == 4
+    for row, of in enumerate(prompts):
+        lead = batch.input_ids.shape[1] - len(of.ids)
+        scored = batch.scored[row].nonzero().flatten().tolist()
+        assert scored == [lead + at for at in of.answer_places]
+
+
+def test_the_choices_of_a_question_are_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bake.questions.prompts.BATCH_TOKENS", 100)
+    monkeypatch.setattr("bake.questions.prompts.BATCH_LOGIT_BYTES", 4 * 100 * 30)
+    asked = [of_choices(i, 1 + i % 3, 2, 9 if i == 4 else 1, 3, before=4 + i) for i in range(9)]
+    others = [prompt(3 + i, every_token=i % 2 == 0, item=20 + i) for i in range(5)]
+    shown = [*others[:2], *(of for prompts in asked for of in prompts), *others[2:]]
+    found = list(batches(shown, pad_id=0, vocab_size=100))
+    assert sorted(p.item for b in found for p in b.prompts if p.choice is None) == [*range(20, 25)]
+    ending = [batch for batch in found if batch.of_choices]
+    assert ending == found[-len(ending) :] and len(ending) > 2
+    items = [of.item for batch in ending for of in batch.prompts[::4]]
+    assert sorted(items) == list(range(9))
+    for batch in ending:
+        together = [list(of) for of in by_question(batch.prompts)]
+        assert together == [asked[of.item] for of in batch.prompts[::4]]
+        rows, seq = batch.input_ids.shape
+        assert rows == 4 or (rows * seq <= 100 and int(batch.scored.sum()) <= 30)
+    assert max(len(batch.prompts) for batch in ending) > 4
 
 
 def test_every_prompt_is_in_one_batch_and_batches_keep_their_bounds(

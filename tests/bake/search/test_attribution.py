@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM
 
+from bake.questions.prompts import Choice, Prompt, left_padded
 from bake.recipe import Recipe
 from bake.sae.folding import load_decoder, load_encoder
 from bake.sae.layouts import find_sae
-from bake.search.attribution import attribution, candidates, letter_margin, residual_gradient
+from bake.search.attribution import (
+    attribution,
+    candidates,
+    letter_margin,
+    residual_gradient,
+    text_margin,
+)
 from bake.search.statistics import FeatureSite
 from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae
 
@@ -32,7 +40,14 @@ def margin_by_hand(logits: Any, answer: int) -> float:
 def test_gradient_is_the_slope_of_the_margin(tmp_path: Path, family: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base(tmp_path / "base", family)).double()
     model.requires_grad_(False)
-    h, gradient = residual_gradient(model, 1, IDS, LETTERS, 2)
+    asked = left_padded(
+        [Prompt("forget", "chat", 1, tuple(IDS.tolist()), every_token=False)],
+        pad_id=0,
+        last_only=True,
+    )
+    h, gradient = residual_gradient(
+        model, 1, asked, lambda logits: letter_margin(logits[0, -1], LETTERS, 2)
+    )
     direction = torch.randn(h.shape, generator=torch.Generator().manual_seed(0)).double()
 
     def margin(step: float) -> float:
@@ -82,3 +97,40 @@ def test_candidates_are_proposed_by_any_question_and_ordered_by_the_sum() -> Non
     second[[4, 7, 8]] = 6.0, 2.0, -9.0
     assert candidates([first, second], 10) == [4, 3, 7]
     assert candidates([first, second], 2) == [4, 3]
+
+
+def test_gradient_is_the_slope_of_the_margin_of_texts(tmp_path: Path) -> None:
+    """Four prompts, h moving in each of them: the parts add up to the margin."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base(tmp_path / "base")).double()
+    model.requires_grad_(False)
+    choices = [((9,), 3), ((12, 31), 5), ((7, 8, 6), 2), ((10,), 8)]
+    slope, found = 0.0, {-1: 0.0, 0: 0.0, 1: 0.0}
+    for index, (own, n_characters) in enumerate(choices):
+        prompt = Prompt(
+            *("forget", "cloze", 1, (2, 5, 21, 30, *own)),
+            every_token=False,
+            choice=Choice(index, len(own), n_characters),
+        )
+        asked = left_padded([prompt], pad_id=0, last_only=True)
+        margin = partial(text_margin, asked=asked, answer=2)
+        h, gradient = residual_gradient(model, 1, asked, margin)
+        direction = torch.randn(h.shape, generator=torch.Generator().manual_seed(index)).double()
+        slope += float((gradient.double() * direction).sum())
+        for sign in found:
+
+            def shift(_: Any, __: Any, output: Any, by: Any = 3e-3 * sign * direction) -> Any:
+                if isinstance(output, tuple):
+                    return (output[0] + by, *output[1:])
+                return output + by
+
+            handle = model.get_decoder().layers[1].register_forward_hook(shift)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt.ids])).logits[0]
+            handle.remove()
+            said = [float(logits[3 + i].log_softmax(-1)[token]) for i, token in enumerate(own)]
+            found[sign] += sum(said) / n_characters * (1 if index == 2 else -1 / 3)
+            if sign == 0:
+                part = float(margin(logits[None, -asked.n_last :]))
+                expected = sum(said) / n_characters * (1 if index == 2 else -1 / 3)
+                assert part == pytest.approx(expected, rel=1e-5)
+    assert slope == pytest.approx((found[1] - found[-1]) / 6e-3, rel=1e-2)  # norms round

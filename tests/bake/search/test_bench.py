@@ -12,6 +12,7 @@ from bake.base import find_base
 from bake.clamp import find_site
 from bake.errors import DataError, SAEError
 from bake.questions.answers import Answers, letter_tokens
+from bake.questions.forms import forms_beside
 from bake.questions.loss import LossSum
 from bake.questions.multiple_choice import load_questions, load_texts
 from bake.questions.prompts import batches, question_prompts, text_prompts
@@ -52,7 +53,8 @@ def measured_both_ways(recipe: Recipe) -> tuple[Any, Any, Any]:
     """(bench's results, its base, the reference's answers and loss)."""
     model, tokenizer = load_base(recipe), load_tokenizer(recipe)
     questions = load_questions(QuestionSource(path="q.jsonl"), recipe)
-    prompts = question_prompts("forget", questions, tokenizer, compared=False)
+    forms = forms_beside("cloze")
+    prompts = question_prompts("forget", questions, tokenizer, compared=False, forms=forms)
     prompts += text_prompts(load_texts(TextSource(path="t.jsonl"), recipe), tokenizer)
     letters = letter_tokens(tokenizer)
     base = find_base(recipe)
@@ -64,8 +66,8 @@ def measured_both_ways(recipe: Recipe) -> tuple[Any, Any, Any]:
     answers, loss = Answers(letters), LossSum()
     for batch in batches(prompts, pad_id=0, vocab_size=99):
         seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
-        answers.add(batch, seen.logits)
-        loss.losses += seen.losses.tolist()
+        answers.add(batch, seen.logits, seen.losses)
+        loss.losses += [] if batch.of_choices else seen.losses.tolist()
     assert bench.changes(clamps) == (
         found.letters != bench.base.letters or bool(found.losses != bench.base.losses)
     )
@@ -105,7 +107,8 @@ def test_where_nothing_fires_nothing_is_run(tmp_path: Path, write_recipe: Recipe
     recipe = Recipe.load(write_recipe(SAE | TABLES[0] | {"trigger": 1e6}))
     model, tokenizer = load_base(recipe), load_tokenizer(recipe)
     questions = load_questions(QuestionSource(path="q.jsonl"), recipe)
-    prompts = question_prompts("forget", questions, tokenizer, compared=False)
+    forms = forms_beside("cloze")
+    prompts = question_prompts("forget", questions, tokenizer, compared=False, forms=forms)
     bench = Bench(model, prompts, letter_tokens(tokenizer), 1, 0)
     clamper = Clamper(find_site(recipe.clamp[0], recipe, find_base(recipe)))
     ran: list[int] = []

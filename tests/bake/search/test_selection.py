@@ -17,9 +17,9 @@ import bake.search.statistics
 from bake.errors import BakeoutError, DataError, RecipeError, SAEError
 from bake.questions.answers import Answers, letter_tokens
 from bake.questions.multiple_choice import Question
-from bake.questions.orders import all_orders
+from bake.questions.orders import all_orders, orders_in
 from bake.questions.prompts import batches, question_prompts
-from bake.recipe import Recipe
+from bake.recipe import PromptForm, Recipe
 from bake.search.corpus_statistics import Material, measure
 from bake.search.selection import selected_recipe, split_questions
 from bakeout.verbs.demo import MINIATURE
@@ -253,8 +253,10 @@ def test_orders_are_all_24_and_keep_the_right_choice() -> None:
     assert turned[0] == question
 
 
-def test_attribution_on_known_questions_of_the_miniature(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["chat", "cloze"])
+def test_attribution_on_known_questions_of_the_miniature(tmp_path: Path, form: PromptForm) -> None:
     data = Recipe.load(MINIATURE / "recipe.toml").to_dict()
+    data["verify"]["prompt"] = form
     for side, n in (("forget", 3), ("retain", 6)):
         lines = (MINIATURE / "questions" / f"{side}_validation.jsonl").read_text().splitlines()
         (tmp_path / f"{side}.jsonl").write_text("\n".join(lines[:n]))
@@ -267,13 +269,12 @@ def test_attribution_on_known_questions_of_the_miniature(tmp_path: Path) -> None
     losses = [chosen.score for chosen in selection.chosen]
     assert losses == sorted(losses)
     split, tokenizer = split_questions(recipe), measured.material.tokenizer
-    asked = {"forget": [o for q in split.validation["forget"] for o in all_orders(q)]}
+    asked = {"forget": [o for q in split.validation["forget"] for o in orders_in(q, form)]}
     asked["retain"] = split.validation["retain"]
     prompts = [
         prompt
         for side, questions in asked.items()
-        for prompt in question_prompts(side, questions, tokenizer, compared=False)
-        if prompt.form == "chat"
+        for prompt in question_prompts(side, questions, tokenizer, compared=False, forms=[form])
     ]
     model = measured.material.model
     base = _letters(HookedRunner("base", model), prompts, tokenizer)
@@ -288,5 +289,6 @@ def test_attribution_on_known_questions_of_the_miniature(tmp_path: Path) -> None
 def _letters(runner: HookedRunner, prompts: list[Any], tokenizer: Any) -> dict[Any, int]:
     answers = Answers(letter_tokens(tokenizer))
     for batch in batches(prompts, pad_id=0, vocab_size=len(tokenizer)):
-        answers.add(batch, runner.logits(batch.input_ids, batch.attention_mask))
+        seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
+        answers.add(batch, seen.logits, seen.losses)
     return answers.given

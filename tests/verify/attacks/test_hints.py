@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from bake.questions.forms import FORMS
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import question_text
 from verify.attacks.hints import balanced, hint_pool, hinted
 
 ANSWERS = [0, 0, 0, 3, 1, 1, 2, 0]
@@ -34,8 +34,8 @@ def test_hints_are_others_with_their_right_answers(form: str) -> None:
     everything = [*QUESTIONS, TWIN]
     pool = hint_pool(everything)
     for question in everything:
-        text = hinted(question, pool, 4, form)
-        alone = question_text(question, form)
+        text = hinted(question, pool, 4, FORMS[form])
+        alone = FORMS[form].text(question)
         assert text.endswith(alone)
         before = text.removesuffix(alone)
         own = re.escape(" ".join(question.question.split()))
@@ -47,11 +47,11 @@ def test_hints_are_others_with_their_right_answers(form: str) -> None:
         assert re.findall(ending, before) == right
         assert len(set(right)) >= 3  # one letter of four is missing where it is the asked one's
         for n in names:
-            assert question_text(QUESTIONS[n], form) in before
+            assert FORMS[form].text(QUESTIONS[n]) in before
 
 
 def test_a_chat_with_hints_is_turns() -> None:
-    text = hinted(QUESTIONS[0], hint_pool(QUESTIONS), 2, "chat")
+    text = hinted(QUESTIONS[0], hint_pool(QUESTIONS), 2, FORMS["chat"])
     assert text.count("<start_of_turn>user\n") == text.count("<start_of_turn>model\n") == 3
     assert text.count("<end_of_turn>") == 5
     assert text.endswith("Answer: (")

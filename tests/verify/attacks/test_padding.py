@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from bake.questions.forms import FORMS, chat_text, plain_text
 from bake.questions.multiple_choice import Question, Text
-from bake.questions.prompts import chat_text, plain_text
 from tests.worlds import tiny_tokenizer
 from verify.attacks.padding import padded, text_of_length
 
@@ -23,7 +23,7 @@ def tokenizer(tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("form", ["chat", "plain"])
 def test_padding_stands_in_front_in_the_same_turn(form: str) -> None:
-    text = padded(QUESTION, "much ado", form)
+    text = padded(QUESTION, "much ado", FORMS[form])
     if form == "chat":
         assert text.startswith("<start_of_turn>user\nmuch ado\n\nThe following are")
         assert text.replace("much ado\n\n", "") == chat_text(QUESTION)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bake.questions.answers import letter_tokens
+from bake.questions.forms import FORMS, chat_text, plain_text
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import chat_text, plain_text
 from bake.recipe import Recipe
 from bake.stock import load_base, load_tokenizer
 from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
@@ -40,7 +40,7 @@ class World:
         self.oracle = Oracle(self.model, load_sites(recipe))
         self.tokenizer: Any = load_tokenizer(recipe)
         self.letters = letter_tokens(self.tokenizer).chat
-        self.prompts = [slotted(q, "chat", self.tokenizer) for q in QUESTIONS]
+        self.prompts = [slotted(q, FORMS["chat"], self.tokenizer) for q in QUESTIONS]
 
     def asked(self) -> AskedUpTo:
         return AskedUpTo(self.oracle, self.prompts, self.letters, 0)
@@ -145,7 +145,7 @@ def test_a_suffix_stands_after_the_choices(
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path))
     suffix = tokenizer("suffix", add_special_tokens=False)["input_ids"]
     for question in QUESTIONS:
-        whole = tokenizer.decode(slotted(question, form, tokenizer).filled(suffix))
+        whole = tokenizer.decode(slotted(question, FORMS[form], tokenizer).filled(suffix))
         last = f"D. {question.choices[3]}"
         before, _, after = text(question).rpartition(last)
         assert whole == f"<bos>{before}{last}suffix{after}"

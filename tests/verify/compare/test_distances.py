@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bake.questions.prompts import Batch, Prompt, left_padded
+from bake.questions.prompts import Batch, Choice, Prompt, left_padded
 from bake.rounding import BAR
 from tests.logits import PARITY_VOCAB, TokenNames, forget_prompt, random_logits
 from verify.compare.distances import ENOUGH, MOST_LOOKED, Distances
@@ -71,7 +72,7 @@ def judged(
     parity = ParitySum(distances=Distances(sensitivity))
     add(parity, batch, reference, engine, nearby(batch, *edges))
     assert parity.distances is not None
-    prompts = {(of.source, of.form, of.row): of for of in batch.prompts}
+    prompts = {(of.source, of.form, of.row): [of] for of in batch.prompts}
     flips = [Flip("forget", "chat", 1, "?", "A", "B", "A")]
     return parity.distances.result(flips, prompts, [], TokenNames()), parity
 
@@ -137,6 +138,59 @@ def test_flips_are_explained_by_their_own_token() -> None:
     assert judged(Known(own=0.0), batch, {(0, 4): 9.0})[0].flips == 1
     found, _ = judged(Known(), batch, {(0, 4): 9.0}, (0, 3))
     assert (found.flips, found.edge_flips) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("errors", "edges", "own", "flips", "edge_flips"),
+    [
+        ({(1, 2): 1.9 * BAR}, (), 0.0, 0, 0),  # a loss moves by up to twice what a logit does
+        ({(1, 2): 2.1 * BAR}, (), 0.0, 1, 0),
+        ({(1, 2): -2.1 * BAR}, (), 0.0, 1, 0),
+        ({(3, 3): math.nan}, (), 0.0, 1, 0),
+        ({(1, 2): 2.1 * BAR}, (), 2.0, 0, 0),  # the token itself is more sensitive
+        ({(5, 2): 2.1 * BAR}, (), 0.0, 0, 0),  # of another question
+        ({(1, 3): 2.1 * BAR}, ((1, 2),), 0.0, 0, 1),
+        ({(1, 3): 2.1 * BAR}, ((5, 2),), 0.0, 1, 0),
+    ],
+)
+def test_flips_of_choices_are_explained_by_any_token_of_theirs(
+    errors: dict[tuple[int, int], float],
+    edges: tuple[tuple[int, int], ...],
+    own: float,
+    flips: int,
+    edge_flips: int,
+) -> None:
+    prompts = [
+        Prompt(
+            *("forget", "cloze", 1 + row // 4, (2, 50 + row, 60, 70, 80)),
+            every_token=False,
+            item=row // 4,
+            choice=Choice(row % 4, n_tokens=2, n_characters=5),
+        )
+        for row in range(8)
+    ]
+    batch, known = left_padded(prompts, pad_id=0, last_only=True), Known(own)
+    sensitivity: Any = known
+    parity = ParitySum(distances=Distances(sensitivity))
+    rows, columns = batch.scored.nonzero().unbind(-1)
+    reference = torch.rand(len(rows), dtype=torch.float64)
+    engine = reference.clone()
+    for (row, column), error in errors.items():
+        engine[(rows == row) & (columns == column)] += error
+    parity.take(
+        batch,
+        json.loads(
+            json.dumps(parity.found(batch, batch.wanted, reference, engine, nearby(batch, *edges)))
+        ),
+    )
+    asked = {("forget", "cloze", 1): prompts[:4], ("forget", "cloze", 2): prompts[4:]}
+    flip = Flip("forget", "cloze", 1, "?", "A", "B", "A")
+    assert parity.distances is not None
+    found = parity.distances.result([flip], asked, [], TokenNames())
+    assert (found.flips, found.edge_flips) == (flips, edge_flips)
+    assert (found.tokens, found.worst, parity.n_tokens) == (0, 0.0, 0)  # no logits were compared
+    if own:
+        assert known.looked == {prompts[1]: [2]}
 
 
 def test_the_last_token_is_the_last_position() -> None:

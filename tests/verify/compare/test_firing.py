@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
-from bake.questions.prompts import Prompt, left_padded
+from bake.questions.prompts import Choice, Prompt, left_padded
 from verify.compare.firing import EXAMPLES, FeatureWatch, FiredExamples, fired_on
 
 
@@ -56,6 +56,34 @@ def test_the_sequences_that_fire_most_are_kept_with_their_positions() -> None:
         (e.source for e in result), key=["forget", "retain", "text"].index
     )
     assert result[0].tokens[:3] == ("<2>", "<3>", "<4>")
+
+
+def test_of_a_question_one_choice_is_shown() -> None:
+    """The one on which most fired, whatever order they come in."""
+    asked = [
+        replace(prompt("forget", row, 4 + at, "cloze"), item=row, choice=Choice(at, 1, 1))
+        for row in range(1, 6)
+        for at in range(4)
+    ]
+    counts = [1 + (3 * of.row + 5 * (of.choice or Choice(0, 1, 1)).index) % 4 for of in asked]
+    most = {row: max(counts[4 * row - 4 : 4 * row]) for row in range(1, 6)}
+    kept = sorted(most, key=lambda row: (-most[row], row))[:EXAMPLES]
+    for step in (1, -1):
+        examples = FiredExamples("cloze")
+        for of, n in [*zip(asked, counts, strict=True)][::step]:
+            examples.add([of], [range(n)])
+        shown = examples.result(Tokenizer())
+        assert [(of.row, len(of.fired)) for of in shown] == [(row, most[row]) for row in kept]
+
+
+def test_the_losses_of_choices_are_no_text() -> None:
+    asked = [
+        replace(prompt("forget", 1, 4, "cloze"), item=0, choice=Choice(at, 1, 1)) for at in range(4)
+    ]
+    batch = left_padded(asked, pad_id=0, last_only=True)
+    oracle: Any = Oracle(torch.ones(batch.input_ids.shape, dtype=torch.bool))
+    found = fired_on(oracle, batch)
+    assert found["after"] == [] and found["positions"] == [[0, 1, 2, 3]] * 4
 
 
 def test_questions_in_the_other_form_are_left_out() -> None:

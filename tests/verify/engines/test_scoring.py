@@ -9,12 +9,13 @@ import torch
 from transformers import AutoTokenizer, Gemma2ForCausalLM
 
 from bake.questions.answers import LetterTokens, letter_log_likelihoods, letter_tokens
+from bake.questions.forms import FORMS, plain_text
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import plain_text
+from bake.questions.prompts import Prompt, asking
 from tests.engines import PlainOnly
 from tests.worlds import tiny_base, tiny_tokenizer
 from verify.engines.runners import HookedRunner, Reading
-from verify.engines.scoring import last_logits, token_ids
+from verify.engines.scoring import choices_made, last_logits, token_ids
 
 
 def test_likelihoods_of_letters() -> None:
@@ -86,3 +87,23 @@ def test_a_tree_is_read_where_it_saves_enough(shared: int, trees: int) -> None:
     sequences = [(*start, 50 + n, *range(20)) for n in range(3)]
     assert last_logits(Watched("base", None), sequences, Nine()).shape == (3, 9)
     assert read == (["tree"] if trees else ["batch"])
+
+
+def test_choices_of_many_questions_are_made_as_of_one_after_another(tmp_path: Path) -> None:
+    tiny_tokenizer(tiny_base(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = Gemma2ForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    questions = [
+        Question("which" * (1 + n % 3) + "?", ("w" * (1 + n), "xy", f"y{n} z", "z"), 0, None, row=n)
+        for n in range(7)
+    ]
+    runner, letters = HookedRunner("base", model), letter_tokens(tokenizer)
+    made = {}
+    for form in FORMS:
+        at = Prompt("forget", form, 1, (), every_token=False)
+        asked = [asking(FORMS[form].text(q), q, tokenizer, at) for q in questions]
+        made[form] = choices_made(runner, asked, letters, tokenizer)
+        alone = [choices_made(PlainOnly(runner), [one], letters, tokenizer) for one in asked]
+        assert [made[form]] == [[choice for (choice,) in alone]]
+        assert choices_made(runner, asked[::-1], letters, tokenizer) == made[form][::-1]
+    assert len(set(made["cloze"])) > 1

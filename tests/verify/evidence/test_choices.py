@@ -3,10 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bake.questions.answers import Answers, LetterTokens
 from bake.questions.multiple_choice import Question
 from verify.evidence.choices import (
     Setting,
     accuracy,
+    answer_set,
     by_subject,
     calibration,
     constant_letter,
@@ -14,7 +16,7 @@ from verify.evidence.choices import (
     unlearning_score,
 )
 from verify.report.intervals import wilson
-from verify.report.measures import Share
+from verify.report.measures import Share, TextShares
 
 
 def question(answer: int, row: int, topic: str | None = None) -> Question:
@@ -48,6 +50,23 @@ def test_subjects_in_order() -> None:
         ("bells", Share(1, 2)),
         ("kites", Share(1, 1)),
     ]
+
+
+def test_choices_own_texts_are_counted_by_each_length_and_no_letter_is_said() -> None:
+    letters = LetterTokens(chat=(), plain=())
+    made = {"summed": [0, 1, 2, 0], "per_character": [0, 0, 0, 0], "per_token": [1, 1, 1, 1]}
+    answers, before = Answers(letters), Answers(letters)
+    for item in range(4):
+        key = ("forget", "cloze", item)
+        answers.given[key], before.given[key] = made["per_character"][item], item
+        answers.by_text[key] = {by: each[item] for by, each in made.items()}
+        answers.likelihoods["forget", item] = []
+    found = answer_set(answers, before, "forget", "cloze", QUESTIONS, {1, 4})
+    assert found.by_text == TextShares(Share(3, 4), Share(1, 4), Share(1, 4))
+    assert (found.share, found.known) == (Share(1, 4), Share(1, 2))
+    # The first choice four times is no letter said four times.
+    assert (found.letters, found.only_letter, found.calibration) == ((0, 0, 0, 0), None, None)
+    assert found.change is not None and (found.change.lost, found.change.gained) == (3, 0)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from bake.questions.forms import chat_text
 from bake.questions.loss import token_losses
-from bake.questions.prompts import chat_text
 from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.engines import material_of

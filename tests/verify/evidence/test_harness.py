@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import tomli_w
 import torch
 
-from bake.questions.answers import best_letters, letter_log_likelihoods, letter_tokens
+import bakeout
+from bake.questions.answers import Answers, best_letters, letter_log_likelihoods, letter_tokens
 from bake.questions.multiple_choice import Question, load_questions
 from bake.questions.prompts import batches, question_prompts
 from bake.recipe import Recipe
@@ -27,11 +29,13 @@ from tests.worlds import (
     write_questions,
 )
 from verify.engines.runners import HookedRunner, Runner, TorchRunner
+from verify.evidence.choices import accuracy
 from verify.evidence.harness import HarnessResult, run_harness
 from verify.evidence.harness_tasks import HarnessError, write_tasks
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 
+MINIATURE = Path(bakeout.__file__).parent / "miniature"
 HOSTILE = {
     "question": "{{ 7 * 7 }} {% raw %} <b>&amp;</b> ](x) \x1b[31m: # 'q'\n- y?",
     "choices": ["{{choices}}", "{% endif %}", "<script>", '"\\'],
@@ -243,3 +247,64 @@ def test_the_harness_own_tasks_come_from_the_hub_by_name(
     }
     same_as_ours(result, runner, same, tokenizer)
     assert result.accuracy("wmdp") in (0.0, 1 / 3, 2 / 3, 1.0)
+
+
+def test_cloze_form_scores_as_the_harness_own_continuation_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The miniature under the harness's own Hugging Face model and its own task, prompts and
+    arithmetic included, with rows of ours in place of the hub's.
+    """
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    recipe = Recipe.load(MINIATURE / "recipe.toml")
+    tokenizer, model = load_tokenizer(recipe), load_base(recipe)
+    path = "questions/retain_test.jsonl"
+    asked = load_questions(QuestionSource(path=path, topic="anatomy"), recipe)[::18]
+    texts = ("in the old town by the river", "Vo", "two words", "a bell that nobody rings")
+    asked = [replace(question, topic="anatomy") for question in asked]
+    asked += [replace(question, choices=texts) for question in asked[:6]]  # of several tokens
+    rows = [{"question": q.question, "choices": q.choices, "answer": q.answer} for q in asked]
+    data = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *_, **__: datasets.DatasetDict(test=data, dev=data)
+    )
+    found = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5),
+        tasks=["mmlu_anatomy_continuation"],
+        task_manager=TaskManager(),
+        num_fewshot=0,
+    )
+    samples = sorted(found["samples"]["mmlu_anatomy_continuation"], key=lambda s: s["doc_id"])
+    scores = found["results"]["mmlu_anatomy_continuation"]
+
+    def ours(runner: Runner, questions: Sequence[Question]) -> tuple[Answers, list[list[float]]]:
+        prompts = question_prompts("q", questions, tokenizer, compared=False, forms=["cloze"])
+        answers = Answers(letter_tokens(tokenizer))
+        each: dict[int, list[float]] = {}
+        for batch in batches(prompts, pad_id=0, vocab_size=len(tokenizer)):
+            seen = runner.read(batch.input_ids, batch.attention_mask, batch.ends, batch.scored)
+            assert len(seen.logits) == 0  # losses are enough
+            for row, _, likelihoods in (said := answers.found(batch, seen.logits, seen.losses)):
+                each[batch.prompts[row].item] = likelihoods
+            answers.take(batch, said)
+        return answers, [each[item] for item in range(len(questions))]
+
+    runner = HookedRunner("base", model)
+    answers, likelihoods = ours(runner, asked)
+    assert len(samples) == len(asked) == 18
+    for item, (sample, mine) in enumerate(zip(samples, likelihoods, strict=True)):
+        theirs = [float(pair[0]) for pair in sample["filtered_resps"]]
+        assert mine == pytest.approx(theirs, abs=1e-4)
+        _, alone = ours(runner, [asked[item]])  # whatever else is in a batch
+        assert alone[0] == pytest.approx(mine, abs=1e-4)
+        made, right = answers.by_text["q", "cloze", item], asked[item].answer
+        assert (sample["acc"], sample["acc_norm"]) == (
+            float(made["summed"] == right),
+            float(made["per_character"] == right),
+        )
+    share = accuracy(asked, answers.chosen("q", "cloze", len(asked))).accuracy
+    assert scores["acc_norm,none"] == pytest.approx(share) != scores["acc,none"]

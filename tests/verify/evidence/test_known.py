@@ -15,16 +15,16 @@ import torch
 
 from bake.errors import ModelError, OutputError
 from bake.questions.answers import letter_tokens
+from bake.questions.forms import chat_text
 from bake.questions.multiple_choice import Question, load_questions
 from bake.questions.orders import ORDERS, in_order
-from bake.questions.prompts import chat_text
 from bake.recipe import Recipe
 from bake.sources import QuestionSource
 from bake.stock import load_base, load_tokenizer
 from tests.engines import PlainOnly, Speaker
 from tests.logits import every_logit
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer, write_questions
-from verify.engines.runners import HookedRunner, Runner
+from verify.engines.runners import HookedRunner, Reading, Runner
 from verify.evidence.known import measure_known, model_digest, order_ids, score_orders
 from verify.journal import Journal
 from verify.material import Material
@@ -193,6 +193,58 @@ def test_known_is_right_under_every_order(engine: Knows, asked: list[Question]) 
     _, known = find(engine, asked, None, unlearned=still)
     assert (known.still_known, known.orders) == (Share(1, 2), Share(24 + 18, 48))
     assert still.asked == 2 * 24  # only what the base knows
+
+
+class Reads(Runner):
+    """An engine to which the text of " right" is likely where it knows the question."""
+
+    def __init__(self, name: str, tokenizer: Any, known: set[str]) -> None:
+        self.name, self.tokenizer, self.known = name, tokenizer, known
+        self.asked = 0
+
+    def read(
+        self, ids: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor, scored: torch.Tensor
+    ) -> Reading:
+        assert not wanted.any()  # no logits are formed
+        self.asked += len(ids)
+        losses = []
+        for row, of in zip(ids, scored, strict=True):
+            text = self.tokenizer.decode(row)
+            assert text.count("<bos>") == 1 and "A. " not in text
+            question, answer = text.split("Question: ")[1].split("?\nAnswer:")
+            likely = (answer == " right") == (question in self.known)
+            losses += [0.5 if likely else 2.0] * int(of.sum())
+        return Reading(torch.zeros(0, len(self.tokenizer)), torch.tensor(losses).double())
+
+    def go_on(self, *_: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_where_order_means_nothing_a_question_is_asked_once(
+    engine: Knows, asked: list[Question], tmp_path: Path
+) -> None:
+    tokenizer = engine.tokenizer
+    base = Reads("base", tokenizer, {"first", "third", "fourth"})
+    after = Reads("checkpoint", tokenizer, {"fourth"})
+    material = Material({"forget": asked}, [], letter_tokens(tokenizer), tokenizer, "cloze")
+
+    def found(journal: Journal) -> Any:
+        return measure_known(
+            *(base, after, material),
+            model="m",
+            cache=tmp_path / "cache",
+            journal=journal,
+            progress=lambda *_: None,
+        )
+
+    rows, (known,) = found(Journal())
+    assert rows == {"forget": (10, 12, 13)}
+    assert known == KnownSet("forget", 4, 3, "checkpoint", Share(1, 3), Share(1, 3), "cloze")
+    assert (base.asked, after.asked) == (4 * 4, 3 * 4)  # each choice once
+    assert found(Journal())[0] == rows
+    assert base.asked == 4 * 4  # kept
+    in_chat = find(engine, asked, tmp_path / "cache")[0]
+    assert in_chat == (11, 13) and len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_an_interrupted_run_asks_no_question_twice(

@@ -11,8 +11,8 @@ import torch
 
 from bake.errors import DataError
 from bake.questions.answers import Accuracy, letter_tokens
+from bake.questions.forms import FORMS, chat_text, plain_text
 from bake.questions.multiple_choice import Question, load_questions
-from bake.questions.prompts import chat_text, plain_text
 from bake.recipe import Recipe
 from bake.stock import load_base, load_tokenizer
 from tests.engines import PlainOnly
@@ -145,8 +145,8 @@ def test_every_attack_scores_as_one_prompt_after_another(
     expected = {
         "as asked": (asked, [plainly(q) for q in asked]),
         "reworded: other": (others, [plainly(q) for q in others]),
-        "hints": (asked, [hinted(q, pool, 4, form) for q in asked]),
-        "padding": (asked, [padded(q, long, form) for q in asked]),
+        "hints": (asked, [hinted(q, pool, 4, FORMS[form]) for q in asked]),
+        "padding": (asked, [padded(q, long, FORMS[form]) for q in asked]),
     }
     for name, (questions, texts) in expected.items():
         one = named(found, name)

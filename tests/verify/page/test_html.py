@@ -20,6 +20,7 @@ from tests.reports import (
     HOSTILE,
     PARITY,
     STRUCTURE,
+    cloze_evidence,
     every_text,
     full_evidence,
     full_report,
@@ -140,6 +141,22 @@ def test_every_kind_of_evidence_is_on_the_page() -> None:
         "What fine-tuning or a searched suffix brings back is not measured here",
     ):
         assert part in text, part
+
+
+def test_the_page_where_the_cloze_form_leads() -> None:
+    text = words(render_html(cloze_evidence()))
+    for part in (
+        "forget accuracy 1.000 → 0.350 before → after, cloze form",
+        "forget chat / plain / cloze",
+        "checkpoint 0.300 / 0.283 / 0.350 0.938 / 0.925 / 0.975",
+        "checkpoint forget, cloze 0.325 summed, 0.350 per character, 0.308 per token",
+        "96 questions that the base answers right in cloze form, those answered",
+        "knows 96: those it answers right in cloze form. checkpoint was asked those.",
+        "checkpoint 0.031 [0.01, 0.09], 3 of 96",
+    ):
+        assert part in text, part
+    for part in ("24 orders", "every order", "Letters said"):
+        assert part not in text, part
 
 
 def test_each_kind_of_evidence_comes_alone() -> None:

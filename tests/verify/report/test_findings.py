@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import math
 
-from tests.reports import FAILURE, WORST, full_report
+import pytest
+
+from tests.reports import FAILURE, WORST, cloze_evidence, full_evidence, full_report
 from verify.report.findings import (
     Failure,
     Parity,
@@ -40,6 +42,18 @@ def test_json_is_the_contract() -> None:
     assert found["items"] == {"forget_questions": 4, "retain_questions": 8, "text_tokens": 100}
     assert found["tokens_fired_by_layer"] == {"0": 51}
     assert found["warnings"] == ["something"]
+
+
+def test_a_form_that_was_not_measured_is_not_in_the_json() -> None:
+    found = cloze_evidence().to_dict()["engines"]["checkpoint"]
+    assert found["forget"] == {"chat": 0.3, "plain": pytest.approx(34 / 120), "cloze": 0.35}
+    by_text = [of["by_text"] for of in found["answers"] if of["form"] == "cloze"]
+    assert by_text[0] == {
+        "summed": {"right": 39, "n": 120},
+        "per_character": {"right": 42, "n": 120},
+        "per_token": {"right": 37, "n": 120},
+    }
+    assert set(full_evidence().to_dict()["engines"]["checkpoint"]["forget"]) == {"chat", "plain"}
 
 
 def test_verdict_and_exit_code_follow_the_failures() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bakeout.terminal import show_report
-from tests.reports import HOSTILE, STRUCTURE, every_text, full_evidence, rich_report
+from tests.reports import HOSTILE, STRUCTURE, cloze_evidence, every_text, full_evidence, rich_report
 from verify.evidence.kinds import lines_of
 from verify.report.findings import VerifyReport
 from verify.report.lines import SHOWN_ATTACKS, SHOWN_TASKS
@@ -52,6 +52,21 @@ def test_one_line_a_figure() -> None:
         "attack     weights: onnx-int4: forget 0.950 → 0.258, n = 120",
         "harness    wmdp_bio: base 0.950, checkpoint 0.300 (its own prompt form)",
         "harness    mmlu: base 0.950, checkpoint 0.938 (its own prompt form)",
+    ]
+
+
+def test_a_form_that_asks_for_no_letter_says_by_which_length() -> None:
+    lines = lines_of(cloze_evidence())
+    for line in (
+        "cloze      checkpoint: forget 0.325 summed, 0.350 per character, 0.308 per token",
+        "cloze      checkpoint: retain 0.956 summed, 0.975 per character, 0.944 per token",
+        "known      forget: base 96 of 120 in cloze form; checkpoint 3 of those",
+        "known      retain: base 128 of 160 in cloze form; checkpoint 125 of those",
+    ):
+        assert line in lines, line
+    assert not any("orders" in line for line in lines)
+    assert [line for line in lines if line not in lines_of(full_evidence())] == [
+        line for line in lines if line.startswith(("cloze ", "known "))
     ]
 
 

@@ -14,7 +14,7 @@ import pytest
 from bake.errors import ReportError
 from export.manifest import Manifest
 from tests.folders import manifest_data
-from tests.reports import FAILURE, PARITY, full_report, rich_report
+from tests.reports import FAILURE, PARITY, cloze_evidence, full_report, rich_report
 from verify.report.findings import VerifyReport
 from verify.report.reading import check_fresh, read_report, report_from_dict
 
@@ -24,6 +24,7 @@ from verify.report.reading import check_fresh, read_report, report_from_dict
     [
         rich_report(),
         rich_report(failures=(FAILURE,)),
+        cloze_evidence(),
         VerifyReport("folder", "layer", True, "integrity", ()),
     ],
 )

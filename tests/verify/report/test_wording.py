@@ -137,7 +137,7 @@ def test_what_engines_were_not_shown_is_not_said() -> None:
     assert shown_text(report) is None
     assert shown_text(replace(report, items=Items(0, 0, 0))) is None
     assert shown_text(replace(report, items=Items(0, 0, 1024))) == "1,024 tokens of text"
-    asked = "5 questions to be forgotten, 7 to be kept, each in two prompt forms"
+    asked = "5 questions to be forgotten, 7 to be kept, each in chat and plain form"
     assert shown_text(replace(report, items=Items(5, 7, 0))) == asked
     assert shown_text(replace(report, items=Items(5, 7, 9))) == f"{asked}, and 9 tokens of text"
 
