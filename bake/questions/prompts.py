@@ -188,8 +188,7 @@ def asking(text: str, question: Question, tokenizer: Any, at: Prompt) -> list[Pr
         if not choice or not own:
             raise DataError(
                 f"{at.source} questions, row {question.row}: choice {LETTERS[index]} is "
-                f"{shown(choice)}; the {at.form} form takes the likelihood of a choice's text, and "
-                "expects some"
+                f"{shown(choice)}; expected some text, whose likelihood the {at.form} form takes"
             )
         of = Choice(index, len(own), len(choice))
         found.append(replace(at, ids=(bos, *ids, *own), choice=of))

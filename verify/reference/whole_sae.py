@@ -24,8 +24,6 @@ _PLACES = re.compile(
     r"|gemma-scope-[^/]*-res(?![a-z])|resid_post"
 )
 """Words of Gemma Scope's folders for a place; in the group, one that is not the residual stream."""
-_STATEFUL = ("layer_norm", "constant_norm_rescale")
-"""Normalisations whose decoder needs the input: editing a code says nothing about that."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,10 @@ def _load_site(clamp: Clamp, recipe: Recipe, recorded: Mapping[str, str]) -> Sit
     name = clamp.sae.path or f"{clamp.sae.release}/{clamp.sae.id}"
     sae, stated = _load_sae(clamp.sae, recipe, name)
     normalisation = sae.cfg.normalize_activations
-    if normalisation in _STATEFUL:
+    if normalisation != "none":  # sae_lens says so once it has folded a release's factor
         raise SAEError(
-            f"SAE {name}: normalize_activations is {normalisation}; expected one that can be "
-            "folded into the weights. Take another SAE"
+            f"SAE {name}: normalize_activations is {normalisation}; expected none, or one "
+            "that sae_lens has folded into the weights. Take another SAE"
         )
     assert isinstance(clamp.features, list)
     named = [*clamp.features, *([] if clamp.refusal_feature is None else [clamp.refusal_feature])]

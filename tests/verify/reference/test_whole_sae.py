@@ -117,6 +117,8 @@ def test_unusable_folders_are_refused_in_one_line(
     save_gemma_scope(tmp_path / "nowhere", tiny_sae())
     save_sae_lens(tmp_path / "mlp", tiny_sae(), hook_name="blocks.1.hook_mlp_out")
     save_sae_lens(tmp_path / "normed", tiny_sae(), normalize_activations="layer_norm")
+    whitened = {"normalize_activations": "covariance_whitening"}
+    save_sae_lens(tmp_path / "whitened", tiny_sae(), **whitened)
     cut(save_sae_lens(tmp_path / "cut", tiny_sae()) / "sae_weights.safetensors", 500)
     arrays = {"W_enc": np.ones((4, 8), np.float32)}
     (tmp_path / "layer_1_few").mkdir()
@@ -128,6 +130,7 @@ def test_unusable_folders_are_refused_in_one_line(
         ("nowhere", "states no hook point"),
         ("mlp", "hook_mlp_out.*not supported"),
         ("normed", "normalize_activations is layer_norm"),
+        ("whitened", "normalize_activations is covariance_whitening"),
         ("cut", "sae_lens cannot load it"),
         ("layer_1_few", "has no b_enc; it has W_enc"),
         ("layer_1_pickle", "cannot load it"),

@@ -211,6 +211,25 @@ def test_bfloat16_is_as_near_as_the_hook_in_bfloat16(
     assert kl_nats(exact, found).mean() <= times * own + 1e-3
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_another_scale_of_attention_is_one_more_rounding_in_bfloat16(
+    tmp_path: Path, write_recipe: RecipeWriter, family: str
+) -> None:
+    torch.manual_seed(0)
+    config = tf.AutoConfig.for_model(**tiny_config(family).to_dict() | {"query_pre_attn_scalar": 9})
+    model = tf.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    tables = sae_tables(tmp_path, "clamp", METHOD_FEATURES, 1)
+    _, hooked, found, fired = compare(tmp_path, write_recipe, tables)
+    recipe = Recipe.load(write_recipe(*tables, base={"dtype": "float32"}))
+    oracle = Oracle(load_base(recipe), load_sites(recipe))
+    with oracle.applied() as exactly:
+        exact = flat_logits(exactly, tiny_prompts())
+    assert fired.any()
+    own = kl_nats(exact, hooked).mean()
+    assert kl_nats(exact, found).mean() <= 3 * own + 1e-3
+
+
 # --------------------------------------------------------------------------- the folder
 
 
