@@ -218,7 +218,7 @@ class Items:
     text_tokens: int
     """Tokens whose cross-entropy was taken."""
     one_in: int = 1
-    """Of the recipe's questions, texts and prompts one in so many was asked: a budget's share."""
+    """Of the recipe's questions, texts and prompts one in so many: a budget's share."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,7 @@ class VerifyReport:
 
     folder: str
     """The folder's own name."""
-    carrier: str
-    """As the manifest has it: one of `CARRIERS`, mostly."""
+    carrier: str  # one of `CARRIERS`, where the manifest has no other
     exact: bool
     """Whether the carrier computes the clamp itself rather than an approximation."""
     scope: str
