@@ -26,8 +26,9 @@ from bake.questions.trivia import TwoChoice, load_trivia, made_of, right_letters
 from bake.recipe import Recipe
 from verify.compare.comparison import REFERENCE
 from verify.engines.continuing import stop_ids
-from verify.engines.runners import HookedRunner, Runner
+from verify.engines.runners import Runner
 from verify.evidence.asking import MAX_NEW_TOKENS, VARIANTS, Asking, Progress, Said
+from verify.evidence.controls import control_runners
 from verify.journal import Journal
 from verify.material import evenly
 from verify.report.findings import VerifyReport
@@ -221,7 +222,7 @@ def gather(work: Work, report: VerifyReport) -> VerifyReport:
     controls = work.controls if "controls" in work.kinds else {}
     if not controls and all(site.reconstructs for site in hooked.sites):
         controls["reconstruction"] = Oracle(hooked.model, hooked.sites, reconstruct_residual)
-    runners |= {name: HookedRunner(name, hooked.model, of) for name, of in controls.items()}
+    runners |= control_runners(hooked.model, controls)
     found = complete(
         work.recipe,
         material.questions["forget"],

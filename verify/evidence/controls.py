@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 
 RANDOM_FEATURES = "random_features"
-COUNTED_AT_ONCE = 256
-"""Of how many tokens all activations are held together."""
 
 
 def control_oracles(
@@ -84,13 +82,14 @@ def features_alike(
     """
     import torch
 
-    from verify.reference.oracle import Edited, Oracle
+    from verify.reference.oracle import CODE_BYTES, Edited, Oracle
 
     counts = {site.layer: torch.zeros(site.sae.cfg.d_sae, dtype=torch.long) for site in sites}
     real = torch.empty(0)
 
     def count(h: Any, site: Site, exempt: Any) -> Edited:
-        for tokens in h[real.to(h.device) & ~exempt].split(COUNTED_AT_ONCE):
+        at_once = max(1, CODE_BYTES // (8 * site.sae.cfg.d_sae))
+        for tokens in h[real.to(h.device) & ~exempt].split(at_once):
             fired = site.sae.encode(tokens.double()) > site.clamp.trigger
             counts[site.layer] += fired.sum(dim=0).cpu()
         return Edited(h, exempt & False, h.new_zeros(*exempt.shape, len(site.features)).bool())
@@ -129,6 +128,14 @@ def all_controls(
     return dict(control_oracles(model, sites, journal.once(name, count)))
 
 
+def control_runners(model: Any, controls: Mapping[str, Oracle]) -> dict[str, HookedRunner]:
+    """Every control as an engine, whose name in a journal tells the features that it edits."""
+    return {
+        name: HookedRunner(f"{name} {[list(site.features) for site in of.sites]}", model, of)
+        for name, of in controls.items()
+    }
+
+
 def _asked(material: Material, form: PromptForm) -> list[Prompt]:
     """The questions in one prompt form."""
     return [
@@ -160,12 +167,11 @@ def measure_controls(
     """
     texts = [window for window in material.windows if window.form == TEXT]
     prompts = [*texts, *_asked(material, form)]
-    runners: list[Runner] = [HookedRunner("base", model)]
-    runners += [HookedRunner(name, model, oracle) for name, oracle in controls.items()]
+    runners = {"base": HookedRunner("base", model), **control_runners(model, controls)}
     found: list[Control] = []
     base_loss = 0.0
-    for number, runner in enumerate(runners):
-        texts_only = runner.name == "base"
+    for number, (name, runner) in enumerate(runners.items()):
+        texts_only = name == "base"
         shown = texts if texts_only else prompts
         answers, losses = Answers(material.letters), LossSum()
         for batch in material.batches(shown):
@@ -182,7 +188,7 @@ def measure_controls(
             for source, questions in material.questions.items()
         }
         added = losses.mean - base_loss
-        found.append(Control(runner.name, shares["forget"], shares["retain"], added))
+        found.append(Control(name, shares["forget"], shares["retain"], added))
     return tuple(found)
 
 
