@@ -166,7 +166,7 @@ def test_an_empty_choice_is_refused_where_its_text_is_the_answer(tokenizer: Any)
     question = replace(QUESTION, choices=("one", "", "three", "four"))
     assert len(question_prompts("forget", [question], tokenizer, compared=True)) == 2
     with pytest.raises(
-        DataError, match=r"forget questions, row 5: choice B is \'\'; the cloze form"
+        DataError, match=r"forget questions, row 5: choice B is ''; expected some text"
     ):
         question_prompts("forget", [question], tokenizer, compared=True, forms=["cloze"])
 

@@ -13,7 +13,7 @@ from bakeout.gemma.slicing import write_slice
 from tests.engines import material_of
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.engines.runners import HookedRunner
-from verify.evidence.controls import measure_controls
+from verify.evidence.controls import all_controls, measure_controls
 from verify.journal import Journal
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
@@ -55,10 +55,11 @@ def test_nothing_is_reconstructed_from_a_slice(world: dict[str, Recipe]) -> None
         model, sites = load_base(recipe), load_sites(recipe)
         assert all(site.reconstructs is (name == "whole") for site in sites)
         material = material_of(recipe)
-        controls = measure_controls(model, sites, material, "chat", Journal(), lambda *_: None)
-        names[name] = [control.name for control in controls]
-    assert names["whole"] == ["reconstruction", "zero", "random_decoder"]
-    assert names["slice"] == ["zero", "random_decoder"]
+        oracles = all_controls(model, sites, material, "chat", journal := Journal())
+        found = measure_controls(model, oracles, material, "chat", journal, lambda *_: None)
+        names[name] = [control.name for control in found]
+    assert names["whole"] == ["reconstruction", "zero", "random_decoder", "random_features"]
+    assert names["slice"] == ["zero", "random_decoder", "random_features"]
 
 
 def test_pairs_must_be_pairs(tmp_path: Path) -> None:
