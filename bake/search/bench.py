@@ -230,9 +230,11 @@ class Bench:
         """Per prompt: the choice that is answered, or (nats, tokens) of a text."""
         if batch.prompts[0].source == "text":
             found = []
+            width = logits.shape[1]  # columns that are padding in all of these rows have none
+            ids, mask = batch.input_ids[:, -width:], batch.attention_mask[:, -width:]
             for row in range(len(batch.prompts)):
                 one = slice(row, row + 1)
-                losses = token_losses(logits[one], batch.input_ids[one], batch.attention_mask[one])
+                losses = token_losses(logits[one], ids[one], mask[one])
                 found.append((float(losses.sum()), len(losses)))
             return found
         if batch.of_choices:

@@ -106,6 +106,7 @@ def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
         "reconstruction",
         "zero",
         "random_decoder",
+        "random_features",
     ]
     said = {
         (tally["source"], tally["variant"]): tally for tally in report["completions"]["tallies"]

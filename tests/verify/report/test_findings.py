@@ -39,7 +39,12 @@ def test_json_is_the_contract() -> None:
     assert parity["flips"][0]["right"] == "C"
     assert "parity" not in found["engines"]["base"]
     assert found["prompt"] == "chat"
-    assert found["items"] == {"forget_questions": 4, "retain_questions": 8, "text_tokens": 100}
+    assert found["items"] == {
+        "forget_questions": 4,
+        "retain_questions": 8,
+        "text_tokens": 100,
+        "one_in": 1,
+    }
     assert found["tokens_fired_by_layer"] == {"0": 51}
     assert found["warnings"] == ["something"]
 

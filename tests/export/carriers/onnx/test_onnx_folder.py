@@ -240,7 +240,7 @@ def test_bad_requests(
         (tmp_path / "absent", [], "is no folder"),
         (folder / "config.json", [], "is no folder"),
         (folder, ["--precision", "int5"], '"int5"; expected one of shared, fp16, int8, int4'),
-        (folder, ["--out", str(tmp_path / "out")], "--out is for fp16, int8, int4"),
+        (folder, ["--out", str(tmp_path / "out")], "expected --out with fp16, int8, int4"),
         (folder, [*out, str(folder / "inside")], "overlaps the input"),
         (folder, [*out, str(tmp_path / "full")], "exists; choose another folder"),
         (folder, [*out, str(tmp_path / "full"), "--force"], "bakeout did not write it"),
