@@ -53,6 +53,7 @@ def open_graph(name: str, path: Path) -> Graph:
     import onnx
     from google.protobuf.message import DecodeError
 
+    _check_link(path, path)
     try:
         model = onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
@@ -71,14 +72,15 @@ def open_graph(name: str, path: Path) -> Graph:
 
 def lies_in(folder: Path, path: Path) -> bool:
     """Whether a file is a folder's own, links followed: it lies there, or the folder is of a
-    snapshot in the hub's cache, whose files are links into the `blobs` of the same repository.
+    snapshot in the hub's cache, whose files are links into the `blobs` of the same repository,
+    which is itself no link.
     """
     folder, file = folder.resolve(), path.resolve()
     if file.is_relative_to(folder):
         return True
     for snapshot in (folder, *folder.parents):
         if snapshot.parent.name == "snapshots":
-            return file.parent == (snapshot.parent.parent / "blobs").resolve()
+            return file.parent == snapshot.parent.parent / "blobs"
     return False
 
 
@@ -102,6 +104,15 @@ def unlinked(model: ModelProto, path: Path) -> tuple[ModelProto, Path]:
     return renamed, real.parent
 
 
+def _check_link(graph: Path, path: Path) -> None:
+    """Raise FolderError where a graph, or a file that it needs, is a link out of the folder."""
+    if not lies_in(graph.parent, path):
+        raise FolderError(
+            f"{graph}: {path.name} is a link that leads out of the folder, which is not followed; "
+            "copy the file itself there (`hf download --local-dir` does)"
+        )
+
+
 def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[str, int]) -> None:
     file = data.get("location", "")
     parts = PurePosixPath(file).parts
@@ -114,11 +125,7 @@ def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[s
         path = graph.parent / file
         if not path.is_file():
             raise FolderError(f"{graph}: needs {file}, which is not there; download it again")
-        if not lies_in(graph.parent, path):
-            raise FolderError(
-                f"{graph}: {file} is a link that leads out of the folder, which ONNX Runtime does "
-                "not follow; copy the file itself there (`hf download --local-dir` does)"
-            )
+        _check_link(graph, path)
         sizes[file] = path.stat().st_size
     try:
         begin, length = int(data.get("offset", 0)), int(data.get("length", 0))

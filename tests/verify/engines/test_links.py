@@ -79,3 +79,17 @@ def test_links_that_lead_elsewhere_stay_suspicious(
     shard.symlink_to(target)
     with pytest.raises(FolderError, match="is a link that leads out of the folder"):
         find_graphs(copy)
+
+
+def test_neither_blobs_nor_the_graph_may_lead_out(folder: Path, tmp_path: Path) -> None:
+    snapshot = in_cache(folder, tmp_path / "hub")
+    blobs = snapshot.parent.parent / "blobs"
+    private = Path(shutil.move(blobs, tmp_path / "private"))
+    blobs.symlink_to(private)
+    with pytest.raises(FolderError, match="is a link that leads out of the folder"):
+        find_graphs(snapshot)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "model.onnx").unlink()
+    (copy / "model.onnx").symlink_to(folder / "model.onnx")
+    with pytest.raises(FolderError, match=r"model\.onnx is a link that leads out of the folder"):
+        find_graphs(copy)
