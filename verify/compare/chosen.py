@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from bake.questions.prompts import Batch, Prompt
 
-COMPARED_LOGITS = 1 << 29
+COMPARED_LOGITS = 1 << 30
 """About how many logits of one engine are compared in all."""
 AT_FIRINGS = 0.75
 """Share of them that goes to tokens at or after a firing, where there are so many."""

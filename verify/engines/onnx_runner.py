@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-LOGIT_BYTES = 128 << 20
+LOGIT_BYTES = 256 << 20
 """Most bytes of logits that one run of a session forms; longer batches are run in parts."""
 
 
