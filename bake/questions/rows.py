@@ -53,8 +53,8 @@ def field_of(name: str, number: int, row: Any, field: str) -> Any:
     if field not in row:
         keys = ", ".join(f"`{printable(key)}`" for key in row) or "no keys"
         raise DataError(
-            f"{name}, row {number}: has no `{field}`; it has {short(keys)}. Expected `{field}` in "
-            "every row: rename a key, or name another with `field` where the table has it"
+            f"{name}, row {number}: has no `{field}`; it has {short(keys)}. Rename one, or name "
+            "another with `field`"
         )
     return row[field]
 

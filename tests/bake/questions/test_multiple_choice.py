@@ -81,17 +81,14 @@ def test_a_bad_row_is_named_by_file_and_number(row: Any, message: str, recipe: R
         ({**ROW, "question": "a\ud800"}, r"`question` holds '\\ud800', half of a surrogate pair"),
         ({**ROW, "choices": ["w", "x", "y", "\udc00"]}, r"`choices` holds '\\udc00'"),
         ({**ROW, "answer": "x" * 9000}, "`answer` is 'xxx.*…; expected an index"),
-        (
-            {f"key{i}": i for i in range(999)},
-            r"has no `question`; it has `key0`, .*…\. Expected .*$",
-        ),
+        ({f"key{i}": i for i in range(999)}, r"has no `question`; it has `key0`, .*…\. Rename "),
     ],
 )
 def test_a_hostile_row_is_shown_as_one_short_line(row: Any, message: str, recipe: Recipe) -> None:
     with pytest.raises(DataError, match=rf"q\.jsonl, row 2: {message}") as caught:
         load(recipe, ROW, row)
     assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 400
+    assert len(str(caught.value)) < 300
 
 
 def test_hostile_text_in_a_question_is_text(recipe: Recipe) -> None:

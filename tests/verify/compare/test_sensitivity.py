@@ -119,36 +119,40 @@ class Watched:
 def test_a_token_is_looked_at_alone_and_no_further_than_itself(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    draws = 32  # the largest of few says little of how sensitive one token is, on any machine
+    monkeypatch.setattr("verify.compare.sensitivity.DRAWS", draws)
     oracle = Oracle(load_base(recipe), load_sites(recipe))
     material = material_of(recipe)
     prompts = material.prompts(SHOWN, compared=True)
     whole, some = (sensitivity_of(oracle, material, prompts[:2]) for _ in range(2))
     watched = Watched(monkeypatch)
-    moved = {}
-    for prompt in prompts[-2:]:
+    measured = []
+    for prompt in prompts[-8:]:
         whole.measure({prompt: range(len(prompt.ids))})
         own = [whole.at(prompt, position) for position in range(len(prompt.ids) - 20)]
         far = sorted(range(len(own)), key=own.__getitem__)[-3:]  # those that are most sensitive
-        moved |= {(prompt, position): own[position] for position in sorted(far)}
+        measured.append({(prompt, position): own[position] for position in sorted(far)})
+    first, second = sorted(measured, key=lambda of: min(of.values()))[-2:]
+    moved = first | second
     assert min(moved.values()) > 1.2 * some.typical
-    known = {prompt.ids[: at + 1] for prompt in prompts[-2:] for at in range(len(prompt.ids))}
+    known = {prompt.ids[: at + 1] for prompt in prompts[-8:] for at in range(len(prompt.ids))}
     fresh = known - {
         prompt.ids[: at + 1] for prompt in prompts[:2] for at in range(len(prompt.ids))
     }
-    assert watched.formed == (1 + DRAWS) * len(fresh)
+    assert watched.formed == (1 + draws) * len(fresh)
     assert {some.at(*place) for place in moved} == {some.typical}  # not looked at yet
     places: dict[Prompt, list[int]] = {}
     for prompt, position in moved:
         places.setdefault(prompt, []).append(position)
     watched.formed = watched.read = 0
     some.measure(places)
-    assert watched.formed == (1 + DRAWS) * len(moved)
-    assert watched.read == (1 + DRAWS) * sum(found[-1] + 1 for found in places.values())
+    assert watched.formed == (1 + draws) * len(moved)
+    assert watched.read == (1 + draws) * sum(found[-1] + 1 for found in places.values())
     again = [some.at(*place) for place in moved]
-    assert any(own > some.typical for own in again)  # draws are few, and another machine's others
-    assert all(1 / 8 < one / own < 8 for one, own in zip(again, moved.values(), strict=True))
+    assert sum(own > some.typical for own in again) > len(again) / 2
+    assert all(1 / 3 < one / own < 3 for one, own in zip(again, moved.values(), strict=True))
     some.measure(places)
-    assert watched.formed == (1 + DRAWS) * len(moved)  # those are known
+    assert watched.formed == (1 + draws) * len(moved)  # those are known
 
 
 def test_windows_that_begin_alike_are_each_looked_at(
