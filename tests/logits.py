@@ -40,6 +40,28 @@ def every_logit(runner: Runner, ids: torch.Tensor, mask: torch.Tensor) -> torch.
     return runner.logits(ids, mask, everything).view(*ids.shape, -1)
 
 
+def token_losses(
+    logits: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of every token that has a real token before it.
+
+    Args:
+        logits: [batch, seq, vocab]; those at position t predict the token at t + 1.
+        input_ids: [batch, seq].
+        attention_mask: [batch, seq], 1 at real tokens.
+
+    Returns:
+        [n] float64, nats. BOS predicts the first token and is itself not predicted; padding
+        neither predicts nor is predicted.
+    """
+    from torch.nn.functional import cross_entropy
+
+    counted = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
+    return cross_entropy(
+        logits[:, :-1][counted].float(), input_ids[:, 1:][counted], reduction="none"
+    ).double()
+
+
 def one_after_another(
     runner: Runner, ids: torch.Tensor, mask: torch.Tensor, stops: Sequence[int], most: int
 ) -> list[list[int]]:

@@ -12,26 +12,6 @@ if TYPE_CHECKING:
     from bake.questions.prompts import Batch
 
 
-def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Cross-entropy of every token that has a real token before it.
-
-    Args:
-        logits: [batch, seq, vocab]; those at position t predict the token at t + 1.
-        input_ids: [batch, seq].
-        attention_mask: [batch, seq], 1 at real tokens.
-
-    Returns:
-        [n] float64, nats. BOS predicts the first token and is itself not predicted; padding
-        neither predicts nor is predicted.
-    """
-    from torch.nn.functional import cross_entropy
-
-    counted = (attention_mask[:, :-1] * attention_mask[:, 1:]).bool()
-    return cross_entropy(
-        logits[:, :-1][counted].float(), input_ids[:, 1:][counted], reduction="none"
-    ).double()
-
-
 def scored_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of what follows each of a batch's scored tokens.
 

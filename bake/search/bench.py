@@ -25,7 +25,7 @@ from bake.questions.answers import (
     choice_log_likelihoods,
     letter_tokens,
 )
-from bake.questions.loss import scored_losses, token_losses
+from bake.questions.loss import scored_losses
 from bake.questions.multiple_choice import LETTERS, Question
 from bake.questions.prompts import Batch, Prompt, batches, by_question
 from bake.recipe import Clamp
@@ -229,14 +229,9 @@ class Bench:
     def _read(self, batch: Batch, logits: Tensor) -> list[Any]:
         """Per prompt: the choice that is answered, or (nats, tokens) of a text."""
         if batch.prompts[0].source == "text":
-            found = []
-            width = logits.shape[1]  # columns that are padding in all of these rows have none
-            ids, mask = batch.input_ids[:, -width:], batch.attention_mask[:, -width:]
-            for row in range(len(batch.prompts)):
-                one = slice(row, row + 1)
-                losses = token_losses(logits[one], ids[one], mask[one])
-                found.append((float(losses.sum()), len(losses)))
-            return found
+            n_tokens = [len(prompt.ids) - 1 for prompt in batch.prompts]
+            of_texts = scored_losses(logits, batch).split(n_tokens)
+            return [(float(losses.sum()), len(losses)) for losses in of_texts]
         if batch.of_choices:
             losses = scored_losses(logits, batch)
             each = choice_log_likelihoods(losses, batch.prompts)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bake.questions.loss import LossSum, token_losses
+from bake.questions.loss import LossSum, scored_losses
 from bake.questions.prompts import Batch, Prompt, left_padded
 
 VOCAB = 11
@@ -29,7 +29,7 @@ def batch_of(rows: list[list[int]]) -> Batch:
 
 
 def losses_of(logits: torch.Tensor, batch: Batch) -> list[float]:
-    found: list[float] = token_losses(logits, batch.input_ids, batch.attention_mask).tolist()
+    found: list[float] = scored_losses(logits, batch).tolist()
     return found
 
 

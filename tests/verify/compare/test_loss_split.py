@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bake.questions.loss import token_losses
 from bake.questions.prompts import Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
+from tests.logits import token_losses
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae
 from verify.compare.loss_split import (
     EDGES,

@@ -14,10 +14,9 @@ import torch
 
 import bakeout
 from bake.errors import FolderError
-from bake.questions.loss import token_losses
 from bake.questions.prompts import Batch, Prompt, left_padded
 from bakeout.cli import run
-from tests.logits import every_logit, one_after_another
+from tests.logits import every_logit, one_after_another, token_losses
 from tests.worlds import cut, talkative
 from verify.engines import onnx_runner
 from verify.engines.onnx_files import find_graphs

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from bake.errors import FolderError
-from bake.questions.loss import token_losses
 from bake.questions.prompts import Batch, Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
-from tests.logits import every_logit
+from tests.logits import every_logit, token_losses
 from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae
 from verify.engines.runners import HookedRunner, TorchRunner
 from verify.reference.oracle import Oracle

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bake.questions.forms import chat_text
-from bake.questions.loss import token_losses
 from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.engines import material_of
+from tests.logits import token_losses
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.evidence.controls import all_controls, control_oracles, measure_controls
 from verify.journal import Journal
