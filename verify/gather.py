@@ -27,8 +27,17 @@ from verify.hooked import Hooked, load_hooked, units_of
 from verify.journal import Journal, Progress
 from verify.material import evenly
 from verify.options import Options
-from verify.pace import LOOKED_AT, OPEN_TOKENS, Amounts, Pace, parts_within, tokens_per_second
-from verify.report.findings import EngineReport, Items, VerifyReport
+from verify.pace import (
+    LOOKED_AT,
+    OPEN_TOKENS,
+    QUESTION_TOKENS,
+    Amounts,
+    Pace,
+    parts_within,
+    tokens_per_second,
+)
+from verify.report.findings import EngineReport, VerifyReport
+from verify.report.measures import Items
 from verify.work import Work
 
 if TYPE_CHECKING:
@@ -132,23 +141,17 @@ def _paced(
     options: Options,
 ) -> tuple[Hooked, Pace]:
     """As much of the material as the budget has time for, and progress over all that is to do."""
-
-    def pace(hooked: Hooked) -> Pace:
-        passes = passes_of(hooked, recipe, kinds, engines)
-        return Pace(progress, passes)
-
-    parts = 1
-    if options.minutes is not None:
-        minutes = options.minutes
+    passes, minutes = passes_of(hooked, recipe, kinds, engines), options.minutes
+    if minutes is not None:
         batches = list(hooked.material.batches(hooked.material.windows))
 
         def choose() -> int:
             rate = tokens_per_second(hooked.base, batches)
-            return parts_within(minutes, pace(hooked).total, rate)
+            return parts_within(minutes, sum(passes.values()), rate)
 
-        parts = int(journal.once("parts", choose))
-    hooked = replace(hooked, material=hooked.material.part(parts)) if parts > 1 else hooked
-    return hooked, pace(hooked)
+        hooked = replace(hooked, material=hooked.material.part(int(journal.once("parts", choose))))
+        passes = passes_of(hooked, recipe, kinds, engines)
+    return hooked, Pace(progress, passes)
 
 
 def passes_of(
@@ -158,10 +161,11 @@ def passes_of(
     material, shown = hooked.material, shown_for(kinds)
     prompts = material.prompts(shown, compared="parity" in kinds)
     n_shown = sum(len(prompt.ids) for prompt in prompts)
-    asked = sum(len(prompt.ids) for prompt in material.prompts({"questions"}, compared=False))
-    rows = sum(len(evenly(of, material.one_in)) for of in open_prompts(recipe).values())
+    n_questions = sum(map(len, material.questions.values()))
+    rows = open_prompts(recipe).values() if "completions" in kinds else ()
+    n_open = sum(len(evenly(of, material.one_in)) for of in rows)
     n_engines = len(hooked.oracles) + 1 + len(engines.graphs) + (engines.torch is not None)
-    amounts = Amounts(n_shown, asked // 2, rows * OPEN_TOKENS, n_engines)
+    amounts = Amounts(n_shown, QUESTION_TOKENS * n_questions, OPEN_TOKENS * n_open, n_engines)
     passes = {"rounding": LOOKED_AT * n_shown if "parity" in kinds else 0.0}
     passes["compare"] = float(n_shown * n_engines)
     for name, kind in KINDS.items():

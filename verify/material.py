@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from bake.questions.answers import LetterTokens, letter_tokens
 from bake.questions.forms import forms_beside
 from bake.questions.multiple_choice import Question, load_questions, load_texts
-from bake.questions.prompts import Batch, Prompt, batches, question_prompts, text_prompts
+from bake.questions.prompts import Batch, Prompt, batches, prompts_of, text_prompts
 from bake.recipe import PromptForm, Recipe
 
 T = TypeVar("T")
@@ -55,9 +55,9 @@ class Material:
             compared: whether logits are needed at every token of some questions.
         """
         prompts = list(self.windows) if "texts" in shown else []
-        forms = forms_beside(self.form)
-        for source, of in self.questions.items() if "questions" in shown else ():
-            prompts += question_prompts(source, of, self.tokenizer, compared=compared, forms=forms)
+        if "questions" in shown:
+            forms = forms_beside(self.form)
+            prompts += prompts_of(self.questions, self.tokenizer, forms, compared=compared)
         return prompts
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[Batch]:

@@ -16,6 +16,8 @@ from verify.journal import Progress
 
 LOOKED_AT = 0.3
 """Passes of what rounding does, for each token that is compared."""
+QUESTION_TOKENS = 100
+"""Of a question in one prompt form."""
 OPEN_TOKENS = 30
 """Of a prompt that is gone on with, read and written."""
 MOST_PARTS = 64
@@ -47,21 +49,15 @@ class Pace:
 
     def __init__(self, tell: Progress, passes: Mapping[str, float]) -> None:
         self._tell, self._passes = tell, passes
-        self._total = max(1.0, sum(passes.values()))
         self._reached = 0.0
-
-    @property
-    def total(self) -> float:
-        """Passes of all stages."""
-        return self._total
 
     def __call__(self, stage: str, share: float) -> None:
         """See `verify.journal.Progress`; a stage without passes is shown where the last one was."""
         if stage in self._passes:
             names = list(self._passes)
             before = sum(self._passes[name] for name in names[: names.index(stage)])
-            done = (before + share * self._passes[stage]) / self._total
-            self._reached = max(self._reached, done)
+            done = before + share * self._passes[stage]
+            self._reached = max(self._reached, done / max(1.0, sum(self._passes.values())))
         self._tell(stage, self._reached)
 
 

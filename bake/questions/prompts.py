@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -161,6 +161,21 @@ def question_prompts(
             every_token = compared and item < COMPARED_PROMPTS and FORMS[form].letters
             prompts += [replace(prompt, every_token=every_token) for prompt in asked]
     return prompts
+
+
+def prompts_of(
+    asked: Mapping[str, Sequence[Question]],
+    tokenizer: Any,
+    forms: Sequence[PromptForm],
+    *,
+    compared: bool = False,
+) -> list[Prompt]:
+    """`question_prompts` of the questions of every source."""
+    return [
+        prompt
+        for source, of in asked.items()
+        for prompt in question_prompts(source, of, tokenizer, compared=compared, forms=forms)
+    ]
 
 
 def asking(text: str, question: Question, tokenizer: Any, at: Prompt) -> list[Prompt]:

@@ -230,7 +230,7 @@ class Bench:
         """Per prompt: the choice that is answered, or (nats, tokens) of a text."""
         if batch.prompts[0].source == "text":
             n_tokens = [len(prompt.ids) - 1 for prompt in batch.prompts]
-            of_texts = scored_losses(logits, batch).split(n_tokens)
+            of_texts = torch.split(scored_losses(logits, batch), n_tokens)
             return [(float(losses.sum()), len(losses)) for losses in of_texts]
         if batch.of_choices:
             losses = scored_losses(logits, batch)

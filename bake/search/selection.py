@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from bake.questions.answers import LetterTokens, letter_tokens
 from bake.questions.corpora import special_ids
 from bake.questions.multiple_choice import Question, load_questions
 from bake.questions.orders import orders_in
-from bake.questions.prompts import Batch, Prompt, left_padded, question_prompts
+from bake.questions.prompts import Batch, Prompt, left_padded, prompts_of
 from bake.recipe import PromptForm, Recipe
 from bake.search.attribution import (
     attribution,
@@ -171,17 +170,6 @@ def split_questions(recipe: Recipe) -> SplitQuestions:
             report = [report[i] for i in sorted(order[cut:])]
         validation[side], test[side] = picking, report
     return SplitQuestions(validation, test)
-
-
-def prompts_of(
-    asked: Mapping[str, Sequence[Question]], tokenizer: Any, forms: Sequence[PromptForm]
-) -> list[Prompt]:
-    """Questions by source, in some prompt forms."""
-    return [
-        prompt
-        for source, of in asked.items()
-        for prompt in question_prompts(source, of, tokenizer, compared=False, forms=forms)
-    ]
 
 
 # --------------------------------------------------------------------------- attribution

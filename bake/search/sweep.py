@@ -17,14 +17,14 @@ from bake.clamp import ClampWeights, find_site
 from bake.questions.alignment import alignment
 from bake.questions.forms import forms_beside
 from bake.questions.multiple_choice import Question, load_texts
-from bake.questions.prompts import Prompt, text_prompts
+from bake.questions.prompts import Prompt, prompts_of, text_prompts
 from bake.recipe import Clamp, PromptForm, Recipe
 from bake.search.bench import Bench, Clamper, Results, bench_of
 from bake.search.cache import model_sha256
 from bake.search.corpus_statistics import Material, Progress, SiteStatistics, measure
 from bake.search.grid import Point, Setting, points, variant
 from bake.search.select import matched_random
-from bake.search.selection import prompts_of, selected_recipe, split_questions
+from bake.search.selection import selected_recipe, split_questions
 from bake.search.study import Finished, Study, check_folder
 
 Objective = Literal["alignment", "forget"]

@@ -98,8 +98,8 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
     if gemma:
         show_forgetting(report, speeds([folder, *(out / name for name in EXPORTS)], recipe))
         console().print(
-            f"\nWhat was measured is kept in {out / 'verify'}: of the same files it is not "
-            "measured again. Remove that folder to measure everything anew.",
+            f"\nWhat was measured is kept in {out / 'references'} and {out / 'verify'}: of the "
+            "same files it is not measured again. Remove both to measure everything anew.",
             markup=False,
         )
     console().print(

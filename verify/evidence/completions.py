@@ -219,7 +219,7 @@ def gather(work: Work, report: VerifyReport) -> VerifyReport:
     hooked, material = work.hooked, work.hooked.material
     runners = {"base": hooked.base, "unlearned": work.unlearned}
     runners |= {of.name: of for of in (*hooked.references, *work.engines[1:])}
-    controls = work.controls if "controls" in work.kinds else {}
+    controls = dict(work.controls) if "controls" in work.kinds else {}
     if not controls and all(site.reconstructs for site in hooked.sites):
         controls["reconstruction"] = Oracle(hooked.model, hooked.sites, reconstruct_residual)
     runners |= control_runners(hooked.model, controls)

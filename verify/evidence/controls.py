@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.questions.answers import Answers
 from bake.questions.loss import LossSum
-from bake.questions.prompts import TEXT, Batch, Prompt, question_prompts
+from bake.questions.prompts import TEXT, Batch, prompts_of
 from bake.recipe import Clamp, PromptForm
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.choices import accuracy
@@ -122,7 +122,8 @@ def all_controls(
     model: Any, sites: Sequence[Site], material: Material, form: PromptForm, journal: Journal
 ) -> dict[str, Oracle]:
     """Every control by name. Arguments as in `measure_controls`."""
-    batches = list(material.batches([*material.windows, *_asked(material, form)]))
+    asked = prompts_of(material.questions, material.tokenizer, [form])
+    batches = list(material.batches([*material.windows, *asked]))
     name = f"control features {' '.join(batch.digest for batch in batches)}"
     count = partial(features_alike, model, sites, batches)
     return dict(control_oracles(model, sites, journal.once(name, count)))
@@ -134,17 +135,6 @@ def control_runners(model: Any, controls: Mapping[str, Oracle]) -> dict[str, Hoo
         name: HookedRunner(f"{name} {[list(site.features) for site in of.sites]}", model, of)
         for name, of in controls.items()
     }
-
-
-def _asked(material: Material, form: PromptForm) -> list[Prompt]:
-    """The questions in one prompt form."""
-    return [
-        prompt
-        for source, questions in material.questions.items()
-        for prompt in question_prompts(
-            source, questions, material.tokenizer, compared=False, forms=[form]
-        )
-    ]
 
 
 def measure_controls(
@@ -166,7 +156,7 @@ def measure_controls(
         progress: told how far it is.
     """
     texts = [window for window in material.windows if window.form == TEXT]
-    prompts = [*texts, *_asked(material, form)]
+    prompts = [*texts, *prompts_of(material.questions, material.tokenizer, [form])]
     runners = {"base": HookedRunner("base", model), **control_runners(model, controls)}
     found: list[Control] = []
     base_loss = 0.0

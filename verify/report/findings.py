@@ -14,6 +14,7 @@ from verify.report.measures import (
     Completions,
     Control,
     HarnessScore,
+    Items,
     KnownSet,
     LossAdded,
     Robustness,
@@ -210,18 +211,6 @@ class EngineReport:
 
 
 @dataclass(frozen=True)
-class Items:
-    """How much was measured on."""
-
-    forget_questions: int
-    retain_questions: int
-    text_tokens: int
-    """Tokens whose cross-entropy was taken."""
-    one_in: int = 1
-    """Of the recipe's questions, texts and prompts one in so many: a budget's share."""
-
-
-@dataclass(frozen=True)
 class FiredText:
     """One example sequence, and the tokens of it on which the clamp fired."""
 
@@ -243,7 +232,8 @@ class VerifyReport:
 
     folder: str
     """The folder's own name."""
-    carrier: str  # one of `CARRIERS`, where the manifest has no other
+    carrier: str
+    """As the manifest has it: one of `CARRIERS`, mostly."""
     exact: bool
     """Whether the carrier computes the clamp itself rather than an approximation."""
     scope: str

@@ -34,6 +34,18 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Items:
+    """How much was measured on."""
+
+    forget_questions: int
+    retain_questions: int
+    text_tokens: int
+    """Tokens whose cross-entropy was taken."""
+    one_in: int = 1
+    """Of the recipe's questions, texts and prompts one in so many: a budget's share."""
+
+
+@dataclass(frozen=True)
 class SubjectShare:
     """One subject's part of a set of questions."""
 

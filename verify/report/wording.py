@@ -20,6 +20,7 @@ CONTROLS = {
     "reconstruction": "the SAE's own output with nothing edited, its error left out",
     "zero": "the same features set to 0",
     "random_decoder": "the same firing, written along other features' directions",
+    "random_features": "the same edit, of other features that fire about as often",
 }
 """What a control puts in the clamp's place."""
 SMALLEST_P = 1e-99

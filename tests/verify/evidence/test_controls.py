@@ -20,6 +20,7 @@ from verify.journal import Journal
 from verify.reference.editing import clamp_feature, random_decoder, zero_ablate
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
+from verify.report.wording import CONTROLS
 
 FEATURES = [1, 2, 9, 30]
 
@@ -96,7 +97,7 @@ def test_each_control_is_what_its_name_says(
         "random_decoder": lambda acts: random_decoder(acts, FEATURES, -6.0, 0.2),
         "random_features": lambda acts: clamp_feature(acts, others, -6.0, 0.2),
     }
-    assert [control.name for control in found] == list(edits)
+    assert [control.name for control in found] == list(edits) == list(CONTROLS)
     assert len(pieces) == len(set(pieces)) >= 4
     tokens = {n: material.tokenizer.convert_tokens_to_ids([n, f"\u2581{n}"]) for n in "ABCD"}
     for control in found:
