@@ -13,7 +13,8 @@ import tomli_w
 from safetensors.numpy import load_file, save_file
 
 from bake.recipe import Recipe
-from export.carriers.checkpoint import CLAMP_SHARD, MODELING_FILE, plan_checkpoint, write_checkpoint
+from export.carriers.checkpoint import CLAMP_SHARD, plan_checkpoint, write_checkpoint
+from export.code_check import MODELING_FILE
 from tests.clamps import METHOD_TABLES
 from tests.worlds import sae_table
 

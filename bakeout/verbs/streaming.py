@@ -15,6 +15,7 @@ from bake.stock import load_model, open_tokenizer, reason_of
 from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
 from export.clamped import read_config
+from export.code_check import check_code
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
 
@@ -175,9 +176,11 @@ def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
     """Load a clamped folder.
 
     Raises:
-        FolderError: it is no clamped folder, lacks what the engine needs, or is damaged.
+        FolderError: it is no clamped folder, lacks what the engine needs, is damaged, or has code
+            of others.
         ProviderError: the engine cannot use the device here.
     """
+    check_code(folder)
     read_config(folder)
     if engine not in ENGINES:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
