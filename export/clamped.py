@@ -167,13 +167,13 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
         FolderError: it is no clamped checkpoint, is incomplete or damaged, or has code of others.
     """
     manifest = Manifest.read(folder)
+    check_code(folder, manifest)
     carrier = CARRIERS.get(manifest.carrier)
     if carrier is None or not (carrier.own_code or (with_graphs and not carrier.over_base)):
         raise FolderError(
             f"{folder}: is an export already (carrier {manifest.carrier}); expected a "
             "clamped checkpoint, as `bakeout bake` writes it"
         )
-    check_code(folder, manifest)
     clamped = open_listed(folder, manifest)
     if unlisted := [name for name in clamped.shards if name not in manifest.files]:
         raise FolderError(f"{folder / MANIFEST}: does not list {unlisted[0]}; {AGAIN}")

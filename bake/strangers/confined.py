@@ -68,6 +68,22 @@ def start(program: str, *arguments: str, scratch: Path, **pipes: Any) -> subproc
     )
 
 
+def run(program: str, *arguments: str, scratch: Path) -> str | None:
+    """Run such a program to its end; returns its last line where it fails."""
+    stderr = scratch / "stderr"
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    with stderr.open("wb") as file:
+        process = start(program, *arguments, scratch=scratch, stderr=file, **quiet)
+        try:
+            with time_limit(process, SECONDS) as late:
+                process.wait()
+        finally:
+            process.kill()
+    if late.is_set():
+        return f"it took over {SECONDS:.0f} seconds"
+    return last_words(process, stderr) if process.returncode else None
+
+
 @contextmanager
 def time_limit(process: subprocess.Popen[bytes], seconds: float) -> Iterator[threading.Event]:
     """Kill a process that takes longer than this within the block; the event says that it did."""
