@@ -11,6 +11,7 @@ from typing import Any
 
 from bake.errors import FolderError, shown
 from bake.families import FAMILIES, Family
+from bake.new_folder import MANIFEST
 from bake.strangers.foreign import code_files, obeyed_keys
 from export.carriers.carriers import CARRIERS
 from export.manifest import Manifest
@@ -44,15 +45,17 @@ def auto_map_of(family: Family) -> dict[str, str]:
     return {auto: f"{module}.{name}" for auto, name in classes.items()}
 
 
-def foreign_code(folder: Path, manifest: Manifest) -> list[str]:
+def foreign_code(folder: Path, manifest: Manifest | None) -> list[str]:
     """What of a folder would run other code than bakeout's own: a line each, none for a sound one.
 
     Args:
         folder: what bakeout wrote, or a stranger says so; nothing of it is run or loaded.
-        manifest: its own.
+        manifest: its own; None where it has none, as when transformers saved it again.
     """
-    carrier = CARRIERS.get(manifest.carrier)
-    own = carrier.own_code if carrier is not None else _says_own_code(folder)
+    carrier = None if manifest is None else CARRIERS.get(manifest.carrier)
+    config = _json(folder / "config.json") or {}
+    # A carrier that is not known here may have code, but that must be known all the same.
+    own = carrier.own_code if carrier is not None else "auto_map" in config
     found = [
         f"{name}: may be run when it is loaded; expected no file that is imported or unpickled"
         for name in code_files(folder)
@@ -64,7 +67,9 @@ def foreign_code(folder: Path, manifest: Manifest) -> list[str]:
         if not (own and (file, key) == ("config.json", "auto_map"))
     ]
     if own:
-        found += _own_code(folder, manifest)
+        found += _modeling_file(folder, "nothing" if manifest is None else manifest.bakeout)
+    if own and config:
+        found += _auto_map(config, whole=carrier is not None)
     if (folder / ADAPTER).exists() or (carrier is not None and carrier.over_base):
         found += _adapter(folder, expected=carrier is not None and carrier.over_base)
     return found
@@ -73,47 +78,57 @@ def foreign_code(folder: Path, manifest: Manifest) -> list[str]:
 def check_code(folder: Path, manifest: Manifest | None = None) -> None:
     """Refuse a folder with code of its own. Whatever opens a folder asks this first.
 
+    Args:
+        folder: what is to be opened.
+        manifest: its own, where it was read already.
+
     Raises:
-        FolderError: it has some; or its manifest cannot be read, where none is given.
+        FolderError: it has some, or its manifest cannot be read.
     """
-    if found := foreign_code(folder, manifest or Manifest.read(folder)):
-        raise FolderError(f"{folder}: {found[0]}")
+    if manifest is None and (folder / MANIFEST).exists():
+        manifest = Manifest.read(folder)
+    for error in foreign_code(folder, manifest):
+        raise FolderError(f"{folder}: {error}")
 
 
-def _says_own_code(folder: Path) -> bool:
-    """Of a folder whose carrier is not known here: its code must be known all the same."""
-    config = _json(folder / "config.json") or {}
-    return (folder / MODELING_FILE).exists() or "auto_map" in config
-
-
-def _own_code(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the code that a checkpoint has."""
-    found = []
+def _modeling_file(folder: Path, version: str) -> list[str]:
+    """What is wrong with a folder's modeling file. One without it, as where a graph of rounded
+    weights lies alone, has no code.
+    """
     path = folder / MODELING_FILE
-    if path.exists() or path.is_symlink():
-        digest = _sha256(path)
-        if digest not in RELEASED:
-            found.append(
-                f"{MODELING_FILE}: is none that a released bakeout wrote (sha256 {digest[:16]}…): "
-                f"it was changed, or another bakeout wrote the folder (it says {manifest.bakeout})."
-                " Verify it with that version, or bake it again"
-            )
-    config = _json(folder / "config.json")
-    if config is None:  # what needs it says so
-        return found
-    model_type = config.get("model_type")
+    if not path.exists() and not path.is_symlink():
+        return []
+    digest = _sha256(path)
+    if digest in RELEASED:
+        return []
+    return [
+        f"{MODELING_FILE}: is none that a released bakeout wrote (sha256 {digest[:16]}…): it was "
+        f"changed, or another bakeout wrote the folder (it says {version}). Verify it with that "
+        "version, or bake it again"
+    ]
+
+
+def _auto_map(config: dict[str, Any], *, whole: bool) -> list[str]:
+    """What is wrong with the classes that config.json names.
+
+    Args:
+        config: its content.
+        whole: all that bakeout writes must be there, besides nothing else.
+    """
+    model_type, stated = config.get("model_type"), config.get("auto_map")
     families = {family.model_type: family for family in FAMILIES.values()}
     family = families.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        found.append(
-            f"config.json: model_type is {shown(model_type)}; expected one of {', '.join(families)}"
-        )
-    elif config.get("auto_map") != auto_map_of(family):
-        found.append(
-            f"config.json: auto_map is {shown(config.get('auto_map'))}; expected what bakeout "
-            "writes. Bake or download the folder again"
-        )
-    return found
+        known = ", ".join(families)
+        return [f"config.json: model_type is {shown(model_type)}; expected one of {known}"]
+    expected = auto_map_of(family)
+    part = isinstance(stated, dict) and all(expected.get(key) == stated[key] for key in stated)
+    if stated == expected or (part and not whole):
+        return []
+    return [
+        f"config.json: auto_map is {shown(stated)}; expected what bakeout writes. Bake or download "
+        "the folder again"
+    ]
 
 
 def _adapter(folder: Path, *, expected: bool) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
 from bake.stock import load_model, open_tokenizer, reason_of
+from bake.strangers.chat_template import NotRendered, rendered
 from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
 from export.clamped import read_config
@@ -119,6 +120,7 @@ class Language:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig
 
+        self.folder = folder
         try:
             self.tokenizer = open_tokenizer(_at(str(folder)))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
@@ -141,9 +143,14 @@ class Language:
         """A prompt in the folder's chat template, or after BOS as it is where there is none."""
         text = prompt
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
+            chat = [{"role": "user", "content": prompt}]
+            (said,) = rendered(self.tokenizer, [chat], add_generation_prompt=True)
+            if isinstance(said, NotRendered):
+                raise FolderError(
+                    f"{self.folder}: its chat template refuses a prompt ({said.reason}); check the "
+                    "folder with `bakeout verify`"
+                )
+            text = said
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         bos = self.tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -180,8 +187,8 @@ def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
             of others.
         ProviderError: the engine cannot use the device here.
     """
-    check_code(folder)
     read_config(folder)
+    check_code(folder)
     if engine not in ENGINES:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
     check_device(device)

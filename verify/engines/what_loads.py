@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bake import families
+import bake.families
 from bake.errors import FolderError, shown
+from bake.families import FAMILIES
 from export.code_check import MODELING_FILE
 from export.manifest import read_json
 
-MODELING = Path(families.__file__).with_name(MODELING_FILE)
+MODELING = Path(bake.families.__file__).with_name(MODELING_FILE)
 """bakeout's own modeling file."""
 
 
@@ -20,12 +21,12 @@ def loading_class(folder: Path) -> tuple[str, str]:
         FolderError: config.json cannot be read, or names no Gemma that is known here.
     """
     model_type = read_json(folder / "config.json").get("model_type")
-    for name, family in families.FAMILIES.items():
+    for name, family in FAMILIES.items():
         if model_type == name:
             return "transformers", family.architecture
         if model_type == family.model_type:
             return "bakeout", family.clamped
     raise FolderError(
         f"{folder}: model_type is {shown(model_type)}; expected one of "
-        f"{', '.join(families.FAMILIES)}, or clamped_ before it"
+        f"{', '.join(FAMILIES)}, or clamped_ before it"
     )

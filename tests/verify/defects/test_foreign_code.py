@@ -28,7 +28,7 @@ from export.code_check import MODELING_FILE, RELEASED, auto_map_of, check_code
 from export.manifest import read_json
 from tests.folders import baked_world, make_adapter
 from tests.reports import error_line
-from tests.strangers import WAYS, Bomb, code, plant, rehash
+from tests.verify.defects.planted_code import WAYS, Bomb, code, plant, rehash
 from verify.run import verify_folder
 
 ROOT = Path(__file__).parents[3]
