@@ -187,8 +187,8 @@ def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
             of others.
         ProviderError: the engine cannot use the device here.
     """
-    read_config(folder)
     check_code(folder)
+    read_config(folder)
     if engine not in ENGINES:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
     check_device(device)
