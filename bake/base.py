@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from bake.errors import ModelError, shown
 from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.recipe import Recipe
+from bake.strangers.foreign import obeyed_keys
 from bake.tensors import indexed_tensors, stored_tensors
 
 _ADAPTER = "adapter_config.json"
@@ -153,6 +154,13 @@ def check_plain(folder: Path, name: str) -> None:
     for file in _QUANTIZERS:
         if (folder / file).is_file():
             raise _quantised(name, file)
+    for file, key, what in obeyed_keys(folder, below=False):
+        # Stock classes are loaded whatever config.json names, and a bake writes its own there.
+        if (file, key) != ("config.json", "auto_map"):
+            raise ModelError(
+                f"base model {name}: {file} says {key}, which {what}; expected a model that stock "
+                "transformers loads by itself. Remove the key, or take another model"
+            )
 
 
 def _quantised(name: str, got: str) -> ModelError:

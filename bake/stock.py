@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from torch import nn
 from bake.errors import ModelError
 from bake.families import FAMILIES
 from bake.recipe import Recipe
+from bake.strangers.model_view import shown_model
 
 _TROUBLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises where a model or tokenizer is missing or damaged."""
@@ -48,7 +50,7 @@ def load_model(model_class: Any, where: dict[str, str], dtype: str = "auto") -> 
     """A model by one of transformers' classes, on the CPU; code that lies beside it is not run.
 
     Args:
-        model_class: an Auto class, or a model's own.
+        model_class: an Auto class, or a model's own. It is shown config and safetensors only.
         where: what `from_pretrained` finds it by.
         dtype: auto, as it is stored; float32, bfloat16 or float16.
 
@@ -57,14 +59,18 @@ def load_model(model_class: Any, where: dict[str, str], dtype: str = "auto") -> 
     """
     import torch
 
-    with _one_line():
-        model, info = model_class.from_pretrained(
-            **where,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation="eager",
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+    folder = Path(where["pretrained_model_name_or_path"])
+    with shown_model(folder) if folder.is_dir() else nullcontext(folder) as shown:
+        hidden = (str(shown), str(folder))
+        with _one_line(hidden=hidden):
+            model, info = model_class.from_pretrained(
+                **{**where, "pretrained_model_name_or_path": str(shown)},
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation="eager",
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"has no {missing[0]}; transformers would make it up. Download it again")
     return model.eval()
@@ -128,9 +134,11 @@ def _named(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(what: str = "transformers cannot load it") -> Iterator[None]:
+def _one_line(
+    what: str = "transformers cannot load it", hidden: tuple[str, str] = ("", "")
+) -> Iterator[None]:
     """What transformers raises becomes a line; its warnings and progress bars, drawn on a terminal
-    or not, are kept back.
+    or not, are kept back. Where it names the first of two paths, the second is meant.
     """
     from transformers.utils import logging
 
@@ -140,8 +148,9 @@ def _one_line(what: str = "transformers cannot load it") -> Iterator[None]:
     try:
         yield
     except _TROUBLE as error:
+        reason = reason_of(error).replace(*hidden) if hidden[0] else reason_of(error)
         raise ModelError(
-            f"{what} ({reason_of(error)}); check the name and the network, or name a local folder"
+            f"{what} ({reason}); check the name and the network, or name a local folder"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

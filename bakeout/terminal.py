@@ -23,6 +23,7 @@ from rich.table import Table
 
 from bake.errors import BakeoutError
 from export.carriers.carriers import CARRIERS, claim_of
+from export.code_check import check_code
 from export.manifest import ClampEntry, CompiledEntry, Manifest
 from verify.evidence.kinds import lines_of
 from verify.report.findings import EngineReport, VerifyReport
@@ -227,8 +228,9 @@ def flip_lines(report: VerifyReport, most: int = 10) -> list[str]:
 
 
 def show_folder(folder: Path) -> None:
-    """Print what a folder says it is. Nothing in it is run or checked."""
+    """Print what a folder says it is. Nothing in it is run or checked but its code."""
     manifest = Manifest.read(folder)
+    check_code(folder, manifest)
     carrier = CARRIERS.get(manifest.carrier)
     rows = [
         ("carrier", f"{manifest.carrier}, {claim_of(manifest.carrier, exact=manifest.exact)}"),

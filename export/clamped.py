@@ -22,6 +22,7 @@ from bake.families import FAMILIES, Family, family_of
 from bake.new_folder import MANIFEST
 from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
+from export.code_check import check_code
 from export.copying import BLOCK_BYTES
 from export.manifest import AGAIN, Manifest, read_json
 
@@ -163,9 +164,10 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
         with_graphs: accept whatever can have an ONNX graph, not the checkpoint alone.
 
     Raises:
-        FolderError: it is no clamped checkpoint, is incomplete or damaged.
+        FolderError: it is no clamped checkpoint, is incomplete or damaged, or has code of others.
     """
     manifest = Manifest.read(folder)
+    check_code(folder, manifest)
     carrier = CARRIERS.get(manifest.carrier)
     if carrier is None or not (carrier.own_code or (with_graphs and not carrier.over_base)):
         raise FolderError(
@@ -225,7 +227,7 @@ def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
 
     kind = transformers.AutoConfig if stock else getattr(modeling, family.config)
     try:
-        config = kind.from_pretrained(folder)
+        config = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise FolderError(f"{folder / 'config.json'}: {error}; {AGAIN}") from error
     return config, family.architecture if stock else family.clamped

@@ -19,7 +19,7 @@ from tests.worlds import write_questions, write_texts
 from verify.compare.comparison import Comparison, compare
 from verify.compare.firing import FeatureWatch, FiredExamples
 from verify.compare.sensitivity import Sensitivity
-from verify.engines import torch_worker
+from verify.engines import forward
 from verify.engines.runners import DecodingRunner, HookedRunner, Reading, Runner
 from verify.evidence.kinds import KINDS
 from verify.hooked import Hooked
@@ -129,7 +129,7 @@ class InProcess(HookedRunner):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_last: int
     ) -> torch.Tensor:
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
-        found: torch.Tensor = torch_worker.decoded(self._model, tensors, n_last)
+        found: torch.Tensor = forward.decoded(self._model, tensors, n_last)
         return found
 
 

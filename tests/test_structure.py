@@ -35,9 +35,11 @@ VERIFY_MAY_IMPORT = {
     "bake.rounding",
     "bake.sources",
     "bake.stock",
+    "bake.strangers",
     "export.carriers.carriers",
     "export.carriers.onnx.precisions",
     "export.clamped",
+    "export.code_check",
     "export.manifest",
     "export.witness_file",
 }

@@ -15,7 +15,7 @@ from export.manifest import CARD, Manifest
 from verify.clamped_folder import base_failures, check_base, fitted_recipe, own_recipe
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs, graph_failures
-from verify.evidence.integrity import check_integrity
+from verify.evidence.integrity import check_integrity, code_failures
 from verify.evidence.kinds import KINDS, chosen_kinds, of_files
 from verify.evidence.witnesses import load_witnesses, with_witnesses
 from verify.gather import gather
@@ -35,8 +35,8 @@ def verify_folder(
 ) -> VerifyReport:
     """Gather evidence about a folder that bakeout wrote.
 
-    Files are hashed first. When one is not what the manifest says, that is the whole report:
-    nothing from the folder is executed.
+    Files are hashed first. When one is not what the manifest says, or may run code that is not
+    bakeout's, that is the whole report: nothing of the folder is loaded. Its code is never run.
 
     Args:
         folder: a clamped checkpoint, or what was exported from one.
@@ -60,9 +60,13 @@ def verify_folder(
     carrier = CARRIERS.get(manifest.carrier)
     own = carrier is not None and carrier.own_code
     graphs = None
+    broken: tuple[Failure, ...] = ()
     if "integrity" in kinds:
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
-        if not broken and carrier is not None and not carrier.over_base:
+    if broken := broken or code_failures(folder, manifest):  # whatever is asked for
+        return _report(folder, manifest, {"integrity"}, broken)
+    if "integrity" in kinds:
+        if carrier is not None and not carrier.over_base:
             graphs = find_graphs(folder)
             layers = clamped_layers(read_config(folder, manifest.carrier)) if own else []
             broken = graph_failures(graphs, layers, manifest.files)

@@ -16,12 +16,15 @@ from bake.errors import DataError, ModelError
 from bake.questions.rows import field_of, rows_of
 from bake.recipe import Recipe
 from bake.sources import Corpus
+from bake.strangers.chat_template import NotRendered, rendered
 
 MIN_CHARACTERS = 50
 """A text counts when it is longer. Source: Farrell et al., arXiv 2410.19278."""
 SHUFFLE_BUFFER = 10_000
 """Texts among which a seeded order draws the next one."""
 _TOKENISED_AT_ONCE = 64
+CHATS_AT_ONCE = 256
+"""How many go through a chat template together, in a process of their own."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ def corpus_texts(source: Corpus, recipe: Recipe, tokenizer: Any) -> Iterator[str
             "take an instruction-tuned base"
         )
     name, rows = rows_of(source, recipe, streaming=True)
+    waiting: dict[int, Any] = {}
     for number, row in rows:
         entry = field_of(name, number, row, source.field)
         messages = [{"role": "user", "content": entry}]
@@ -145,14 +149,23 @@ def corpus_texts(source: Corpus, recipe: Recipe, tokenizer: Any) -> Iterator[str
         if not source.chat:
             yield entry
             continue
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # whatever a template raises, roles out of turn mostly
+        waiting[number] = messages
+        if len(waiting) == CHATS_AT_ONCE:
+            yield from _chat_texts(name, waiting, tokenizer)
+            waiting = {}
+    if waiting:
+        yield from _chat_texts(name, waiting, tokenizer)
+
+
+def _chat_texts(name: str, chats: dict[int, Any], tokenizer: Any) -> Iterator[str]:
+    """Chats by their rows' numbers, through the tokenizer's template."""
+    for number, text in zip(chats, rendered(tokenizer, list(chats.values())), strict=True):
+        if isinstance(text, NotRendered):
             raise DataError(
-                f"{name}, row {number}: the chat template refuses it ({error}); expected messages "
-                "of user and assistant in turn"
-            ) from error
-        yield str(text).removeprefix(tokenizer.bos_token)
+                f"{name}, row {number}: the chat template refuses it ({text.reason}); expected "
+                "messages of user and assistant in turn"
+            )
+        yield text.removeprefix(tokenizer.bos_token)
 
 
 def shuffled(texts: Iterable[str], seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[str]:

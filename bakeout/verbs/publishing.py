@@ -21,6 +21,7 @@ from bake.errors import BakeoutError, FolderError, OutputError, ReportError
 from bake.new_folder import MANIFEST, disk_full
 from bakeout.terminal import printable, progress
 from bakeout.verbs.arguments import FolderPath
+from export.code_check import check_code
 from export.manifest import CARD, Manifest
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
@@ -64,6 +65,7 @@ def card_folder(folder: Path, report_file: Path | None, advance: Advance) -> Pat
     Raises:
         ReportError: the report cannot be read, or the folder has changed since.
     """
+    check_code(folder)
     report = None
     if report_file is not None:
         report = read_report(report_file)
@@ -135,6 +137,7 @@ def push_folder(
     """
     if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repo, re.ASCII):
         raise PushError(f"{repo}: is no hub id; expected user/name")
+    check_code(folder)
     report = _admissible(folder, report_file, unverified, advance)
     passed = report is not None and (report.verdict, report.scope) == ("pass", "full")
     card = render(facts_of_folder(folder), report, unverified=not passed)

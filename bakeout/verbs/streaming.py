@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
 from bake.stock import load_model, open_tokenizer, reason_of
+from bake.strangers.chat_template import NotRendered, rendered
 from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
 from export.clamped import read_config
+from export.code_check import check_code
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
 
@@ -118,6 +120,7 @@ class Language:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig
 
+        self.folder = folder
         try:
             self.tokenizer = open_tokenizer(_at(str(folder)))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
@@ -140,9 +143,14 @@ class Language:
         """A prompt in the folder's chat template, or after BOS as it is where there is none."""
         text = prompt
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
+            chat = [{"role": "user", "content": prompt}]
+            (said,) = rendered(self.tokenizer, [chat], add_generation_prompt=True)
+            if isinstance(said, NotRendered):
+                raise FolderError(
+                    f"{self.folder}: its chat template refuses a prompt ({said.reason}); check the "
+                    "folder with `bakeout verify`"
+                )
+            text = said
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         bos = self.tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -175,9 +183,11 @@ def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
     """Load a clamped folder.
 
     Raises:
-        FolderError: it is no clamped folder, lacks what the engine needs, or is damaged.
+        FolderError: it is no clamped folder, lacks what the engine needs, is damaged, or has code
+            of others.
         ProviderError: the engine cannot use the device here.
     """
+    check_code(folder)
     read_config(folder)
     if engine not in ENGINES:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")

@@ -21,8 +21,10 @@ from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
 from bake.new_folder import check_output, new_folder
 from bake.recipe import Recipe
+from bake.strangers.foreign import runs_code
 from export.carriers.carriers import CARRIERS
 from export.clamped import GUARD, open_listed
+from export.code_check import MODELING_FILE, auto_map_of
 from export.copying import copy_all, hash_new
 from export.manifest import (
     SCHEMA,
@@ -37,7 +39,6 @@ from export.manifest import (
 CLAMP_SHARD = "model-sae-clamp.safetensors"
 RENAMED_WEIGHTS = "model-00001-of-00001.safetensors"
 """transformers prefers a file called model.safetensors over any index, so ours has another name."""
-MODELING_FILE = "modeling_clamped_gemma.py"
 GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms\n"
@@ -95,7 +96,7 @@ def companions(folder: Path) -> list[tuple[Path, str]]:
         path.relative_to(folder).as_posix(): path
         for pattern in _COMPANIONS
         for path in sorted(folder.glob(pattern))
-        if path.is_file()
+        if path.is_file() and not runs_code(path.name)
     }
     return [(path, name) for name, path in names.items()]
 
@@ -238,7 +239,6 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     from; only our config class takes it off, so no stock class can load the checkpoint.
     """
     family = base.family
-    module = Path(MODELING_FILE).stem
     config = dict(base.config)
     text = config
     if "text_config" in config:
@@ -253,11 +253,7 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     return config | {
         "model_type": family.model_type,
         "architectures": [family.clamped],
-        "auto_map": {
-            "AutoConfig": f"{module}.{family.config}",
-            "AutoModel": f"{module}.{family.clamped_model}",
-        }
-        | dict.fromkeys(family.auto_classes, f"{module}.{family.clamped}"),
+        "auto_map": auto_map_of(family),
         "sae_clamp": clamp_section(clamps, base.bos_token_id),
     }
 

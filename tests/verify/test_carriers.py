@@ -25,7 +25,7 @@ from export.carriers.onnx.precisions import PRECISIONS
 from tests.defects import rewrite_file
 from tests.folders import baked_world, recipe_variant
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
-from verify.engines import torch_worker
+from verify.engines import forward
 from verify.engines.runners import HookedRunner
 from verify.run import verify_folder
 
@@ -99,7 +99,7 @@ class InProcess(HookedRunner):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_last: int
     ) -> torch.Tensor:
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
-        found: torch.Tensor = torch_worker.decoded(self._model, tensors, n_last)
+        found: torch.Tensor = forward.decoded(self._model, tensors, n_last)
         return found
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bake.base import INDEX
+from bake.base import INDEX, find_base
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from verify.engines.onnx_files import Graph
@@ -36,10 +36,8 @@ class Engines:
 
     def load_torch(self, recipe: Recipe, dtype: str, threads: int) -> None:
         """Load the folder in torch, an adapter over the recipe's base."""
-        from bake.stock import location
-
         assert self.torch is not None
-        base = location(recipe) if CARRIERS[self.carrier].over_base else None
+        base = find_base(recipe).folder if CARRIERS[self.carrier].over_base else None
         self.torch.load(dtype, device=self.device, threads=threads, base=base)
 
     @contextmanager

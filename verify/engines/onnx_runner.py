@@ -12,11 +12,11 @@ import numpy as np
 from bake.errors import BakeoutError, FolderError
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
 from export.clamped import clamped_layers, read_config
+from verify.engines.forward import parted
 from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
 from verify.engines.runners import DecodingRunner, Reading, check_padding
 from verify.engines.sampling import Chooser, check_prompts
-from verify.engines.torch_worker import parted
 
 if TYPE_CHECKING:
     from onnx import ModelProto

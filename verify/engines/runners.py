@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 import subprocess
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,7 +14,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from bake.errors import FolderError
-from verify.engines import torch_worker
+from bake.strangers import confined
+from bake.strangers.model_view import show_adapter, show_model
+from verify.engines import forward, torch_worker
+from verify.engines.what_loads import MODELING, loading_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,14 +149,14 @@ class HookedRunner(Runner):
         choose = wanted if callable(wanted) else None
         given |= {"wanted": wanted} if not callable(wanted) else {}
         with self._hooks():
-            return Reading(*torch_worker.read(self._model, given, choose))
+            return Reading(*forward.read(self._model, given, choose))
 
     def go_on(
         self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
     ) -> Tensor:
         """See `Runner.go_on`."""
         with self._hooks():
-            found: Tensor = torch_worker.go_on(
+            found: Tensor = forward.go_on(
                 self._model, _asked_to_go_on(input_ids, attention_mask, stops), most
             )
         return found
@@ -167,7 +168,7 @@ class HookedRunner(Runner):
         """See `TreeRunner.tree_logits`."""
         with self._hooks():
             width = self._model.config.get_text_config().hidden_size
-            logits: Tensor = torch_worker.tree_logits(self._model, tree.tensors(width))
+            logits: Tensor = forward.tree_logits(self._model, tree.tensors(width))
         return logits
 
     def close(self) -> None:
@@ -182,7 +183,8 @@ class HookedRunner(Runner):
 
 
 class TorchRunner(DecodingRunner):
-    """A folder in a process of its own that cannot import bakeout, unless it needs to.
+    """A folder in a confined process that cannot import bakeout, unless it needs to. The process
+    runs bakeout's own modeling file, whatever the folder holds.
 
     The process starts at once and imports what it needs; `load` loads the folder into it.
 
@@ -197,29 +199,18 @@ class TorchRunner(DecodingRunner):
         self._folder = folder
         self._hidden_size = 0
         self._scratch = tempfile.TemporaryDirectory(prefix="bakeout-verify-")
-        scratch = Path(self._scratch.name)
+        scratch = Path(self._scratch.name).resolve()
         self._stderr = (scratch / "stderr").open("wb")
-        # A fresh modules cache: the folder's own code is read, not an older copy of it.
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", torch_worker.__file__, str(folder.resolve())),
-                *([] if needs is None else [needs]),
-            ],
+        self._process = confined.start(
+            *(torch_worker.__file__, str(MODELING), *([] if needs is None else [needs])),
+            scratch=scratch,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment,
-            cwd=scratch,
         )
 
     def load(
-        self,
-        dtype: str,
-        *,
-        device: str = "cpu",
-        threads: int = 1,
-        base: dict[str, str] | None = None,
+        self, dtype: str, *, device: str = "cpu", threads: int = 1, base: Path | None = None
     ) -> str:
         """Load the folder.
 
@@ -227,7 +218,7 @@ class TorchRunner(DecodingRunner):
             dtype: float32, bfloat16 or float16.
             device: as torch names it.
             threads: of the process.
-            base: for an adapter: what `from_pretrained` takes to load the base.
+            base: for an adapter: the base's folder.
 
         Returns:
             The class that transformers made of it.
@@ -235,8 +226,13 @@ class TorchRunner(DecodingRunner):
         Raises:
             FolderError: it does not load; the message is transformers' own.
         """
+        shown = Path(self._scratch.name).resolve() / "shown"
+        shutil.rmtree(shown, ignore_errors=True)
+        shown.mkdir()
         asked = {"op": "load", "dtype": dtype, "device": device, "threads": str(threads)}
-        asked |= {"base": json.dumps(base)} if base is not None else {}
+        asked["from"], asked["class"] = loading_class(base or self._folder)
+        asked["model"] = str(show_model(base or self._folder, shown / "model"))
+        asked["adapter"] = "" if base is None else str(show_adapter(self._folder, shown / "over"))
         found, _ = self._ask(asked)
         if found["dtype"] != dtype:
             raise FolderError(
@@ -310,28 +306,31 @@ class TorchRunner(DecodingRunner):
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            torch_worker.write_message(stdin, torch_worker.pack(words, contiguous))  # type: ignore[arg-type]
-            data = torch_worker.read_message(stdout)  # type: ignore[arg-type]
-        except BrokenPipeError:
-            data = None
+        with confined.time_limit(self._process, confined.SECONDS) as late:
+            try:
+                torch_worker.write_message(stdin, torch_worker.pack(words, contiguous))  # type: ignore[arg-type]
+                data = torch_worker.read_message(stdout)  # type: ignore[arg-type]
+            except BrokenPipeError:
+                data = None
+        if data is None and late.is_set():
+            raise FolderError(
+                f"{self._folder.name}: {words['op']} took over {confined.SECONDS:.0f} seconds, and "
+                "was stopped; take a faster device, or check its files by --only integrity"
+            )
         if data is None:
-            raise FolderError(f"{self._folder.name}: {self._last_words()}; check its files")
+            self._stderr.flush()
+            said = confined.last_words(self._process, Path(self._stderr.name))
+            raise FolderError(
+                f"{self._folder.name}: the process that loaded it {said}; check its files"
+            )
         found, answered = torch_worker.unpack(data)
         if "error" in found:
+            said = found["error"].replace(words.get("model", "…"), str(self._folder))
             raise FolderError(
-                f"{self._folder.name}: transformers alone cannot run it: {found['error']}; "
+                f"{self._folder.name}: transformers alone cannot run it: {said}; "
                 "check its files by --only integrity"
             )
         return found, answered
-
-    def _last_words(self) -> str:
-        """Why the process ended."""
-        code = self._process.wait()
-        self._stderr.flush()
-        lines = (Path(self._scratch.name) / "stderr").read_text(errors="replace").splitlines()
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"the process that loaded it ended with exit code {code} ({last.strip()})"
 
 
 def _asked_to_go_on(

@@ -214,7 +214,7 @@ def run_harness(
 
     from verify.evidence.harness_lm import RunnerLM
 
-    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder, _silent():
+    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder, _silent(), _away():
         if isinstance(tasks, Mapping):
             write_tasks(Path(folder), tasks)
             manager = task_manager(include_path=folder, include_defaults=False)
@@ -241,6 +241,27 @@ def _silent() -> Iterator[None]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+
+
+@contextmanager
+def _away() -> Iterator[None]:
+    """The harness asks git and pip about the current folder, which may be a stranger's: `.git` says
+    there what git runs, and `python -m pip` imports from there. Both are kept from looking.
+    """
+    import lm_eval.evaluator
+
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
+    wanted = {"GIT_DIR": os.devnull, "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _loaded(manager: Any, names: Sequence[str]) -> list[Any]:

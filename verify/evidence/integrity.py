@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 
 from bake.new_folder import MANIFEST
+from export.code_check import foreign_code
 from export.manifest import Manifest
 from verify.report.findings import Failure
 
@@ -52,6 +53,15 @@ def check_integrity(
         _failure(f"{name}: not in the manifest", "present", None) for name in present - listed
     ]
     return tuple(sorted(failures, key=lambda failure: failure.what))
+
+
+def code_failures(folder: Path, manifest: Manifest) -> tuple[Failure, ...]:
+    """What of a folder would run other code than bakeout's own; asked before anything is loaded.
+
+    Returns:
+        One failure of kind `integrity` per file or key.
+    """
+    return tuple(_failure(what, None, None) for what in foreign_code(folder, manifest))
 
 
 def _is_transport(name: str) -> bool:

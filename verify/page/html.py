@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from bake.questions.forms import forms_beside
 from export.carriers.carriers import claim_of
@@ -69,8 +70,10 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
 
 
 def environment(package: str, *, autoescape: bool = True) -> Environment:
-    """The templates that lie in a package; what a template names and nobody gives is an error."""
-    return Environment(
+    """The templates that lie in a package; what a template names and nobody gives is an error. They
+    are bakeout's own; what they are given is not, and can do nothing.
+    """
+    return ImmutableSandboxedEnvironment(
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

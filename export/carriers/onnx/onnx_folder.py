@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +25,7 @@ from bake.new_folder import (
     new_folder,
 )
 from bake.rounding import MIN_EFFECT
+from bake.strangers import confined
 from export.carriers.onnx import graph_check as onnx_check
 from export.carriers.onnx.genai_config import GENAI_CONFIG, genai_config
 from export.carriers.onnx.graph import FLOAT, FLOAT16, GraphWriter
@@ -250,26 +249,13 @@ def check_graph(
     with tempfile.TemporaryDirectory(prefix="bakeout-check-") as scratch:
         asked, answered = Path(scratch) / "asked.npz", Path(scratch) / "answered.npz"
         np.savez(asked, **inputs)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-I",
-                onnx_check.__file__,
-                str(graph.resolve()),
-                str(asked),
-                str(answered),
-            ],
-            cwd=scratch,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
+        said = confined.run(
+            *(onnx_check.__file__, str(graph.resolve()), str(asked), str(answered)),
+            scratch=Path(scratch),
         )
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        if said is not None:
             raise CheckError(
-                f"the graph was not kept: a fresh process refuses it: {last[-1]}; please report "
-                "this"
+                f"the graph was not kept: a fresh process refuses it: {said}; please report this"
             )
         with np.load(answered) as found:
             n_found = int(found["n_clamps"])

@@ -23,6 +23,7 @@ from export.carriers.checkpoint import CLAMP_SHARD
 from export.carriers.onnx.onnx_folder import export_onnx
 from tests.clamps import METHOD_TABLES
 from tests.defects import (
+    as_released,
     bake_tables,
     drop_graph,
     in_clamp,
@@ -197,12 +198,19 @@ def reasons(folder: Path, recipe: Recipe) -> list[str]:
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_planted_defect_is_caught(work: Path, defect: str) -> None:
+def test_a_planted_defect_is_caught(
+    work: Path, defect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plant, reason = DEFECTS[defect]
     folder = shutil.copytree(work / "sound", work / defect.replace(" ", "_"))
     if defect not in GRAPHS:  # the graph would be bound to other weights, which is caught first
         drop_graph(folder)
     plant(folder)
+    if defect in CODE:
+        found = reasons(folder, Recipe.load(work / "sound.toml"))
+        (only,) = found
+        assert only.startswith("integrity: modeling_clamped_gemma.py: is none that a released")
+        as_released(folder, monkeypatch)
     found = reasons(folder, Recipe.load(work / "sound.toml"))
     assert any(reason in text for text in found), found
 

@@ -20,6 +20,7 @@ from tests.clamps import METHOD_TABLES
 from tests.defects import (
     FORWARD_LINE,
     REFUSAL_TABLE,
+    as_released,
     bake_tables,
     drop_graph,
     in_clamp,
@@ -108,13 +109,15 @@ def in_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def verified(work: Path, name: str, base: str, plant: Callable[[Path], None]) -> VerifyReport:
-    """A verification of a copy of a folder with a defect in it."""
+    """A verification of a copy of a folder with a defect in it, by engines with that defect."""
     folder = shutil.copytree(work / base, work / name.replace(" ", "_"))
     if (folder / "model.onnx").exists():
         drop_graph(folder)
     plant(folder)
     recipe = Recipe.load(work / f"{base}.toml")
-    return verify_folder(folder, recipe, only=frozenset({"integrity", "parity"}))
+    with pytest.MonkeyPatch.context() as patch:
+        as_released(folder, patch)
+        return verify_folder(folder, recipe, only=frozenset({"integrity", "parity"}))
 
 
 @pytest.mark.parametrize("defect", DEFECTS)

@@ -233,41 +233,49 @@ def test_the_same_model_gives_the_same_logits_in_another_process(
         worker.read(*inputs)
 
 
-def custom_folder(folder: Path, base: Path, code: str) -> Path:
-    """A folder whose own code runs when it is loaded."""
-    config = json.loads((base / "config.json").read_text())
-    config["model_type"] = "custom_gemma"
-    config["auto_map"] = {"AutoConfig": "custom.C", "AutoModelForCausalLM": "custom.M"}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "custom.py").write_text(code)
-    (folder / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
-    return folder
-
-
-CUSTOM = """
+CLAMPED = """
 import os
 from transformers import Gemma2Config, Gemma2ForCausalLM
 print("printing is no answer")
 os.write(1, b"neither is this")
 {code}
-class C(Gemma2Config):
-    model_type = "custom_gemma"
-class M(Gemma2ForCausalLM):
-    config_class = C
+class ClampedGemma2ForCausalLM(Gemma2ForCausalLM):
+    pass
 """
 
 
-def test_a_folder_runs_its_own_code_without_bakeout(bases: dict[str, Path], tmp_path: Path) -> None:
-    plain = custom_folder(tmp_path / "plain", bases["gemma2"], CUSTOM.format(code=""))
-    needy = CUSTOM.format(code="def late():\n    pass\nfrom bake import recipe")
-    asking = custom_folder(tmp_path / "asking", bases["gemma2"], needy)
-    with TorchRunner(plain) as first, TorchRunner(asking) as second:
-        assert first.load("float32") == "M"
-        assert list(Path(first._scratch.name).rglob("custom.py"))  # not in everybody's cache
-        with pytest.raises(FolderError, match=r"asking: .*it tried to import bake") as caught:
-            second.load("float32")
+def clamped_folder(folder: Path, base: Path, code: str) -> Path:
+    """A folder of ours, with code of its own."""
+    config = json.loads((base / "config.json").read_text())
+    config["model_type"] = "clamped_gemma2"
+    config["auto_map"] = {"AutoConfig": "custom.C", "AutoModelForCausalLM": "custom.M"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("custom.py", "modeling_clamped_gemma.py"):
+        (folder / name).write_text(code)
+    (folder / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    return folder
+
+
+def test_bakeouts_own_file_runs_whatever_the_folder_holds_and_without_bakeout(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = f"open({str(tmp_path / 'marker')!r}, 'w')"
+    folder = clamped_folder(tmp_path / "folder", bases["gemma2"], CLAMPED.format(code=planted))
+    with TorchRunner(folder) as runner, pytest.raises(FolderError, match=r"config\.sae_clamp"):
+        runner.load("float32")  # what bakeout's own says of a base without a clamp
+    plain, needy = tmp_path / "plain.py", tmp_path / "needy.py"
+    plain.write_text(CLAMPED.format(code=""))
+    needy.write_text(CLAMPED.format(code="def late():\n    pass\nfrom bake import recipe"))
+    monkeypatch.setattr("verify.engines.runners.MODELING", plain)
+    with TorchRunner(folder) as runner:
+        assert runner.load("float32") == "ClampedGemma2ForCausalLM"
+    monkeypatch.setattr("verify.engines.runners.MODELING", needy)
+    with TorchRunner(folder) as runner:
+        with pytest.raises(FolderError, match=r"folder: .*it tried to import bake") as caught:
+            runner.load("float32")
         assert "\n" not in str(caught.value)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_damaged_folder_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -6,12 +6,11 @@ import sys
 import pytest
 import torch
 
+from verify.engines.forward import AT_ONCE, parted
 from verify.engines.torch_worker import (
-    AT_ONCE,
     BLOCKED,
     Blocker,
     pack,
-    parted,
     read_message,
     unpack,
     write_message,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -141,6 +142,40 @@ def test_every_engine_answers_the_harness_as_it_answers_us(
     assert (likelihoods["base"] - likelihoods["reference"]).abs().max() > 1e-2
     for name in ("checkpoint", "onnx"):
         torch.testing.assert_close(likelihoods[name], likelihoods["reference"], rtol=0, atol=1e-4)
+
+
+GIT_CONFIG = """
+[core]
+    repositoryformatversion = 1
+[extensions]
+    partialClone = origin
+[remote "origin"]
+    url = {here}
+    promisor = true
+    uploadpack = "touch {marker}; false"
+"""
+
+
+def test_nothing_of_the_current_folder_is_run(
+    recipe: Recipe,
+    tokenizer: Any,
+    questions: dict[str, list[Question]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The harness asks git, whose `.git/config` says what it runs, and `python -m pip`."""
+    here, marker = tmp_path / "here", tmp_path / "marker"
+    for name in ("objects", "refs/heads"):
+        (here / ".git" / name).mkdir(parents=True)
+    (here / ".git/config").write_text(GIT_CONFIG.format(here=here, marker=marker))
+    (here / ".git/HEAD").write_text("ref: refs/heads/main\n")
+    (here / ".git/refs/heads/main").write_text(f"{'1' * 40}\n")
+    (here / "pip.py").write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.chdir(here)
+    before = {name: os.environ.get(name) for name in ("GIT_DIR", "PYTHONSAFEPATH")}
+    found = run_harness(HookedRunner("base", load_base(recipe)), tokenizer, questions, limit=1)
+    assert found.results["git_hash"] is None and not marker.exists()
+    assert {name: os.environ.get(name) for name in before} == before
 
 
 def test_the_stock_command_gives_the_same(

@@ -1,0 +1,159 @@
+"""Whether a folder holds code of its own: no verb runs any, and one that has other code than a
+released bakeout wrote is refused before anything of it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from bake.errors import FolderError, shown
+from bake.families import FAMILIES, Family
+from bake.new_folder import MANIFEST
+from bake.strangers.foreign import code_files, obeyed_keys
+from export.carriers.carriers import CARRIERS
+from export.manifest import Manifest
+
+MODELING_FILE = "modeling_clamped_gemma.py"
+RELEASED = {
+    "dad9c13f749905814815489a6964f4c0523d10419819131be161d147d4b530ce": "0.1.0",
+}
+"""sha256 of every modeling file that a released bakeout wrote into folders, and the first version
+that did. A change of `bake/modeling_clamped_gemma.py` adds a line; none is ever taken out."""
+ADAPTER_KEYS = frozenset(
+    (
+        *("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision"),
+        *("sae_clamp", "base_fingerprint", "base_sha256"),
+        *("hidden_size", "num_hidden_layers", "vocab_size"),
+    )
+)
+"""All that `adapter_config.json` says."""
+ADAPTER = "adapter_config.json"
+PEFT_TYPE = "SAE_CLAMP"
+"""The one method of peft that is ever asked to load an adapter."""
+_MOST_BYTES = 1 << 20
+"""Of a modeling file."""
+
+
+def auto_map_of(family: Family) -> dict[str, str]:
+    """What a checkpoint's config.json says of its code, and nothing else may stand there."""
+    module = Path(MODELING_FILE).stem
+    classes = {"AutoConfig": family.config, "AutoModel": family.clamped_model}
+    classes |= dict.fromkeys(family.auto_classes, family.clamped)
+    return {auto: f"{module}.{name}" for auto, name in classes.items()}
+
+
+def foreign_code(folder: Path, manifest: Manifest | None) -> list[str]:
+    """What of a folder would run other code than bakeout's own: a line each, none for a sound one.
+
+    Args:
+        folder: what bakeout wrote, or a stranger says so; nothing of it is run or loaded.
+        manifest: its own; None where it has none, as when transformers saved it again.
+    """
+    carrier = None if manifest is None else CARRIERS.get(manifest.carrier)
+    config = _json(folder / "config.json") or {}
+    # A carrier that is not known here may have code, but that must be known all the same.
+    own = carrier.own_code if carrier is not None else "auto_map" in config
+    found = [
+        f"{name}: may be run when it is loaded; expected no file that is imported or unpickled"
+        for name in code_files(folder)
+        if not (own and name == MODELING_FILE)
+    ]
+    found += [
+        f"{file}: {key} {what}; expected no such key"
+        for file, key, what in obeyed_keys(folder)
+        if not (own and (file, key) == ("config.json", "auto_map"))
+    ]
+    if own:
+        found += _modeling_file(folder, "nothing" if manifest is None else manifest.bakeout)
+    if own and config:
+        found += _auto_map(config, whole=carrier is not None)
+    if (folder / ADAPTER).exists() or (carrier is not None and carrier.over_base):
+        found += _adapter(folder, expected=carrier is not None and carrier.over_base)
+    return found
+
+
+def check_code(folder: Path, manifest: Manifest | None = None) -> None:
+    """Refuse a folder with code of its own. Whatever opens a folder asks this first.
+
+    Args:
+        folder: what is to be opened.
+        manifest: its own, where it was read already.
+
+    Raises:
+        FolderError: it has some, or its manifest cannot be read.
+    """
+    if manifest is None and (folder / MANIFEST).exists():
+        manifest = Manifest.read(folder)
+    for error in foreign_code(folder, manifest):
+        raise FolderError(f"{folder}: {error}")
+
+
+def _modeling_file(folder: Path, version: str) -> list[str]:
+    """What is wrong with a folder's modeling file. One without it, as where a graph of rounded
+    weights lies alone, has no code.
+    """
+    path = folder / MODELING_FILE
+    if not path.exists() and not path.is_symlink():
+        return []
+    digest = _sha256(path)
+    if digest in RELEASED:
+        return []
+    return [
+        f"{MODELING_FILE}: is none that a released bakeout wrote (sha256 {digest[:16]}…): it was "
+        f"changed, or another bakeout wrote the folder (it says {version}). Verify it with that "
+        "version, or bake it again"
+    ]
+
+
+def _auto_map(config: dict[str, Any], *, whole: bool) -> list[str]:
+    """What is wrong with the classes that config.json names.
+
+    Args:
+        config: its content.
+        whole: all that bakeout writes must be there, besides nothing else.
+    """
+    model_type, stated = config.get("model_type"), config.get("auto_map")
+    families = {family.model_type: family for family in FAMILIES.values()}
+    family = families.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        known = ", ".join(families)
+        return [f"config.json: model_type is {shown(model_type)}; expected one of {known}"]
+    expected = auto_map_of(family)
+    part = isinstance(stated, dict) and all(expected.get(key) == stated[key] for key in stated)
+    if stated == expected or (part and not whole):
+        return []
+    return [
+        f"config.json: auto_map is {shown(stated)}; expected what bakeout writes. Bake or download "
+        "the folder again"
+    ]
+
+
+def _adapter(folder: Path, *, expected: bool) -> list[str]:
+    """What peft would be told by a folder."""
+    if not expected:
+        return [f"{ADAPTER}: is loaded on top of the weights beside it; expected none. Remove it"]
+    config = _json(folder / ADAPTER)
+    if config is None:
+        return []
+    if config.get("peft_type") != PEFT_TYPE:
+        return [f"{ADAPTER}: peft_type is {shown(config.get('peft_type'))}; expected {PEFT_TYPE}"]
+    other = sorted(config.keys() - ADAPTER_KEYS)
+    return [f"{ADAPTER}: says {shown(key)}; expected {', '.join(ADAPTER_KEYS)}" for key in other]
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        return "of no such file"
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """A JSON object of a folder, or None where it is none."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return data if isinstance(data, dict) else None
