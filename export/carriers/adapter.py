@@ -47,7 +47,7 @@ def write_adapter(source: Clamped, out: Path, *, card: str, force: bool = False)
     }
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_output(out, inputs=[source.folder], size=size, force=force)
-    with new_folder(out) as folder:
+    with new_folder(out, force=force) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         texts = {
             CONFIG: json_text(adapter_config(source)),

@@ -134,7 +134,7 @@ def write_checkpoint(
         OutputError: `out` exists, overlaps an input, or does not fit on the disk.
     """
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
-    with new_folder(out) as folder:
+    with new_folder(out, force=force) as folder:
         copies = [(source, folder / name) for source, name in plan.copies]
         for target in {target.parent for _, target in copies}:
             target.mkdir(exist_ok=True)

@@ -169,7 +169,7 @@ def write_compiled(
     """
     source = plan.source
     check_output(out, inputs=[source.folder], size=plan.size, force=force)
-    with new_folder(out) as folder:
+    with new_folder(out, force=force) as folder:
         files = tensor_files(plan.source, plan.widening, plan.layers)
         with ThreadPoolExecutor(2) as pool:
             jobs = {

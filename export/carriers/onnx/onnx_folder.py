@@ -113,7 +113,7 @@ def export_onnx(
             f"{folder}: no prompt was found that fires its clamp, so a graph cannot be checked; "
             "bake it from a recipe with a [verify] table, whose forget questions are tried"
         )
-    place = nullcontext(folder) if out is None else new_folder(out)
+    place = nullcontext(folder) if out is None else new_folder(out, force=force)
     with place as root, _partial(root, chosen) as graph:
         with disk_full(folder if out is None else out):
             progress("write", 0.0)
