@@ -166,9 +166,7 @@ def _check_place(out: Path, *, force: bool) -> None:
 
 
 def _unwritable(out: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"output {out}: cannot be written ({error.strerror}); choose another folder"
-    )
+    return OutputError(f"output {out}: cannot be written ({error.strerror}); choose another folder")
 
 
 @contextlib.contextmanager

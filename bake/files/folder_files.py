@@ -28,11 +28,7 @@ and ends in one of `_PARTIAL_FILES`. A process that is killed leaves it; nothing
 _PARTIAL_FILES = (".onnx", ".onnx_data", ".lock")
 _TRANSPORT = (".git", ".gitattributes", ".cache/huggingface")
 """What git and the hub's downloader put beside the files; nothing loads it."""
-_REMEDY = "Do not use this folder"
-_NO_LINKS = (
-    "is a link that leads out of the folder, which is not followed; copy the file itself there "
-    "(`hf download --local-dir` does)"
-)
+_LINK = "is a link, which is followed in the hub's cache only"
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -64,7 +60,7 @@ def check_name(named_by: Path, name: object) -> str:
     if (why := wrong_name(name)) is not None:
         raise FolderError(
             f"{named_by}: names {shown(name)}, which {why}; expected files inside the folder. "
-            f"{_REMEDY}"
+            f"Do not use this folder"
         )
     return str(name)
 
@@ -93,13 +89,15 @@ def file_in(folder: Path, name: str) -> Path:
     """
     path = folder / check_name(folder, name)
     if not lies_in(folder, path):
-        raise FolderError(f"{folder}: {name} {_NO_LINKS}")
+        raise _linked(folder, name)
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise _missing(folder, name, error) from error
     if not stat.S_ISREG(mode):
-        raise FolderError(f"{folder}: {name} is no regular file; expected one. {_REMEDY}")
+        raise FolderError(
+            f"{folder}: {name} is no regular file; expected one. Do not use this folder"
+        )
     return path
 
 
@@ -117,9 +115,7 @@ def open_in(folder: Path, name: str) -> BinaryIO:
         here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for parent in parents:
-                below = os.open(
-                    parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here
-                )
+                below = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
                 os.close(here)
                 here = below
             try:
@@ -133,17 +129,17 @@ def open_in(folder: Path, name: str) -> BinaryIO:
             os.close(here)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise FolderError(f"{folder}: {name} {_NO_LINKS}") from error
+            raise _linked(folder, name) from error
         raise _missing(folder, name, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FolderError(f"{folder}: {name} is no regular file; expected one. {_REMEDY}")
+        raise FolderError(
+            f"{folder}: {name} is no regular file; expected one. Do not use this folder"
+        )
     return os.fdopen(descriptor, "rb")
 
 
-def sha256_in(
-    folder: Path, name: str, advance: Callable[[int], None] = lambda _: None
-) -> str:
+def sha256_in(folder: Path, name: str, advance: Callable[[int], None] = lambda _: None) -> str:
     """sha256 of a file of a folder; `advance` is called with the bytes of each block.
 
     Raises:
@@ -194,7 +190,7 @@ def _look(folder: Path, below: str, found: Contents) -> None:
         name = f"{below}{entry.name}"
         if entry.is_symlink():
             if not lies_in(folder, folder / name):
-                found.odd[name] = "is a link that leads out of the folder"
+                found.odd[name] = _LINK
             elif (folder / name).is_file():  # else its blob was not downloaded
                 found.files.add(name)
         elif name in _TRANSPORT:
@@ -219,9 +215,15 @@ def _blob(folder: Path, path: Path) -> Path | None:
     return None
 
 
+def _linked(folder: Path, name: str) -> FolderError:
+    return FolderError(
+        f"{folder}: {name} {_LINK}; copy the file itself there (`hf download --local-dir` does)"
+    )
+
+
 def _missing(folder: Path, name: str, error: OSError) -> FolderError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-        return FolderError(f"{folder}: {name} is missing; bake or download the folder again")
-    return FolderError(
-        f"{folder}: {name} cannot be read ({error.strerror}); check its permissions"
-    )
+        return FolderError(
+            f"{folder / name}: is missing; expected a file; bake or download the folder again"
+        )
+    return FolderError(f"{folder}: {name} cannot be read ({error.strerror}); check its permissions")

@@ -55,8 +55,8 @@ def _take(folder: Path, path: Path) -> int:
         except BlockingIOError as error:
             os.close(lock)
             raise OutputError(
-                f"output {folder}: is being written by another process; wait for it, or choose "
-                "another folder"
+                f"output {folder}: is being written by another process, which must end first; "
+                "choose another folder, or run this again then"
             ) from error
         except BaseException:
             os.close(lock)

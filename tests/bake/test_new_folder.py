@@ -165,8 +165,8 @@ STRANGE = {
     "git": (lambda f: plant(f, ".git/HEAD"), r"holds \.git, which its manifest"),
     "attributes": (lambda f: plant(f, ".gitattributes"), r"holds \.gitattributes"),
     "changed": (lambda f: plant(f, "a.txt"), "its a.txt is not what its manifest.json lists"),
-    "link": (lambda f: (f / "b").symlink_to(f.parent), "its b is a link that leads out"),
-    "linked": (lambda f: relink(f), "its a.txt is a link that leads out"),
+    "link": (lambda f: (f / "b").symlink_to(f.parent), "its b is a link, which"),
+    "linked": (lambda f: relink(f), "its a.txt is a link, which"),
     "pipe": (lambda f: os.mkfifo(f / "b"), "its b is no regular file"),
     "names": (
         lambda f: plant(f, "manifest.json", json.dumps(manifest_data({"../a": "0" * 64}))),

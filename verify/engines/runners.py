@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -16,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from bake.errors import FolderError
+from bake.files.scratch import Scratch
 from verify.engines import torch_worker
 
 if TYPE_CHECKING:
@@ -196,8 +196,8 @@ class TorchRunner(DecodingRunner):
         self.name = name
         self._folder = folder
         self._hidden_size = 0
-        self._scratch = tempfile.TemporaryDirectory(prefix="bakeout-verify-")
-        scratch = Path(self._scratch.name)
+        self._scratch = Scratch("verify")
+        scratch = self._scratch.path
         self._stderr = (scratch / "stderr").open("wb")
         # A fresh modules cache: the folder's own code is read, not an older copy of it.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
@@ -329,7 +329,7 @@ class TorchRunner(DecodingRunner):
         """Why the process ended."""
         code = self._process.wait()
         self._stderr.flush()
-        lines = (Path(self._scratch.name) / "stderr").read_text(errors="replace").splitlines()
+        lines = (self._scratch.path / "stderr").read_text(errors="replace").splitlines()
         last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         return f"the process that loaded it ended with exit code {code} ({last.strip()})"
 
