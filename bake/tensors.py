@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bake.errors import shown
+from bake.files.folder_files import wrong_name
+
 Array = NDArray[np.float32]
 BITS: dict[str, str] = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 """Numbers that can be read, as safetensors names their formats, and what holds their bits."""
@@ -86,8 +89,8 @@ def indexed_tensors(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
         raise ValueError("the index holds no weight_map")
     shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(shard).name != shard:
-            raise ValueError(f"the index points outside the folder ({shard})")
+        if wrong_name(shard) is not None or "/" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"the index points outside the folder ({shown(shard)})")
         if not (folder / shard).is_file():
             raise ValueError(f"shard {shard} is missing")
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from bake.new_folder import MANIFEST
 from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
 from export.code_check import check_code
-from export.copying import BLOCK_BYTES
+from export.folder_contents import check_contents, check_files
 from export.manifest import AGAIN, Manifest, read_json
 
 _HELD = (*DTYPES.values(), "BOOL")
@@ -157,14 +157,16 @@ def weights_sha256(files: Mapping[str, str]) -> str:
 
 
 def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
-    """Open a folder that `bakeout bake` wrote; its code is not run.
+    """Open a folder that `bakeout bake` wrote; its code is not run. All its files but the weights
+    are hashed; those are `check_weights`'.
 
     Args:
         folder: what to open.
         with_graphs: accept whatever can have an ONNX graph, not the checkpoint alone.
 
     Raises:
-        FolderError: it is no clamped checkpoint, is incomplete or damaged, or has code of others.
+        FolderError: it is no clamped checkpoint, is incomplete or damaged, or holds what bakeout
+            does not write.
     """
     manifest = Manifest.read(folder)
     check_code(folder, manifest)
@@ -174,10 +176,24 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
             f"{folder}: is an export already (carrier {manifest.carrier}); expected a "
             "clamped checkpoint, as `bakeout bake` writes it"
         )
-    clamped = open_listed(folder, manifest)
-    if unlisted := [name for name in clamped.shards if name not in manifest.files]:
-        raise FolderError(f"{folder / MANIFEST}: does not list {unlisted[0]}; {AGAIN}")
-    return clamped
+    check_contents(folder, manifest)
+    check_files(folder, manifest, [name for name in manifest.files if not _is_heavy(name)])
+    return open_listed(folder, manifest)
+
+
+def _is_heavy(name: str) -> bool:
+    """Whether a file holds numbers of the base: weights, and copies of them for a graph."""
+    return name.endswith((".safetensors", ".onnx_data"))
+
+
+def check_weights(clamped: Clamped, progress: Callable[[float], None] = lambda _: None) -> None:
+    """Raise FolderError unless the weights of a folder are those that its manifest lists.
+
+    Args:
+        clamped: the folder.
+        progress: called with the share of bytes hashed, 0 to 1.
+    """
+    check_files(clamped.folder, clamped.manifest, clamped.shards, progress)
 
 
 def open_listed(folder: Path, manifest: Manifest) -> Clamped:
@@ -243,34 +259,6 @@ def _read_site(clamped: Clamped, site: dict[str, Any]) -> ClampSite:
     if arrays["W_enc"].shape[1:] != (k,) or arrays["route"].shape != (k, k):
         raise ValueError(f"{prefix}* have other shapes than config.json says")
     return ClampSite(layer, bool(site["exempt_bos"]), **arrays)
-
-
-def check_files(
-    clamped: Clamped, names: Sequence[str], progress: Callable[[float], None] = lambda _: None
-) -> None:
-    """Raise FolderError unless files are what the manifest says.
-
-    Args:
-        clamped: the folder.
-        names: of the files.
-        progress: called with the share of bytes hashed, 0 to 1.
-    """
-    if missing := [name for name in names if not (clamped.folder / name).is_file()]:
-        raise FolderError(f"{clamped.folder}: {missing[0]} is missing; {AGAIN}")
-    total = sum((clamped.folder / name).stat().st_size for name in names)
-    done = 0
-    for name in names:
-        digest, listed = hashlib.sha256(), clamped.manifest.files[name]
-        with (clamped.folder / name).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-                done += len(block)
-                progress(done / total)
-        if digest.hexdigest() != listed:
-            raise FolderError(
-                f"{clamped.folder / name}: is not the file that the manifest lists (sha256 "
-                f"{digest.hexdigest()[:16]}…, expected {listed[:16]}…); {AGAIN}"
-            )
 
 
 # --------------------------------------------------------------------------- config

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 from bake.errors import FolderError
+from bake.files.folder_files import open_in
 from bake.rounding import BAR
 from export.manifest import AGAIN, read_json
 
@@ -74,7 +75,7 @@ class Witnesses:
 
         path = folder / WITNESSES
         try:
-            with np.load(path) as arrays:
+            with open_in(folder, WITNESSES) as file, np.load(file) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
         except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
             raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error

@@ -28,6 +28,7 @@ VERIFY_MAY_IMPORT = {
     "bake.base",
     "bake.errors",
     "bake.families",
+    "bake.files",
     "bake.new_folder",
     "bake.public",
     "bake.questions",
@@ -40,6 +41,7 @@ VERIFY_MAY_IMPORT = {
     "export.carriers.onnx.precisions",
     "export.clamped",
     "export.code_check",
+    "export.folder_contents",
     "export.manifest",
     "export.witness_file",
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
+from bake.files.folder_files import open_in
 from bake.recipe import Recipe
 from bake.sources import Source
 from export.clamped import clamped_layers
@@ -160,7 +161,8 @@ def _stored_recipe(folder: Path) -> Recipe | None:
     if not path.is_file():
         return None
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open_in(folder, RECIPE) as file:
+            data = tomllib.load(file)
     except (OSError, ValueError) as error:
         raise FolderError(f"{path}: cannot be read ({error}); expected TOML") from error
     return Recipe.parse(data, name=str(path), folder=folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 from bake.base import INDEX, WEIGHTS
 from bake.errors import ModelError
 from bake.families import FAMILIES, GEMMA_BOS
+from bake.files.scratch import Scratch
 from bake.new_folder import check_output, check_space, new_folder
 from bake.tensors import Tensors, index_of, n_bytes, to_bits, write_tensors
 
@@ -127,8 +127,8 @@ def open_gguf(file: Path) -> Gguf:
         raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none); {_AGAIN}")
     family = _READABLE[architecture]
     # transformers reads what lies beside the file too, and that is not what was asked for.
-    with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone, _read_once(reader):
-        link = Path(alone) / "model.gguf"
+    with Scratch("gguf") as alone, _read_once(reader):
+        link = alone / "model.gguf"
         link.symlink_to(file.resolve())
         config = _config(file, link, reader, architecture, family)
         tensors = _tensors(file, reader, architecture, config)

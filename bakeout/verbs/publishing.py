@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +14,12 @@ import typer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from bake.errors import BakeoutError, FolderError, OutputError, ReportError
-from bake.new_folder import MANIFEST, disk_full
+from bake.errors import BakeoutError, FolderError, ReportError
+from bake.new_folder import MANIFEST
 from bakeout.terminal import printable, progress
 from bakeout.verbs.arguments import FolderPath
 from export.code_check import check_code
+from export.in_place import changing, put_files
 from export.manifest import CARD, Manifest
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
@@ -66,44 +64,18 @@ def card_folder(folder: Path, report_file: Path | None, advance: Advance) -> Pat
         ReportError: the report cannot be read, or the folder has changed since.
     """
     check_code(folder)
-    report = None
-    if report_file is not None:
-        report = read_report(report_file)
-        check_fresh(report, folder, advance)
-    return write_card(folder, render(facts_of_folder(folder), report))
-
-
-def write_card(folder: Path, card: str) -> Path:
-    """Change README.md and its hash in the manifest. Both are written and on disk before either
-    takes its place, so nothing but a crash between two renames leaves them apart.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
-    """
-    manifest = Manifest.read(folder)
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    manifest = manifest.changed(files=manifest.files | {CARD: digest})
-    path = folder.resolve()
-    try:
-        # Beside the folder, not in it: what a killed run leaves behind must not break integrity.
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.bakeout-", dir=path.parent))
-        try:
-            with disk_full(folder):
-                with (aside / CARD).open("w", encoding="utf-8") as file:
-                    file.write(card)
-                    file.flush()
-                    os.fsync(file.fileno())
-                manifest.write(aside)
-            (aside / CARD).replace(path / CARD)
-            (aside / MANIFEST).replace(path / MANIFEST)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: its card cannot be written ({error.strerror}); check the permissions of "
-            "the folder and of the one above it"
-        ) from error
+    report = None if report_file is None else read_report(report_file)
+    with changing(folder) as partial:
+        if report is not None:
+            check_fresh(report, folder, advance)
+        card = render(facts_of_folder(folder), report)
+        _put_card(folder, partial, card)
     return folder / CARD
+
+
+def _put_card(folder: Path, partial: Path, card: str) -> None:
+    (partial / CARD).write_text(card, encoding="utf-8")
+    put_files(folder, Manifest.read(folder), {CARD: partial / CARD})
 
 
 # --------------------------------------------------------------------------- push
@@ -138,13 +110,14 @@ def push_folder(
     if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repo, re.ASCII):
         raise PushError(f"{repo}: is no hub id; expected user/name")
     check_code(folder)
-    report = _admissible(folder, report_file, unverified, advance)
-    passed = report is not None and (report.verdict, report.scope) == ("pass", "full")
-    card = render(facts_of_folder(folder), report, unverified=not passed)
-    upload = _plan(folder, repo, private, card)
-    if not dry_run:
-        write_card(folder, card)
-        _send(folder, upload)
+    with nullcontext() if dry_run else changing(folder) as partial:
+        report = _admissible(folder, report_file, unverified, advance)
+        passed = report is not None and (report.verdict, report.scope) == ("pass", "full")
+        card = render(facts_of_folder(folder), report, unverified=not passed)
+        upload = _plan(folder, repo, private, card)
+        if partial is not None:
+            _put_card(folder, partial, card)
+            _send(folder, upload)
     return upload
 
 

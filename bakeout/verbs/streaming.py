@@ -17,6 +17,8 @@ from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
 from export.clamped import read_config
 from export.code_check import check_code
+from export.folder_contents import check_contents, check_files
+from export.manifest import Manifest
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
 
@@ -180,15 +182,18 @@ def _plain(text: str) -> str:
 
 
 def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
-    """Load a clamped folder.
+    """Load a clamped folder, whose files are those that its manifest lists.
 
     Raises:
-        FolderError: it is no clamped folder, lacks what the engine needs, is damaged, or has code
-            of others.
+        FolderError: it is no clamped folder, lacks what the engine needs, is damaged, or holds what
+            bakeout does not write.
         ProviderError: the engine cannot use the device here.
     """
     check_code(folder)
     read_config(folder)
+    manifest = Manifest.read(folder)
+    check_contents(folder, manifest)
+    check_files(folder, manifest, [name for name in manifest.files if (folder / name).is_file()])
     if engine not in ENGINES:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
     check_device(device)

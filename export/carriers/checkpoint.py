@@ -6,6 +6,7 @@ Nothing of the model is held in memory: files are copied block by block and hash
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from safetensors.numpy import save_file
 import bake
 from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
+from bake.errors import ModelError
+from bake.files.folder_files import lies_in
 from bake.new_folder import check_output, new_folder
 from bake.recipe import Recipe
 from bake.strangers.foreign import runs_code
-from export.carriers.carriers import CARRIERS
+from export.carriers.carriers import CARRIERS, OF_BASE
 from export.clamped import GUARD, open_listed
 from export.code_check import MODELING_FILE, auto_map_of
 from export.copying import copy_all, hash_new
@@ -43,20 +46,6 @@ GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms\n"
 )
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""What a base brings along beside its weights and config."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +80,28 @@ class CheckpointPlan:
 
 
 def companions(folder: Path) -> list[tuple[Path, str]]:
-    """Files of a model folder that go along with its weights and config, and their names."""
-    names = {
-        path.relative_to(folder).as_posix(): path
-        for pattern in _COMPANIONS
-        for path in sorted(folder.glob(pattern))
-        if path.is_file() and not runs_code(path.name)
-    }
-    return [(path, name) for name, path in names.items()]
+    """Files of a base model's folder that go along with its weights and config, and their names.
+
+    Raises:
+        ModelError: one is a link out of the folder: what it leads to would be published.
+    """
+    names = [
+        f"{top}{path.name}"
+        for top in ("", "additional_chat_templates/")
+        for path in sorted((folder / top).glob("*"))
+    ]
+    found = [
+        name
+        for name in names
+        if re.fullmatch(OF_BASE, name) and not runs_code(name) and (folder / name).is_file()
+    ]
+    for name in found:
+        if not lies_in(folder, folder / name):
+            raise ModelError(
+                f"base model {folder.name}: {name} is a link that leads out of its folder, which "
+                "is not followed; copy the file itself there"
+            )
+    return [(folder / name, name) for name in found]
 
 
 def plan_checkpoint(recipe: Recipe) -> CheckpointPlan:
@@ -135,7 +138,7 @@ def write_checkpoint(
         OutputError: `out` exists, overlaps an input, or does not fit on the disk.
     """
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
-    with new_folder(out) as folder:
+    with new_folder(out, force=force) as folder:
         copies = [(source, folder / name) for source, name in plan.copies]
         for target in {target.parent for _, target in copies}:
             target.mkdir(exist_ok=True)
