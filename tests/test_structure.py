@@ -37,6 +37,7 @@ VERIFY_MAY_IMPORT = {
     "bake.stock",
     "export.carriers.carriers",
     "export.carriers.onnx.precisions",
+    "export.carriers.onnx.regenerated",
     "export.clamped",
     "export.manifest",
     "export.witness_file",

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bake.base import INDEX, find_base
+from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.clamped import clamped_layers, read_config
 from export.manifest import CARD, Manifest
-from verify.clamped_folder import base_failures, check_base, fitted_recipe, own_recipe
+from verify.clamped_folder import (
+    check_base,
+    check_layers,
+    fitted_recipe,
+    own_recipe,
+    recorded_hooks,
+)
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs, graph_failures
 from verify.evidence.integrity import check_integrity
 from verify.evidence.kinds import KINDS, chosen_kinds, of_files
 from verify.evidence.witnesses import load_witnesses, with_witnesses
+from verify.expected.against_recipe import Checked, recipe_failures
+from verify.expected.own_files import own_failures
 from verify.gather import gather
 from verify.journal import Journal, Progress, files_below, journal_path
 from verify.options import Options
 from verify.report.findings import Failure, VerifyReport
+
+if TYPE_CHECKING:
+    from verify.reference.whole_sae import Site
 
 DEFAULTS = Options()
 
@@ -66,8 +78,12 @@ def verify_folder(
             graphs = find_graphs(folder)
             layers = clamped_layers(read_config(folder, manifest.carrier)) if own else []
             broken = graph_failures(graphs, layers, manifest.files)
-        if broken or (kinds == {"integrity"} and not options.tasks):
+        if not broken and carrier is not None:
+            broken = tuple(own_failures(folder, manifest, graphs or ()))
+        files_only = kinds == {"integrity"} and recipe is None
+        if broken or (files_only and not options.tasks):
             return _report(folder, manifest, {"integrity"}, broken)
+    given = recipe is not None
     recipe = recipe or own_recipe(folder)
     asked = [*sorted(only - of_files()), *options.tasks]
     if recipe is None and asked:
@@ -90,14 +106,22 @@ def verify_folder(
         kinds &= of_files() if witnesses else {"integrity"}
     measured = kinds - of_files()
     runs = bool(measured or options.tasks)
-    if recipe is not None and runs:
+    sites: Sequence[Site] | None = None
+    compared = "integrity" in kinds and (given or runs)
+    if recipe is not None and (runs or compared):
         config = read_config(folder, manifest.carrier)
-        recipe = fitted_recipe(recipe, folder, config)
+        recipe = fitted_recipe(recipe, folder, config, shown=runs)
         if carrier is not None and carrier.over_base:
             check_base(recipe, folder, config)
-        compared = own and "integrity" in kinds and INDEX in manifest.files
-        if compared and (broken := base_failures(recipe, manifest.files)):
-            return _report(folder, manifest, {"integrity"}, broken)
+        if compared:
+            from verify.reference.whole_sae import load_sites
+
+            tell("load", 0.0)
+            sites = load_sites(recipe, recorded_hooks(manifest))
+            check_layers([site.layer for site in sites], folder, config)
+            checked = Checked(folder, manifest, recipe, sites, graphs or ())
+            if broken := tuple(recipe_failures(checked)):
+                return _report(folder, manifest, {"integrity"}, broken)
     report = _report(folder, manifest, kinds)
     if not runs and witnesses is None:
         return report
@@ -128,7 +152,9 @@ def verify_folder(
             Journal(paths[0], keep=True) as of_base,
             Journal(paths[1], of_base, keep=options.keep) as journal,
         ):
-            report = gather(folder, recipe, report, measured, tell, engines, journal, options)
+            report = gather(
+                folder, recipe, report, measured, tell, engines, journal, options, sites
+            )
     found = [failure for name in KINDS if name in kinds for failure in KINDS[name].failures(report)]
     return replace(report, failures=(*report.failures, *found))
 
