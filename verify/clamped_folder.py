@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -18,6 +19,9 @@ from export.manifest import Manifest
 from verify.report.findings import Failure
 
 RECIPE = "recipe.toml"
+NOWHERE = Path(os.devnull)
+"""Where the paths of a folder's own recipe start: beneath a file, where nothing lies. What a folder
+brings along under a hub id's name is not what the hub has."""
 _REWRITTEN = ("config.json", "model.safetensors.index.json", "README.md", "manifest.json", "NOTICE")
 """Files that a checkpoint has in a form of its own."""
 _TEXT_FILES = (
@@ -44,6 +48,16 @@ def own_recipe(folder: Path) -> Recipe | None:
     return recipe if hub else None
 
 
+def downloads_of(recipe: Recipe) -> list[str]:
+    """What a recipe takes from the hub, where it is not in its cache."""
+    base = recipe.base
+    found = [f"{base.model} at {base.revision}"] if _is_hub_id(base.model) else []
+    found += [f"SAE {c.sae.release}/{c.sae.id}" for c in recipe.clamp if c.sae.release is not None]
+    sources = [] if recipe.verify is None else recipe.verify.sources
+    found += [f"data set {source.dataset}" for source in sources if source.dataset is not None]
+    return list(dict.fromkeys(found))
+
+
 def recorded_hooks(manifest: Manifest) -> dict[str, str]:
     """The hook points that a manifest states, by the sha256 of the SAE's file."""
     return {clamp.sae.sha256: clamp.hook_point for clamp in manifest.clamps}
@@ -54,7 +68,8 @@ def fitted_recipe(
 ) -> Recipe:
     """A recipe ready to rebuild a folder's reference.
 
-    Where it leaves the features to `[select]`, those that the folder's own recipe names are meant.
+    Where it leaves the features to `[select]`, those that the folder's own recipe names are meant:
+    the folder's own word, which the report has to say.
 
     Args:
         recipe: what the reference is rebuilt from.
@@ -184,7 +199,7 @@ def stored_recipe(folder: Path) -> Recipe | None:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FolderError(f"{path}: cannot be read ({error}); expected TOML") from error
-    return Recipe.parse(data, name=str(path), folder=folder)
+    return Recipe.parse(data, name=str(path), folder=NOWHERE)
 
 
 def _is_hub_id(name: str) -> bool:
