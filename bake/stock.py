@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from bake.base import find_base
 from bake.errors import ModelError
 from bake.families import FAMILIES
 from bake.recipe import Recipe
@@ -112,11 +113,12 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def location(recipe: Recipe) -> dict[str, str]:
-    """What to give `from_pretrained` for a recipe's base."""
+    """What to give `from_pretrained` for a recipe's base: the folder that was found and checked.
+    A hub id would be looked for beneath the current folder first.
+    """
     local = recipe.local(recipe.base.model)
-    if local.is_dir():
-        return {"pretrained_model_name_or_path": str(local)}
-    return {"pretrained_model_name_or_path": recipe.base.model, "revision": recipe.base.revision}
+    folder = local if local.is_dir() else find_base(recipe).folder
+    return {"pretrained_model_name_or_path": str(folder)}
 
 
 def reason_of(error: BaseException) -> str:

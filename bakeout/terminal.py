@@ -26,7 +26,7 @@ from export.carriers.carriers import CARRIERS, claim_of
 from export.code_check import check_code
 from export.manifest import ClampEntry, CompiledEntry, Manifest
 from verify.evidence.kinds import lines_of
-from verify.report.findings import EngineReport, VerifyReport
+from verify.report.findings import CLAIMED, EngineReport, VerifyReport
 from verify.report.measures import Completion, Completions, Continuation
 from verify.report.wording import number, title_of
 
@@ -99,6 +99,9 @@ def show_report(report: VerifyReport) -> None:
         out.print(escape(printable(line)))
     if report.carrier in CARRIERS:
         out.print(f"the clamp is lost by {escape(CARRIERS[report.carrier].lost_by)}")
+    if report.cannot_know is not None:
+        style = "red" if report.scope.endswith(CLAIMED) else "yellow"
+        out.print(f"[{style}]{escape(report.cannot_know)}[/{style}]")
     colour = "green" if report.verdict == "pass" else "red"
     exact = claim_of(report.carrier, exact=report.exact)
     out.print(

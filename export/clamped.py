@@ -200,7 +200,7 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     """Open a folder by a manifest that is still to be written."""
     own = CARRIERS[manifest.carrier].own_code
     section = read_config(folder, manifest.carrier)["sae_clamp"]
-    config, model_class = _open_config(folder, stock=not own)
+    config, model_class = open_config(folder, stock=not own)
     weight_map = read_json(folder / INDEX).get("weight_map")
     try:
         tensors = indexed_tensors(folder, weight_map)
@@ -228,8 +228,12 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     return replace(clamped, sites=sites, exempt_token_ids=exempt)
 
 
-def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
-    """(config object, name of the model class): stock ones where the clamp is compiled in."""
+def open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
+    """(config object, name of the model class): stock ones where the clamp is compiled in.
+
+    Raises:
+        FolderError: config.json is missing, damaged, or of another model_type.
+    """
     model_type = str(read_json(folder / "config.json").get("model_type"))
     known = {(name if stock else family.model_type): family for name, family in FAMILIES.items()}
     if model_type not in known:

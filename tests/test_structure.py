@@ -39,6 +39,7 @@ VERIFY_MAY_IMPORT = {
     "bake.strangers",
     "export.carriers.carriers",
     "export.carriers.onnx.precisions",
+    "export.carriers.onnx.regenerated",
     "export.clamped",
     "export.code_check",
     "export.folder_contents",

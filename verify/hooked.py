@@ -14,7 +14,7 @@ from bake.rounding import epsilon_of
 from export.carriers.carriers import CARRIERS
 from export.clamped import read_config
 from export.manifest import Manifest
-from verify.clamped_folder import check_layers, check_shape
+from verify.clamped_folder import check_layers, check_shape, recorded_hooks
 from verify.compare.comparison import BASE, REFERENCE
 from verify.engines.engine_names import engine_of
 from verify.engines.engines import Engines
@@ -91,16 +91,24 @@ class Hooked:
         return dict.fromkeys((graph.name for graph in engines.graphs), REFERENCE_32)
 
 
-def load_hooked(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) -> Hooked:
-    """Load the stock base and the whole SAEs, and check that the folder is of their shape."""
+def load_hooked(
+    folder: Path,
+    recipe: Recipe,
+    engines: Engines,
+    progress: Progress,
+    sites: Sequence[Site] | None = None,
+) -> Hooked:
+    """Load the stock base and, where they are not at hand, the whole SAEs, and check that the
+    folder is of their shape.
+    """
     from bake.stock import load_base, load_tokenizer
     from verify.reference.oracle import Oracle
     from verify.reference.whole_sae import load_sites
 
     config = read_config(folder, engines.carrier)
     progress("load", 0.0)
-    recorded = {clamp.sae.sha256: clamp.hook_point for clamp in Manifest.read(folder).clamps}
-    sites = load_sites(recipe, recorded)
+    if sites is None:
+        sites = load_sites(recipe, recorded_hooks(Manifest.read(folder)))
     check_layers([site.layer for site in sites], folder, config)
     material = load_material(recipe, load_tokenizer(recipe))
     progress("load", 0.4)

@@ -24,6 +24,9 @@ class Options:
     minutes: float | None = None
     """About how long it may take: of questions, texts and prompts evenly fewer are asked, and the
     report says of how many. None: all."""
+    own_recipe: bool = True
+    """Whether, where no recipe is given, the folder's own may be followed, which downloads what it
+    names."""
     keep: bool = False
     """Whether what was found stays in the cache when the run is complete: the same call on the same
     files then finds everything there."""

@@ -124,6 +124,11 @@ def _dataset_rows(
         raise DataError(
             f"{name}: no such folder beside the recipe; expected a folder, or a hub id (owner/name)"
         )
+    if not local.is_dir() and Path(dataset).exists():
+        raise DataError(
+            f"{name}: the current folder holds a {dataset} too, which `datasets` would take for "
+            "the hub's; expected none. Run this from elsewhere"
+        )
     import datasets
 
     path = str(local) if local.is_dir() else dataset

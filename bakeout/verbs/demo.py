@@ -83,7 +83,7 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
             )
     for name, export in EXPORTS.items():
         export(folder, out / name, force=True)
-    recipe = Recipe.load(world.recipe)
+    recipe = plan.recipe  # with the numbers that were selected just now
     n_features = sum(len(clamp.clamp.features) for clamp in plan.clamps)
     chosen = f"selected by {recipe.select.by}, " if recipe.select is not None else ""
     console().print(f"{n_features} features {chosen}baked, now compared\n")

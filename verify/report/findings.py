@@ -22,6 +22,9 @@ from verify.report.measures import (
 
 SCHEMA = 1
 """Version of the JSON."""
+CLAIMED = ", features as the folder claims"
+"""The end of a scope where the user's recipe leaves its features to be selected, and they were
+not."""
 ERROR_EDGES = tuple(10.0**exponent for exponent in range(-7, 2))
 """Bounds between the bins of `Parity.errors`; the first and the last bin are open."""
 
@@ -31,7 +34,7 @@ class Failure:
     """One thing that is out of tolerance."""
 
     kind: str
-    """integrity | witnesses | parity | choices | loss."""
+    """integrity | witnesses | parity | choices | loss | forgetting."""
     engine: str
     """Which engine it concerns."""
     what: str
@@ -237,7 +240,8 @@ class VerifyReport:
     exact: bool
     """Whether the carrier computes the clamp itself rather than an approximation."""
     scope: str
-    """full, or the kinds of evidence that were gathered, joined by `+`."""
+    """full, or the kinds of evidence that were gathered, joined by `+`; behind a comma, what was
+    taken on the folder's word."""
     failures: tuple[Failure, ...]
     engines: tuple[EngineReport, ...] = ()
     dtype: str | None = None
@@ -260,6 +264,9 @@ class VerifyReport:
     """What kinds of evidence without a field of their own found, by kind, as JSON data."""
     manifest_sha256: str | None = None
     """Of the folder's `manifest.json` as it was: of another manifest this says nothing."""
+    cannot_know: str | None = None
+    """What this verification could not know, in a sentence; None where the user's own recipe says
+    everything."""
     card_sha256: str | None = None
     """Of README.md as the manifest listed it. The card is written from this report, and that
     alone does not make the report stale."""
@@ -289,6 +296,7 @@ class VerifyReport:
             "exact": self.exact,
             "manifest_sha256": self.manifest_sha256,
             "card_sha256": self.card_sha256,
+            "cannot_know": self.cannot_know,
             "failures": self.failures,
             "warnings": self.warnings,
             "engines": {engine.name: _engine_dict(engine) for engine in self.engines},

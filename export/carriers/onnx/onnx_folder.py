@@ -174,19 +174,20 @@ def write_graph(clamped: Clamped, architecture: Architecture, name: str, graph: 
     """Write one graph, and the data file beside it where its weights are rounded copies."""
     precision = PRECISIONS[name]
     if precision.shared:
-        model = _model(clamped, architecture, name, SharedWeights(clamped.tensors))
+        model = model_of(clamped, architecture, name, SharedWeights(clamped.tensors))
     else:
         data = graph.with_name(f"{graph.name}_data")
         with data.open("wb") as file:
             logic = tuple(f"{clamped.layer_prefix}{i}.mlp." for i in clamped.compiled_layers)
             weights = PackedWeights(clamped.tensors, precision, file, data.name, logic)
-            model = _model(clamped, architecture, name, weights)
+            model = model_of(clamped, architecture, name, weights)
     graph.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _model(
+def model_of(
     clamped: Clamped, architecture: Architecture, name: str, weights: Weights
 ) -> onnx.ModelProto:
+    """The whole file of a graph but for the data of its weights: the same for the same folder."""
     precision = PRECISIONS[name]
     writer = GraphWriter(
         architecture,
@@ -200,7 +201,7 @@ def _model(
     imports = opset_imports()
     if precision.blocks:
         imports.append(make_opsetid("com.microsoft", 1))
-    functions = [function()] if clamped.sites else []
+    functions = [function()] if architecture.sites else []
     model = make_model(
         writer.write(), functions=functions, opset_imports=imports, ir_version=IR_VERSION
     )
@@ -211,7 +212,11 @@ def _model(
         "bakeout.precision": name,
         "bakeout.recipe_sha256": clamped.manifest.recipe_sha256,
         "bakeout.weights_sha256": weights_sha256(
-            {name: clamped.manifest.files[name] for name in clamped.shards}
+            {
+                name: clamped.manifest.files[name]
+                for name in clamped.shards
+                if name in clamped.manifest.files
+            }
         ),
     }
     set_model_props(model, provenance)
