@@ -14,8 +14,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from bake.errors import FolderError, shown
+from bake.errors import FolderError, short, shown
 from bake.new_folder import MANIFEST
+from bake.reading.capped import CAPS, parse_json, read_bytes
 from export.carriers.carriers import CARRIERS
 
 CARD = "README.md"
@@ -59,7 +60,7 @@ class SAEEntry(Part):
 class ClampEntry(Part):
     """One clamp."""
 
-    layer: int
+    layer: int = Field(ge=0, lt=10_000)
     """Decoder layer of the base whose output is edited."""
     hook_point: str
     method: str
@@ -148,13 +149,13 @@ class Manifest(Part):
             raise FolderError(f"{folder}: is no folder; expected a folder that bakeout wrote")
         path = folder / MANIFEST
         try:
-            raw = path.read_bytes()
-            data = json.loads(raw)
+            raw = read_bytes(path, CAPS[MANIFEST])
+            data = parse_json(raw)
         except FileNotFoundError as error:
             raise FolderError(
                 f"{folder}: has no {MANIFEST}; expected a folder that bakeout wrote"
             ) from error
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise FolderError(
                 f"{path}: cannot be read ({error}); expected JSON; bake or download it again"
             ) from error
@@ -163,7 +164,7 @@ class Manifest(Part):
             found = cls.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            key = short(".".join(map(str, first["loc"])))
             raise FolderError(
                 f'{path}: "{key}" is {shown(first["input"])}: {first["msg"]}; bake or download '
                 "the folder again"
@@ -235,10 +236,10 @@ def read_json(path: Path) -> dict[str, Any]:
         FolderError: the file is missing or damaged, or holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_bytes(path))
         if not isinstance(data, dict):
             raise ValueError("is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FolderError(
             f"{path}: cannot be read ({reason}); expected a clamped checkpoint; {AGAIN}"

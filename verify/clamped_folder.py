@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
+from bake.reading.capped import parse_toml, read_bytes
 from bake.recipe import Recipe
 from bake.sources import Source
 from export.clamped import clamped_layers
@@ -160,7 +160,7 @@ def _stored_recipe(folder: Path) -> Recipe | None:
     if not path.is_file():
         return None
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = parse_toml(read_bytes(path))
     except (OSError, ValueError) as error:
         raise FolderError(f"{path}: cannot be read ({error}); expected TOML") from error
     return Recipe.parse(data, name=str(path), folder=folder)
