@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bake.errors import short
 from bake.reading.capped import HEADER_BYTES, open_regular, parse_json
 
 Array = NDArray[np.float32]
@@ -93,17 +94,17 @@ def indexed_tensors(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
         raise ValueError("the index holds no weight_map")
     shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(shard).name != shard:
-            raise ValueError(f"the index points outside the folder ({shard})")
+        if Path(shard).name != shard or len(shard.encode()) > 255:
+            raise ValueError(f"the index points outside the folder ({short(shard)})")
         if not (folder / shard).is_file():
             raise ValueError(f"shard {shard} is missing")
         try:
             shards[shard] = stored_tensors(folder / shard)
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"shard {shard} is damaged ({error})") from error
+            raise ValueError(f"shard {shard} is damaged ({short(str(error))})") from error
     for name, shard in weight_map.items():
         if name not in shards[str(shard)]:
-            raise ValueError(f"{name} is not in {shard}, where the index places it")
+            raise ValueError(f"{short(name)} is not in {shard}, where the index places it")
     return {name: shards[str(shard)][name] for name, shard in weight_map.items()}
 
 

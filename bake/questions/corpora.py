@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from bake.errors import DataError, ModelError, shown
 from bake.questions.rows import field_of, rows_of
+from bake.reading.capped import UnreadableError
+from bake.reading.templates import rendered
 from bake.recipe import Recipe
 from bake.sources import Corpus
 
@@ -148,13 +150,13 @@ def corpus_texts(source: Corpus, recipe: Recipe, tokenizer: Any) -> Iterator[str
             yield entry
             continue
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # whatever a template raises, roles out of turn mostly
+            text = rendered(tokenizer, messages)
+        except UnreadableError as error:  # roles out of turn mostly
             raise DataError(
                 f"{name}, row {number}: the chat template refuses it ({error}); expected messages "
                 "of user and assistant in turn"
             ) from error
-        yield str(text).removeprefix(tokenizer.bos_token)
+        yield text.removeprefix(tokenizer.bos_token)
 
 
 def shuffled(texts: Iterable[str], seed: int, buffer_size: int = SHUFFLE_BUFFER) -> Iterator[str]:

@@ -68,6 +68,22 @@ def cap_of(path: Path) -> int:
     return CAPS.get(path.name, CAPS["config.json"])
 
 
+def wrong_file(folder: Path) -> str | None:
+    """Which file of a folder, of those that transformers reads whole, is no regular one or larger
+    than its kind: what it is and what was expected; None where all are right.
+    """
+    for name in CAPS:
+        path = folder / name
+        try:
+            with open_regular(path, cap_of(path)):
+                pass
+        except OSError:  # mostly not there
+            continue
+        except UnreadableError as error:
+            return f"{name} {error}"
+    return None
+
+
 def open_regular(path: Path, most: int | None = None) -> IO[bytes]:
     """Open a regular file, never waiting for a writer at the other end of a pipe.
 

@@ -58,7 +58,7 @@ def size_of(files: SAEFiles) -> tuple[int, int]:
     """(d_in, d_sae) of an SAE, from its file's directory."""
     arrays = ArrayFile.open(files.weights)
     shape = arrays.shapes.get(_key(files, "W_enc"), ())
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise SAEError(
             f"SAE file {files.weights}: W_enc has shape {list(shape)}; expected [d_in, d_sae]. "
             "Download it again"

@@ -181,7 +181,7 @@ def _fields(path: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
         )
     version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
     try:
-        is_old = not version or Version(version) < _V6
+        is_old = not version or Version(version[:64]) < _V6
     except (InvalidVersion, TypeError) as error:
         raise SAEError(
             f"SAE config {path}: sae_lens_version is {shown(version)}; expected a version as "

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
+from bake.reading.capped import UnreadableError
+from bake.reading.templates import rendered
 from bake.stock import load_model, open_tokenizer, reason_of
 from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
@@ -121,8 +123,9 @@ class Language:
         try:
             self.tokenizer = open_tokenizer(_at(str(folder)))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        except (ModelError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # each of transformers' checks raises another kind
             raise FolderError(f"{folder}: {reason_of(error)}") from error
+        self.folder = folder
         self.context: int = config.max_position_embeddings
         """Longest prompt and answer together, in tokens."""
         self.ends = self._ends(read_generation_config(folder), config)
@@ -140,9 +143,14 @@ class Language:
         """A prompt in the folder's chat template, or after BOS as it is where there is none."""
         text = prompt
         if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
+            messages = [{"role": "user", "content": prompt}]
+            try:
+                text = rendered(self.tokenizer, messages, add_generation_prompt=True)
+            except UnreadableError as error:
+                raise FolderError(
+                    f"{self.folder}: its chat template refuses the prompt ({error}); bake or "
+                    "download the folder again"
+                ) from error
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         bos = self.tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
@@ -230,7 +238,9 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
     import torch
     import transformers
 
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+    number = device.partition(":")[2] or "0"
+    there = number.isdecimal() and int(number[:6]) < torch.cuda.device_count()
+    if device != "cpu" and not there:
         raise ProviderError(
             f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices here; pass --device cpu, or install torch for CUDA"

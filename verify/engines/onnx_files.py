@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from bake.errors import FolderError
+from bake.reading.capped import GRAPH_BYTES, open_regular
 from export.carriers.onnx.precisions import PRECISIONS, of_engine
 from verify.report.findings import Failure
 
@@ -55,8 +56,9 @@ def open_graph(name: str, path: Path) -> Graph:
 
     _check_link(path, path)
     try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
+        with open_regular(path, GRAPH_BYTES) as file:
+            model = onnx.load(file, load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
         raise FolderError(
             f"{path}: cannot be read as ONNX ({error}); export or download it again"
         ) from error
@@ -115,6 +117,8 @@ def _check_link(graph: Path, path: Path) -> None:
 
 def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[str, int]) -> None:
     file = data.get("location", "")
+    if not isinstance(file, str) or "\0" in file:  # protobuf gives bytes where it is no text
+        raise FolderError(f"{graph}: {tensor} lies in {file!r}; expected a file beside the graph")
     parts = PurePosixPath(file).parts
     if not parts or file.startswith("/") or ".." in parts or "\\" in file or ":" in file:
         raise FolderError(
