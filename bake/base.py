@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.reading.capped import read_json
 from bake.reading.model_config import wrong_field
 from bake.recipe import Recipe
-from bake.tensors import indexed_tensors, stored_tensors
+from bake.tensors import StoredTensor, indexed_tensors, stored_tensors
 
 _ADAPTER = "adapter_config.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -113,18 +114,8 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
             f"base model {name}: {found[0][0]} has shape {list(shape)}; expected a matrix. "
             "Download it again"
         )
-    rows, d_in = shape
-    sizes = {"hidden_size": d_in, "intermediate_size": rows, "num_hidden_layers": len(layers)}
-    queries = tensors.get(found[0][0].replace("mlp.gate_proj", "self_attn.q_proj"))
-    text = config.get("text_config") or config
-    if queries is not None and queries.shape and text.get("num_attention_heads"):
-        sizes["head_dim"] = queries.shape[0] // text["num_attention_heads"]
-    for key, size in sizes.items():
-        if text.get(key, size) != size:
-            raise ModelError(
-                f"base model {name}: {key} is {shown(text[key])} in config.json; expected {size}, "
-                "as its tensors have it. Download it again"
-            )
+    if (wrong := wrong_size(config, tensors, found[0][1], len(layers))) is not None:
+        raise ModelError(f"base model {name}: {wrong}. Download it again")
     return BaseModel(
         folder=folder,
         name=name,
@@ -132,10 +123,38 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         family=family,
         config=config,
         weight_map={key: tensor.file.name for key, tensor in tensors.items()},
-        d_in=d_in,
+        d_in=shape[1],
         n_layers=len(layers),
         layer_prefix=found[0][1],
     )
+
+
+def wrong_size(
+    config: dict[str, Any], tensors: Mapping[str, StoredTensor], prefix: str, n_layers: int
+) -> str | None:
+    """Which size config.json states otherwise than the tensors have it; None where none.
+
+    Args:
+        config: of the model.
+        tensors: by name.
+        prefix: what stands before a layer's number.
+        n_layers: how many layers the tensors are of.
+    """
+    gate = tensors[f"{prefix}0.mlp.gate_proj.weight"].shape
+    queries = tensors.get(f"{prefix}0.self_attn.q_proj.weight")
+    text = config.get("text_config") or config
+    if len(gate) != 2:
+        return f"{prefix}0.mlp.gate_proj.weight has shape {list(gate)}; expected a matrix"
+    sizes = {"hidden_size": gate[1], "intermediate_size": gate[0], "num_hidden_layers": n_layers}
+    if queries is not None and queries.shape and text.get("num_attention_heads"):
+        sizes["head_dim"] = queries.shape[0] // text["num_attention_heads"]
+    for key, size in sizes.items():
+        if (text.get(key) or size) != size:
+            return (
+                f"{key} is {shown(text[key])} in config.json; expected {size}, as its tensors "
+                "have it"
+            )
+    return None
 
 
 def check_plain(folder: Path, name: str) -> None:

@@ -21,6 +21,7 @@ from bake.methods import METHODS, own_fields
 from bake.sources import (
     MOST_FEATURES,
     Corpus,
+    PathName,
     QuestionSource,
     RowSource,
     SAESource,
@@ -42,7 +43,7 @@ PromptForm = Literal["chat", "plain", "cloze"]
 class Base(Table):
     """The model that is to forget."""
 
-    model: str = Field(min_length=1)
+    model: PathName = Field(min_length=1)
     """Hub id, or a folder relative to the recipe file."""
     revision: str = "main"
     """Branch, tag or commit on the hub; a commit for anything that is published."""
@@ -237,6 +238,11 @@ class Recipe(Table):
 
     _folder: Path = PrivateAttr(default=Path())
     _file: Path | None = PrivateAttr(default=None)
+
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _no_truth(cls, schema: Any) -> Any:
+        return repr(schema) if isinstance(schema, bool) else schema  # to Python, true is 1
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:

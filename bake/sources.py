@@ -9,9 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from bake.errors import RecipeError, short, shown
 from bake.reading.capped import CAPS, parse_toml, read_bytes
@@ -30,6 +30,16 @@ class Table(BaseModel):
     )
 
 
+def _short_enough(name: str) -> str:
+    if len(name) > 4000 or any(len(part.encode()) > 255 for part in name.split("/")):
+        raise ValueError(f"{shown(name)} is longer than the name of a file can be")
+    return name
+
+
+PathName = Annotated[str, AfterValidator(_short_enough)]
+"""A path, or a hub id."""
+
+
 class SAESource(Table):
     """Where an SAE comes from: `release` and `id`, or `path`."""
 
@@ -37,7 +47,7 @@ class SAESource(Table):
     """sae_lens release, or a hub repository in sae_lens's format."""
     id: str | None = None
     """The SAE's id within the release."""
-    path: str | None = None
+    path: PathName | None = None
     """A sae_lens or Gemma Scope folder, relative to the recipe file."""
 
     @model_validator(mode="after")
@@ -52,9 +62,9 @@ class SAESource(Table):
 class Source(Table):
     """A local file (`path`), or a hub data set (`dataset`, `split`)."""
 
-    path: str | None = None
+    path: PathName | None = None
     """A JSONL or Parquet (.parquet) file, relative to the recipe file."""
-    dataset: str | None = None
+    dataset: PathName | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
     """Configuration of the data set."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.base import INDEX
+from bake.base import INDEX, wrong_size
 from bake.errors import FolderError, short
 from bake.families import FAMILIES, Family, family_of
 from bake.new_folder import MANIFEST
@@ -195,6 +195,11 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
         prefixes = [match[1] for name in tensors if (match := prefix.fullmatch(name))]
         if not prefixes:
             raise ValueError("no decoder layers among its tensors")
+        gate = re.compile(re.escape(prefixes[0]) + r"[0-9]{1,4}\.mlp\.gate_proj\.weight")
+        n_layers = sum(gate.fullmatch(name) is not None for name in tensors)
+        stored = read_json(folder / "config.json")
+        if (wrong := wrong_size(stored, tensors, prefixes[0], n_layers)) is not None:
+            raise ValueError(wrong)
     except (OSError, ValueError) as error:
         raise FolderError(f"{folder}: its weights cannot be read ({error}); {AGAIN}") from error
     clamped = Clamped(folder, manifest, config, model_class, tensors, prefixes[0])

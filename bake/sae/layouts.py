@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bake.errors import SAEError, shown
+from bake.errors import SAEError, short, shown
 from bake.reading.capped import read_json
 from bake.recipe import Recipe
 from bake.sae.array_file import ArrayFile
@@ -167,9 +167,10 @@ def _find_release(release: str, sae_id: str) -> SAEFiles:
     if release in known and sae_id not in known[release].saes_map:
         some = ", ".join(list(known[release].saes_map)[:3])
         raise SAEError(f'SAE release {release}: no id "{sae_id}"; expected one of {some}, …')
-    if release not in known and "/" not in release:
+    if release not in known and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", release, re.ASCII):
         raise SAEError(
-            f"SAE release {release}: unknown; expected a release of sae_lens, or owner/repository"
+            f"SAE release {short(release)}: unknown; expected a release of sae_lens, or "
+            "owner/repository"
         )
     repo_id, folder = get_repo_id_and_folder_name(release, sae_id)
     name = get_conversion_loader_name(release)

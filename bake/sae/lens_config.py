@@ -18,6 +18,7 @@ from bake.reading.capped import read_json
 from bake.sources import layer_of
 
 _V6 = Version("6.0.0-rc.0")
+_LONGEST_VERSION = 64
 _OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -181,7 +182,9 @@ def _fields(path: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
         )
     version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
     try:
-        is_old = not version or Version(version[:64]) < _V6
+        if isinstance(version, str) and len(version) > _LONGEST_VERSION:
+            raise InvalidVersion(version)
+        is_old = not version or Version(version) < _V6
     except (InvalidVersion, TypeError) as error:
         raise SAEError(
             f"SAE config {path}: sae_lens_version is {shown(version)}; expected a version as "

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from bake.errors import FolderError
-from bake.reading.capped import GRAPH_BYTES, open_regular
+from bake.reading.capped import GRAPH_BYTES, read_bytes
 from export.carriers.onnx.precisions import PRECISIONS, of_engine
 from verify.report.findings import Failure
 
@@ -56,8 +56,7 @@ def open_graph(name: str, path: Path) -> Graph:
 
     _check_link(path, path)
     try:
-        with open_regular(path, GRAPH_BYTES) as file:
-            model = onnx.load(file, load_external_data=False)
+        model = onnx.load_model_from_string(read_bytes(path, GRAPH_BYTES))
     except (OSError, DecodeError, ValueError) as error:
         raise FolderError(
             f"{path}: cannot be read as ONNX ({error}); export or download it again"
