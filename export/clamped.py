@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.base import INDEX
-from bake.errors import FolderError
+from bake.base import INDEX, wrong_size
+from bake.errors import FolderError, short
 from bake.families import FAMILIES, Family, family_of
 from bake.new_folder import MANIFEST
+from bake.reading.model_config import wrong_clamp, wrong_field
 from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
 from export.code_check import check_code
@@ -118,7 +119,7 @@ class Clamped:
         stored = read_json(self.folder / "config.json")
         config = {key: stored[key] for key in stored if key not in ("auto_map", "sae_clamp")}
         config |= {"model_type": self.model_type, "architectures": [self.family.architecture]}
-        text = config.get("text_config", config)
+        text = config.get("text_config") or config
         for name in ("hidden_activation", "hidden_act"):
             if isinstance(text.get(name), str):
                 text[name] = text[name].removeprefix(GUARD)
@@ -212,11 +213,20 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
         prefixes = [match[1] for name in tensors if (match := prefix.fullmatch(name))]
         if not prefixes:
             raise ValueError("no decoder layers among its tensors")
+        gate = re.compile(re.escape(prefixes[0]) + r"[0-9]{1,4}\.mlp\.gate_proj\.weight")
+        n_layers = sum(gate.fullmatch(name) is not None for name in tensors)
+        stored = read_json(folder / "config.json")
+        if (wrong := wrong_size(stored, tensors, prefixes[0], n_layers)) is not None:
+            raise ValueError(wrong)
     except (OSError, ValueError) as error:
         raise FolderError(f"{folder}: its weights cannot be read ({error}); {AGAIN}") from error
     clamped = Clamped(folder, manifest, config, model_class, tensors, prefixes[0])
     if not own:
         return clamped
+    text = config.get_text_config()
+    wrong = wrong_clamp(section, n_layers=text.num_hidden_layers, vocab_size=text.vocab_size)
+    if wrong is not None:
+        raise FolderError(f"{folder / 'config.json'}: {wrong}; {AGAIN}")
     try:
         sites = tuple(_read_site(clamped, site) for site in section["sites"])
         exempt = tuple(int(token) for token in section["exempt_token_ids"])
@@ -234,12 +244,14 @@ def open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
     Raises:
         FolderError: config.json is missing, damaged, or of another model_type.
     """
-    model_type = str(read_json(folder / "config.json").get("model_type"))
+    stored = read_json(folder / "config.json")
+    model_type = str(stored.get("model_type"))
     known = {(name if stock else family.model_type): family for name, family in FAMILIES.items()}
     if model_type not in known:
         raise FolderError(
-            f"{folder}: model_type is {model_type}; expected one of {', '.join(known)}"
+            f"{folder}: model_type is {short(model_type)}; expected one of {', '.join(known)}"
         )
+    _check_fields(folder / "config.json", stored)
     family = known[model_type]
     import transformers
 
@@ -248,8 +260,9 @@ def open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
     kind = transformers.AutoConfig if stock else getattr(modeling, family.config)
     try:
         config = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise FolderError(f"{folder / 'config.json'}: {error}; {AGAIN}") from error
+    except Exception as error:  # each of its checks raises another kind
+        reason = short(" ".join(str(error).split()))
+        raise FolderError(f"{folder / 'config.json'}: {reason}; {AGAIN}") from error
     return config, family.architecture if stock else family.clamped
 
 
@@ -276,14 +289,22 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
     """
     path = folder / CARRIERS[carrier].sites_in
     config = _compiled_config(folder) if path.name == MANIFEST else read_json(path)
+    _check_fields(path, config)
     try:
         sites = config["sae_clamp"]["sites"]
-        placed = bool(sites) and all(type(site["layer"]) is int for site in sites)
+        layers = [site["layer"] for site in sites]
+        placed = bool(layers) and all(type(layer) is int and layer >= 0 for layer in layers)
     except (KeyError, TypeError):
         placed = False
     if not placed:
         raise FolderError(f"{path}: has no clamp; expected sae_clamp.sites, each with its layer")
     return config
+
+
+def _check_fields(path: Path, config: dict[str, Any]) -> None:
+    """Raise FolderError where a field of a config is of another type than a Gemma's."""
+    if (wrong := wrong_field(config)) is not None:
+        raise FolderError(f"{path}: {wrong}; {AGAIN}")
 
 
 def clamped_layers(config: dict[str, Any]) -> list[int]:
@@ -295,6 +316,7 @@ def _compiled_config(folder: Path) -> dict[str, Any]:
     """What a compiled folder says of its base: its own config.json less what was added."""
     manifest, config = Manifest.read(folder), read_json(folder / "config.json")
     added = manifest.compiled
+    _check_fields(folder / "config.json", config)
     if added is None or config.get("hidden_size") != added.hidden_size[1]:
         raise FolderError(
             f"{folder / MANIFEST}: does not say where its clamps sit in a model of hidden_size "

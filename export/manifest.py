@@ -15,9 +15,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from bake.errors import FolderError, shown
-from bake.files.folder_files import PARTIAL, check_name, open_in, sha256_in
+from bake.errors import FolderError, short, shown
+from bake.files.folder_files import PARTIAL, check_name, sha256_in
 from bake.new_folder import MANIFEST, fsync_folder
+from bake.reading.capped import parse_json, read_in
 from export.carriers.carriers import ADDED, CARRIERS
 
 CARD = "README.md"
@@ -61,7 +62,7 @@ class SAEEntry(Part):
 class ClampEntry(Part):
     """One clamp."""
 
-    layer: int
+    layer: int = Field(ge=0, lt=10_000)
     """Decoder layer of the base whose output is edited."""
     hook_point: str
     method: str
@@ -161,10 +162,9 @@ class Manifest(Part):
         if not path.exists() and not path.is_symlink():
             raise FolderError(f"{folder}: has no {MANIFEST}; expected a folder that bakeout wrote")
         try:
-            with open_in(folder, MANIFEST) as file:
-                raw = file.read()
-            data = json.loads(raw)
-        except (OSError, ValueError, RecursionError) as error:
+            raw = read_in(folder, MANIFEST)
+            data = parse_json(raw)
+        except (OSError, ValueError) as error:
             raise FolderError(
                 f"{path}: cannot be read ({error}); expected JSON; bake or download it again"
             ) from error
@@ -173,7 +173,7 @@ class Manifest(Part):
             found = cls.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            key = short(".".join(map(str, first["loc"])))
             raise FolderError(
                 f'{path}: "{key}" is {shown(first["input"])}: {first["msg"]}; bake or download '
                 "the folder again"
@@ -274,11 +274,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         path.lstat()
-        with open_in(path.parent, path.name) as file:
-            data = json.loads(file.read())
+        data = parse_json(read_in(path.parent, path.name))
         if not isinstance(data, dict):
             raise ValueError("is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FolderError(
             f"{path}: cannot be read ({reason}); expected a clamped checkpoint; {AGAIN}"

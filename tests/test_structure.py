@@ -32,6 +32,7 @@ VERIFY_MAY_IMPORT = {
     "bake.new_folder",
     "bake.public",
     "bake.questions",
+    "bake.reading",
     "bake.recipe",
     "bake.rounding",
     "bake.sources",

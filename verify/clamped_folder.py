@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from bake.base import INDEX, find_base
 from bake.errors import FolderError, RecipeError
-from bake.files.folder_files import open_in
+from bake.reading.capped import parse_toml, read_in
 from bake.recipe import Recipe
 from bake.sources import Source
 from export.carriers.carriers import CARRIERS
@@ -197,8 +196,7 @@ def stored_recipe(folder: Path) -> Recipe | None:
     if not path.is_file():
         return None
     try:
-        with open_in(folder, RECIPE) as file:
-            data = tomllib.load(file)
+        data = parse_toml(read_in(folder, RECIPE))
     except (OSError, ValueError) as error:
         raise FolderError(f"{path}: cannot be read ({error}); expected TOML") from error
     return Recipe.parse(data, name=str(path), folder=NOWHERE)

@@ -117,7 +117,7 @@ def verify_folder(
     if "integrity" in kinds:
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
     if broken := broken or code_failures(folder, manifest):  # whatever is asked for
-        return _report(folder, manifest, {"integrity"}, broken)
+        return _report(folder, manifest, {"integrity"}, Said(given=recipe is not None), broken)
     if "integrity" in kinds:
         if carrier is not None and not carrier.over_base:
             graphs = find_graphs(folder)

@@ -22,6 +22,7 @@ from bake.base import INDEX, WEIGHTS
 from bake.errors import ModelError
 from bake.families import FAMILIES, GEMMA_BOS
 from bake.files.scratch import Scratch
+from bake.importing.gguf_header import check_header
 from bake.new_folder import check_output, check_space, new_folder
 from bake.tensors import Tensors, index_of, n_bytes, to_bits, write_tensors
 
@@ -74,6 +75,8 @@ def import_gguf(
             rebuilt.
         OutputError: the folder is there already, or the disk is full.
     """
+    if not file.is_file():
+        raise ModelError(f"{file}: is no file; expected a GGUF file")
     check_output(out, inputs=[file], size=0, force=False)
     if sha256 is not None:
         _check_sha256(file, sha256)
@@ -112,6 +115,7 @@ def open_gguf(file: Path) -> Gguf:
     if not file.is_file():
         raise ModelError(f"{file}: is no file; expected a GGUF file")
     try:
+        check_header(file)
         reader = GGUFReader(file)
         architecture = str(reader.fields["general.architecture"].contents())
     except Exception as error:  # whatever is wrong in the file

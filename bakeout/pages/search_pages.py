@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from bake.errors import DataError
 from bake.questions.corpora import Windows
+from bake.reading.capped import read_json
 from bake.recipe import Recipe
 from bake.sae.layouts import neuronpedia_id
 from bake.search.corpus_statistics import Measured, SiteStatistics, measure
@@ -221,7 +221,7 @@ def _shown(text: str) -> str:
 def _sweep_report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report: dict[str, Any] = read_json(path)
         sweep_scatter(report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

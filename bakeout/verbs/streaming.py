@@ -126,8 +126,9 @@ class Language:
         try:
             self.tokenizer = open_tokenizer(_at(str(folder)))
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-        except (ModelError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # each of transformers' checks raises another kind
             raise FolderError(f"{folder}: {reason_of(error)}") from error
+        self.folder = folder
         self.context: int = config.max_position_embeddings
         """Longest prompt and answer together, in tokens."""
         self.ends = self._ends(read_generation_config(folder), config)
@@ -245,7 +246,9 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
     import torch
     import transformers
 
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+    number = device.partition(":")[2] or "0"
+    there = number.isdecimal() and int(number[:6]) < torch.cuda.device_count()
+    if device != "cpu" and not there:
         raise ProviderError(
             f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices here; pass --device cpu, or install torch for CUDA"

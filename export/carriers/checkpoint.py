@@ -20,9 +20,11 @@ from safetensors.numpy import save_file
 import bake
 from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
-from bake.errors import ModelError
+from bake.errors import ModelError, shown
 from bake.files.folder_files import lies_in
 from bake.new_folder import check_output, new_folder
+from bake.reading.capped import cap_of, read_json
+from bake.reading.model_config import is_local_path, without_paths
 from bake.recipe import Recipe
 from bake.strangers.foreign import runs_code
 from export.carriers.carriers import CARRIERS, OF_BASE
@@ -111,7 +113,33 @@ def plan_checkpoint(recipe: Recipe) -> CheckpointPlan:
         BakeoutError: of the kind of trouble it meets.
     """
     base = find_base(recipe)
+    _check_companions(base)
     return CheckpointPlan(recipe, base, load_clamps(recipe, base))
+
+
+def _check_companions(base: BaseModel) -> None:
+    """Raise ModelError where a file that goes along is no plain one, too large, or names a place on
+    this machine: it is copied byte for byte, so nothing can be left out of it.
+    """
+    for path, name in companions(base.folder):
+        if (size := path.stat().st_size) > cap_of(path):
+            raise ModelError(
+                f"base model {base.name}: {name} has {size:,} bytes; expected at most "
+                f"{cap_of(path):,} of such a file. Download it again"
+            )
+        if path.suffix != ".json" or name == "tokenizer.json":
+            continue
+        try:
+            found = read_json(path)
+        except ValueError:  # whoever loads it says what is wrong with it
+            continue
+        entries = found if isinstance(found, dict) and base.revision is None else {}
+        paths = [key for key in entries if key != "chat_template" and is_local_path(entries[key])]
+        if paths:
+            raise ModelError(
+                f"base model {base.name}: {name} says {paths[0]} = {shown(entries[paths[0]])}, a "
+                "place on this machine, and is copied as it is; remove that line there"
+            )
 
 
 def write_checkpoint(
@@ -242,10 +270,10 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     from; only our config class takes it off, so no stock class can load the checkpoint.
     """
     family = base.family
-    config = dict(base.config)
+    config = without_paths(base.config)
     text = config
     if "text_config" in config:
-        text = config["text_config"] = dict(config["text_config"])
+        text = config["text_config"]
         text["model_type"] = f"{family.model_type}_text"
     runs = text.get(family.activation_field) or "gelu_pytorch_tanh"  # the other field is not read
     for name in ("hidden_activation", "hidden_act"):

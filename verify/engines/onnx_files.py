@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.errors import FolderError
 from bake.files.folder_files import file_in, wrong_name
+from bake.reading.capped import GRAPH_BYTES, read_bytes
 from export.carriers.onnx.precisions import PRECISIONS, of_engine
 from verify.report.findings import Failure
 
@@ -56,8 +57,8 @@ def open_graph(name: str, path: Path) -> Graph:
 
     file_in(path.parent, path.name)
     try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
+        model = onnx.load_model_from_string(read_bytes(path, GRAPH_BYTES))
+    except (OSError, DecodeError, ValueError) as error:
         raise FolderError(
             f"{path}: cannot be read as ONNX ({error}); export or download it again"
         ) from error
@@ -93,7 +94,7 @@ def unlinked(model: ModelProto, path: Path) -> tuple[ModelProto, Path]:
 
 def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[str, int]) -> None:
     file = data.get("location", "")
-    if wrong_name(file) is not None:
+    if not isinstance(file, str) or wrong_name(file) is not None:  # bytes where it is no text
         raise FolderError(
             f'{graph}: {tensor} lies in "{file}"; expected a file beside the graph. Do not use '
             "this folder"

@@ -32,6 +32,7 @@ from bake.base import INDEX
 from bake.errors import ExportError
 from bake.families import Family
 from bake.new_folder import check_output, new_folder
+from bake.reading.model_config import without_paths
 from bake.tensors import DTYPES, index_of, n_bytes, write_tensors
 from export.carriers.carriers import OF_BASE
 from export.carriers.compiled.compiled_files import NewLayer, tensor_files
@@ -237,7 +238,7 @@ def added_layers(source: Clamped) -> list[int]:
 
 def compiled_config(source: Clamped, plan: Widening) -> dict[str, Any]:
     """The base's config.json, wider and deeper, with every size spelled out."""
-    config = dict(source.base_config)
+    config = without_paths(source.base_config)
     n = int(config["num_hidden_layers"])
     types = list(config.get("layer_types") or ())
     for site in reversed(source.sites) if types else ():
