@@ -89,6 +89,11 @@ VERBS: dict[str, Verb] = {
         "card",
         "Write the folder's README.md anew: what was removed, what was measured, what remains.",
     ),
+    "sign": Verb(
+        "signing",
+        "sign",
+        "Sign a folder's files with a key, a certificate, or an identity (Sigstore).",
+    ),
     "push": Verb(
         "publishing",
         "push",

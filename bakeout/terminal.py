@@ -99,6 +99,8 @@ def show_report(report: VerifyReport) -> None:
         out.print(escape(printable(line)))
     if report.carrier in CARRIERS:
         out.print(f"the clamp is lost by {escape(CARRIERS[report.carrier].lost_by)}")
+    if report.signed_by is not None:
+        out.print(f"signed by {escape(printable(report.signed_by))}")
     if report.cannot_know is not None:
         style = "red" if report.scope.endswith(CLAIMED) else "yellow"
         out.print(f"[{style}]{escape(report.cannot_know)}[/{style}]")

@@ -45,6 +45,7 @@ VERIFY_MAY_IMPORT = {
     "export.code_check",
     "export.folder_contents",
     "export.manifest",
+    "export.signing",
     "export.witness_file",
 }
 """Data, the loading of stock models, types and file formats: no arithmetic of the clamp."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.signing import Trust
+
 
 @dataclass(frozen=True)
 class Options:
@@ -27,6 +29,8 @@ class Options:
     own_recipe: bool = True
     """Whether, where no recipe is given, the folder's own may be followed, which downloads what it
     names."""
+    trust: Trust | None = None
+    """By whom the folder must be signed; None: it need not be."""
     keep: bool = False
     """Whether what was found stays in the cache when the run is complete: the same call on the same
     files then finds everything there."""

@@ -23,7 +23,7 @@ from verify.clamped_folder import (
 from verify.engines.engine_names import engine_of
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs, graph_failures
-from verify.evidence.integrity import check_integrity, code_failures
+from verify.evidence.integrity import check_integrity, code_failures, signature_found
 from verify.evidence.kinds import KINDS, chosen_kinds, of_files
 from verify.evidence.witnesses import load_witnesses, with_witnesses
 from verify.expected.against_recipe import Checked, recipe_failures
@@ -51,6 +51,8 @@ class Said:
     """The folder's own recipe was followed."""
     claimed: bool = False
     """The features are those that the folder names, which the user's recipe leaves open."""
+    signed_by: str | None = None
+    """Whose signature holds, where one was asked for."""
 
     @property
     def cannot_know(self) -> str | None:
@@ -116,8 +118,14 @@ def verify_folder(
     broken: tuple[Failure, ...] = ()
     if "integrity" in kinds:
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
-    if broken := broken or code_failures(folder, manifest):  # whatever is asked for
-        return _report(folder, manifest, {"integrity"}, Said(given=recipe is not None), broken)
+    broken = broken or code_failures(folder, manifest)  # whatever is asked for
+    signed_by = None
+    if options.trust is not None and not broken:
+        signed_by, broken = signature_found(folder, options.trust)
+    given = recipe is not None
+    said = Said(given, signed_by=signed_by)
+    if broken:
+        return _report(folder, manifest, {"integrity"}, said, broken)
     if "integrity" in kinds:
         if carrier is not None and not carrier.over_base:
             graphs = find_graphs(folder)
@@ -127,12 +135,10 @@ def verify_folder(
             broken = tuple(own_failures(folder, manifest, graphs or ()))
         files_only = kinds == {"integrity"} and recipe is None
         if broken or (files_only and not options.tasks):
-            said = Said(given=recipe is not None)
             return _report(folder, manifest, {"integrity"}, said, broken)
-    given = recipe is not None
     if recipe is None and options.own_recipe:
         recipe = own_recipe(folder)
-    said = Said(given, followed=recipe is not None and not given)
+    said = replace(said, followed=recipe is not None and not given)
     asked = [*sorted(only - of_files()), *options.tasks]
     if recipe is None and asked:
         raise RecipeError(
@@ -227,6 +233,7 @@ def _report(
         carrier=manifest.carrier,
         exact=manifest.exact,
         scope=scope + (CLAIMED if said.claimed else ""),
+        signed_by=said.signed_by,
         cannot_know=said.cannot_know,
         failures=tuple(failures),
         manifest_sha256=manifest.sha256,

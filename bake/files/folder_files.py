@@ -26,8 +26,9 @@ PARTIAL = ".bakeout-partial"
 """What is written within a folder lies in a folder of this name first, or has a name that begins so
 and ends in one of `_PARTIAL_FILES`. A process that is killed leaves it; nothing loads it."""
 _PARTIAL_FILES = (".onnx", ".onnx_data", ".lock")
-_TRANSPORT = (".git", ".gitattributes", ".cache/huggingface")
-"""What git and the hub's downloader put beside the files; nothing loads it."""
+SIGNATURE = "model.sig"
+_TRANSPORT = (".git", ".gitattributes", ".cache/huggingface", SIGNATURE)
+"""What git, the hub's downloader and `bakeout sign` put beside the files; nothing loads it."""
 _LINK = "is a link, which is followed in the hub's cache only"
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -162,7 +163,7 @@ class Contents:
     odd: dict[str, str] = field(default_factory=dict)
     """What is no file of its own, and what it is: a link elsewhere, a pipe, a device."""
     transport: set[str] = field(default_factory=set)
-    """What git or the hub's downloader left, at its top."""
+    """What git or the hub's downloader left, at its top, and a signature."""
     partial: set[str] = field(default_factory=set)
     """What a write that was killed left, at its top."""
 

@@ -14,6 +14,7 @@ from bake.recipe import Recipe
 from bakeout.terminal import progress, show_report, write_json
 from bakeout.verbs.arguments import FolderPath, JsonFile
 from bakeout.verbs.selecting import select_anew
+from export.signing import Trust
 from verify.clamped_folder import downloads_of, own_recipe
 from verify.evidence.kinds import KINDS, of_files
 from verify.options import Options
@@ -64,6 +65,15 @@ def verify(
             "instead of selecting anew. The report says so.",
         ),
     ] = False,
+    signature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PEM",
+            help="Whose signature the folder must have: a public key, root certificates, or "
+            "IDENTITY,ISSUER for Sigstore.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
@@ -80,7 +90,8 @@ def verify(
     loaded = Recipe.load(recipe) if recipe is not None else None
     named = tuple(task.strip() for task in tasks.split(",") if task.strip())
     own = loaded is None and _may_follow(folder, chosen, named, yes=yes)
-    options = Options(device, _cache(), budget, named, evals, minutes, own)
+    trust = None if signature is None else Trust.parse(signature)
+    options = Options(device, _cache(), budget, named, evals, minutes, own, trust)
     with progress("verify") as advance:
         report = verify_folder(
             folder, loaded, chosen, advance, options, None if as_claimed else select_anew

@@ -12,6 +12,7 @@ from bake.files.folder_files import contents, open_in
 from export.code_check import foreign_code
 from export.folder_contents import odd_contents
 from export.manifest import Manifest
+from export.signing import SignatureError, Trust, check_signature
 from verify.report.findings import Failure
 
 BLOCK_BYTES = 4 << 20
@@ -55,6 +56,18 @@ def code_failures(folder: Path, manifest: Manifest) -> tuple[Failure, ...]:
         One failure of kind `integrity` per file or key.
     """
     return tuple(_failure(what, None, None) for what in foreign_code(folder, manifest))
+
+
+def signature_found(folder: Path, trust: Trust) -> tuple[str | None, tuple[Failure, ...]]:
+    """Who signed a folder, or one failure of kind `integrity` where nobody did who is trusted.
+
+    Raises:
+        SigningError: a key cannot be used, or model-signing is not installed.
+    """
+    try:
+        return check_signature(folder, trust), ()
+    except SignatureError as error:
+        return None, (_failure(str(error), None, None),)
 
 
 def _failure(what: str, measured: str | None, bar: str | None) -> Failure:

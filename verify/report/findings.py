@@ -13,6 +13,7 @@ from verify.report.measures import (
     AnswerSet,
     Completions,
     Control,
+    FiredText,
     HarnessScore,
     Items,
     KnownSet,
@@ -214,22 +215,6 @@ class EngineReport:
 
 
 @dataclass(frozen=True)
-class FiredText:
-    """One example sequence, and the tokens of it on which the clamp fired."""
-
-    source: str
-    """forget | retain | text."""
-    form: str
-    """A key of `FORMS`, or text."""
-    row: int
-    """Row of the source, from 1."""
-    tokens: tuple[str, ...]
-    """As the tokenizer writes them, BOS first."""
-    fired: tuple[int, ...]
-    """Positions in `tokens`, from 0."""
-
-
-@dataclass(frozen=True)
 class VerifyReport:
     """The result of one verification."""
 
@@ -264,6 +249,8 @@ class VerifyReport:
     """What kinds of evidence without a field of their own found, by kind, as JSON data."""
     manifest_sha256: str | None = None
     """Of the folder's `manifest.json` as it was: of another manifest this says nothing."""
+    signed_by: str | None = None
+    """Whose signature of the folder was asked for, and holds."""
     cannot_know: str | None = None
     """What this verification could not know, in a sentence; None where the user's own recipe says
     everything."""
@@ -296,6 +283,7 @@ class VerifyReport:
             "exact": self.exact,
             "manifest_sha256": self.manifest_sha256,
             "card_sha256": self.card_sha256,
+            "signed_by": self.signed_by,
             "cannot_know": self.cannot_know,
             "failures": self.failures,
             "warnings": self.warnings,
