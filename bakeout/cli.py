@@ -90,7 +90,7 @@ VERBS: dict[str, Verb] = {
         "Write the folder's README.md anew: what was removed, what was measured, what remains.",
     ),
     "sign": Verb(
-        "signing",
+        "publishing",
         "sign",
         "Sign a folder's files with a key, a certificate, or an identity (Sigstore).",
     ),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import OutputError
-from bake.files.folder_files import PARTIAL
+from bake.files.folder_files import PARTIAL, SIGNATURE
 from bake.files.locks import folder_lock
 from bake.new_folder import disk_full
 from export.copying import hash_new
@@ -50,7 +50,8 @@ def changing(folder: Path) -> Iterator[Path]:
 
 
 def put_files(folder: Path, manifest: Manifest, new: Mapping[str, Path], **changes: Any) -> None:
-    """Give finished files of a folder their places, and write its manifest.
+    """Give finished files of a folder their places, and write its manifest. A signature of the
+    folder as it was goes.
 
     Args:
         folder: whose lock is held (`changing`).
@@ -59,6 +60,7 @@ def put_files(folder: Path, manifest: Manifest, new: Mapping[str, Path], **chang
         changes: of other fields of the manifest.
     """
     hashes = {name: hash_new(path) for name, path in new.items()}
+    (folder / SIGNATURE).unlink(missing_ok=True)
     manifest.changed(in_place=hashes).replace(folder)
     if any(name.endswith("_data") and name in manifest.files for name in new):
         # A graph and what points to it are gone before its data changes: they fit no other.

@@ -107,7 +107,9 @@ def sign_folder(
             config.use_elliptic_key_signer(private_key=key)
         else:
             config.use_certificate_signer(
-                private_key=key, signing_certificate=certificate, certificate_chain=chain
+                private_key=key,
+                signing_certificate=certificate,
+                certificate_chain=chain or [certificate],  # none at all is refused
             )
     with changing(folder) as partial:
         with _one_line("cannot sign", "check the network, or sign with a key", SigningError):
@@ -136,11 +138,8 @@ def check_signature(folder: Path, trust: Trust) -> str:
         payload = parse_json(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
         signed = {of["name"] for of in payload["predicate"]["resources"]}
     config = verifying.Config()
-    with _one_line(
-        "--signature",
-        "expected an elliptic curve's key or certificates, or a network",
-        SigningError,
-    ):
+    expected = "expected an elliptic curve's key or certificates, or a network"
+    with _one_line("--signature", expected, SigningError):
         if trust.key is not None:
             config.use_elliptic_key_verifier(public_key=trust.key)
         elif trust.roots is not None:

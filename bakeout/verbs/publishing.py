@@ -1,4 +1,6 @@
-"""`bakeout card` and `bakeout push`: a folder's card from what was measured, and its upload."""
+"""`bakeout card`, `sign` and `push`: a folder's card from what was measured, its signature, and
+its upload.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from bake.errors import BakeoutError, FolderError, ReportError
+from bake.files.folder_files import SIGNATURE
 from bake.new_folder import MANIFEST
 from bakeout.terminal import printable, progress
 from bakeout.verbs.arguments import FolderPath
 from export.code_check import check_code
 from export.in_place import changing, put_files
 from export.manifest import CARD, Manifest
+from export.signing import SigningError, sign_folder
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
 from verify.evidence.integrity import check_integrity
@@ -113,10 +117,12 @@ def push_folder(
     with nullcontext() if dry_run else changing(folder) as partial:
         report = _admissible(folder, report_file, unverified, advance)
         passed = report is not None and (report.verdict, report.scope) == ("pass", "full")
+        signed = (folder / SIGNATURE).is_file()  # then it goes as it is
         card = render(facts_of_folder(folder), report, unverified=not passed)
-        upload = _plan(folder, repo, private, card)
+        upload = _plan(folder, repo, private, None if signed else card)
         if partial is not None:
-            _put_card(folder, partial, card)
+            if not signed:
+                _put_card(folder, partial, card)
             _send(folder, upload)
     return upload
 
@@ -154,10 +160,14 @@ def _admissible(
     return report
 
 
-def _plan(folder: Path, repo: str, private: bool, card: str) -> Upload:
-    names = sorted(name for name in Manifest.read(folder).files if name != CARD)
-    sizes = [(name, (folder / name).stat().st_size) for name in [*names, MANIFEST]]
-    return Upload(repo, private, ((CARD, len(card.encode())), *sizes))
+def _plan(folder: Path, repo: str, private: bool, card: str | None) -> Upload:
+    """What is sent: with a new card, or signed as it is."""
+    names = sorted(Manifest.read(folder).files.keys() - {CARD})
+    sizes = [(name, (folder / name).stat().st_size) for name in [CARD, *names, MANIFEST]]
+    if card is not None:
+        return Upload(repo, private, ((CARD, len(card.encode())), *sizes[1:]))
+    signature = (SIGNATURE, (folder / SIGNATURE).stat().st_size)
+    return Upload(repo, private, (*sizes[:-1], signature, sizes[-1]))
 
 
 def _send(folder: Path, upload: Upload) -> None:
@@ -232,3 +242,45 @@ def push(
     kind = "private" if upload.private else "public"
     total = f"{len(upload.files)} files, {upload.size / 1e6:,.1f} MB, {kind}: {upload.repo}"
     typer.echo(f"would upload {total}\nnothing sent (--dry-run)" if dry_run else f"sent {total}")
+
+
+def sign(
+    folder: FolderPath,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PEM",
+            help="An elliptic curve's private key. Without one: Sigstore, over the network.",
+            show_default=False,
+        ),
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="PEM", help="The key's signing certificate.", show_default=False),
+    ] = None,
+    chain: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PEM", help="Certificates that vouch for it.", show_default=False),
+    ] = None,
+    identity_token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help="For Sigstore, instead of a browser.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Sign a folder's files with a key, a certificate, or an identity (Sigstore)."""
+    if certificate is not None and key is None:
+        raise SigningError("--certificate: has no private key; expected --key too")
+    manifest = Manifest.read(folder)
+    check_code(folder, manifest)
+    with progress("sign") as advance:
+        broken = check_integrity(folder, manifest, lambda share: advance("hash", share))
+    if broken:
+        raise FolderError(
+            f"{folder}: {broken[0].what}; what is not as its manifest says is never signed"
+        )
+    written = sign_folder(
+        folder, key=key, certificate=certificate, chain=chain or (), token=identity_token
+    )
+    typer.echo(f"written to {written}")

@@ -151,7 +151,7 @@ def test_an_identity_is_asked_of_sigstore(
     assert asked == {"identity": "ann@example.org", "oidc_issuer": "https://accounts.example.org"}
 
 
-@pytest.mark.parametrize("name", ["config.json", "recipe.toml", "manifest.json"])
+@pytest.mark.parametrize("name", ["config.json", "README.md", "manifest.json"])
 def test_what_was_changed_and_hashed_again_fails(
     name: str, folder: Path, keys: Path, tmp_path: Path
 ) -> None:
@@ -182,6 +182,20 @@ def test_a_certificate_names_the_signer(folder: Path, keys: Path, tmp_path: Path
     assert (code, report["signed_by"]) == (0, "CN=Ann")
     code, report = verified(folder, keys / "other.crt", tmp_path / "report.json")
     assert code == 1
+
+
+def test_a_signed_folder_is_pushed_as_it_is(
+    folder: Path, keys: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["sign", str(folder), "--key", str(keys / "ours.pem")]) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    sent: list[str] = []
+    monkeypatch.setattr(
+        "bakeout.verbs.publishing._send", lambda _, upload: sent.extend(n for n, _ in upload.files)
+    )
+    assert run(["push", str(folder), "team/model", "--unverified"]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert set(sent) == before.keys() and sent[-1] == "manifest.json"
 
 
 def test_only_a_whole_folder_is_signed(
