@@ -46,7 +46,7 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
     return model.requires_grad_(False)
 
 
-def load_model(model_class: Any, where: dict[str, str], dtype: str = "auto") -> Any:
+def load_model(model_class: Any, where: dict[str, Any], dtype: str = "auto") -> Any:
     """A model by one of transformers' classes, on the CPU; code that lies beside it is not run.
 
     Args:
@@ -86,7 +86,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
         return open_tokenizer(location(recipe))
 
 
-def open_tokenizer(where: dict[str, str]) -> Any:
+def open_tokenizer(where: dict[str, Any]) -> Any:
     """A tokenizer by what `from_pretrained` finds it by.
 
     Raises:
@@ -111,11 +111,11 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def location(recipe: Recipe) -> dict[str, str]:
+def location(recipe: Recipe) -> dict[str, Any]:
     """What to give `from_pretrained` for a recipe's base."""
     local = recipe.local(recipe.base.model)
     if local.is_dir():
-        return {"pretrained_model_name_or_path": str(local)}
+        return {"pretrained_model_name_or_path": str(local), "local_files_only": True}
     return {"pretrained_model_name_or_path": recipe.base.model, "revision": recipe.base.revision}
 
 

@@ -123,7 +123,9 @@ class Language:
         self.folder = folder
         try:
             self.tokenizer = open_tokenizer(_at(str(folder)))
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            ).get_text_config()
         except (ModelError, OSError, ValueError, KeyError) as error:
             raise FolderError(f"{folder}: {reason_of(error)}") from error
         self.context: int = config.max_position_embeddings
@@ -250,5 +252,5 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
     return TorchSpeaker(load_model(transformers.AutoModelForCausalLM, _at(name)).to(device))
 
 
-def _at(name: str) -> dict[str, str]:
-    return {"pretrained_model_name_or_path": name}
+def _at(name: str) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": name, "local_files_only": Path(name).is_dir()}
