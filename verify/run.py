@@ -35,8 +35,9 @@ def verify_folder(
 ) -> VerifyReport:
     """Gather evidence about a folder that bakeout wrote.
 
-    Files are hashed first. When one is not what the manifest says, or may run code that is not
-    bakeout's, that is the whole report: nothing of the folder is loaded. Its code is never run.
+    Code of others in the folder is looked for first, then files are hashed. Where there is some, or
+    a file is not what the manifest says, that is the whole report: nothing of the folder is loaded.
+    No code of it is ever run.
 
     Args:
         folder: a clamped checkpoint, or what was exported from one.
@@ -60,13 +61,11 @@ def verify_folder(
     carrier = CARRIERS.get(manifest.carrier)
     own = carrier is not None and carrier.own_code
     graphs = None
-    broken: tuple[Failure, ...] = ()
-    if "integrity" in kinds:
-        broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
-    if broken := broken or code_failures(folder, manifest):  # whatever is asked for
+    if broken := code_failures(folder, manifest):  # whatever is asked for
         return _report(folder, manifest, {"integrity"}, broken)
     if "integrity" in kinds:
-        if carrier is not None and not carrier.over_base:
+        broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
+        if not broken and carrier is not None and not carrier.over_base:
             graphs = find_graphs(folder)
             layers = clamped_layers(read_config(folder, manifest.carrier)) if own else []
             broken = graph_failures(graphs, layers, manifest.files)

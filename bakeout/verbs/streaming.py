@@ -19,6 +19,7 @@ from export.clamped import read_config
 from export.code_check import check_code
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
+from verify.engines.what_loads import loading_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,6 +199,7 @@ def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
         return OnnxSpeaker(open_runner(folder, device=device))
     if not any(folder.glob("*.safetensors")):
         raise FolderError(f"{folder}: holds no weights for torch; pass --engine onnx")
+    loading_class(folder)  # of transformers' many models, a Gemma and no other
     try:
         return load_torch(str(folder), device)
     except ModelError as error:
