@@ -57,6 +57,7 @@ def rendered(
     asked = {
         "template": template,
         "variables": {**variables, "tools": None, "documents": None},
+        "seconds": render_chats.CPU_SECONDS,
         "chats": [[_said(message) for message in chat] for chat in chats],
     }
     with tempfile.TemporaryDirectory(prefix="bakeout-chat-") as scratch:
