@@ -44,7 +44,7 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
     return model.requires_grad_(False)
 
 
-def load_model(model_class: Any, where: dict[str, str], dtype: str = "auto") -> Any:
+def load_model(model_class: Any, where: dict[str, Any], dtype: str = "auto") -> Any:
     """A model by one of transformers' classes, on the CPU; code that lies beside it is not run.
 
     Args:
@@ -84,7 +84,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
         return open_tokenizer(location(recipe))
 
 
-def open_tokenizer(where: dict[str, str]) -> Any:
+def open_tokenizer(where: dict[str, Any]) -> Any:
     """A tokenizer by what `from_pretrained` finds it by.
 
     Raises:
@@ -112,13 +112,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def location(recipe: Recipe) -> dict[str, str]:
+def location(recipe: Recipe) -> dict[str, Any]:
     """What to give `from_pretrained` for a recipe's base: the folder that was found and checked.
     A hub id would be looked for beneath the current folder first.
     """
     local = recipe.local(recipe.base.model)
     folder = local if local.is_dir() else find_base(recipe).folder
-    return {"pretrained_model_name_or_path": str(folder)}
+    return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
 
 
 def reason_of(error: BaseException) -> str:

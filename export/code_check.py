@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bake.errors import FolderError, shown
 from bake.families import FAMILIES, Family
 from bake.new_folder import MANIFEST
-from bake.strangers.foreign import code_files, obeyed_keys
+from bake.strangers.foreign import MOST_BYTES, code_files, obeyed_keys
 from export.carriers.carriers import CARRIERS
 from export.manifest import Manifest
 
@@ -33,8 +34,8 @@ ADAPTER_KEYS = frozenset(
 ADAPTER = "adapter_config.json"
 PEFT_TYPE = "SAE_CLAMP"
 """The one method of peft that is ever asked to load an adapter."""
-_MOST_BYTES = 1 << 20
-"""Of a modeling file."""
+_CODE_BYTES = 1 << 20
+"""Most of a modeling file."""
 
 
 def auto_map_of(family: Family) -> dict[str, str]:
@@ -70,6 +71,8 @@ def foreign_code(folder: Path, manifest: Manifest | None) -> list[str]:
         found += _modeling_file(folder, "nothing" if manifest is None else manifest.bakeout)
     if own and config:
         found += _auto_map(config, whole=carrier is not None)
+    elif config and carrier is not None and config.get("model_type") not in list(FAMILIES):
+        found.append(_strange(config.get("model_type"), FAMILIES))
     if (folder / ADAPTER).exists() or (carrier is not None and carrier.over_base):
         found += _adapter(folder, expected=carrier is not None and carrier.over_base)
     return found
@@ -119,8 +122,7 @@ def _auto_map(config: dict[str, Any], *, whole: bool) -> list[str]:
     families = {family.model_type: family for family in FAMILIES.values()}
     family = families.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        known = ", ".join(families)
-        return [f"config.json: model_type is {shown(model_type)}; expected one of {known}"]
+        return [_strange(model_type, families)]
     expected = auto_map_of(family)
     part = isinstance(stated, dict) and all(expected.get(key) == stated[key] for key in stated)
     if stated == expected or (part and not whole):
@@ -129,6 +131,10 @@ def _auto_map(config: dict[str, Any], *, whole: bool) -> list[str]:
         f"config.json: auto_map is {shown(stated)}; expected what bakeout writes. Bake or download "
         "the folder again"
     ]
+
+
+def _strange(model_type: Any, known: Iterable[str]) -> str:
+    return f"config.json: model_type is {shown(model_type)}; expected one of {', '.join(known)}"
 
 
 def _adapter(folder: Path, *, expected: bool) -> list[str]:
@@ -145,13 +151,15 @@ def _adapter(folder: Path, *, expected: bool) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+    if not path.is_file() or path.stat().st_size > _CODE_BYTES:
         return "of no such file"
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """A JSON object of a folder, or None where it is none."""
+    """A JSON object of a folder, or None where it is none; one that is too large is refused."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        return None
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

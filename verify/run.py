@@ -86,8 +86,9 @@ def verify_folder(
 ) -> VerifyReport:
     """Gather evidence about a folder that bakeout wrote.
 
-    Files are hashed first. When one is not what the manifest says, or may run code that is not
-    bakeout's, that is the whole report: nothing of the folder is loaded. Its code is never run.
+    Code of others in the folder is looked for first, then files are hashed. Where there is some, or
+    a file is not what the manifest says, that is the whole report: nothing of the folder is loaded.
+    No code of it is ever run.
 
     Args:
         folder: a clamped checkpoint, or what was exported from one.
@@ -115,10 +116,9 @@ def verify_folder(
     carrier = CARRIERS.get(manifest.carrier)
     own = carrier is not None and carrier.own_code
     graphs = None
-    broken: tuple[Failure, ...] = ()
-    if "integrity" in kinds:
+    broken = code_failures(folder, manifest)  # whatever is asked for
+    if not broken and "integrity" in kinds:
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
-    broken = broken or code_failures(folder, manifest)  # whatever is asked for
     signed_by = None
     if options.trust is not None and not broken:
         signed_by, broken = signature_found(folder, options.trust)

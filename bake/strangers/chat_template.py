@@ -56,6 +56,7 @@ def rendered(
     asked = {
         "template": template,
         "variables": {**variables, "tools": None, "documents": None},
+        "seconds": render_chats.CPU_SECONDS,
         "chats": [[_said(message) for message in chat] for chat in chats],
     }
     with Scratch("chat") as scratch:

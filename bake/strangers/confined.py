@@ -79,6 +79,7 @@ def run(program: str, *arguments: str, scratch: Path) -> str | None:
                 process.wait()
         finally:
             process.kill()
+            process.wait()
     if late.is_set():
         return f"it took over {SECONDS:.0f} seconds"
     return last_words(process, stderr) if process.returncode else None
@@ -117,8 +118,9 @@ def _walls(tool: str | None, scratch: Path) -> Sequence[str]:
     if Path(tool).name == "unshare":
         return (tool, "--user", "--map-root-user", "--net", "--")
     place = str(scratch.resolve())
-    view = ("--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev", "--bind", place, place)
-    return (tool, *view, "--unshare-net", "--die-with-parent", "--chdir", place, "--")
+    view = ("--ro-bind", "/", "/", "--dev-bind", "/dev", "/dev", "--proc", "/proc")
+    apart = ("--unshare-net", "--unshare-pid", "--die-with-parent")  # other processes' variables
+    return (tool, *view, "--bind", place, place, *apart, "--chdir", place, "--")
 
 
 @cache

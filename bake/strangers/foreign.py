@@ -33,7 +33,7 @@ _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementati
 """Keys whose value is looked up on the hub where it is a repository's."""
 _PLAIN = ("tokenizer.json", "vocab.json", "manifest.json", "model.safetensors.index.json")
 """Large JSON files in which nobody looks for such keys."""
-_MOST_BYTES = 16 << 20
+MOST_BYTES = 16 << 20
 """Of a JSON file of settings; Gemma 3's tokenizer_config.json has 1.2 MB."""
 
 
@@ -81,9 +81,9 @@ def obeyed_keys(folder: Path, *, below: bool = True) -> list[tuple[str, str, str
 
 def _keys_in(path: Path) -> list[tuple[str, str]]:
     size = path.stat().st_size
-    if size > _MOST_BYTES:
+    if size > MOST_BYTES:
         raise FolderError(
-            f"{path}: has {size:,} bytes; expected settings of at most {_MOST_BYTES:,}. Do not use "
+            f"{path}: has {size:,} bytes; expected settings of at most {MOST_BYTES:,}. Do not use "
             "this folder"
         )
     try:

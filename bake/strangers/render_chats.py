@@ -1,8 +1,8 @@
 """A chat template, rendered where it can do no harm: `python -I render_chats.py`, by its path.
 
-Needs jinja2 only. A JSON object comes on stdin: `template`, `variables`, `chats`. A JSON list goes
-to stdout: for each chat {"text": …} or {"error": …}. Globals are those that transformers gives to
-templates; the sandbox is jinja2's, and memory and processor time are limited besides.
+Needs jinja2 only. A JSON object comes on stdin: `template`, `variables`, `chats`, and `seconds` of
+processor time. A JSON list goes to stdout: for each chat {"text": …} or {"error": …}. Globals are
+those that transformers gives to templates; the sandbox is jinja2's, and memory is limited too.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
     """One request."""
     asked = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (asked["seconds"], asked["seconds"]))
     json.dump(render(asked["template"], asked["variables"], asked["chats"]), sys.stdout)
 
 

@@ -21,6 +21,7 @@ from export.folder_contents import check_contents, check_files
 from export.manifest import Manifest
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
+from verify.engines.what_loads import loading_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,9 @@ class Language:
         self.folder = folder
         try:
             self.tokenizer = open_tokenizer(_at(str(folder)))
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            ).get_text_config()
         except Exception as error:  # each of transformers' checks raises another kind
             raise FolderError(f"{folder}: {reason_of(error)}") from error
         self.folder = folder
@@ -202,6 +205,7 @@ def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
         return OnnxSpeaker(open_runner(folder, device=device))
     if not any(folder.glob("*.safetensors")):
         raise FolderError(f"{folder}: holds no weights for torch; pass --engine onnx")
+    loading_class(folder)  # of transformers' many models, a Gemma and no other
     try:
         return load_torch(str(folder), device)
     except ModelError as error:
@@ -258,5 +262,5 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
     return TorchSpeaker(load_model(transformers.AutoModelForCausalLM, _at(name)).to(device))
 
 
-def _at(name: str) -> dict[str, str]:
-    return {"pretrained_model_name_or_path": name}
+def _at(name: str) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": name, "local_files_only": Path(name).is_dir()}

@@ -70,7 +70,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: edit(f, "config.json", lambda c: c.pop("sae_clamp")), "has no clamp"),
     (
         lambda f: edit(f, "config.json", lambda c: c.update(model_type="llama")),
-        "type is llama",
+        "type is .llama",
     ),
     (lambda f: edit(f, "config.json", lambda c: c["sae_clamp"].pop("sites")), "has no clamp"),
     (lambda f: edit(f, "config.json", lambda c: c["sae_clamp"]["sites"][0].update(k=9)), "shapes"),

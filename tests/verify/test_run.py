@@ -271,14 +271,27 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_runs")
-def test_a_changed_byte_ends_the_verification(work: Path) -> None:
+def test_another_modeling_file_ends_the_verification(work: Path) -> None:
     folder = work / "tampered"
     shutil.copytree(work / "checkpoint", folder)
     with (folder / "modeling_clamped_gemma.py").open("a") as file:
         file.write("\n")
     found = verify_folder(folder, Recipe.load(work / "recipe.toml"))
     assert (found.verdict, found.scope, found.engines) == ("fail", "integrity", ())
-    assert [f.what for f in found.failures] == ["modeling_clamped_gemma.py: changed"]
+    (failure,) = found.failures
+    assert failure.kind == "integrity"
+    assert failure.what.startswith("modeling_clamped_gemma.py: is none that a released bakeout")
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_changed_byte_ends_the_verification(work: Path) -> None:
+    folder = work / "changed"
+    shutil.copytree(work / "checkpoint", folder)
+    with (folder / "recipe.toml").open("a") as file:
+        file.write("\n")
+    found = verify_folder(folder, Recipe.load(work / "recipe.toml"))
+    assert (found.verdict, found.scope, found.engines) == ("fail", "integrity", ())
+    assert [f.what for f in found.failures] == ["recipe.toml: changed"]
 
 
 @pytest.mark.usefixtures("nothing_runs")

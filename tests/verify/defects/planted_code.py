@@ -184,7 +184,11 @@ WAYS: dict[str, dict[str, Plant]] = {
         **_MODELS,
         **_ANYWHERE,
     },
-    "compiled": {"a modeling file": _file(MODELING), **_MODELS},
+    "compiled": {
+        "a modeling file": _file(MODELING),
+        "another architecture": _says("config.json", "model_type", "rag"),
+        **_MODELS,
+    },
     "adapter": {
         "a modeling file": _file(MODELING),
         "a library that peft imports": _imported,

@@ -48,12 +48,12 @@ VERBS = (
 )
 REFUSED = re.compile(
     r"is none that a released bakeout wrote|may be run when it is loaded|expected no such key"
-    r"|auto_map is |is loaded on top of the weights|peft_type is |says 'auto_mapping'"
+    r"|(auto_map|model_type|peft_type) is |is loaded on top of the weights|says 'auto_mapping'"
 )
 UNLOADABLE = (
     *("custom generation, linked", "pickled weights alone", "a pickled adapter", "a quantizer"),
     *("a fusion", "another config", "other weights", "another method of peft", "code on the hub"),
-    "code of a part",
+    *("code of a part", "another architecture"),
 )
 """What transformers refuses by itself, or what cannot be planted beside the others."""
 ALL = [(carrier, way) for carrier, ways in WAYS.items() for way in ways]
@@ -193,6 +193,24 @@ def test_sound_folders_of_the_other_families_have_none(tmp_path: Path, family: s
     (checkpoint / MODELING_FILE).unlink()  # as where a graph of rounded weights lies alone
     rehash(checkpoint)
     check_code(checkpoint)
+
+
+def test_settings_that_are_no_files_or_too_large_are_refused_at_once(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(world / "checkpoint", tmp_path / "folder")
+    for name in (MODELING_FILE, "extra.json"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)  # to open it would wait for ever
+    assert run(["chat", str(folder)]) == 2
+    assert "is none that a released bakeout wrote (sha256 of no such file" in error_line(capsys)
+    (folder / MODELING_FILE).unlink()
+    for text in (f'{{"a": "{"x" * (17 << 20)}"}}', '{"a":' * 100_000 + "1" + "}" * 100_000):
+        (folder / "extra.json").unlink()
+        (folder / "extra.json").write_text(text)
+        capsys.readouterr()
+        assert run(["show", str(folder)]) == 2
+        assert re.search(r"expected settings of at most|nested too deeply", error_line(capsys))
 
 
 def test_a_base_with_code_is_not_baked(

@@ -244,6 +244,9 @@ class ClampedGemma2ForCausalLM(Gemma2ForCausalLM):
 """
 
 
+ALONE = "assert 'HF_TOKEN' not in os.environ and os.environ['HOME'] == os.getcwd()"
+
+
 def clamped_folder(folder: Path, base: Path, code: str) -> Path:
     """A folder of ours, with code of its own."""
     config = json.loads((base / "config.json").read_text())
@@ -265,7 +268,8 @@ def test_bakeouts_own_file_runs_whatever_the_folder_holds_and_without_bakeout(
     with TorchRunner(folder) as runner, pytest.raises(FolderError, match=r"config\.sae_clamp"):
         runner.load("float32")  # what bakeout's own says of a base without a clamp
     plain, needy = tmp_path / "plain.py", tmp_path / "needy.py"
-    plain.write_text(CLAMPED.format(code=""))
+    plain.write_text(CLAMPED.format(code=ALONE))
+    monkeypatch.setenv("HF_TOKEN", "secret")
     needy.write_text(CLAMPED.format(code="def late():\n    pass\nfrom bake import recipe"))
     monkeypatch.setattr("verify.engines.runners.MODELING", plain)
     with TorchRunner(folder) as runner:
@@ -276,6 +280,16 @@ def test_bakeouts_own_file_runs_whatever_the_folder_holds_and_without_bakeout(
             runner.load("float32")
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "marker").exists()
+
+
+def test_a_request_that_takes_too_long_is_one_line(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bake.strangers.confined.SECONDS", 0.01)
+    with TorchRunner(bases["gemma2"]) as runner:
+        with pytest.raises(FolderError, match="gemma2: load took over 0 seconds, and was stopped"):
+            runner.load("float32")
+        assert runner._process.wait() == -9
 
 
 def test_a_damaged_folder_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:

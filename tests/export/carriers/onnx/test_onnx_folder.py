@@ -262,7 +262,7 @@ def test_a_folder_without_a_clamp(folder: Path, capsys: pytest.CaptureFixture[st
         assert "has no clamp" in refused(capsys, folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "clamped_llama"}))
     rehash(folder)
-    assert "model_type is clamped_llama; expected one of" in refused(capsys, folder)
+    assert "model_type is 'clamped_llama'; expected one of" in refused(capsys, folder)
     assert not (folder / "model.onnx").exists()
 
 
