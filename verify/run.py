@@ -11,6 +11,7 @@ from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.clamped import clamped_layers, read_config
+from export.folder_contents import check_contents
 from export.manifest import CARD, Manifest
 from verify.clamped_folder import base_failures, check_base, fitted_recipe, own_recipe
 from verify.engines.engines import open_engines
@@ -68,6 +69,8 @@ def verify_folder(
             broken = graph_failures(graphs, layers, manifest.files)
         if broken or (kinds == {"integrity"} and not options.tasks):
             return _report(folder, manifest, {"integrity"}, broken)
+    else:
+        check_contents(folder, manifest)
     recipe = recipe or own_recipe(folder)
     asked = [*sorted(only - of_files()), *options.tasks]
     if recipe is None and asked:
@@ -102,7 +105,7 @@ def verify_folder(
     if not runs and witnesses is None:
         return report
     if graphs is None:
-        graphs = find_graphs(folder)
+        graphs = find_graphs(folder, manifest.files)
     with open_engines(folder, manifest.carrier, graphs, options.device) as engines:
         if witnesses is not None:
             tell("witnesses", 0.0)
