@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -183,17 +184,48 @@ def whole_file(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def write_whole(file: Path, text: str, *, option: str) -> None:
+    """Write a file whole or not at all, or into what is no file; `option` leads the error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    there = file.resolve()
+    place = whole_file(there) if there.is_file() or not there.exists() else nullcontext(there)
+    try:
+        with place as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{option}: cannot be written ({error.strerror}); choose another place, in a folder "
+            "that exists"
+        ) from error
+
+
 @contextlib.contextmanager
 def disk_full(out: Path) -> Iterator[None]:
     """Say in one line that the disk is full, where writing within the block fails for that."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if not is_disk_full(error):
             raise
         raise OutputError(
             f"output {out}: the disk is full; nothing was kept. Free some, or choose another disk"
         ) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether something could not be written because there is no room, or not for so much; some
+    libraries say it in words only.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    said = str(error)
+    return not isinstance(error, BakeoutError) and any(
+        f"(os error {number})" in said or f"[Errno {number}]" in said for number in numbers
+    )
 
 
 def _take_place(temporary: Path, out: Path) -> None:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from bake.errors import BakeoutError
+from bake.new_folder import write_whole
 from export.carriers.carriers import CARRIERS, claim_of
 from export.code_check import check_code
 from export.manifest import ClampEntry, CompiledEntry, Manifest
@@ -75,13 +75,7 @@ def write_json(report: dict[str, Any], file: Path) -> None:
     if str(file) == "-":
         sys.stdout.write(text)
         return
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BakeoutError(
-            f"--json {file}: cannot be written ({error.strerror}); name a file in a folder "
-            "that exists"
-        ) from error
+    write_whole(file, text, option=f"--json {file}")
 
 
 def show_report(report: VerifyReport) -> None:

@@ -12,6 +12,7 @@ from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.clamped import clamped_layers, read_config
+from export.folder_contents import check_contents
 from export.manifest import CARD, Manifest
 from verify.clamped_folder import (
     check_base,
@@ -136,6 +137,8 @@ def verify_folder(
         files_only = kinds == {"integrity"} and recipe is None
         if broken or (files_only and not options.tasks):
             return _report(folder, manifest, {"integrity"}, said, broken)
+    else:
+        check_contents(folder, manifest)
     if recipe is None and options.own_recipe:
         recipe = own_recipe(folder)
     said = replace(said, followed=recipe is not None and not given)
@@ -183,7 +186,7 @@ def verify_folder(
     if not runs and witnesses is None:
         return report
     if graphs is None:
-        graphs = find_graphs(folder)
+        graphs = find_graphs(folder, manifest.files)
     with open_engines(folder, manifest.carrier, graphs, options.device) as engines:
         if witnesses is not None:
             tell("witnesses", 0.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import DataError
+from bake.new_folder import write_whole
 from bake.questions.corpora import Windows
 from bake.reading.capped import read_json
 from bake.recipe import Recipe
@@ -22,7 +23,7 @@ from bakeout.pages.charts import (
     share_scatter,
     sweep_scatter,
 )
-from bakeout.pages.selection_view import check_new_file, write_whole
+from bakeout.pages.selection_view import check_new_file
 from bakeout.terminal import progress
 from verify.page.histograms import HistogramPlot
 from verify.page.html import environment, shown

@@ -36,14 +36,27 @@ class Graph:
         return {entry.key: entry.value for entry in self.model.metadata_props}
 
 
-def find_graphs(folder: Path) -> list[Graph]:
+def find_graphs(folder: Path, files: Mapping[str, str] | None = None) -> list[Graph]:
     """The graphs of a folder that are there, opened but not run.
 
+    Args:
+        folder: the folder.
+        files: sha256 of its files, as the manifest states them; None leaves it to `graph_failures`
+            to say that a graph needs another.
+
     Raises:
-        FolderError: one is truncated, or points to data that is not in the folder.
+        FolderError: one is truncated, or points to data that is not in the folder, or not listed.
     """
     paths = {of.engine: folder / of.file for of in PRECISIONS.values()}
-    return [open_graph(name, path) for name, path in paths.items() if path.is_file()]
+    graphs = [open_graph(name, path) for name, path in paths.items() if path.is_file()]
+    for graph in graphs if files is not None else ():
+        for data in _data_of(graph, graph.path.parent.relative_to(folder)):
+            if data not in (files or {}):
+                raise FolderError(
+                    f"{graph.path}: points into {data}, which the manifest does not list; expected "
+                    "files of the folder. Do not use this folder"
+                )
+    return graphs
 
 
 def open_graph(name: str, path: Path) -> Graph:
