@@ -146,7 +146,8 @@ def verify_folder(
     if recipe is None and asked:
         raise RecipeError(
             f"{', '.join(asked)}: the reference is rebuilt from a recipe, and that of "
-            f"{folder.name} names local sources, or may not be followed; give one with --recipe"
+            f"{folder.name} names local sources, or may not be followed; give the recipe with "
+            "--recipe"
         )
     if carrier is None and (recipe is not None or "witnesses" in only):
         raise FolderError(

@@ -142,7 +142,7 @@ def test_what_forgets_nothing_fails_where_the_folder_chose(
 
 def answered(change: McNemar) -> EngineReport:
     share = Share(0, 10)
-    sets = AnswerSet("forget", "chat", share, None, (0, 0, 0, 0), None, (), change)
+    sets = AnswerSet("forget", "chat", share, None, (0, 0, 0, 0), None, (), change, None)
     return EngineReport("checkpoint", answers=(sets,))
 
 

@@ -18,6 +18,7 @@ from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.manifest import AGAIN, Manifest
 from verify.clamped_folder import RECIPE, base_failures, stored_recipe
+from verify.expected.added_layers import added_failures
 from verify.expected.clamp_rows import expected_tensors, tensor_failures
 from verify.expected.expected_config import (
     Placed,
@@ -180,7 +181,10 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
         what = f"manifest.json: its clamps are layers {stated}, expected {added}"
         yield Failure("integrity", engine, what, str(stated), str(added))
         return
-    yield from widened_failures(folder, wide, names, added)
+    widened = list(widened_failures(folder, wide, names, added))
+    yield from widened
+    if not widened:
+        yield from added_failures(folder, wide, checked.sites, compiled.sites, checked.prefix)
 
 
 def _clamps(checked: Checked, file: str, before: str) -> Iterator[Failure]:

@@ -319,6 +319,19 @@ def other_attention(tensors: dict[str, np.ndarray]) -> None:
     tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = 1.0
 
 
+def wait_for_a_direction(tensors: dict[str, np.ndarray]) -> None:
+    """A neuron of the second layer opens on a direction of the residual stream."""
+    gates = tensors["model.layers.3.mlp.gate_proj.weight"]
+    gates[int(np.flatnonzero(gates.any(axis=1))[0]), 7] = 4.0
+
+
+def flag_elsewhere(tensors: dict[str, np.ndarray]) -> None:
+    """A flag's neuron listens a little to another direction."""
+    gates = tensors["model.layers.2.mlp.gate_proj.weight"]
+    row = gates[int(np.flatnonzero(gates[:, :32].any(axis=1))[2])]
+    row[3] += np.float32(0.001) * np.linalg.norm(row[:32])
+
+
 # --------------------------------------------------------------------------- the alterations
 
 CLAMP_ALTERED: dict[str, Any] = {
@@ -410,6 +423,19 @@ OTHERS: dict[str, tuple[str, Plant]] = {
     "compiled: a padding channel is used": ("compiled", in_tensors(SHARD, use_padding)),
     "compiled: another token is spared": ("compiled", in_tensors(SHARD, spare_more)),
     "compiled: an added layer attends": ("compiled", in_tensors(LAYERS_SHARD, other_attention)),
+    "compiled: a neuron that waits for a direction": (
+        "compiled",
+        in_tensors(LAYERS_SHARD, wait_for_a_direction),
+    ),
+    "compiled: a flag from elsewhere": ("compiled", in_tensors(LAYERS_SHARD, flag_elsewhere)),
+    "compiled: an action elsewhere": (
+        "compiled",
+        in_tensors(LAYERS_SHARD, scaled("3.mlp.down_proj.weight", 3.0, (4, slice(None)))),
+    ),
+    "compiled: the residual is written": (
+        "compiled",
+        in_tensors(LAYERS_SHARD, scaled("2.post_feedforward_layernorm.weight", 0.5, slice(4))),
+    ),
     "compiled: another eps": ("compiled", in_config(lambda c: c.update(rms_norm_eps=1e-5))),
     "compiled: another layer type": (
         "compiled",
