@@ -17,7 +17,7 @@ from bake.errors import ExportError
 from bake.new_folder import check_output, new_folder
 from export.clamped import CLAMP_TENSORS, Clamped
 from export.copying import hash_new
-from export.manifest import json_text
+from export.manifest import json_text, text_of
 
 if TYPE_CHECKING:
     import torch
@@ -51,12 +51,12 @@ def write_adapter(source: Clamped, out: Path, *, card: str, force: bool = False)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         texts = {
             CONFIG: json_text(adapter_config(source)),
-            "recipe.toml": (source.folder / "recipe.toml").read_text(encoding="utf-8"),
+            "recipe.toml": text_of(source.folder / "recipe.toml"),
             "README.md": card,
         }
         for name in ("NOTICE", "LICENSE", "LICENSE.txt", "LICENSE.md"):
             if (source.folder / name).is_file():
-                texts[name] = (source.folder / name).read_text(encoding="utf-8")
+                texts[name] = text_of(source.folder / name)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         files = {name: hash_new(folder / name) for name in (WEIGHTS, *texts)}

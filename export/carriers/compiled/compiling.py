@@ -49,7 +49,7 @@ from export.carriers.compiled.trial import Distance, measure, measure_distance, 
 from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
 from export.clamped import Clamped, ClampSite, open_clamped
 from export.copying import copy_hashed, hash_new
-from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text
+from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text, text_of
 from export.witness_file import WITNESSES
 
 ACTIVATION = "gelu_pytorch_tanh"
@@ -183,7 +183,7 @@ def write_compiled(
         for path, name in [*companions(source.folder), *kept]:
             (folder / name).parent.mkdir(exist_ok=True)
             hashes[name] = copy_hashed(path, folder / name, advance)
-        recipe = (source.folder / "recipe.toml").read_text(encoding="utf-8")
+        recipe = text_of(source.folder / "recipe.toml")
         texts = {
             INDEX: json_text(index_of(files)),
             "config.json": json_text(plan.config),
