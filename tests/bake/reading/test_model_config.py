@@ -27,7 +27,7 @@ def test_a_config_as_transformers_writes_it_is_right(family: str, tmp_path: Path
         ({"hidden_size": 2304.0}, "hidden_size is 2304.0"),
         ({"num_hidden_layers": 10**9}, "expected a whole number from 1 to 1024"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected true or false"),
-        ({"layer_types": "full_attention"}, "expected a list of strings"),
+        ({"layer_types": "full_attention"}, "expected a list of full_attention and"),
         ({"eos_token_id": [1, "2"]}, "expected a token's number or a list of them"),
         ({"rms_norm_eps": -1e-6}, "expected a number above 0"),
         ({"text_config": {"vocab_size": "99"}}, r"text_config\.vocab_size is '99'"),
