@@ -149,6 +149,12 @@ def wrong_size(
     sizes = {"hidden_size": gate[1], "intermediate_size": gate[0], "num_hidden_layers": n_layers}
     if queries is not None and queries.shape and text.get("num_attention_heads"):
         sizes["head_dim"] = queries.shape[0] // text["num_attention_heads"]
+        keys = tensors.get(f"{prefix}0.self_attn.k_proj.weight")
+        if keys is not None and keys.shape and sizes["head_dim"]:
+            sizes["num_key_value_heads"] = keys.shape[0] // sizes["head_dim"]
+    table = tensors.get(f"{prefix.removesuffix('layers.')}embed_tokens.weight")
+    if table is not None and table.shape:
+        sizes["vocab_size"] = table.shape[0]
     for key, size in sizes.items():
         if (text.get(key) or size) != size:
             return (

@@ -85,14 +85,18 @@ def load_clamp(clamp: Clamp, recipe: Recipe, base: BaseModel) -> ClampWeights:
 
 
 def _check_finite(site: SAESite, rows: Rows, piece: SAESlice) -> None:
-    """Raise SAEError where what the clamp writes can be beyond float32: value · decoder row."""
-    with np.errstate(over="ignore"):
-        written = np.abs(rows.value)[:, None] * np.abs(piece.W_dec)
-        largest = float(written.sum(0, dtype=np.float32).max(initial=0))
-    if not np.isfinite([largest, float(np.abs(rows.scale).max(initial=0))]).all():
+    """Raise SAEError where what the clamp writes, (value + scale · a) · decoder row, is beyond
+    float32 for activations of 1.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = np.abs(rows.value) + np.abs(rows.scale)
+        largest = (factor[:, None] * np.abs(piece.W_dec)).sum(0, dtype=np.float32).max(initial=0)
+    if not np.isfinite(largest):
+        said = {key: getattr(site.clamp, key) for key in ("value", "multiplier", "clamp_value")}
+        stated = ", ".join(f"{key} {number}" for key, number in said.items() if number is not None)
         raise SAEError(
-            f"SAE {site.name}: value {site.clamp.value} times its decoder rows is beyond float32; "
-            "expected a product that float32 holds. Name a smaller value in the recipe"
+            f"SAE {site.name}: {stated}, times the SAE's decoder rows, is beyond float32; expected "
+            "a product that float32 holds. Name a smaller number in the recipe"
         )
 
 

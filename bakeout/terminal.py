@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from bake.errors import short
 from bake.new_folder import write_whole
 from export.carriers.carriers import CARRIERS, claim_of
 from export.code_check import check_code
@@ -270,7 +271,7 @@ def compiled_lines(compiled: CompiledEntry | None) -> list[tuple[str, str]]:
 
 def _clamp_text(clamp: ClampEntry) -> str:
     features = ", ".join(str(feature) for feature in clamp.features)
-    parameters = ", ".join(f"{k} {v}" for k, v in clamp.parameters.items())
+    parameters = ", ".join(f"{k} {short(str(v))}" for k, v in clamp.parameters.items())
     word = ", by the recipe's word alone" if clamp.hook_point_from == "recipe" else ""
     return (
         f"{clamp.method} at {clamp.hook_point}{word} ({parameters})\n"

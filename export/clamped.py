@@ -324,7 +324,7 @@ def _compiled_config(folder: Path) -> dict[str, Any]:
         )
     return {
         "hidden_size": added.hidden_size[0],
-        "num_hidden_layers": config.get("num_hidden_layers", 0) - added.layers_added,
+        "num_hidden_layers": (config.get("num_hidden_layers") or 0) - added.layers_added,
         "vocab_size": config.get("vocab_size"),
         "dtype": added.dtype,
         "sae_clamp": {"sites": [{"layer": clamp.layer} for clamp in manifest.clamps]},

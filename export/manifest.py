@@ -19,6 +19,7 @@ from bake.errors import FolderError, short, shown
 from bake.files.folder_files import PARTIAL, check_name, sha256_in
 from bake.new_folder import MANIFEST, fsync_folder
 from bake.reading.capped import parse_json, read_in
+from bake.sources import MOST_FEATURES
 from export.carriers.carriers import ADDED, CARRIERS
 
 CARD = "README.md"
@@ -27,13 +28,15 @@ SCHEMA = 1
 """Newest version of the manifest that is known here."""
 TOOLS = ("bakeout", "sae-lens", "safetensors", "torch", "transformers")
 """Packages whose versions it states."""
+LONGEST = 4096
+"""Most characters of a text in it: of a name, a version, a hook point."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Part(BaseModel):
     """A part of the manifest. Keys that are not known here are kept."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, str_max_length=LONGEST)
 
 
 class BaseEntry(Part):
@@ -66,9 +69,9 @@ class ClampEntry(Part):
     """Decoder layer of the base whose output is edited."""
     hook_point: str
     method: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Any] = Field(max_length=64)
     """By their names in the recipe."""
-    features: list[int]
+    features: list[int] = Field(max_length=MOST_FEATURES)
     k: int
     """How many features are read or set."""
     sae: SAEEntry
@@ -122,10 +125,10 @@ class Manifest(Part):
     """Whether it computes the clamp itself rather than an approximation."""
     base: BaseEntry
     recipe_sha256: str
-    clamps: list[ClampEntry]
-    sources: dict[str, str]
+    clamps: list[ClampEntry] = Field(max_length=1024)
+    sources: dict[str, str] = Field(max_length=4096)
     """sha256 of the recipe's local questions and texts, by file name."""
-    tools: dict[str, str]
+    tools: dict[str, str] = Field(max_length=64)
     """Versions, by package."""
     files: dict[str, Sha256] = Field(min_length=1)
     """Every other file of the folder, by its name with forward slashes, and its sha256."""

@@ -178,5 +178,10 @@ def _array(archive: zipfile.ZipFile, member: Member) -> NDArray[Any]:
         data = file.read(member.n_bytes)
     if len(data) != member.n_bytes:
         raise UnreadableError(f"{member.name} ends early; expected {member.n_bytes:,} bytes")
-    order = "F" if member.fortran else "C"
-    return np.frombuffer(bytearray(data), member.dtype).reshape(member.shape, order=order)  # type: ignore[call-overload,no-any-return]
+    whole = np.frombuffer(bytearray(data), member.dtype).astype(_native(member), copy=False)
+    return whole.reshape(member.shape, order="F" if member.fortran else "C")
+
+
+def _native(member: Member) -> np.dtype[Any]:
+    """Its dtype in this machine's order of bytes, which torch asks for."""
+    return member.dtype.newbyteorder("=")

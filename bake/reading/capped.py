@@ -24,12 +24,12 @@ CAPS: dict[str, int] = {
     "cfg.json": 4 * MB,
     "adapter_config.json": 4 * MB,
     "generation_config.json": 4 * MB,
-    "model.safetensors.index.json": 32 * MB,
+    "model.safetensors.index.json": 16 * MB,
     "recipe.toml": 1 * MB,
-    "report.json": 64 * MB,
+    "report.json": 32 * MB,
     "tokenizer.json": 96 * MB,
     "tokenizer.model": 64 * MB,
-    "tokenizer_config.json": 32 * MB,
+    "tokenizer_config.json": 16 * MB,
     "special_tokens_map.json": 4 * MB,
     "added_tokens.json": 32 * MB,
     "chat_template.jinja": 1 * MB,
@@ -47,10 +47,12 @@ tokenizer_config.json 1.2 MB, its index 0.1 MB; a manifest of a thousand files 0
 10,000 questions some 10 MB; a recipe with 8,192 features 50 kB."""
 ROW_BYTES = 16 * MB
 """Most bytes of one row of questions or texts."""
-HEADER_BYTES = 32 * MB
+HEADER_BYTES = 16 * MB
 """Most bytes of a safetensors header: 100,000 tensors take some 12 MB."""
 GRAPH_BYTES = 256 * MB
 """Most bytes of an ONNX graph without its weights: that of a Gemma 3 27B has some 2 MB."""
+MOST_CONTAINERS = 1 << 20
+"""Most lists and objects in a file: each takes some 60 bytes of memory, were it empty."""
 DEEPEST = 64
 """Most levels of lists and tables in one another."""
 _KEY_PARTS = 16
@@ -182,6 +184,8 @@ def parse_json(data: bytes | str, *, of_data: bool = False) -> Any:
             than anything that bakeout reads.
     """
     text = data if isinstance(data, str) else _decoded(data)
+    if text.count("[") + text.count("{") > MOST_CONTAINERS:
+        raise UnreadableError(f"holds more than {MOST_CONTAINERS:,} lists and objects")
     strict: dict[str, Any] = {
         "object_pairs_hook": _once,
         "parse_constant": _no_constant,

@@ -33,6 +33,45 @@ def _names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
+def _activation(value: Any) -> bool:
+    """A name of transformers' table, after whatever guard stands before it."""
+    return isinstance(value, str) and value.rpartition(": ")[2] in _ACTIVATIONS
+
+
+def _dtype(value: Any) -> bool:
+    return isinstance(value, str) and value.removeprefix("torch.") in _DTYPES
+
+
+def _layer_types(value: Any) -> bool:
+    return _names(value) and set(value) <= set(_LAYER_TYPES)
+
+
+def _rope(value: Any) -> bool:
+    """Of all layers, or of each type of layer."""
+    if not isinstance(value, dict):
+        return False
+    if set(value) & set(_LAYER_TYPES):
+        return all(
+            part is None or (isinstance(part, dict) and _rope(part)) for part in value.values()
+        )
+    kinds = (value.get("rope_type"), value.get("type"))
+    numbers = [value.get(key) for key in ("rope_theta", "factor", "partial_rotary_factor")]
+    return all(kind is None or kind in _ROPES for kind in kinds) and all(
+        number is None or _above(number) for number in numbers
+    )
+
+
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+_ACTIVATIONS = frozenset(
+    (
+        *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python"),
+        *("gelu_python_tanh", "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear"),
+        *("mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu"),
+        *("sqrtsoftplus", "swish", "tanh", "xielu"),
+    )
+)
 _SIZE, _TOKEN, _COUNT = _whole(1, 1 << 24), _whole(-1, 1 << 24), _whole(0, 1 << 40)
 _MOST_LAYERS = 1024
 _Check = tuple[Callable[[Any], bool], str]
@@ -64,19 +103,23 @@ _OF: dict[str, _Check] = {
         ("tie_word_embeddings", "attention_bias", "use_cache", "use_bidirectional_attention"),
         (lambda value: isinstance(value, bool), "true or false"),
     ),
+    "model_type": (lambda value: isinstance(value, str), "a string"),
     **dict.fromkeys(
-        ("hidden_activation", "hidden_act", "dtype", "torch_dtype", "model_type"),
-        (lambda value: isinstance(value, str), "a string"),
+        ("hidden_activation", "hidden_act"), (_activation, "an activation of transformers")
     ),
-    **dict.fromkeys(("architectures", "layer_types"), (_names, "a list of strings")),
+    **dict.fromkeys(("dtype", "torch_dtype"), (_dtype, "float32, bfloat16 or float16, as text")),
+    "architectures": (_names, "a list of strings"),
+    "layer_types": (_layer_types, f"a list of {' and '.join(_LAYER_TYPES)}"),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), (_TOKEN, "a token's number")),
     "eos_token_id": (
         lambda value: _TOKEN(value) or _ids(value),
         "a token's number or a list of them",
     ),
     **dict.fromkeys(
-        ("rope_scaling", "rope_parameters", "text_config", "vision_config"),
-        (lambda value: isinstance(value, dict), "an object"),
+        ("text_config", "vision_config"), (lambda value: isinstance(value, dict), "an object")
+    ),
+    **dict.fromkeys(
+        ("rope_scaling", "rope_parameters"), (_rope, "an object with a rope_type and numbers")
     ),
 }
 """By field of a Gemma's config: what holds for its value, unless it is null, and that in words."""
@@ -96,6 +139,9 @@ def wrong_field(config: Mapping[str, Any]) -> str | None:
             value = part.get(key)
             if value is not None and not right(value):
                 return f"{where}{key} is {shown(value)}; expected {expected}"
+        kinds, n_layers = part.get("layer_types"), part.get("num_hidden_layers")
+        if kinds is not None and n_layers is not None and len(kinds) != n_layers:
+            return f"{where}layer_types has {len(kinds)} entries; expected {n_layers}"
         heads, groups = part.get("num_attention_heads"), part.get("num_key_value_heads")
         if heads is not None and groups is not None and heads % groups:
             return (

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 import bake
 from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
-from bake.errors import ModelError, shown
+from bake.errors import BakeoutError, ModelError, short, shown
 from bake.files.folder_files import lies_in
 from bake.new_folder import check_output, new_folder
 from bake.reading.capped import cap_of, read_json
@@ -178,7 +178,7 @@ def write_checkpoint(
         }
         manifest = manifest_of(plan, files)
         if witness_prompts is not None:
-            manifest = _with_witnesses(manifest, folder, witness_prompts)
+            manifest = _with_witnesses(plan.base.name, manifest, folder, witness_prompts)
         manifest.write(folder)
     return out
 
@@ -207,11 +207,22 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
     return [folder / name for name in (CLAMP_SHARD, MODELING_FILE, *texts)]
 
 
-def _with_witnesses(manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]]) -> Manifest:
+def _with_witnesses(
+    name: str, manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]]
+) -> Manifest:
     """Run the new checkpoint; nothing is written where no prompt fires its clamp."""
     from export.witness_prompts import find_witnesses
 
-    witnesses = find_witnesses(open_listed(folder, manifest), prompts)
+    try:
+        witnesses = find_witnesses(open_listed(folder, manifest), prompts)
+    except BakeoutError:
+        raise
+    except Exception as error:  # transformers raises every kind
+        reason = short(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelError(
+            f"base model {name}: what was made of it does not run ({reason}); expected a model "
+            "that transformers runs. Download it again, or bake with --no-witnesses"
+        ) from error
     if witnesses is None:
         return manifest
     path = witnesses.save(folder)

@@ -24,7 +24,13 @@ import tomli_w
 from safetensors.numpy import load as load_numpy
 from safetensors.numpy import save as save_numpy
 
+from bake.errors import DataError
+from bake.questions.multiple_choice import load_questions, load_texts
+from bake.questions.open_prompts import load_prompts
+from bake.questions.trivia import load_trivia
 from bake.reading.capped import cap_of
+from bake.recipe import Recipe
+from bake.sources import QuestionSource, RowSource, TextSource
 from bakeout.cli import run
 from tests.fuzz.readers import good_files
 
@@ -452,6 +458,14 @@ BASE_CONFIGS: dict[str, Damage] = {
     "window as number": field("sliding_window", 8.5),
     "dtype as number": field("dtype", 16),
     "rope as text": field("rope_parameters", "default"),
+    "rope of magic": field("rope_parameters", {"rope_type": "magic"}),
+    "rope theta as text": field("rope_parameters", {"rope_type": "default", "rope_theta": "x"}),
+    "unknown activation": field("hidden_activation", "foo"),
+    "unknown layer type": field("layer_types", ["x"] * 4),
+    "too few layer types": field("layer_types", ["full_attention"] * 3),
+    "unknown dtype": field("dtype", "float99"),
+    "fewer heads of keys": field("num_key_value_heads", 1),
+    "another vocab_size": field("vocab_size", 98),
     "text_config as list": field("text_config", [1]),
     "text_config as text": field("text_config", "x"),
     "model_type of another": field("model_type", "llama"),
@@ -517,6 +531,10 @@ MANIFESTS: dict[str, Damage] = {
     "features as text": field("clamps.0.features", "all"),
     "feature as truth": field("clamps.0.features", [True]),
     "k as number": field("clamps.0.k", 3.5),
+    "a million features": field("clamps.0.features", list(range(1_000_000))),
+    "a long name": field("base.model", "a" * 100_000),
+    "thousands of tools": field("tools", {str(i): "1" for i in range(10_000)}),
+    "thousands of clamps": of_json(lambda m: m | {"clamps": m["clamps"] * 5000}),
     "parameters as list": field("clamps.0.parameters", []),
     "sae as text": field("clamps.0.sae", "x"),
     "sources as list": field("sources", []),
@@ -648,6 +666,7 @@ KINDS: dict[tuple[str, str], dict[str, Damage]] = {
     (f"{CARD} --report report/report.json", "report/report.json"): REPORTS,
     (ADAPTER, "checkpoint/config.json"): CHECKPOINTS,
     (ADAPTER, "checkpoint/model.safetensors.index.json"): JSONS,
+    (ADAPTER, "checkpoint/recipe.toml"): TOMLS,
     (ADAPTER, "checkpoint/model-sae-clamp.safetensors"): CLAMP_WEIGHTS,
     ("verify checkpoint --only witnesses", "checkpoint/witnesses.npz"): WITNESSES,
     ("import-gguf gguf/model.gguf --out new", "gguf/model.gguf"): GGUFS,
@@ -689,18 +708,20 @@ def state(root: Path) -> dict[str, tuple[int, int]]:
 @pytest.fixture
 def restored(world: Path) -> Iterator[Callable[[str], Path]]:
     """Gives a file of the world, which is as it was afterwards."""
-    kept: list[tuple[Path, bytes]] = []
+    kept: list[tuple[Path, bytes | None]] = []
 
     def give(name: str) -> Path:
-        kept.append((world / name, (world / name).read_bytes()))
-        return world / name
+        path = world / name
+        kept.append((path, path.read_bytes() if path.exists() else None))
+        return path
 
     yield give
     for path, data in kept:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        path.write_bytes(data)
+        if data is not None:
+            path.write_bytes(data)
 
 
 def refused(arguments: list[str], world: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -740,7 +761,8 @@ def test_a_bad_file_is_refused_in_a_line(
 
 
 def test_there_are_many_kinds() -> None:
-    assert len(ALL) >= 250
+    rows = len(TABLES) * (len(ROWS) + len(FILES)) + len(FILES) + len(GRAPHS)
+    assert len(ALL) + rows >= 250
 
 
 def test_the_good_files_are_taken(
@@ -833,8 +855,111 @@ def test_bad_usage_is_refused_in_a_line(
     refused(arguments.split(" "), world, capsys)
 
 
-def rehashed(folder: Path, name: str) -> None:
-    """Lets the manifest of a folder list a file as it is."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+ROWS: dict[str, bytes] = {
+    "a number": b"7",
+    "a list": b"[]",
+    "nothing": b"null",
+    "no field": b"{}",
+    "no JSON": b"{",
+    "half a character": b'{"F": "\\ud800"}',
+    "no UTF-8": b'{"F": "\xff"}',
+    "a number for a text": b'{"F": 7}',
+    "a list for a text": b'{"F": [1]}',
+    "NaN for a text": b'{"F": NaN}',
+    "an object for a text": b'{"F": {"a": 1}}',
+    "500 levels for a text": b'{"F": ' + b"[" * 500 + b"]" * 500 + b"}",
+    "100,000 levels": b"[" * 100_000,
+    "6,000 digits": b'{"F": ' + b"9" * 6000 + b"}",
+    "a key of many letters": b'{"' + b"x" * 100_000 + b'": 1}',
+}
+"""A row that is wrong, `F` for the field that is read."""
+TABLES: dict[str, tuple[str, Callable[[Recipe], object]]] = {
+    "questions": (
+        "question",
+        lambda r: load_questions(QuestionSource(path="rows/questions.jsonl"), r),
+    ),
+    "texts": ("text", lambda r: load_texts(TextSource(path="rows/texts.jsonl"), r)),
+    "prompts": (
+        "prompt",
+        lambda r: load_prompts(RowSource(path="rows/prompts.jsonl"), r, answered=True),
+    ),
+    "trivia": ("right", lambda r: load_trivia(RowSource(path="rows/trivia.jsonl"), r, None)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("row", ROWS)
+def test_a_bad_row_is_refused_in_a_line(
+    name: str, row: str, world: Path, restored: Callable[[str], Path]
+) -> None:
+    key, load = TABLES[name]
+    path = restored(f"rows/{name}.jsonl")
+    recipe = Recipe.load(world / "recipe.toml")
+    load(recipe)
+    path.write_bytes(path.read_bytes() + ROWS[row].replace(b'"F"', f'"{key}"'.encode()) + b"\n")
+    with pytest.raises(DataError) as refusal:
+        load(recipe)
+    assert len(str(refusal.value)) < 1000 and "\n" not in str(refusal.value)
+    assert "row" in str(refusal.value) or "UTF-8" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("damage", [name for name in FILES if name != "half"])
+def test_a_bad_file_of_rows_is_refused_in_a_line(
+    name: str, damage: str, world: Path, restored: Callable[[str], Path]
+) -> None:
+    FILES[damage](restored(f"rows/{name}.jsonl"))
+    with pytest.raises(DataError, match=f"rows/{name}.jsonl"):
+        TABLES[name][1](Recipe.load(world / "recipe.toml"))
+
+
+@pytest.mark.parametrize("damage", FILES)
+def test_a_bad_parquet_file_is_refused_in_a_line(
+    damage: str, world: Path, restored: Callable[[str], Path]
+) -> None:
+    FILES[damage](restored("rows/questions.parquet"))
+    with pytest.raises(DataError, match=r"rows/questions.parquet"):
+        load_questions(
+            QuestionSource(path="rows/questions.parquet"), Recipe.load(world / "recipe.toml")
+        )
+
+
+GRAPHS: dict[str, Damage] = {
+    "empty": written(b""),
+    "text": written(b"hello"),
+    "half": changed(lambda data: data[: len(data) // 2]),
+    "beyond its cap": lambda path: os.truncate(path, (256 << 20) + 1),
+    "data outside": changed(lambda data: data.replace(b"w.bin", b"../w.")),
+    "data from the root": changed(lambda data: data.replace(b"w.bin", b"/dev/")),
+    "data that is not there": changed(lambda data: data.replace(b"w.bin", b"v.bin")),
+    "data as bytes": changed(lambda data: data.replace(b"w.bin", b"w\xff\xfe\xfdn")),
+    "no offset": changed(lambda data: data.replace(b"\x12\x0264", b"\x12\x02x4")),
+    "data beyond its end": changed(lambda data: data.replace(b"\x12\x0264", b"\x12\x0299")),
+    "deep nests": written(b"\x3a\xff\xff\x03" * 500),
+}
+
+
+@pytest.mark.parametrize("damage", GRAPHS)
+def test_a_bad_graph_is_refused_in_a_line(
+    damage: str,
+    world: Path,
+    restored: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(world)
+    restored("checkpoint/manifest.json")
+    path = restored("checkpoint/model.onnx")
+    restored("checkpoint/w.bin")
+    for name in ("model.onnx", "w.bin"):
+        if not (world / "checkpoint" / name).is_file():
+            shutil.copy(world / "graph" / name, world / "checkpoint" / name)
+    GRAPHS[damage](path)
+    manifest = json.loads((world / "checkpoint/manifest.json").read_text())
+    for found in (world / "checkpoint").iterdir():
+        if found.name != "manifest.json":
+            with found.open("rb") as file:
+                manifest["files"][found.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    (world / "checkpoint/manifest.json").write_text(json.dumps(manifest))
+    said = refused(["verify", "checkpoint", "--only", "integrity"], world, capsys)
+    assert said.startswith("error: ") and "model.onnx" in said
