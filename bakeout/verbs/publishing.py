@@ -18,13 +18,14 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from bake.errors import BakeoutError, FolderError, ReportError
 from bake.files.folder_files import SIGNATURE
-from bake.new_folder import MANIFEST
+from bake.new_folder import MANIFEST, write_whole
 from bakeout.terminal import printable, progress
 from bakeout.verbs.arguments import FolderPath
 from export.code_check import check_code
 from export.in_place import changing, put_files
 from export.manifest import CARD, Manifest
 from export.signing import SigningError, sign_folder
+from model_cards.bom import bom_of
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
 from verify.evidence.integrity import check_integrity
@@ -201,8 +202,21 @@ def card(
         Path | None,
         typer.Option(help="What `bakeout verify FOLDER --json FILE` wrote.", show_default=False),
     ] = None,
+    bom: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what the folder was made from as CycloneDX instead; the folder stays.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write the folder's README.md anew: what was removed, what was measured, what remains."""
+    if bom is not None:
+        check_code(folder)
+        write_whole(bom, bom_of(folder), option="--bom")
+        typer.echo(f"written to {bom}")
+        return
     with progress("card") as advance:
         written = card_folder(folder, report, lambda share: advance("hash", share))
     typer.echo(f"written to {written}")
