@@ -5,7 +5,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo gemma test lint bench miniature clean
+.PHONY: setup demo gemma test lint bench fuzz miniature clean
 
 setup: .venv/ready
 
@@ -32,6 +32,9 @@ lint: setup
 
 bench: setup
 	for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+
+fuzz: setup  # FUZZ_SECONDS=600, FUZZ_SEED=the time
+	$(BIN)/python -W ignore -m tests.fuzz
 
 miniature: setup
 	$(BIN)/python -m bakeout.miniature.making.build

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 
 from bake.errors import ModelError, shown
 from bake.families import FAMILIES, GEMMA_BOS, Family
+from bake.reading.capped import read_json
+from bake.reading.model_config import wrong_field
 from bake.recipe import Recipe
 from bake.strangers.foreign import obeyed_keys
-from bake.tensors import indexed_tensors, stored_tensors
+from bake.tensors import StoredTensor, indexed_tensors, stored_tensors
 
 _ADAPTER = "adapter_config.json"
 _FLOATS = ("F64", "F32", "BF16", "F16")
@@ -54,7 +56,7 @@ class BaseModel:
     def bos_token_id(self) -> int:
         """BOS as the model's config states it, else Gemma's own."""
         for config in (self.config, self.config.get("text_config") or {}):
-            if isinstance(config.get("bos_token_id"), int):
+            if type(config.get("bos_token_id")) is int:
                 return int(config["bos_token_id"])
         return GEMMA_BOS
 
@@ -82,6 +84,8 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
     check_plain(folder, name)
     config = _read_json(folder / "config.json", name)
     family = _family_of(config, name)
+    if (wrong := wrong_field(config)) is not None:
+        raise ModelError(f"base model {name}: {wrong} (config.json). Download it again")
     try:
         tensors = indexed_tensors(folder, _weight_map(folder, name))
     except (SafetensorError, OSError, ValueError) as error:
@@ -93,7 +97,7 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         other = tensor.dtype not in _FLOATS and key.endswith(".weight")
         if other or (part and part[1] != "weight"):
             raise _quantised(name, f"{key} as {tensor.dtype}")
-    layer = re.compile(r"((?:.*\.)?layers\.)(\d+)\.mlp\.gate_proj\.weight")
+    layer = re.compile(r"((?:.*\.)?layers\.)([0-9]{1,4})\.mlp\.gate_proj\.weight")
     found = [match for key in tensors if (match := layer.fullmatch(key))]
     if not found:
         raise ModelError(
@@ -103,21 +107,16 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
     layers = sorted(int(match[2]) for match in found)
     if layers != list(range(len(layers))):
         raise ModelError(
-            f"base model {name}: decoder layers {layers} are not consecutive from 0; expected all "
-            "of them. Download it again"
+            f"base model {name}: decoder layers {shown(layers)} are not consecutive from 0; "
+            "expected all of them. Download it again"
         )
-    rows, d_in = tensors[found[0][0]].shape
-    sizes = {"hidden_size": d_in, "intermediate_size": rows, "num_hidden_layers": len(layers)}
-    queries = tensors.get(found[0][0].replace("mlp.gate_proj", "self_attn.q_proj"))
-    text = config.get("text_config") or config
-    if queries is not None and isinstance(text.get("num_attention_heads"), int):
-        sizes["head_dim"] = queries.shape[0] // text["num_attention_heads"]
-    for key, size in sizes.items():
-        if text.get(key, size) != size:
-            raise ModelError(
-                f"base model {name}: {key} is {shown(text[key])} in config.json; expected {size}, "
-                "as its tensors have it. Download it again"
-            )
+    if len(shape := tensors[found[0][0]].shape) != 2:
+        raise ModelError(
+            f"base model {name}: {found[0][0]} has shape {list(shape)}; expected a matrix. "
+            "Download it again"
+        )
+    if (wrong := wrong_size(config, tensors, found[0][1], len(layers))) is not None:
+        raise ModelError(f"base model {name}: {wrong}. Download it again")
     return BaseModel(
         folder=folder,
         name=name,
@@ -125,10 +124,44 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
         family=family,
         config=config,
         weight_map={key: tensor.file.name for key, tensor in tensors.items()},
-        d_in=d_in,
+        d_in=shape[1],
         n_layers=len(layers),
         layer_prefix=found[0][1],
     )
+
+
+def wrong_size(
+    config: dict[str, Any], tensors: Mapping[str, StoredTensor], prefix: str, n_layers: int
+) -> str | None:
+    """Which size config.json states otherwise than the tensors have it; None where none.
+
+    Args:
+        config: of the model.
+        tensors: by name.
+        prefix: what stands before a layer's number.
+        n_layers: how many layers the tensors are of.
+    """
+    gate = tensors[f"{prefix}0.mlp.gate_proj.weight"].shape
+    queries = tensors.get(f"{prefix}0.self_attn.q_proj.weight")
+    text = config.get("text_config") or config
+    if len(gate) != 2:
+        return f"{prefix}0.mlp.gate_proj.weight has shape {list(gate)}; expected a matrix"
+    sizes = {"hidden_size": gate[1], "intermediate_size": gate[0], "num_hidden_layers": n_layers}
+    if queries is not None and queries.shape and text.get("num_attention_heads"):
+        sizes["head_dim"] = queries.shape[0] // text["num_attention_heads"]
+        keys = tensors.get(f"{prefix}0.self_attn.k_proj.weight")
+        if keys is not None and keys.shape and sizes["head_dim"]:
+            sizes["num_key_value_heads"] = keys.shape[0] // sizes["head_dim"]
+    table = tensors.get(f"{prefix.removesuffix('layers.')}embed_tokens.weight")
+    if table is not None and table.shape:
+        sizes["vocab_size"] = table.shape[0]
+    for key, size in sizes.items():
+        if (text.get(key) or size) != size:
+            return (
+                f"{key} is {shown(text[key])} in config.json; expected {size}, as its tensors "
+                "have it"
+            )
+    return None
 
 
 def check_plain(folder: Path, name: str) -> None:
@@ -145,7 +178,7 @@ def check_plain(folder: Path, name: str) -> None:
             "move it elsewhere"
         )
     config = _read_json(folder / "config.json", name)
-    for of in (config, config.get("text_config") or {}):
+    for of in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(of, dict) and of.get(key) is not None:
                 stated = of[key]
@@ -192,7 +225,7 @@ def _download(model: str, revision: str) -> Path:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError as error:
         raise ModelError(
             f"base model {name}: {path.name} is missing; expected a model folder as "
@@ -217,13 +250,14 @@ def _family_of(config: dict[str, Any], name: str) -> Family:
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ModelError(
-            f"base model {name}: model_type is {model_type!r}; "
+            f"base model {name}: model_type is {shown(model_type)}; "
             f"expected one of {', '.join(FAMILIES)}"
         )
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise ModelError(
-            f"base model {name}: architecture is {architectures}; expected {family.architecture}"
+            f"base model {name}: architecture is {shown(architectures)}; expected "
+            f"{family.architecture}"
         )
     return family
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ def load_clamps(recipe: Recipe, base: BaseModel) -> list[ClampWeights]:
     """
     clamps = [load_clamp(clamp, recipe, base) for clamp in recipe.clamp]
     layers = [clamp.layer for clamp in clamps]
-    if twice := [layer for layer in layers if layers.count(layer) > 1]:
+    if twice := [layer for layer, n in Counter(layers).items() if n > 1]:
         raise SAEError(f"two [[clamp]] tables at the output of layer {twice[0]}; merge them")
     return sorted(clamps, key=lambda clamp: clamp.layer)
 
@@ -78,8 +79,25 @@ def load_clamp(clamp: Clamp, recipe: Recipe, base: BaseModel) -> ClampWeights:
     site = find_site(clamp, recipe, base)
     rows = site.rows(clamp)
     piece = load_slice(site.files, rows.features)
+    _check_finite(site, rows, piece)
     says = "recipe" if site.files.hook_point is None else "SAE"
     return ClampWeights(site.layer, site.hook_point, clamp, piece, rows, says)
+
+
+def _check_finite(site: SAESite, rows: Rows, piece: SAESlice) -> None:
+    """Raise SAEError where what the clamp writes, (value + scale · a) · decoder row, is beyond
+    float32 for activations of 1.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        factor = np.abs(rows.value) + np.abs(rows.scale)
+        largest = (factor[:, None] * np.abs(piece.W_dec)).sum(0, dtype=np.float32).max(initial=0)
+    if not np.isfinite(largest):
+        said = {key: getattr(site.clamp, key) for key in ("value", "multiplier", "clamp_value")}
+        stated = ", ".join(f"{key} {number}" for key, number in said.items() if number is not None)
+        raise SAEError(
+            f"SAE {site.name}: {stated}, times the SAE's decoder rows, is beyond float32; expected "
+            "a product that float32 holds. Name a smaller number in the recipe"
+        )
 
 
 @dataclass(frozen=True)

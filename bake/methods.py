@@ -108,11 +108,11 @@ def _random_decoder(clamp: Clamp, d_sae: int) -> Rows:
     assert clamp.value is not None
     target = {f: (f + 1) % d_sae for f in _features(clamp)}
     read = list(dict.fromkeys([*target, *target.values()]))
-    k = len(read)
+    row, k = {feature: i for i, feature in enumerate(read)}, len(read)
     route, values = np.zeros((k, k), np.bool_), np.zeros(k, "f4")
     for f, t in target.items():
-        route[read.index(t), read.index(f)] = True
-        values[read.index(t)] = clamp.value
+        route[row[t], row[f]] = True
+        values[row[t]] = clamp.value
     return Rows(tuple(read), route, values, np.zeros(k, "f4"))
 
 

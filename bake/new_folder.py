@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
+import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
-from bake.errors import BakeoutError, OutputError
+from bake.errors import BakeoutError, FolderError, OutputError
+from bake.files.folder_files import contents, file_in, sha256_in, wrong_name
+from bake.files.locks import folder_lock
 
 MANIFEST = "manifest.json"
 """What tells a folder that bakeout wrote."""
-_LOCK = ".lock"
 _MARGIN = 1 << 20
 """Bytes that must stay free beside the output."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -44,12 +49,56 @@ def check_output(out: Path, *, inputs: Iterable[Path], size: int, force: bool) -
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise OutputError(f"output {out}: exists; choose another folder, or pass --force")
-        if not (out / MANIFEST).is_file():
-            raise OutputError(
-                f"output {out}: exists and has no {MANIFEST}, so bakeout did not write it; "
-                "choose another folder: --force replaces only what bakeout wrote"
-            )
+        check_replaceable(out)
     check_space(out, size)
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise OutputError unless all that lies in a folder is what bakeout wrote, hash by hash. What
+    its manifest lists and is not there is no loss.
+    """
+    try:
+        why = _not_ours(out)
+    except FolderError as error:
+        why = f"cannot be told from somebody else's ({error})"
+    if why is not None:
+        raise OutputError(
+            f"output {out}: exists and {why}, so bakeout did not write it; choose another "
+            "folder, or remove this one: --force replaces only what bakeout wrote"
+        )
+
+
+def _not_ours(out: Path) -> str | None:
+    """What in a folder bakeout did not write: the end of a sentence; or None."""
+    if not (out / MANIFEST).is_file():
+        return f"has no {MANIFEST}"
+    try:
+        data = json.loads(file_in(out, MANIFEST).read_bytes())
+        hashes = {name: {digest} for name, digest in data["files"].items()}
+        for name, digest in data.get("in_place", {}).items():  # its writer was killed
+            hashes.setdefault(name, set()).add(digest)
+        ours = all(type(data[key]) is str for key in ("bakeout", "carrier", "recipe_sha256"))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours or any(wrong_name(name) is not None for name in hashes):
+        return f"has a {MANIFEST} of something else"
+    found = contents(out)
+    for name, what in found.odd.items():
+        return f"its {name} {what}"
+    if strange := sorted((found.files | found.transport) - hashes.keys() - {MANIFEST}):
+        return f"holds {strange[0]}, which its {MANIFEST} does not list"
+    for name in sorted(found.files - {MANIFEST}):
+        about = file_in(out, name).stat()
+        state = (about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        if _sha256(out.resolve(), name, state) not in hashes[name]:
+            return f"its {name} is not what its {MANIFEST} lists"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _sha256(folder: Path, name: str, state: tuple[int, ...]) -> str:
+    """Of a file, which is asked more than once in a run; `state` changes whenever it does."""
+    return sha256_in(folder, name)
 
 
 def check_space(out: Path, size: int) -> None:
@@ -63,39 +112,62 @@ def check_space(out: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `out`; on success it takes out's place in one step.
 
     When the body raises, the temporary folder is removed and `out` is as it was; an error that
     names the temporary folder names `out` instead. A folder left
     behind by a process that was killed is removed by the next run.
 
+    Args:
+        out: the folder.
+        force: replace what bakeout wrote there, if anything is.
+
     Raises:
-        OutputError: the disk is full, or the folder cannot be written.
+        OutputError: another process is writing it, it holds something that may not be replaced,
+            the disk is full, or the folder cannot be written.
     """
     out = out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.bakeout-", dir=out.parent))
     except OSError as error:
-        raise OutputError(
-            f"output {out}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    try:
-        with disk_full(out), _locked(temporary):
-            temporary.chmod(0o755)
-            yield temporary
-            (temporary / _LOCK).unlink()
-            fsync_folder(temporary)
-            _take_place(temporary, out)
-        fsync_folder(out.parent)
-    except BakeoutError as error:
-        if str(temporary) not in str(error):
-            raise
-        raise type(error)(str(error).replace(str(temporary), str(out))) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise _unwritable(out, error) from error
+    with folder_lock(out):
+        try:
+            _remove_abandoned(out)
+            _check_place(out, force=force)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.bakeout-", dir=out.parent))
+        except OSError as error:
+            raise _unwritable(out, error) from error
+        try:
+            with disk_full(out):
+                temporary.chmod(0o755)
+                yield temporary
+                fsync_folder(temporary)
+                _check_place(out, force=force)
+                _take_place(temporary, out)
+            fsync_folder(out.parent)
+        except BakeoutError as error:
+            if str(temporary) not in str(error):
+                raise
+            raise type(error)(str(error).replace(str(temporary), str(out))) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_place(out: Path, *, force: bool) -> None:
+    """Raise OutputError where something lies that may not be replaced; it may have come since it
+    was looked at first.
+    """
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not force:
+        raise OutputError(f"output {out}: exists; choose another folder, or pass --force")
+    check_replaceable(out)
+
+
+def _unwritable(out: Path, error: OSError) -> OutputError:
+    return OutputError(f"output {out}: cannot be written ({error.strerror}); choose another folder")
 
 
 @contextlib.contextmanager
@@ -112,17 +184,48 @@ def whole_file(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def write_whole(file: Path, text: str, *, option: str) -> None:
+    """Write a file whole or not at all, or into what is no file; `option` leads the error.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    there = file.resolve()
+    place = whole_file(there) if there.is_file() or not there.exists() else nullcontext(there)
+    try:
+        with place as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{option}: cannot be written ({error.strerror}); choose another place, in a folder "
+            "that exists"
+        ) from error
+
+
 @contextlib.contextmanager
 def disk_full(out: Path) -> Iterator[None]:
     """Say in one line that the disk is full, where writing within the block fails for that."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        if not is_disk_full(error):
             raise
         raise OutputError(
             f"output {out}: the disk is full; nothing was kept. Free some, or choose another disk"
         ) from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether something could not be written because there is no room, or not for so much; some
+    libraries say it in words only.
+    """
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in numbers
+    said = str(error)
+    return not isinstance(error, BakeoutError) and any(
+        f"(os error {number})" in said or f"[Errno {number}]" in said for number in numbers
+    )
 
 
 def _take_place(temporary: Path, out: Path) -> None:
@@ -149,25 +252,18 @@ def _exchange(one: Path, other: Path) -> None:
         raise OSError(ctypes.get_errno(), "renameat2")
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock in the folder, which the system drops when the process dies."""
-    with (folder / _LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _remove_abandoned(out: Path) -> None:
-    """Remove temporary folders of `out` whose process is gone."""
-    for folder in out.parent.glob(f".{out.name}.bakeout-*"):
-        try:
-            with (folder / _LOCK).open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            pass
-        except OSError:
+    """Remove temporary folders of `out`, whose lock is held: their processes are gone. An old one
+    that was on its way out of the place is put back.
+    """
+    ours = re.compile(re.escape(f".{out.name}.bakeout-") + r"[a-z0-9_]{8}(-old)?")
+    for folder in sorted(out.parent.iterdir()):
+        if not ours.fullmatch(folder.name) or not stat.S_ISDIR(folder.lstat().st_mode):
             continue
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.name.endswith("-old") and not out.exists():
+            folder.rename(out)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _existing_parent(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,13 +19,17 @@ from pydantic import (
 from bake.errors import RecipeError
 from bake.methods import METHODS, own_fields
 from bake.sources import (
+    MOST_FEATURES,
     Corpus,
+    PathName,
     QuestionSource,
     RowSource,
     SAESource,
     Source,
     Table,
     TextSource,
+    feature_numbers,
+    float32,
     layer_of,
     one_line,
     read_toml,
@@ -38,7 +43,7 @@ PromptForm = Literal["chat", "plain", "cloze"]
 class Base(Table):
     """The model that is to forget."""
 
-    model: str = Field(min_length=1)
+    model: PathName = Field(min_length=1)
     """Hub id, or a folder relative to the recipe file."""
     revision: str = "main"
     """Branch, tag or commit on the hub; a commit for anything that is published."""
@@ -77,16 +82,12 @@ class Clamp(Table):
     @field_validator("features", mode="before")
     @classmethod
     def _readable_features(cls, features: Any) -> Any:
-        if features == "select":
-            return features
-        whole = isinstance(features, list) and all(type(f) is int for f in features)
-        if not whole or not features:
-            raise ValueError('expected a list of at least one feature number, or "select"')
-        if negative := [f for f in features if f < 0]:
-            raise ValueError(f"feature {negative[0]} is negative")
-        if twice := [f for f in features if features.count(f) > 1]:
-            raise ValueError(f"feature {twice[0]} is listed twice")
-        return features
+        return features if features == "select" else feature_numbers(features)
+
+    @field_validator("value", "multiplier", "trigger", "clamp_value")
+    @classmethod
+    def _in_float32(cls, number: float | None) -> float | None:
+        return number if number is None else float32(number)
 
     @field_validator("method")
     @classmethod
@@ -164,13 +165,13 @@ class Select(Table):
     retain_threshold: float = Field(default=0.01, ge=0, le=1)
     """sparsity only: a feature that fires on this share of the retained tokens, or on more, is
     not selected."""
-    n_features: int = Field(default=20, ge=1)
+    n_features: int = Field(default=20, ge=1, le=MOST_FEATURES)
     """How many features to take."""
     ratio_percentile: float = Field(default=95.0, ge=0, le=100)
     """ratio only: keep features above this percentile of mean square forget / retain."""
-    seq_len: int = Field(default=1024, ge=2)
+    seq_len: int = Field(default=1024, ge=2, le=1 << 20)
     """Window length in tokens, BOS included."""
-    n_seqs: int = Field(default=1024, ge=1)
+    n_seqs: int = Field(default=1024, ge=1, le=1 << 30)
     """Windows per corpus."""
     seed: int | None = None
     """Take the texts in an order drawn from this seed; without one, in their own."""
@@ -238,10 +239,15 @@ class Recipe(Table):
     _folder: Path = PrivateAttr(default=Path())
     _file: Path | None = PrivateAttr(default=None)
 
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _no_truth(cls, schema: Any) -> Any:
+        return repr(schema) if isinstance(schema, bool) else schema  # to Python, true is 1
+
     @model_validator(mode="after")
     def _tables_fit(self) -> Self:
         layers = [layer_of(c.hook_point) for c in self.clamp if c.hook_point is not None]
-        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+        if twice := [layer for layer, n in Counter(layers).items() if n > 1]:
             raise ValueError(f"two [[clamp]] tables at the output of layer {twice[0]}; merge them")
         if self.select is None and self.selects:
             raise ValueError('features = "select" needs a [select] table')

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from bake.errors import RecipeError
+from bake.errors import RecipeError, short, shown
+from bake.reading.capped import CAPS, parse_toml, read_bytes
 
 
 class Table(BaseModel):
@@ -29,6 +30,16 @@ class Table(BaseModel):
     )
 
 
+def _short_enough(name: str) -> str:
+    if len(name) > 4000 or any(len(part.encode()) > 255 for part in name.split("/")):
+        raise ValueError(f"{shown(name)} is longer than the name of a file can be")
+    return name
+
+
+PathName = Annotated[str, AfterValidator(_short_enough)]
+"""A path, or a hub id."""
+
+
 class SAESource(Table):
     """Where an SAE comes from: `release` and `id`, or `path`."""
 
@@ -36,7 +47,7 @@ class SAESource(Table):
     """sae_lens release, or a hub repository in sae_lens's format."""
     id: str | None = None
     """The SAE's id within the release."""
-    path: str | None = None
+    path: PathName | None = None
     """A sae_lens or Gemma Scope folder, relative to the recipe file."""
 
     @model_validator(mode="after")
@@ -51,9 +62,9 @@ class SAESource(Table):
 class Source(Table):
     """A local file (`path`), or a hub data set (`dataset`, `split`)."""
 
-    path: str | None = None
+    path: PathName | None = None
     """A JSONL or Parquet (.parquet) file, relative to the recipe file."""
-    dataset: str | None = None
+    dataset: PathName | None = None
     """Hub id of a data set, or a local folder."""
     config: str | None = None
     """Configuration of the data set."""
@@ -118,14 +129,54 @@ def rewrite_paths(table: dict[str, Any], folder: Path, rewrite: Callable[[Path],
             table[key] = rewrite(folder / entry)
 
 
+MOST_FEATURES = 8192
+"""Most features of one clamp, whose table of routes has that number squared: 64 MB."""
+_MOST_FLOAT32 = 3.4028234663852886e38
+
+
+def feature_numbers(features: Any) -> list[int]:
+    """Features as a recipe lists them.
+
+    Raises:
+        ValueError: they are no list of different whole numbers from 0, empty, or too many.
+    """
+    whole = isinstance(features, list) and all(type(f) is int for f in features)
+    if not whole or not features:
+        raise ValueError('expected a list of at least one feature number, or "select"')
+    if len(features) > MOST_FEATURES:
+        raise ValueError(
+            f"lists {len(features):,} features; expected at most {MOST_FEATURES:,}: any may "
+            "trigger any other, which is a table of that size squared"
+        )
+    if negative := [f for f in features if f < 0]:
+        raise ValueError(f"feature {negative[0]} is negative")
+    if twice := [f for f, n in Counter(features).items() if n > 1]:
+        raise ValueError(f"feature {twice[0]} is listed twice")
+    return list(features)
+
+
+def float32(number: float) -> float:
+    """A number that the clamp, which computes in float32, can hold.
+
+    Raises:
+        ValueError: it is beyond.
+    """
+    if abs(number) > _MOST_FLOAT32:
+        raise ValueError(
+            f"got {number!r}, which is beyond float32, in which the clamp computes; expected at "
+            f"most {_MOST_FLOAT32:.7g}"
+        )
+    return number
+
+
 _AFTER = re.compile(
-    r"blocks\.(\d+)\.hook_(?:resid_post|out)|"
-    r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)(?:\.output(?:\.0)?)?"
+    r"blocks\.([0-9]{1,4})\.hook_(?:resid_post|out)|"
+    r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.([0-9]{1,4})(?:\.output(?:\.0)?)?"
 )
 """A layer's output, as TransformerLens (2, 3) and as Hugging Face's modules name it."""
 _BEFORE = re.compile(
-    r"blocks\.(\d+)\.hook_(?:resid_pre|in)|"
-    r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.input(?:\.0)?"
+    r"blocks\.([0-9]{1,4})\.hook_(?:resid_pre|in)|"
+    r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.([0-9]{1,4})\.input(?:\.0)?"
 )
 """A layer's input, which is the output of the one before."""
 
@@ -144,7 +195,7 @@ def layer_of(hook_point: str) -> int:
     match = after or before
     if match is None:
         raise ValueError(
-            f'hook point "{hook_point}" is not supported; expected blocks.L.hook_resid_post '
+            f'hook point "{short(hook_point)}" is not supported; expected blocks.L.hook_resid_post '
             "or blocks.L.hook_resid_pre (the residual stream), or model.layers.L"
         )
     layer = int(match[1] or match[2]) - (before is not None)
@@ -166,12 +217,12 @@ def read_toml(what: str, path: Path) -> dict[str, Any]:
         RecipeError: it is missing, or is no TOML; one line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(read_bytes(path, CAPS["recipe.toml"]))
     except OSError as error:
         raise RecipeError(
             f"{what} {path}: cannot be read ({error.strerror}); expected a TOML file"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RecipeError(f"{what} {path}: is no TOML: {error}; correct it there") from error
 
 
@@ -198,8 +249,9 @@ def one_line(error: ValidationError, root: type[BaseModel]) -> str:
         text = str(first["ctx"]["error"])
     else:
         message = _EXPECTED.get(first["type"], first["msg"].removeprefix("Input should be "))
-        text = f"got {first['input']!r}, expected {message}"
+        text = f"got {shown(first['input'])}, expected {message}"
     suffix = f" (and {len(more)} more)" if more else ""
+    key = short(key)
     return f"{key}: {text}{suffix}" if key else f"{text}{suffix}"
 
 

@@ -7,16 +7,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from bake.errors import ModelError
+from bake.base import find_base
+from bake.errors import ModelError, short
 from bake.families import FAMILIES
+from bake.reading.capped import wrong_file
 from bake.recipe import Recipe
 from bake.strangers.model_view import shown_model
-
-_TROUBLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-"""What transformers raises where a model or tokenizer is missing or damaged."""
 
 
 def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> Any:
@@ -94,6 +92,9 @@ def open_tokenizer(where: dict[str, Any]) -> Any:
     """
     from transformers import AutoTokenizer
 
+    wrong = wrong_file(Path(where["pretrained_model_name_or_path"]))
+    if wrong is not None:
+        raise ModelError(f"{wrong}; download it again")
     with _one_line("its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         ids = set(tokenizer("A", add_special_tokens=False)["input_ids"])
@@ -112,16 +113,17 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def location(recipe: Recipe) -> dict[str, Any]:
-    """What to give `from_pretrained` for a recipe's base."""
+    """What to give `from_pretrained` for a recipe's base: the folder that was found and checked.
+    A hub id would be looked for beneath the current folder first.
+    """
     local = recipe.local(recipe.base.model)
-    if local.is_dir():
-        return {"pretrained_model_name_or_path": str(local), "local_files_only": True}
-    return {"pretrained_model_name_or_path": recipe.base.model, "revision": recipe.base.revision}
+    folder = local if local.is_dir() else find_base(recipe).folder
+    return {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
 
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error, or its type where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return short(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 @contextmanager
@@ -147,7 +149,9 @@ def _one_line(
     logging.disable_progress_bar()
     try:
         yield
-    except _TROUBLE as error:
+    except ModelError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise every kind
         reason = reason_of(error).replace(*hidden) if hidden[0] else reason_of(error)
         raise ModelError(
             f"{what} ({reason}); check the name and the network, or name a local folder"

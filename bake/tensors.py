@@ -15,6 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from bake.errors import short, shown
+from bake.files.folder_files import wrong_name
+from bake.reading.capped import HEADER_BYTES, open_regular, parse_json
+
 Array = NDArray[np.float32]
 BITS: dict[str, str] = {"F64": "<u8", "F32": "<u4", "F16": "<u2", "BF16": "<u2"}
 """Numbers that can be read, as safetensors names their formats, and what holds their bits."""
@@ -51,13 +55,18 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, from its header; none is read.
 
     Raises:
-        SafetensorError, OSError, ValueError: the file is damaged, or its tensors overlap.
+        SafetensorError, OSError, ValueError: the file is damaged, its header is larger than any
+            model's, or its tensors overlap.
     """
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > HEADER_BYTES:
+            raise ValueError(f"has a header of {size:,} bytes; expected at most {HEADER_BYTES:,}")
+        header = parse_json(file.read(size))
+    if not isinstance(header, dict):
+        raise ValueError("has a header that is no JSON object")
     with safe_open(path, framework="np"):
         pass  # checks that offsets neither overlap nor leave the file
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(
@@ -86,17 +95,17 @@ def indexed_tensors(folder: Path, weight_map: Any) -> dict[str, StoredTensor]:
         raise ValueError("the index holds no weight_map")
     shards: dict[str, dict[str, StoredTensor]] = {}
     for shard in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(shard).name != shard:
-            raise ValueError(f"the index points outside the folder ({shard})")
+        if wrong_name(shard) is not None or "/" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"the index points outside the folder ({shown(shard)})")
         if not (folder / shard).is_file():
             raise ValueError(f"shard {shard} is missing")
         try:
             shards[shard] = stored_tensors(folder / shard)
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"shard {shard} is damaged ({error})") from error
+            raise ValueError(f"shard {shard} is damaged ({short(str(error))})") from error
     for name, shard in weight_map.items():
         if name not in shards[str(shard)]:
-            raise ValueError(f"{name} is not in {shard}, where the index places it")
+            raise ValueError(f"{short(name)} is not in {shard}, where the index places it")
     return {name: shards[str(shard)][name] for name, shard in weight_map.items()}
 
 

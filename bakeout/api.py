@@ -8,6 +8,7 @@ from pathlib import Path
 from bake.recipe import Recipe
 from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.exporting import export_adapter, export_compiled, rounded_card
+from bakeout.verbs.selecting import select_anew
 from export.carriers.onnx.onnx_folder import export_onnx
 from verify.options import Options
 from verify.report.findings import VerifyReport
@@ -115,4 +116,6 @@ def verify(
     """
     loaded = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
     kinds = frozenset([only] if isinstance(only, str) else only)
-    return verify_folder(Path(folder), loaded, kinds, options=options or Options())
+    return verify_folder(
+        Path(folder), loaded, kinds, options=options or Options(), select=select_anew
+    )

@@ -13,6 +13,7 @@ from types import FrameType
 import typer
 
 from bake.errors import BakeoutError, printable
+from bake.new_folder import is_disk_full
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
 
@@ -89,6 +90,11 @@ VERBS: dict[str, Verb] = {
         "card",
         "Write the folder's README.md anew: what was removed, what was measured, what remains.",
     ),
+    "sign": Verb(
+        "publishing",
+        "sign",
+        "Sign a folder's files with a key, a certificate, or an identity (Sigstore).",
+    ),
     "push": Verb(
         "publishing",
         "push",
@@ -146,6 +152,11 @@ def run(arguments: list[str]) -> int:
     except BakeoutError as error:
         return _fail(str(error), BAD_INPUT, debug)
     except Exception as error:
+        if is_disk_full(error):
+            goes_on = arguments[0] in VERBS and VERBS[arguments[0]].goes_on
+            left = "what was found is kept" if goes_on else "nothing was kept"
+            said = f"the disk is full; {left}. Free some, and run the same command again"
+            return _fail(said, BAD_INPUT, debug)
         if type(error).__name__ == "NoArgsIsHelpError":
             asked_for = " ".join(["bakeout", *arguments])
             return _fail(f"no verb; expected one of those in {asked_for} --help", BAD_INPUT, debug)

@@ -21,12 +21,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from bake.errors import BakeoutError
+from bake.errors import short
+from bake.new_folder import write_whole
 from export.carriers.carriers import CARRIERS, claim_of
 from export.code_check import check_code
 from export.manifest import ClampEntry, CompiledEntry, Manifest
 from verify.evidence.kinds import lines_of
-from verify.report.findings import EngineReport, VerifyReport
+from verify.report.findings import CLAIMED, EngineReport, VerifyReport
 from verify.report.measures import Completion, Completions, Continuation
 from verify.report.wording import number, title_of
 
@@ -75,13 +76,7 @@ def write_json(report: dict[str, Any], file: Path) -> None:
     if str(file) == "-":
         sys.stdout.write(text)
         return
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BakeoutError(
-            f"--json {file}: cannot be written ({error.strerror}); name a file in a folder "
-            "that exists"
-        ) from error
+    write_whole(file, text, option=f"--json {file}")
 
 
 def show_report(report: VerifyReport) -> None:
@@ -99,6 +94,11 @@ def show_report(report: VerifyReport) -> None:
         out.print(escape(printable(line)))
     if report.carrier in CARRIERS:
         out.print(f"the clamp is lost by {escape(CARRIERS[report.carrier].lost_by)}")
+    if report.signed_by is not None:
+        out.print(f"signed by {escape(printable(report.signed_by))}")
+    if report.cannot_know is not None:
+        style = "red" if report.scope.endswith(CLAIMED) else "yellow"
+        out.print(f"[{style}]{escape(report.cannot_know)}[/{style}]")
     colour = "green" if report.verdict == "pass" else "red"
     exact = claim_of(report.carrier, exact=report.exact)
     out.print(
@@ -271,7 +271,7 @@ def compiled_lines(compiled: CompiledEntry | None) -> list[tuple[str, str]]:
 
 def _clamp_text(clamp: ClampEntry) -> str:
     features = ", ".join(str(feature) for feature in clamp.features)
-    parameters = ", ".join(f"{k} {v}" for k, v in clamp.parameters.items())
+    parameters = ", ".join(f"{k} {short(str(v))}" for k, v in clamp.parameters.items())
     word = ", by the recipe's word alone" if clamp.hook_point_from == "recipe" else ""
     return (
         f"{clamp.method} at {clamp.hook_point}{word} ({parameters})\n"

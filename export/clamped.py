@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.base import INDEX
-from bake.errors import FolderError
+from bake.base import INDEX, wrong_size
+from bake.errors import FolderError, short
 from bake.families import FAMILIES, Family, family_of
 from bake.new_folder import MANIFEST
+from bake.reading.model_config import wrong_clamp, wrong_field
 from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
 from export.code_check import check_code
-from export.copying import BLOCK_BYTES
+from export.folder_contents import check_contents, check_files
 from export.manifest import AGAIN, Manifest, read_json
 
 _HELD = (*DTYPES.values(), "BOOL")
@@ -118,7 +119,7 @@ class Clamped:
         stored = read_json(self.folder / "config.json")
         config = {key: stored[key] for key in stored if key not in ("auto_map", "sae_clamp")}
         config |= {"model_type": self.model_type, "architectures": [self.family.architecture]}
-        text = config.get("text_config", config)
+        text = config.get("text_config") or config
         for name in ("hidden_activation", "hidden_act"):
             if isinstance(text.get(name), str):
                 text[name] = text[name].removeprefix(GUARD)
@@ -157,14 +158,16 @@ def weights_sha256(files: Mapping[str, str]) -> str:
 
 
 def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
-    """Open a folder that `bakeout bake` wrote; its code is not run.
+    """Open a folder that `bakeout bake` wrote; its code is not run. All its files but the weights
+    are hashed; those are `check_weights`'.
 
     Args:
         folder: what to open.
         with_graphs: accept whatever can have an ONNX graph, not the checkpoint alone.
 
     Raises:
-        FolderError: it is no clamped checkpoint, is incomplete or damaged, or has code of others.
+        FolderError: it is no clamped checkpoint, is incomplete or damaged, or holds what bakeout
+            does not write.
     """
     manifest = Manifest.read(folder)
     check_code(folder, manifest)
@@ -174,17 +177,31 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
             f"{folder}: is an export already (carrier {manifest.carrier}); expected a "
             "clamped checkpoint, as `bakeout bake` writes it"
         )
-    clamped = open_listed(folder, manifest)
-    if unlisted := [name for name in clamped.shards if name not in manifest.files]:
-        raise FolderError(f"{folder / MANIFEST}: does not list {unlisted[0]}; {AGAIN}")
-    return clamped
+    check_contents(folder, manifest)
+    check_files(folder, manifest, [name for name in manifest.files if not _is_heavy(name)])
+    return open_listed(folder, manifest)
+
+
+def _is_heavy(name: str) -> bool:
+    """Whether a file holds numbers of the base: weights, and copies of them for a graph."""
+    return name.endswith((".safetensors", ".onnx_data"))
+
+
+def check_weights(clamped: Clamped, progress: Callable[[float], None] = lambda _: None) -> None:
+    """Raise FolderError unless the weights of a folder are those that its manifest lists.
+
+    Args:
+        clamped: the folder.
+        progress: called with the share of bytes hashed, 0 to 1.
+    """
+    check_files(clamped.folder, clamped.manifest, clamped.shards, progress)
 
 
 def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     """Open a folder by a manifest that is still to be written."""
     own = CARRIERS[manifest.carrier].own_code
     section = read_config(folder, manifest.carrier)["sae_clamp"]
-    config, model_class = _open_config(folder, stock=not own)
+    config, model_class = open_config(folder, stock=not own)
     weight_map = read_json(folder / INDEX).get("weight_map")
     try:
         tensors = indexed_tensors(folder, weight_map)
@@ -196,11 +213,20 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
         prefixes = [match[1] for name in tensors if (match := prefix.fullmatch(name))]
         if not prefixes:
             raise ValueError("no decoder layers among its tensors")
+        gate = re.compile(re.escape(prefixes[0]) + r"[0-9]{1,4}\.mlp\.gate_proj\.weight")
+        n_layers = sum(gate.fullmatch(name) is not None for name in tensors)
+        stored = read_json(folder / "config.json")
+        if (wrong := wrong_size(stored, tensors, prefixes[0], n_layers)) is not None:
+            raise ValueError(wrong)
     except (OSError, ValueError) as error:
         raise FolderError(f"{folder}: its weights cannot be read ({error}); {AGAIN}") from error
     clamped = Clamped(folder, manifest, config, model_class, tensors, prefixes[0])
     if not own:
         return clamped
+    text = config.get_text_config()
+    wrong = wrong_clamp(section, n_layers=text.num_hidden_layers, vocab_size=text.vocab_size)
+    if wrong is not None:
+        raise FolderError(f"{folder / 'config.json'}: {wrong}; {AGAIN}")
     try:
         sites = tuple(_read_site(clamped, site) for site in section["sites"])
         exempt = tuple(int(token) for token in section["exempt_token_ids"])
@@ -212,14 +238,20 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     return replace(clamped, sites=sites, exempt_token_ids=exempt)
 
 
-def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
-    """(config object, name of the model class): stock ones where the clamp is compiled in."""
-    model_type = str(read_json(folder / "config.json").get("model_type"))
+def open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
+    """(config object, name of the model class): stock ones where the clamp is compiled in.
+
+    Raises:
+        FolderError: config.json is missing, damaged, or of another model_type.
+    """
+    stored = read_json(folder / "config.json")
+    model_type = str(stored.get("model_type"))
     known = {(name if stock else family.model_type): family for name, family in FAMILIES.items()}
     if model_type not in known:
         raise FolderError(
-            f"{folder}: model_type is {model_type}; expected one of {', '.join(known)}"
+            f"{folder}: model_type is {short(model_type)}; expected one of {', '.join(known)}"
         )
+    _check_fields(folder / "config.json", stored)
     family = known[model_type]
     import transformers
 
@@ -228,8 +260,9 @@ def _open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
     kind = transformers.AutoConfig if stock else getattr(modeling, family.config)
     try:
         config = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise FolderError(f"{folder / 'config.json'}: {error}; {AGAIN}") from error
+    except Exception as error:  # each of its checks raises another kind
+        reason = short(" ".join(str(error).split()))
+        raise FolderError(f"{folder / 'config.json'}: {reason}; {AGAIN}") from error
     return config, family.architecture if stock else family.clamped
 
 
@@ -245,34 +278,6 @@ def _read_site(clamped: Clamped, site: dict[str, Any]) -> ClampSite:
     return ClampSite(layer, bool(site["exempt_bos"]), **arrays)
 
 
-def check_files(
-    clamped: Clamped, names: Sequence[str], progress: Callable[[float], None] = lambda _: None
-) -> None:
-    """Raise FolderError unless files are what the manifest says.
-
-    Args:
-        clamped: the folder.
-        names: of the files.
-        progress: called with the share of bytes hashed, 0 to 1.
-    """
-    if missing := [name for name in names if not (clamped.folder / name).is_file()]:
-        raise FolderError(f"{clamped.folder}: {missing[0]} is missing; {AGAIN}")
-    total = sum((clamped.folder / name).stat().st_size for name in names)
-    done = 0
-    for name in names:
-        digest, listed = hashlib.sha256(), clamped.manifest.files[name]
-        with (clamped.folder / name).open("rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-                done += len(block)
-                progress(done / total)
-        if digest.hexdigest() != listed:
-            raise FolderError(
-                f"{clamped.folder / name}: is not the file that the manifest lists (sha256 "
-                f"{digest.hexdigest()[:16]}…, expected {listed[:16]}…); {AGAIN}"
-            )
-
-
 # --------------------------------------------------------------------------- config
 
 
@@ -284,14 +289,22 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
     """
     path = folder / CARRIERS[carrier].sites_in
     config = _compiled_config(folder) if path.name == MANIFEST else read_json(path)
+    _check_fields(path, config)
     try:
         sites = config["sae_clamp"]["sites"]
-        placed = bool(sites) and all(type(site["layer"]) is int for site in sites)
+        layers = [site["layer"] for site in sites]
+        placed = bool(layers) and all(type(layer) is int and layer >= 0 for layer in layers)
     except (KeyError, TypeError):
         placed = False
     if not placed:
         raise FolderError(f"{path}: has no clamp; expected sae_clamp.sites, each with its layer")
     return config
+
+
+def _check_fields(path: Path, config: dict[str, Any]) -> None:
+    """Raise FolderError where a field of a config is of another type than a Gemma's."""
+    if (wrong := wrong_field(config)) is not None:
+        raise FolderError(f"{path}: {wrong}; {AGAIN}")
 
 
 def clamped_layers(config: dict[str, Any]) -> list[int]:
@@ -303,6 +316,7 @@ def _compiled_config(folder: Path) -> dict[str, Any]:
     """What a compiled folder says of its base: its own config.json less what was added."""
     manifest, config = Manifest.read(folder), read_json(folder / "config.json")
     added = manifest.compiled
+    _check_fields(folder / "config.json", config)
     if added is None or config.get("hidden_size") != added.hidden_size[1]:
         raise FolderError(
             f"{folder / MANIFEST}: does not say where its clamps sit in a model of hidden_size "
@@ -310,7 +324,7 @@ def _compiled_config(folder: Path) -> dict[str, Any]:
         )
     return {
         "hidden_size": added.hidden_size[0],
-        "num_hidden_layers": config.get("num_hidden_layers", 0) - added.layers_added,
+        "num_hidden_layers": (config.get("num_hidden_layers") or 0) - added.layers_added,
         "vocab_size": config.get("vocab_size"),
         "dtype": added.dtype,
         "sae_clamp": {"sites": [{"layer": clamp.layer} for clamp in manifest.clamps]},

@@ -8,15 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from bake.errors import FolderError, shown
-from bake.new_folder import MANIFEST
-from export.carriers.carriers import CARRIERS
+from bake.errors import FolderError, short, shown
+from bake.files.folder_files import PARTIAL, check_name, sha256_in
+from bake.new_folder import MANIFEST, fsync_folder
+from bake.reading.capped import parse_json, read_in
+from bake.sources import MOST_FEATURES
+from export.carriers.carriers import ADDED, CARRIERS
 
 CARD = "README.md"
 AGAIN = "bake or download the folder again"
@@ -24,13 +28,15 @@ SCHEMA = 1
 """Newest version of the manifest that is known here."""
 TOOLS = ("bakeout", "sae-lens", "safetensors", "torch", "transformers")
 """Packages whose versions it states."""
+LONGEST = 4096
+"""Most characters of a text in it: of a name, a version, a hook point."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Part(BaseModel):
     """A part of the manifest. Keys that are not known here are kept."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, str_max_length=LONGEST)
 
 
 class BaseEntry(Part):
@@ -59,13 +65,13 @@ class SAEEntry(Part):
 class ClampEntry(Part):
     """One clamp."""
 
-    layer: int
+    layer: int = Field(ge=0, lt=10_000)
     """Decoder layer of the base whose output is edited."""
     hook_point: str
     method: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Any] = Field(max_length=64)
     """By their names in the recipe."""
-    features: list[int]
+    features: list[int] = Field(max_length=MOST_FEATURES)
     k: int
     """How many features are read or set."""
     sae: SAEEntry
@@ -119,21 +125,30 @@ class Manifest(Part):
     """Whether it computes the clamp itself rather than an approximation."""
     base: BaseEntry
     recipe_sha256: str
-    clamps: list[ClampEntry]
-    sources: dict[str, str]
+    clamps: list[ClampEntry] = Field(max_length=1024)
+    sources: dict[str, str] = Field(max_length=4096)
     """sha256 of the recipe's local questions and texts, by file name."""
-    tools: dict[str, str]
+    tools: dict[str, str] = Field(max_length=64)
     """Versions, by package."""
     files: dict[str, Sha256] = Field(min_length=1)
     """Every other file of the folder, by its name with forward slashes, and its sha256."""
     compiled: CompiledEntry | None = None
+    in_place: dict[str, Sha256] = {}
+    """While files are written into the folder, and after the writer was killed: the hashes that
+    they will have. Until then each is as `files` lists it, or is not there."""
 
     _sha256: str = PrivateAttr(default="")
+    _was_in_place: bool = PrivateAttr(default=False)
 
     @property
     def sha256(self) -> str:
         """Of manifest.json itself, as it was read."""
         return self._sha256
+
+    @property
+    def was_in_place(self) -> bool:
+        """Whether files were being written when it was read."""
+        return self._was_in_place
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -147,14 +162,12 @@ class Manifest(Part):
         if not folder.is_dir():
             raise FolderError(f"{folder}: is no folder; expected a folder that bakeout wrote")
         path = folder / MANIFEST
+        if not path.exists() and not path.is_symlink():
+            raise FolderError(f"{folder}: has no {MANIFEST}; expected a folder that bakeout wrote")
         try:
-            raw = path.read_bytes()
-            data = json.loads(raw)
-        except FileNotFoundError as error:
-            raise FolderError(
-                f"{folder}: has no {MANIFEST}; expected a folder that bakeout wrote"
-            ) from error
-        except (OSError, ValueError, RecursionError) as error:
+            raw = read_in(folder, MANIFEST)
+            data = parse_json(raw)
+        except (OSError, ValueError) as error:
             raise FolderError(
                 f"{path}: cannot be read ({error}); expected JSON; bake or download it again"
             ) from error
@@ -163,17 +176,35 @@ class Manifest(Part):
             found = cls.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
+            key = short(".".join(map(str, first["loc"])))
             raise FolderError(
                 f'{path}: "{key}" is {shown(first["input"])}: {first["msg"]}; bake or download '
                 "the folder again"
             ) from error
-        for name in found.files:
-            parts = PurePosixPath(name).parts
-            if not parts or ".." in parts or name.startswith("/") or "\\" in name:
-                raise FolderError(f'{path}: names "{name}"; expected files inside the folder')
+        for name in (*found.files, *found.in_place):
+            check_name(path, name)
+        if odd := [name for name in found.in_place if not re.fullmatch(ADDED, name)]:
+            raise FolderError(
+                f"{path}: is about to write {shown(odd[0])}; expected a graph, witnesses or a "
+                f"card; {AGAIN}"
+            )
+        found = found._settled(folder)
         found._sha256 = hashlib.sha256(raw).hexdigest()
         return found
+
+    def _settled(self, folder: Path) -> Self:
+        """The same with the hashes of what is there of the files that were being written."""
+        if not self.in_place:
+            return self
+        files = dict(self.files)
+        for name, new in self.in_place.items():
+            if not (folder / name).exists():
+                files.pop(name, None)
+            elif sha256_in(folder, name) == new:
+                files[name] = new
+        settled = self.changed(files=files, in_place={})
+        settled._was_in_place = True
+        return settled
 
     def derived(self, files: dict[str, str], *, carrier: str, **more: Any) -> Self:
         """The manifest of a folder that was made from this one's, a clamped checkpoint.
@@ -201,10 +232,20 @@ class Manifest(Part):
     def write(self, folder: Path) -> None:
         """Write it into a folder, as its last file, and bring it to disk."""
         data = self.model_dump(by_alias=True, exclude_unset=True)
+        if not self.in_place:
+            data.pop("in_place", None)
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             file.write(json_text(data))
             file.flush()
             os.fsync(file.fileno())
+
+    def replace(self, folder: Path) -> None:
+        """Write it into a folder in place of the old one, in one step."""
+        (folder / PARTIAL).mkdir(exist_ok=True)
+        self.write(folder / PARTIAL)
+        fsync_folder(folder)  # what it lists is there first
+        (folder / PARTIAL / MANIFEST).replace(folder / MANIFEST)
+        fsync_folder(folder)
 
 
 def _check_schema(path: Path, data: object) -> None:
@@ -235,10 +276,11 @@ def read_json(path: Path) -> dict[str, Any]:
         FolderError: the file is missing or damaged, or holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        path.lstat()
+        data = parse_json(read_in(path.parent, path.name))
         if not isinstance(data, dict):
             raise ValueError("is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise FolderError(
             f"{path}: cannot be read ({reason}); expected a clamped checkpoint; {AGAIN}"

@@ -6,13 +6,15 @@ in it against what the exporter saw, and see that the clamp acts.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 from bake.errors import FolderError
+from bake.files.folder_files import file_in
+from bake.reading.arrays import read_npz
+from bake.reading.capped import CAPS
+from bake.reading.model_config import wrong_field
 from bake.rounding import BAR
 from export.manifest import AGAIN, read_json
 
@@ -69,14 +71,13 @@ class Witnesses:
         Raises:
             FolderError: the file is missing, damaged, of another layout, or leads beyond the model.
         """
-        import numpy as np
         import torch
 
         path = folder / WITNESSES
         try:
-            with np.load(path) as arrays:
-                tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
-        except (OSError, EOFError, ValueError, TypeError, BadZipFile, zlib.error) as error:
+            arrays = read_npz(file_in(folder, WITNESSES), CAPS[WITNESSES])
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        except (OSError, ValueError, TypeError) as error:
             raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
         if set(tensors) != _LAYOUT:
             raise FolderError(
@@ -94,8 +95,11 @@ class Witnesses:
 
 def _vocab_size(folder: Path) -> int:
     """Of the model; where config.json leaves it to its class, more than any model has."""
-    config = read_json(folder / "config.json")
-    return int({**config, **(config.get("text_config") or {})}.get("vocab_size", 1 << 31))
+    path = folder / "config.json"
+    config = read_json(path)
+    if (wrong := wrong_field(config)) is not None:
+        raise FolderError(f"{path}: {wrong}; {AGAIN}")
+    return int({**config, **(config.get("text_config") or {})}.get("vocab_size") or 1 << 31)
 
 
 def _fits(found: Witnesses, vocab: int) -> bool:

@@ -12,6 +12,7 @@ from bake.base import BaseModel
 from bake.clamp import ClampWeights, sae_name
 from bake.recipe import Clamp, Recipe, Verify
 from bake.sources import layer_of
+from export.folder_contents import check_contents, recipe_in
 from export.manifest import CompiledEntry, Manifest
 
 GEMMA_SCOPE = (
@@ -91,11 +92,13 @@ def facts_of_folder(folder: Path) -> CardFacts:
     """Of a folder, from its manifest and recipe.
 
     Raises:
-        FolderError: the manifest is missing or damaged.
+        FolderError: the manifest is missing or damaged, or the folder holds what bakeout does not
+            write.
         RecipeError: the recipe cannot be read.
     """
     manifest = Manifest.read(folder)
-    return facts_of_manifest(manifest, Recipe.load(folder / "recipe.toml"), "not measured")
+    check_contents(folder, manifest)
+    return facts_of_manifest(manifest, recipe_in(folder, manifest), "not measured")
 
 
 def facts_of_manifest(

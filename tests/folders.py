@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,26 @@ def manifest_data(files: dict[str, str], **changes: Any) -> dict[str, Any]:
         "files": files,
         **changes,
     }
+
+
+def rehash(folder: Path, *added: str, lost: Container[str] = ()) -> None:
+    """Rewrite a folder's manifest, as somebody does who altered its files.
+
+    Args:
+        folder: what was altered.
+        added: names that it is to list besides.
+        lost: names that it is to list no longer.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    names = {name: manifest["files"].get(name) for name in (*manifest["files"], *added)}
+    manifest["files"] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        if (folder / name).is_file()
+        else old or "0" * 64
+        for name, old in names.items()
+        if name not in lost
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
 
 def baked_world(folder: Path, features: list[int], *, n_texts: int = 6) -> Path:

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bake.base import find_base
+from bake.base import INDEX, find_base
 from bake.errors import FolderError, RecipeError
+from bake.reading.capped import parse_toml, read_in
 from bake.recipe import Recipe
 from bake.sources import Source
+from export.carriers.carriers import CARRIERS
 from export.clamped import clamped_layers
+from export.manifest import Manifest
 from verify.report.findings import Failure
 
 RECIPE = "recipe.toml"
+NOWHERE = Path(os.devnull)
+"""Where the paths of a folder's own recipe start: beneath a file, where nothing lies. What a folder
+brings along under a hub id's name is not what the hub has."""
 _REWRITTEN = ("config.json", "model.safetensors.index.json", "README.md", "manifest.json", "NOTICE")
 """Files that a checkpoint has in a form of its own."""
-_TEXT_FILES = ("tokenizer", "chat_template", "special_tokens_map", "added_tokens")
-"""Beginnings of the names of files that decide how text becomes tokens."""
+_TEXT_FILES = (
+    *("tokenizer", "chat_template", "additional_chat_templates/", "special_tokens_map"),
+    *("added_tokens", "vocab", "merges.txt", "generation_config.json"),
+    *("processor_config", "preprocessor_config", "video_preprocessor_config"),
+)
+"""Beginnings of the names of files that decide how text becomes tokens, and which end an answer."""
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Fields of a config in which base and checkpoint must agree."""
 
@@ -30,7 +39,7 @@ def own_recipe(folder: Path) -> Recipe | None:
 
     A local source stands in a folder's recipe by its bare name, which leads nowhere.
     """
-    recipe = _stored_recipe(folder)
+    recipe = stored_recipe(folder)
     if recipe is None or recipe.verify is None or not _is_hub_id(recipe.base.model):
         return None
     hub = all(clamp.sae.path is None for clamp in recipe.clamp) and all(
@@ -39,10 +48,34 @@ def own_recipe(folder: Path) -> Recipe | None:
     return recipe if hub else None
 
 
-def fitted_recipe(recipe: Recipe, folder: Path, config: dict[str, Any]) -> Recipe:
+def downloads_of(recipe: Recipe) -> list[str]:
+    """What a recipe takes from the hub, where it is not in its cache."""
+    base = recipe.base
+    found = [f"{base.model} at {base.revision}"] if _is_hub_id(base.model) else []
+    found += [f"SAE {c.sae.release}/{c.sae.id}" for c in recipe.clamp if c.sae.release is not None]
+    sources = [] if recipe.verify is None else recipe.verify.sources
+    found += [f"data set {source.dataset}" for source in sources if source.dataset is not None]
+    return list(dict.fromkeys(found))
+
+
+def recorded_hooks(manifest: Manifest) -> dict[str, str]:
+    """The hook points that a manifest states, by the sha256 of the SAE's file."""
+    return {clamp.sae.sha256: clamp.hook_point for clamp in manifest.clamps}
+
+
+def fitted_recipe(
+    recipe: Recipe, folder: Path, config: dict[str, Any], *, shown: bool = True
+) -> Recipe:
     """A recipe ready to rebuild a folder's reference.
 
-    Where it leaves the features to `[select]`, those that the folder's own recipe names are meant.
+    Where it leaves the features to `[select]`, those that the folder's own recipe names are meant:
+    the folder's own word, which the report has to say.
+
+    Args:
+        recipe: what the reference is rebuilt from.
+        folder: that was baked from it.
+        config: of the folder, as `read_config` gives it.
+        shown: whether engines are shown its questions and text.
 
     Raises:
         RecipeError: it has another number of clamps than the folder, no `[verify]` table, or
@@ -55,14 +88,14 @@ def fitted_recipe(recipe: Recipe, folder: Path, config: dict[str, Any]) -> Recip
             f"{_clamps(len(layers))} (layers {_list(layers)}); expected the recipe that it was "
             "baked from"
         )
-    if recipe.verify is None:
+    if shown and recipe.verify is None:
         raise RecipeError(
             "the recipe has no [verify] table; expected one, on whose questions and text parity, "
             "choices and loss are measured"
         )
     if all(clamp.features != "select" for clamp in recipe.clamp):
         return recipe
-    stored = _stored_recipe(folder)
+    stored = stored_recipe(folder)
     if stored is None or len(stored.clamp) != len(recipe.clamp):
         raise RecipeError(
             f'the recipe says features = "select", and {folder.name} has no {RECIPE} that names '
@@ -121,32 +154,34 @@ def check_base(recipe: Recipe, folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def base_failures(recipe: Recipe, files: Mapping[str, str]) -> tuple[Failure, ...]:
-    """What of a checkpoint is not the recipe's base, byte for byte: weights, tokenizer, templates.
+def base_failures(recipe: Recipe, manifest: Manifest) -> tuple[Failure, ...]:
+    """What of a folder is not the recipe's base, byte for byte: weights that were copied,
+    tokenizer, templates, generation_config.json. An adapter brings none of them.
 
     Args:
         recipe: names the base.
-        files: sha256 of the checkpoint's files, as its manifest states them.
+        manifest: of the folder, whose files have the hashes that it states.
 
     Returns:
-        One failure of kind `integrity` for each file of the base that the checkpoint has otherwise,
-        or does not have though the model needs it.
+        One failure of kind `integrity` for each file of the base that the folder has otherwise,
+        or does not have though the model needs it, and for one that the base has not.
     """
-    base = find_base(recipe)
+    base, files, carrier = find_base(recipe), manifest.files, CARRIERS[manifest.carrier]
+    copies = set(base.shards) if carrier.own_code and INDEX in files else set()
     failures = []
     for path in sorted(path for path in base.folder.rglob("*") if path.is_file()):
         name = path.relative_to(base.folder).as_posix()
         copy = "model-00001-of-00001.safetensors" if name == "model.safetensors" else name
-        needed = name in base.shards or name.startswith(_TEXT_FILES)
-        if name in _REWRITTEN or (copy not in files and not needed):
+        needed = name in copies or (name.startswith(_TEXT_FILES) and not carrier.over_base)
+        if name in _REWRITTEN or (name in base.shards and name not in copies):
             continue
-        if files.get(copy) != (digest := _sha256(path)):
+        if (copy in files or needed) and files.get(copy) != (digest := _sha256(path)):
             what = f"{copy}: is not the base's {name}, byte for byte"
-            failures.append(Failure("integrity", "checkpoint", what, files.get(copy), digest))
+            failures.append(Failure("integrity", carrier.engine, what, files.get(copy), digest))
     for name in sorted(files):
         if name.startswith(_TEXT_FILES) and not (base.folder / name).is_file():
             what = f"{name}: the base has none"
-            failures.append(Failure("integrity", "checkpoint", what, files[name], None))
+            failures.append(Failure("integrity", carrier.engine, what, files[name], None))
     return tuple(failures)
 
 
@@ -155,15 +190,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stored_recipe(folder: Path) -> Recipe | None:
+def stored_recipe(folder: Path) -> Recipe | None:
+    """A folder's recipe.toml; None where it has none."""
     path = folder / RECIPE
     if not path.is_file():
         return None
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = parse_toml(read_in(folder, RECIPE))
     except (OSError, ValueError) as error:
         raise FolderError(f"{path}: cannot be read ({error}); expected TOML") from error
-    return Recipe.parse(data, name=str(path), folder=folder)
+    return Recipe.parse(data, name=str(path), folder=NOWHERE)
 
 
 def _is_hub_id(name: str) -> bool:

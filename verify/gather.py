@@ -4,7 +4,7 @@ adds what it finds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -43,6 +43,7 @@ from verify.work import Work
 if TYPE_CHECKING:
     from verify.compare.sensitivity import Sensitivity
     from verify.reference.oracle import Oracle
+    from verify.reference.whole_sae import Site
 
 
 def gather(
@@ -54,6 +55,7 @@ def gather(
     engines: Engines,
     journal: Journal,
     options: Options,
+    sites: Sequence[Site] | None = None,
 ) -> VerifyReport:
     """Run base, reference and the folder's engines, and add to a report what they show.
 
@@ -66,6 +68,7 @@ def gather(
         engines: of the folder; the checkpoint's code is executed in a process of its own.
         journal: of a run of the same that was interrupted, or empty.
         options: how it is run.
+        sites: of the recipe, where they are loaded already.
 
     Raises:
         BakeoutError: anything that is named cannot be loaded or does not fit.
@@ -76,7 +79,7 @@ def gather(
             kind.check(recipe)
     if options.tasks:
         check_harness(options.tasks, options.evals)
-    hooked = load_hooked(folder, recipe, engines, progress)
+    hooked = load_hooked(folder, recipe, engines, progress, sites)
     hooked, progress = _paced(hooked, recipe, kinds, engines, journal, progress, options)
     shown, form = shown_for(kinds), recipe.verify.prompt
     asks = "questions" in shown

@@ -14,8 +14,9 @@ from bake.rounding import epsilon_of
 from export.carriers.carriers import CARRIERS
 from export.clamped import read_config
 from export.manifest import Manifest
-from verify.clamped_folder import check_layers, check_shape
+from verify.clamped_folder import check_layers, check_shape, recorded_hooks
 from verify.compare.comparison import BASE, REFERENCE
+from verify.engines.engine_names import engine_of
 from verify.engines.engines import Engines
 from verify.engines.runners import HookedRunner
 from verify.journal import Journal, Progress
@@ -66,7 +67,7 @@ class Hooked:
         """How far rounding moves what each engine is compared with, on a sample of some prompts.
 
         Args:
-            units: per engine of the folder, the relative size of its roundings.
+            units: per engine that is held to rounding, the relative size of its own.
             engines: of the folder.
             prompts: that all are shown.
             journal: of a run that was interrupted, or empty.
@@ -74,11 +75,9 @@ class Hooked:
         from verify.compare.sensitivity import Sensitivity
 
         own = {name: epsilon_of(oracle.model.dtype) for name, oracle in self.oracles.items()}
-        against = {BASE: REFERENCE, **{name: name for name in own}, **self.against(engines)}
-        wanted = {
-            name: (against.get(name, REFERENCE), units.get(name, own[against.get(name, REFERENCE)]))
-            for name in (*against, *units)
-        }
+        against = self.against(engines)
+        wanted = {name: (name, epsilon) for name, epsilon in own.items()}
+        wanted |= {name: (against.get(name, REFERENCE), unit) for name, unit in units.items()}
         known = {
             of: Sensitivity(of[0], self.oracles[of[0]], of[1], self.material, journal, prompts)
             for of in dict.fromkeys(wanted.values())
@@ -92,16 +91,24 @@ class Hooked:
         return dict.fromkeys((graph.name for graph in engines.graphs), REFERENCE_32)
 
 
-def load_hooked(folder: Path, recipe: Recipe, engines: Engines, progress: Progress) -> Hooked:
-    """Load the stock base and the whole SAEs, and check that the folder is of their shape."""
+def load_hooked(
+    folder: Path,
+    recipe: Recipe,
+    engines: Engines,
+    progress: Progress,
+    sites: Sequence[Site] | None = None,
+) -> Hooked:
+    """Load the stock base and, where they are not at hand, the whole SAEs, and check that the
+    folder is of their shape.
+    """
     from bake.stock import load_base, load_tokenizer
     from verify.reference.oracle import Oracle
     from verify.reference.whole_sae import load_sites
 
     config = read_config(folder, engines.carrier)
     progress("load", 0.0)
-    recorded = {clamp.sae.sha256: clamp.hook_point for clamp in Manifest.read(folder).clamps}
-    sites = load_sites(recipe, recorded)
+    if sites is None:
+        sites = load_sites(recipe, recorded_hooks(Manifest.read(folder)))
     check_layers([site.layer for site in sites], folder, config)
     material = load_material(recipe, load_tokenizer(recipe))
     progress("load", 0.4)
@@ -116,13 +123,13 @@ def load_hooked(folder: Path, recipe: Recipe, engines: Engines, progress: Progre
 
 
 def units_of(folder: Path, engines: Engines, hooked: Hooked) -> dict[str, float]:
-    """Per engine of the folder, the relative size of one rounding."""
+    """Per engine of the folder that is held to rounding, the relative size of one."""
     stored = None
     if not CARRIERS[engines.carrier].strips:  # 16-bit weights stay so, whatever they are run in
         stored = read_config(folder, engines.carrier).get("dtype")
     against, found = hooked.against(engines), {}
     names = [*([engines.torch.name] if engines.torch else []), *(g.name for g in engines.graphs)]
-    for name in names:
+    for name in filter(lambda name: engine_of(name).held, names):
         dtype = str(hooked.oracles[against.get(name, REFERENCE)].model.dtype)
         dtype = dtype.removeprefix("torch.")
         found[name] = unit_of(name, stored if dtype == "float32" and stored else dtype)

@@ -186,7 +186,7 @@ def _read(path: Path, found: dict[str, Any]) -> int:
             try:
                 piece = json.loads(line) if line.endswith(b"\n") else None
                 found[piece["name"]] = piece["found"]  # type: ignore[index]
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 break
             end += len(line)
     return end

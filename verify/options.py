@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.signing import Trust
+
 
 @dataclass(frozen=True)
 class Options:
@@ -24,6 +26,11 @@ class Options:
     minutes: float | None = None
     """About how long it may take: of questions, texts and prompts evenly fewer are asked, and the
     report says of how many. None: all."""
+    own_recipe: bool = True
+    """Whether, where no recipe is given, the folder's own may be followed, which downloads what it
+    names."""
+    trust: Trust | None = None
+    """By whom the folder must be signed; None: it need not be."""
     keep: bool = False
     """Whether what was found stays in the cache when the run is complete: the same call on the same
     files then finds everything there."""

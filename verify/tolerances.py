@@ -27,6 +27,11 @@ MORE_REMEMBERED = 0.05
 answer."""
 
 
+CHANCE = 0.05
+"""Largest p of McNemar's test by which a folder forgets, where nothing but its own word says that
+its features are the topic's."""
+
+
 def unit_of(engine: str, dtype: str) -> float:
     """Relative size of one rounding of an engine.
 
@@ -117,6 +122,24 @@ def unlearning_failures(engine: EngineReport, reference: EngineReport, n: int) -
         for form, measured in engine.forget.measured.items()
         if not measured <= (bar := reference.forget.measured[form] + more)
     ]
+
+
+def forgetting_failures(engine: EngineReport, form: str) -> Iterator[Failure]:
+    """Whether an engine forgets at all, where only the folder says which features do: of the forget
+    questions, more were lost than gained, and chance alone would hardly do that (McNemar's test).
+
+    Args:
+        engine: of the folder.
+        form: the prompt form that leads.
+    """
+    for answers in engine.answers:
+        change = answers.change
+        if (answers.source, answers.form) != ("forget", form) or change is None:
+            continue
+        if change.lost <= change.gained or change.p_value > CHANCE:
+            what = f"forget questions lost less gained ({form}, p = {change.p_value:.2g})"
+            bar = f"more than 0, p at most {CHANCE}"
+            yield Failure("forgetting", engine.name, what, change.lost - change.gained, bar)
 
 
 def loss_bar(sensitivity: float) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import numpy as np
 from bake.base import INDEX, WEIGHTS
 from bake.errors import ModelError
 from bake.families import FAMILIES, GEMMA_BOS
+from bake.files.scratch import Scratch
+from bake.importing.gguf_header import check_header
 from bake.new_folder import check_output, check_space, new_folder
 from bake.tensors import Tensors, index_of, n_bytes, to_bits, write_tensors
 
@@ -74,6 +75,8 @@ def import_gguf(
             rebuilt.
         OutputError: the folder is there already, or the disk is full.
     """
+    if not file.is_file():
+        raise ModelError(f"{file}: is no file; expected a GGUF file")
     check_output(out, inputs=[file], size=0, force=False)
     if sha256 is not None:
         _check_sha256(file, sha256)
@@ -112,6 +115,7 @@ def open_gguf(file: Path) -> Gguf:
     if not file.is_file():
         raise ModelError(f"{file}: is no file; expected a GGUF file")
     try:
+        check_header(file)
         reader = GGUFReader(file)
         architecture = str(reader.fields["general.architecture"].contents())
     except Exception as error:  # whatever is wrong in the file
@@ -127,8 +131,8 @@ def open_gguf(file: Path) -> Gguf:
         raise ModelError(f"{file}: its tokenizer cannot be rebuilt (it has none); {_AGAIN}")
     family = _READABLE[architecture]
     # transformers reads what lies beside the file too, and that is not what was asked for.
-    with tempfile.TemporaryDirectory(prefix="bakeout-gguf-") as alone, _read_once(reader):
-        link = Path(alone) / "model.gguf"
+    with Scratch("gguf") as alone, _read_once(reader):
+        link = alone / "model.gguf"
         link.symlink_to(file.resolve())
         config = _config(file, link, reader, architecture, family)
         tensors = _tensors(file, reader, architecture, config)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.errors import DataError, ModelError
+from bake.errors import DataError, ModelError, shown
 from bake.questions.rows import field_of, rows_of
 from bake.recipe import Recipe
 from bake.sources import Corpus
@@ -143,7 +143,9 @@ def corpus_texts(source: Corpus, recipe: Recipe, tokenizer: Any) -> Iterator[str
             messages = entry
         elif not isinstance(entry, str):
             kind = "a string, or a list of messages" if source.chat else "a string"
-            raise DataError(f"{name}, row {number}: `{source.field}` is {entry!r}; expected {kind}")
+            raise DataError(
+                f"{name}, row {number}: `{source.field}` is {shown(entry)}; expected {kind}"
+            )
         if sum(len(message["content"]) for message in messages) <= MIN_CHARACTERS:
             continue
         if not source.chat:

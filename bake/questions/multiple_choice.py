@@ -70,7 +70,8 @@ def load_texts(source: TextSource, recipe: Recipe) -> list[Text]:
     for number, row in rows:
         text = field_of(name, number, row, source.field)
         if getattr(source, "chat", False) and isinstance(text, list):
-            text = "\n".join(str(message["content"]) for message in text)
+            messages = (m if isinstance(m, dict) else {} for m in text)
+            text = "\n".join(str(message.get("content", "")) for message in messages)
         if not isinstance(text, str):
             raise DataError(
                 f"{name}, row {number}: `{source.field}` is {shown(text)}; expected a string"

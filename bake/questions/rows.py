@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import DataError, printable, short, shown
+from bake.reading.capped import ROW_BYTES, UnreadableError, open_regular, parse_json
 from bake.recipe import Recipe
 from bake.sources import RowSource, TextSource
 
@@ -73,26 +73,35 @@ def check_whole(where: str, key: str, *texts: str) -> None:
 
 def _line_rows(name: str, path: Path, field: str | None) -> Rows:
     """JSON lines; with `field`, lines of plain text that become rows with that field."""
+    number = 0
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, {field: line.strip()} if field else _json(name, number, line)
+        with open_regular(path) as file:
+            while data := file.readline(ROW_BYTES + 1):
+                number += 1
+                if len(data) > ROW_BYTES:
+                    raise DataError(
+                        f"{name}, row {number}: has more than {ROW_BYTES:,} bytes; expected JSONL, "
+                        "one row a line"
+                    )
+                if line := data.decode("utf-8").strip():
+                    yield number, {field: line} if field else _json(name, number, line)
     except OSError as error:
         raise DataError(
             f"{name}: cannot be read ({error.strerror}); expected a JSONL file beside the recipe"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: is no UTF-8 text ({error.reason}); expected JSONL") from error
+    except UnreadableError as error:
+        raise DataError(
+            f"{name}: cannot be read ({error}); expected a JSONL file beside the recipe"
+        ) from error
 
 
 def _json(name: str, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line, of_data=True)
     except ValueError as error:
-        raise DataError(f"{name}, row {number}: is no JSON ({error}); expected JSONL") from error
-    except RecursionError as error:
-        raise DataError(f"{name}, row {number}: is nested too deep; expected JSONL") from error
+        raise DataError(f"{name}, row {number}: {error}; expected JSONL") from error
 
 
 def _parquet_rows(name: str, path: Path) -> Rows:
@@ -101,13 +110,15 @@ def _parquet_rows(name: str, path: Path) -> Rows:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+    except DataError:
+        raise
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        reason = short(next(iter(str(error).splitlines()), type(error).__name__))
         raise DataError(
             f"{name}: cannot be read ({reason}); expected a Parquet file beside the recipe"
         ) from error
@@ -123,6 +134,11 @@ def _dataset_rows(
     if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset):
         raise DataError(
             f"{name}: no such folder beside the recipe; expected a folder, or a hub id (owner/name)"
+        )
+    if not local.is_dir() and Path(dataset).exists():
+        raise DataError(
+            f"{name}: the current folder holds a {dataset} too, which `datasets` would take for "
+            "the hub's; expected none. Run this from elsewhere"
         )
     import datasets
 

@@ -6,8 +6,8 @@ more than one block. Blocks come as float32 whatever the file's dtype.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from bake.errors import SAEError
+from bake.errors import SAEError, short
+from bake.reading.arrays import at_data, opened_npz
 from bake.tensors import BITS, Array, StoredTensor, stored_tensors, to_float32
 
 BLOCK_BYTES = 8 << 20
@@ -38,14 +39,11 @@ class ArrayFile:
         """Read the directory of a `.safetensors` or `.npz` file.
 
         Raises:
-            SAEError: the file is truncated, overlaps itself, or holds pickled objects.
+            SAEError: the file is truncated, overlaps itself, holds pickled objects, or numbers of
+                another kind than SAEs have.
         """
-        try:
+        with _named(path):
             return cls._open_npz(path) if path.suffix == ".npz" else cls._open_safetensors(path)
-        except (OSError, SafetensorError, zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise SAEError(
-                f"SAE file {path}: is damaged or of another format ({error}); download it again"
-            ) from error
 
     @classmethod
     def _open_safetensors(cls, path: Path) -> ArrayFile:
@@ -54,18 +52,13 @@ class ArrayFile:
 
     @classmethod
     def _open_npz(cls, path: Path) -> ArrayFile:
-        shapes = {}
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as file:
-                    shape, _, dtype = _npy_header(file)
-                if dtype.hasobject:
-                    raise SAEError(
-                        f"SAE file {path}: {member} holds pickled objects, which can run code; "
-                        "expected plain arrays (np.savez)"
+        with opened_npz(path) as (_, members):
+            for name, member in members.items():
+                if member.dtype.kind != "f" or member.dtype.itemsize not in (2, 4, 8):
+                    raise ValueError(
+                        f"{name} holds {member.dtype}; expected float16, float32 or float64"
                     )
-                shapes[member.removesuffix(".npy")] = shape
-        return cls(path, shapes, {})
+            return cls(path, {name: member.shape for name, member in members.items()}, {})
 
     def blocks(self, name: str) -> Iterator[Array]:
         """The rows of an array in order, a few at a time: [rows, …] float32 each.
@@ -86,11 +79,10 @@ class ArrayFile:
     def rows(self, name: str, rows: Sequence[int]) -> Array:
         """array[rows]: [len(rows), …]."""
         out = np.empty((len(rows), *self.shapes[name][1:]), np.float32)
-        start = 0
+        wanted, start = np.asarray(rows, np.int64), 0
         for block in self.blocks(name):
-            for place, row in enumerate(rows):
-                if start <= row < start + len(block):
-                    out[place] = block[row - start]
+            places = np.flatnonzero((wanted >= start) & (wanted < start + len(block)))
+            out[places] = block[wanted[places] - start]
             start += len(block)
         return out
 
@@ -119,32 +111,34 @@ class ArrayFile:
                     f"SAE file {self.path}: {name} is {stored.dtype}; "
                     f"expected one of {', '.join(BITS)}"
                 )
-            with self.path.open("rb") as file:
+            with _named(self.path), self.path.open("rb") as file:
                 file.seek(stored.offset)
                 bits = np.dtype(BITS[stored.dtype])
                 for block in _read_blocks(file, stored.shape, bits):
                     yield to_float32(block, stored.dtype)
             return
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as file:
-            shape, fortran, dtype = _npy_header(file)
-            if fortran and len(shape) > 1:
-                size = int(np.prod(shape)) * dtype.itemsize
-                whole = np.frombuffer(file.read(size), dtype).reshape(shape, order="F")
-                yield whole.astype(np.float32)
-            else:
-                for block in _read_blocks(file, shape, dtype):
-                    yield block.astype(np.float32)
+        with _named(self.path), opened_npz(self.path) as (archive, members):
+            member = members[name]
+            with archive.open(member.name) as file:
+                shape, fortran, dtype = at_data(file)
+                if fortran and len(shape) > 1:
+                    whole = np.frombuffer(file.read(member.n_bytes), dtype)
+                    yield whole.reshape(shape, order="F").astype(np.float32)
+                else:
+                    for block in _read_blocks(file, shape, dtype):
+                        yield block.astype(np.float32)
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, Fortran order and dtype of an npy stream, which is left at its data."""
-    version = np.lib.format.read_magic(file)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    return read(file)
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What is wrong with a file becomes an SAEError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SAEError(
+            f"SAE file {path}: is damaged or of another format ({short(reason)}); download it again"
+        ) from error
 
 
 def _read_blocks(

@@ -58,7 +58,7 @@ def size_of(files: SAEFiles) -> tuple[int, int]:
     """(d_in, d_sae) of an SAE, from its file's directory."""
     arrays = ArrayFile.open(files.weights)
     shape = arrays.shapes.get(_key(files, "W_enc"), ())
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise SAEError(
             f"SAE file {files.weights}: W_enc has shape {list(shape)}; expected [d_in, d_sae]. "
             "Download it again"
@@ -102,12 +102,20 @@ def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
     arrays, k = ArrayFile.open(files.weights), list(features)
     d_in, d_sae = size_of(files)
     W_dec = arrays.rows(_checked(files, arrays, "W_dec", d_sae, d_in), k)
-    W_enc, b_enc, theta = _encoder(files, arrays, k)
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+        W_enc, b_enc, theta = _encoder(files, arrays, k)
+        W_dec = W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
+    for name, array in {"W_enc": W_enc, "b_enc": b_enc, "theta": theta, "W_dec": W_dec}.items():
+        if not np.isfinite(array).all():
+            raise SAEError(
+                f"SAE file {files.weights}: {name}, with all folded into it, is beyond float32; "
+                "expected finite numbers. Download it again, or take another SAE"
+            )
     return SAESlice(
         W_enc,
         b_enc,
         theta,
-        W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale),
+        W_dec,
         tuple(k),
         files.architecture,
         sha256_of(files),

@@ -7,13 +7,13 @@ and only for what sae_lens alone knows: its directory of releases.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bake.errors import SAEError, shown
+from bake.errors import SAEError, short, shown
+from bake.reading.capped import read_json
 from bake.recipe import Recipe
 from bake.sae.array_file import ArrayFile
 from bake.sae.lens_config import neuronpedia_id_of, read_lens_config
@@ -167,9 +167,10 @@ def _find_release(release: str, sae_id: str) -> SAEFiles:
     if release in known and sae_id not in known[release].saes_map:
         some = ", ".join(list(known[release].saes_map)[:3])
         raise SAEError(f'SAE release {release}: no id "{sae_id}"; expected one of {some}, …')
-    if release not in known and "/" not in release:
+    if release not in known and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", release, re.ASCII):
         raise SAEError(
-            f"SAE release {release}: unknown; expected a release of sae_lens, or owner/repository"
+            f"SAE release {short(release)}: unknown; expected a release of sae_lens, or "
+            "owner/repository"
         )
     repo_id, folder = get_repo_id_and_folder_name(release, sae_id)
     name = get_conversion_loader_name(release)
@@ -220,10 +221,10 @@ def _gemma_scope_2(folder: Path, release: Release | None) -> SAEFiles:
     stated = None
     if release is None and config.is_file():
         try:
-            said = json.loads(config.read_text(encoding="utf-8"))
+            said = read_json(config)
             kind, stated = said.get("architecture"), said.get("hf_hook_point_in")
             out = said.get("hf_hook_point_out") or stated
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise SAEError(
                 f"SAE config {config}: is no JSON object ({error}); expected Gemma Scope 2's "
                 "config.json. Download it again"
@@ -257,7 +258,7 @@ def _place(folder: Path, release: Release | None) -> tuple[str | None, int | Non
             if _RESIDUAL.search(name):
                 says_residual = True
                 break
-        numbers = re.findall(r"layer_(\d+)", "/".join(names))
+        numbers = re.findall(r"layer_([0-9]{1,4})(?![0-9])", "/".join(names))
         if layer is None and numbers:
             layer = int(numbers[-1])
     if says_residual and layer is not None:

@@ -7,7 +7,6 @@ sorts every field that sae_lens's loaders know into what is read, checked and of
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from bake.errors import SAEError, shown
+from bake.reading.capped import read_json
 from bake.sources import layer_of
 
 _V6 = Version("6.0.0-rc.0")
+_LONGEST_VERSION = 64
 _OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -137,7 +138,7 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
             f"features: {REASONS[architecture]}. Expected {', '.join(_ARCHITECTURES)}"
         )
     for key in ("d_in", "d_sae"):
-        if type(cfg.get(key)) is not int or cfg[key] < 1:
+        if type(cfg.get(key)) is not int or not 0 < cfg[key] < 1 << 32:
             raise refuse(key, cfg.get(key), "a whole number above 0")
     on_input = cfg.get("apply_b_dec_to_input", True)
     if type(on_input) is not bool:
@@ -166,8 +167,8 @@ def neuronpedia_id_of(path: Path) -> str | None:
 def _fields(path: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """(Top level with today's names, metadata, whether it is older than sae_lens 6)."""
     try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        cfg = read_json(path)
+    except (OSError, ValueError) as error:
         raise SAEError(
             f"SAE config {path}: is no JSON object ({error}); expected sae_lens's cfg.json. "
             "Download it again"
@@ -181,6 +182,8 @@ def _fields(path: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
         )
     version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
     try:
+        if isinstance(version, str) and len(version) > _LONGEST_VERSION:
+            raise InvalidVersion(version)
         is_old = not version or Version(version) < _V6
     except (InvalidVersion, TypeError) as error:
         raise SAEError(

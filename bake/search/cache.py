@@ -26,6 +26,7 @@ from torch import Tensor
 from bake.base import BaseModel
 from bake.new_folder import whole_file
 from bake.questions.corpora import Windows
+from bake.reading.capped import read_json
 from bake.search.statistics import FeatureStatistics
 
 SCHEMA = 1
@@ -72,7 +73,7 @@ class Entry:
     def read(self) -> FeatureStatistics | None:
         """The finished statistics; None where there are none, or where they are damaged."""
         try:
-            if json.loads((self.path / ABOUT).read_text(encoding="utf-8")) != self.about:
+            if read_json(self.path / ABOUT) != self.about:
                 return None
             table = parquet.read_table(self.path / TABLE)
             arrays = load_arrays(self.path / CONTEXTS_FILE)

@@ -35,6 +35,9 @@ from bake.search.statistics import FeatureSite
 VALIDATION_SHARE = 0.4
 """Of [verify]'s questions, the part that selection and sweeps may look at where [select] names
 none of its own."""
+SELECTION_ROUNDING = 0.01
+"""By how much of itself a share of tokens may differ between machines: in 16 bits, gates near their
+threshold open here and stay shut there."""
 CANDIDATES_PER_FEATURE = 8
 """attribution: for each feature that is wanted, how many are tried alone at most."""
 
@@ -131,6 +134,35 @@ def select_features(
 
 
 # --------------------------------------------------------------------------- questions
+
+
+def still_selected(
+    recipe: Recipe, measured: Measured, index: int, selection: Selection, features: Sequence[int]
+) -> bool:
+    """Whether features are those that were selected for a [[clamp]] table, in any order; or, by
+    sparsity, such as another machine's rounding puts in their place.
+
+    Args:
+        recipe: whose [select] table says how.
+        measured: its statistics.
+        index: of the table.
+        selection: of the table.
+        features: that are named elsewhere.
+    """
+    if sorted(features) == sorted(selection.features):
+        return True
+    select, found = select_table(recipe), measured.sites[index]
+    if select.by != "sparsity" or len(set(features)) != len(selection.features):
+        return False
+    forget, retain = found.forget.share, found.retain.share
+    least = min(chosen.forget_share for chosen in selection.chosen)
+    return all(
+        0 <= f < selection.d_sae
+        and f != found.site.clamp.refusal_feature
+        and forget[f] >= least * (1 - SELECTION_ROUNDING)
+        and retain[f] < select.retain_threshold * (1 + SELECTION_ROUNDING)
+        for f in features
+    )
 
 
 def split_questions(recipe: Recipe) -> SplitQuestions:

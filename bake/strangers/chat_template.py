@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bake.errors import ModelError
+from bake.files.scratch import Scratch
 from bake.strangers import confined, render_chats
 
 MOST_CHARACTERS = 1 << 18
@@ -60,10 +59,10 @@ def rendered(
         "seconds": render_chats.CPU_SECONDS,
         "chats": [[_said(message) for message in chat] for chat in chats],
     }
-    with tempfile.TemporaryDirectory(prefix="bakeout-chat-") as scratch:
+    with Scratch("chat") as scratch:
         process = confined.start(
             render_chats.__file__,
-            scratch=Path(scratch),
+            scratch=scratch,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

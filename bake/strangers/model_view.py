@@ -6,10 +6,11 @@ that looks for it, in this version or a later one.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from bake.files.scratch import Scratch
 
 _MODEL = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -37,5 +38,5 @@ def _show(folder: Path, into: Path, patterns: tuple[str, ...]) -> Path:
 @contextmanager
 def shown_model(folder: Path) -> Iterator[Path]:
     """`show_model` into a folder that is gone afterwards; what was mapped into memory stays."""
-    with tempfile.TemporaryDirectory(prefix="bakeout-model-") as scratch:
-        yield show_model(folder, Path(scratch) / "model")
+    with Scratch("model") as scratch:
+        yield show_model(folder, scratch / "model")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bake.errors import DataError
+from bake.new_folder import write_whole
 from bake.questions.corpora import Windows
+from bake.reading.capped import read_json
 from bake.recipe import Recipe
 from bake.sae.layouts import neuronpedia_id
 from bake.search.corpus_statistics import Measured, SiteStatistics, measure
@@ -22,7 +23,7 @@ from bakeout.pages.charts import (
     share_scatter,
     sweep_scatter,
 )
-from bakeout.pages.selection_view import check_new_file, write_whole
+from bakeout.pages.selection_view import check_new_file
 from bakeout.terminal import progress
 from verify.page.histograms import HistogramPlot
 from verify.page.html import environment, shown
@@ -221,7 +222,7 @@ def _shown(text: str) -> str:
 def _sweep_report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report: dict[str, Any] = read_json(path)
         sweep_scatter(report)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

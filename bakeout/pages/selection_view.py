@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from bake.errors import OutputError, RecipeError
-from bake.new_folder import whole_file
+from bake.new_folder import write_whole
 from bake.recipe import Recipe
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
@@ -134,18 +134,3 @@ def write_recipe(recipe: Recipe, file: Path, *, force: bool) -> None:
     there = file.resolve()
     text = recipe.at(there.parent).to_toml()
     write_whole(there, text, option=f"--write {file}")
-
-
-def write_whole(file: Path, text: str, *, option: str) -> None:
-    """Write a file whole or not at all; `option` leads the error.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    try:
-        with whole_file(file) as new:
-            new.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"{option}: cannot be written ({error.strerror}); choose another place"
-        ) from error

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from rich.table import Table
 
+from bake.new_folder import write_whole
 from bake.questions.alignment import alignment
 from bake.questions.forms import forms_beside
 from bake.recipe import Recipe
@@ -57,7 +58,7 @@ def sweep_recipe(
     write_recipe(report.recipe, out / WINNER, force=True)
     found = sweep_dict(report)
     write_json(found, out / REPORT)
-    (out / PAGE).write_text(sweep_page(found), encoding="utf-8")
+    write_whole(out / PAGE, sweep_page(found), option=f"output {out / PAGE}")
     if json_file is None or str(json_file) != "-":
         show_sweep(report, out)
     if json_file is not None:

@@ -187,8 +187,9 @@ def chat(
 ) -> None:
     """Type a prompt, see the answer as it comes. Each prompt stands alone: nothing is remembered.
 
-    Ctrl-C stops an answer, Ctrl-D or /quit ends. Prompts may be piped in, one a line. The folder is
-    run as it is; whether it is what was baked is for `bakeout verify` to say.
+    Ctrl-C stops an answer, Ctrl-D or /quit ends. Prompts may be piped in, one a line. Files
+    that are not as the folder's manifest lists them are refused; whether they are what was baked is
+    for `bakeout verify` to say.
     """
     manner = Manner(max_new_tokens, temperature)
     run_chat(folder, engine=engine, beside=beside, device=device, manner=manner)

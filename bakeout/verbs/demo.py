@@ -24,7 +24,7 @@ from export.carriers.onnx.precisions import PRECISIONS
 from export.manifest import Manifest
 from export.witness_file import WITNESSES
 from verify.engines.runners import Runner
-from verify.evidence.kinds import KINDS
+from verify.evidence.kinds import KINDS, of_files
 from verify.options import Options
 from verify.page.html import write_html
 from verify.report.findings import VerifyReport
@@ -53,6 +53,8 @@ class World:
     """Of lm-evaluation-harness."""
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     """Of the graphs."""
+    apart: tuple[str, ...] = ()
+    """Of graphs in folders of their own, of which files and witnesses are looked at."""
 
 
 def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) -> int:
@@ -74,9 +76,14 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
     for precision in world.precisions:
         with progress(f"export onnx {precision}") as advance:
             export_onnx(folder, precision=precision, progress=advance)
+    for precision in world.apart:
+        with progress(f"export onnx {precision}") as advance:
+            export_onnx(
+                folder, precision=precision, out=out / precision, force=True, progress=advance
+            )
     for name, export in EXPORTS.items():
         export(folder, out / name, force=True)
-    recipe = Recipe.load(world.recipe)
+    recipe = plan.recipe  # with the numbers that were selected just now
     n_features = sum(len(clamp.clamp.features) for clamp in plan.clamps)
     chosen = f"selected by {recipe.select.by}, " if recipe.select is not None else ""
     console().print(f"{n_features} features {chosen}baked, now compared\n")
@@ -91,6 +98,9 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
             more = {"witnesses"} if (carrier / WITNESSES).is_file() else set()
             kinds = world.of_carriers | more
             reports.append(verify_folder(carrier, recipe, kinds, advance, options))
+    for precision in world.apart:
+        with progress(f"verify {precision}") as advance:
+            reports.append(verify_folder(out / precision, None, of_files(), advance, options))
     report = side_by_side(reports)
     write_json(report.to_dict(), out / "report.json")
     write_html(report, folder, out / "report.html")
@@ -124,8 +134,10 @@ def gemma_world(out: Path) -> World:
         elif path.suffix in (".toml", ".jsonl"):
             shutil.copy2(path, out / path.name)
     kinds = frozenset({"integrity", "parity", "loss", "controls", "completions"})
-    precisions = ("shared", "int8", "int4")
-    return World(out / "recipe.toml", kinds, kinds - {"controls", "loss"}, (), precisions)
+    of_carriers = kinds - {"controls", "loss"}
+    return World(
+        out / "recipe.toml", kinds, of_carriers, (), precisions=("shared", "int4"), apart=("int8",)
+    )
 
 
 def speeds(folders: Sequence[Path], recipe: Recipe) -> dict[str, float]:

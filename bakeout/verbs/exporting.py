@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from bake.new_folder import check_output
-from bake.recipe import Recipe
 from bakeout.terminal import compiled_lines, progress
 from bakeout.verbs.arguments import FolderPath
 from export.carriers.adapter import write_adapter
@@ -17,6 +16,7 @@ from export.carriers.compiled.compiling import describe, plan_compiled, write_co
 from export.carriers.onnx.onnx_folder import export_onnx as write
 from export.carriers.onnx.precisions import PRECISIONS
 from export.clamped import open_clamped
+from export.folder_contents import recipe_in
 from export.manifest import Manifest
 from model_cards.facts import facts_of_manifest
 from model_cards.render import render
@@ -71,7 +71,7 @@ EXPORTS = {"compiled": export_compiled, "adapter": export_adapter}
 
 def _card(folder: Path, manifest: Manifest, carrier: str, **more: Any) -> str:
     """The card of what is about to be exported, whose manifest says `more` than the folder's."""
-    recipe = Recipe.load(folder / "recipe.toml")
+    recipe = recipe_in(folder, manifest)
     fields = {"carrier": carrier, "exact": CARRIERS[carrier].exact} | more
     return render(facts_of_manifest(manifest.changed(**fields), recipe))
 

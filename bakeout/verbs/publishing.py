@@ -1,13 +1,12 @@
-"""`bakeout card` and `bakeout push`: a folder's card from what was measured, and its upload."""
+"""`bakeout card`, `sign` and `push`: a folder's card from what was measured, its signature, and
+its upload.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +16,15 @@ import typer
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from bake.errors import BakeoutError, FolderError, OutputError, ReportError
-from bake.new_folder import MANIFEST, disk_full
+from bake.errors import BakeoutError, FolderError, ReportError
+from bake.files.folder_files import SIGNATURE
+from bake.new_folder import MANIFEST
 from bakeout.terminal import printable, progress
 from bakeout.verbs.arguments import FolderPath
 from export.code_check import check_code
+from export.in_place import changing, put_files
 from export.manifest import CARD, Manifest
+from export.signing import SigningError, sign_folder
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
 from verify.evidence.integrity import check_integrity
@@ -66,44 +68,18 @@ def card_folder(folder: Path, report_file: Path | None, advance: Advance) -> Pat
         ReportError: the report cannot be read, or the folder has changed since.
     """
     check_code(folder)
-    report = None
-    if report_file is not None:
-        report = read_report(report_file)
-        check_fresh(report, folder, advance)
-    return write_card(folder, render(facts_of_folder(folder), report))
-
-
-def write_card(folder: Path, card: str) -> Path:
-    """Change README.md and its hash in the manifest. Both are written and on disk before either
-    takes its place, so nothing but a crash between two renames leaves them apart.
-
-    Raises:
-        OutputError: the disk is full, or the folder cannot be written.
-    """
-    manifest = Manifest.read(folder)
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    manifest = manifest.changed(files=manifest.files | {CARD: digest})
-    path = folder.resolve()
-    try:
-        # Beside the folder, not in it: what a killed run leaves behind must not break integrity.
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.bakeout-", dir=path.parent))
-        try:
-            with disk_full(folder):
-                with (aside / CARD).open("w", encoding="utf-8") as file:
-                    file.write(card)
-                    file.flush()
-                    os.fsync(file.fileno())
-                manifest.write(aside)
-            (aside / CARD).replace(path / CARD)
-            (aside / MANIFEST).replace(path / MANIFEST)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: its card cannot be written ({error.strerror}); check the permissions of "
-            "the folder and of the one above it"
-        ) from error
+    report = None if report_file is None else read_report(report_file)
+    with changing(folder) as partial:
+        if report is not None:
+            check_fresh(report, folder, advance)
+        card = render(facts_of_folder(folder), report)
+        _put_card(folder, partial, card)
     return folder / CARD
+
+
+def _put_card(folder: Path, partial: Path, card: str) -> None:
+    (partial / CARD).write_text(card, encoding="utf-8")
+    put_files(folder, Manifest.read(folder), {CARD: partial / CARD})
 
 
 # --------------------------------------------------------------------------- push
@@ -138,13 +114,16 @@ def push_folder(
     if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", repo, re.ASCII):
         raise PushError(f"{repo}: is no hub id; expected user/name")
     check_code(folder)
-    report = _admissible(folder, report_file, unverified, advance)
-    passed = report is not None and (report.verdict, report.scope) == ("pass", "full")
-    card = render(facts_of_folder(folder), report, unverified=not passed)
-    upload = _plan(folder, repo, private, card)
-    if not dry_run:
-        write_card(folder, card)
-        _send(folder, upload)
+    with nullcontext() if dry_run else changing(folder) as partial:
+        report = _admissible(folder, report_file, unverified, advance)
+        passed = report is not None and (report.verdict, report.scope) == ("pass", "full")
+        signed = (folder / SIGNATURE).is_file()  # then it goes as it is
+        card = render(facts_of_folder(folder), report, unverified=not passed)
+        upload = _plan(folder, repo, private, None if signed else card)
+        if partial is not None:
+            if not signed:
+                _put_card(folder, partial, card)
+            _send(folder, upload)
     return upload
 
 
@@ -181,10 +160,14 @@ def _admissible(
     return report
 
 
-def _plan(folder: Path, repo: str, private: bool, card: str) -> Upload:
-    names = sorted(name for name in Manifest.read(folder).files if name != CARD)
-    sizes = [(name, (folder / name).stat().st_size) for name in [*names, MANIFEST]]
-    return Upload(repo, private, ((CARD, len(card.encode())), *sizes))
+def _plan(folder: Path, repo: str, private: bool, card: str | None) -> Upload:
+    """What is sent: with a new card, or signed as it is."""
+    names = sorted(Manifest.read(folder).files.keys() - {CARD})
+    sizes = [(name, (folder / name).stat().st_size) for name in [CARD, *names, MANIFEST]]
+    if card is not None:
+        return Upload(repo, private, ((CARD, len(card.encode())), *sizes[1:]))
+    signature = (SIGNATURE, (folder / SIGNATURE).stat().st_size)
+    return Upload(repo, private, (*sizes[:-1], signature, sizes[-1]))
 
 
 def _send(folder: Path, upload: Upload) -> None:
@@ -259,3 +242,45 @@ def push(
     kind = "private" if upload.private else "public"
     total = f"{len(upload.files)} files, {upload.size / 1e6:,.1f} MB, {kind}: {upload.repo}"
     typer.echo(f"would upload {total}\nnothing sent (--dry-run)" if dry_run else f"sent {total}")
+
+
+def sign(
+    folder: FolderPath,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PEM",
+            help="An elliptic curve's private key. Without one: Sigstore, over the network.",
+            show_default=False,
+        ),
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="PEM", help="The key's signing certificate.", show_default=False),
+    ] = None,
+    chain: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PEM", help="Certificates that vouch for it.", show_default=False),
+    ] = None,
+    identity_token: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN", help="For Sigstore, instead of a browser.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Sign a folder's files with a key, a certificate, or an identity (Sigstore)."""
+    if certificate is not None and key is None:
+        raise SigningError("--certificate: has no private key; expected --key too")
+    manifest = Manifest.read(folder)
+    check_code(folder, manifest)
+    with progress("sign") as advance:
+        broken = check_integrity(folder, manifest, lambda share: advance("hash", share))
+    if broken:
+        raise FolderError(
+            f"{folder}: {broken[0].what}; what is not as its manifest says is never signed"
+        )
+    written = sign_folder(
+        folder, key=key, certificate=certificate, chain=chain or (), token=identity_token
+    )
+    typer.echo(f"written to {written}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bake.errors import DataError
+from bake.recipe import Recipe
 from bakeout.pages.selection_view import run_select
 from bakeout.verbs.arguments import JsonFile, RecipePath
 
@@ -22,3 +24,39 @@ def select(
 ) -> None:
     """Find the features of a recipe that says features = "select", and say why."""
     run_select(recipe, write, json_file, force=force)
+
+
+def select_anew(recipe: Recipe, claimed: Recipe) -> Recipe | None:
+    """What a folder's features are held against where the recipe leaves them to be selected.
+
+    Args:
+        recipe: that leaves them open.
+        claimed: the same with the numbers that a folder names.
+
+    Returns:
+        `claimed` where the selection gives the same, but for its order and for what rounding and
+        another machine change; else the recipe with the numbers that are selected here. None where
+        its texts cannot be had.
+
+    Raises:
+        BakeoutError: of any other kind of trouble.
+    """
+    from bake.search.corpus_statistics import measure
+    from bake.search.selection import selected_recipe, still_selected
+    from bakeout.terminal import progress
+
+    with progress("select") as advance:
+        try:
+            measured = measure(recipe, progress=advance)
+        except DataError:
+            return None
+        found, selections = selected_recipe(recipe, measured=measured, progress=advance)
+    chosen = iter(selections)
+    for index, clamp in enumerate(recipe.clamp):
+        if clamp.features != "select":
+            continue
+        named = claimed.clamp[index].features
+        assert isinstance(named, list)
+        if not still_selected(recipe, measured, index, next(chosen), named):
+            return found
+    return claimed

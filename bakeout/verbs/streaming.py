@@ -17,6 +17,8 @@ from bakeout.terminal import printable
 from export.carriers.onnx.genai_config import read_generation_config
 from export.clamped import read_config
 from export.code_check import check_code
+from export.folder_contents import check_contents, check_files
+from export.manifest import Manifest
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner
 from verify.engines.sampling import Chooser
 from verify.engines.what_loads import loading_class
@@ -127,8 +129,9 @@ class Language:
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             ).get_text_config()
-        except (ModelError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # each of transformers' checks raises another kind
             raise FolderError(f"{folder}: {reason_of(error)}") from error
+        self.folder = folder
         self.context: int = config.max_position_embeddings
         """Longest prompt and answer together, in tokens."""
         self.ends = self._ends(read_generation_config(folder), config)
@@ -183,15 +186,18 @@ def _plain(text: str) -> str:
 
 
 def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
-    """Load a clamped folder.
+    """Load a clamped folder, whose files are those that its manifest lists.
 
     Raises:
-        FolderError: it is no clamped folder, lacks what the engine needs, is damaged, or has code
-            of others.
+        FolderError: it is no clamped folder, lacks what the engine needs, is damaged, or holds what
+            bakeout does not write.
         ProviderError: the engine cannot use the device here.
     """
     check_code(folder)
     read_config(folder)
+    manifest = Manifest.read(folder)
+    check_contents(folder, manifest)
+    check_files(folder, manifest, [name for name in manifest.files if (folder / name).is_file()])
     if engine not in ENGINES:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
     check_device(device)
@@ -244,7 +250,9 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
     import torch
     import transformers
 
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+    number = device.partition(":")[2] or "0"
+    there = number.isdecimal() and int(number[:6]) < torch.cuda.device_count()
+    if device != "cpu" and not there:
         raise ProviderError(
             f"device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices here; pass --device cpu, or install torch for CUDA"

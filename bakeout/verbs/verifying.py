@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bake.errors import BakeoutError
+from bake.errors import BakeoutError, RecipeError, printable
 from bake.recipe import Recipe
 from bakeout.terminal import progress, show_report, write_json
 from bakeout.verbs.arguments import FolderPath, JsonFile
-from verify.evidence.kinds import KINDS
+from bakeout.verbs.selecting import select_anew
+from export.signing import Trust
+from verify.clamped_folder import downloads_of, own_recipe
+from verify.evidence.kinds import KINDS, of_files
 from verify.options import Options
 from verify.run import verify_folder
 
@@ -49,6 +53,27 @@ def verify(
     evals: Annotated[
         Path, typer.Option(metavar="DIR", help="Where --tasks writes the harness's own results.")
     ] = Options.evals,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Without --recipe: download what the folder's own names."),
+    ] = False,
+    as_claimed: Annotated[
+        bool,
+        typer.Option(
+            "--features-as-claimed",
+            help='Where the recipe says features = "select": take those that the folder names '
+            "instead of selecting anew. The report says so.",
+        ),
+    ] = False,
+    signature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PEM",
+            help="Whose signature the folder must have: a public key, root certificates, or "
+            "IDENTITY,ISSUER for Sigstore.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
@@ -64,9 +89,13 @@ def verify(
     chosen = frozenset(only or ())
     loaded = Recipe.load(recipe) if recipe is not None else None
     named = tuple(task.strip() for task in tasks.split(",") if task.strip())
-    options = Options(device, _cache(), budget, named, evals, minutes)
+    own = loaded is None and _may_follow(folder, chosen, named, yes=yes)
+    trust = None if signature is None else Trust.parse(signature)
+    options = Options(device, _cache(), budget, named, evals, minutes, own, trust)
     with progress("verify") as advance:
-        report = verify_folder(folder, loaded, chosen, advance, options)
+        report = verify_folder(
+            folder, loaded, chosen, advance, options, None if as_claimed else select_anew
+        )
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:
@@ -76,6 +105,28 @@ def verify(
 
         write_html(report, folder, html_file)
     raise typer.Exit(report.exit_code)
+
+
+def _may_follow(folder: Path, kinds: frozenset[str], tasks: tuple[str, ...], *, yes: bool) -> bool:
+    """Whether the folder's own recipe may be followed: the user says so, having seen what it would
+    download. Nothing is asked where nothing would be.
+
+    Raises:
+        RecipeError: nobody is there to ask.
+    """
+    if yes or (kinds and kinds <= of_files() and not tasks):
+        return True
+    recipe = own_recipe(folder)
+    if recipe is None or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return True
+    named = ", ".join(printable(name) for name in downloads_of(recipe))
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise RecipeError(
+            f"{folder.name}: its own recipe would download {named}; expected --yes, --recipe with "
+            f"a recipe of yours, or --only {','.join(sorted(of_files()))}"
+        )
+    typer.echo(f"{folder.name}'s own recipe downloads, where they are not here: {named}", err=True)
+    return typer.confirm("Follow it? Else files and witnesses alone are checked", err=True)
 
 
 def _check_place(option: str, file: Path | None) -> None:

@@ -6,6 +6,7 @@ Exact: the same module as in the checkpoint (`peft_clamp.py`), hooked onto the b
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,10 @@ from safetensors.numpy import save_file
 
 from bake.errors import ExportError
 from bake.new_folder import check_output, new_folder
-from export.clamped import CLAMP_TENSORS, Clamped
+from export.carriers.carriers import LICENCES
+from export.clamped import CLAMP_TENSORS, Clamped, check_weights
 from export.copying import hash_new
+from export.folder_contents import copy_listed
 from export.manifest import json_text
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ def write_adapter(source: Clamped, out: Path, *, card: str, force: bool = False)
         OutputError: `out` exists, overlaps the input, or does not fit on the disk.
         ExportError: the checkpoint's manifest does not name the base's weight files.
     """
+    check_weights(source)
     tensors = {
         f"{_module(source)}{site.layer}.sae_clamp_site.{name}": np.ascontiguousarray(
             getattr(site, name)
@@ -47,19 +51,15 @@ def write_adapter(source: Clamped, out: Path, *, card: str, force: bool = False)
     }
     size = sum(tensor.nbytes for tensor in tensors.values())
     check_output(out, inputs=[source.folder], size=size, force=force)
-    with new_folder(out) as folder:
+    with new_folder(out, force=force) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        texts = {
-            CONFIG: json_text(adapter_config(source)),
-            "recipe.toml": (source.folder / "recipe.toml").read_text(encoding="utf-8"),
-            "README.md": card,
-        }
-        for name in ("NOTICE", "LICENSE", "LICENSE.txt", "LICENSE.md"):
-            if (source.folder / name).is_file():
-                texts[name] = (source.folder / name).read_text(encoding="utf-8")
+        texts = {CONFIG: json_text(adapter_config(source)), "README.md": card}
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         files = {name: hash_new(folder / name) for name in (WEIGHTS, *texts)}
+        kept = rf"{LICENCES}|recipe\.toml"
+        for name in (name for name in source.manifest.files if re.fullmatch(kept, name)):
+            files[name] = copy_listed(source.folder, source.manifest, name, folder / name)
         source.manifest.derived(files, carrier="adapter").write(folder)
     return out
 

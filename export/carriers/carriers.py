@@ -6,10 +6,35 @@ To add one: an entry here, the file beside this one that writes it, and its comm
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from export.carriers.onnx.precisions import PRECISIONS
+
 Claim = Literal["exact", "exact to rounding", "an approximation"]
+
+LICENCES = r"(?:LICENSE|NOTICE)[\w-]*(?:\.\d+)?(?:\.(?:txt|md|rst|html|pdf|[A-Z]+))?"
+OF_BASE = "|".join(
+    (
+        r"generation_config\.json",
+        r"(?:tokenizer|vocab|chat_template)[\w.-]*\.(?:json|model|txt|jinja)",
+        r"merges\.txt",
+        r"(?:special_tokens_map|added_tokens)\.json",
+        r"additional_chat_templates/[\w.-]+\.jinja",
+        r"[\w-]*processor_config\.json",
+        LICENCES,
+    )
+)
+"""What a base brings along beside its weights and config: a pattern of names."""
+ADDED = "|".join(
+    (
+        r"README\.md|witnesses\.npz|genai_config\.json",
+        *(f"{re.escape(of.file)}{'' if of.shared else '(?:_data)?'}" for of in PRECISIONS.values()),
+    )
+)
+"""What is written into a folder that is there already: a pattern of names."""
+_OF_MODEL = rf"config\.json|recipe\.toml|model\.safetensors\.index\.json|{OF_BASE}|{ADDED}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,9 @@ class Carrier:
     """The file that says where its clamps sit and how large the base is."""
     lost_by: str
     """The known way to load it without the clamp, and how little is said then."""
+    holds: str
+    """The files that such a folder may hold beside the shards that its index names: a pattern of
+    names. Anything else is a failure."""
     own_code: bool = False
     """It holds the base's own weights beside the clamp, and our modeling file; `config.json` names
     classes of ours."""
@@ -84,6 +112,7 @@ CARRIERS: dict[str, Carrier] = {
         sites_in="config.json",
         lost_by="giving from_pretrained a stock config (config=…), which loads the base, and "
         "transformers only warns of weights that it did not use",
+        holds=rf"modeling_clamped_gemma\.py|{_OF_MODEL}",
         own_code=True,
         card="""\
 {% if facts.exact %}
@@ -136,6 +165,7 @@ model = onnxruntime_genai.Model("FOLDER")
         sites_in="manifest.json",
         edge_flips=0.02,
         lost_by="tools that prune or skip decoder layers: two of them are a clamp",
+        holds=_OF_MODEL,
         card="""\
 {% if facts.compiled %}
 The clamp is compiled into {{ facts.compiled.layers_added }} further stock decoder layers, without training; the hidden size
@@ -159,6 +189,7 @@ The clamp is compiled into further stock decoder layers. It computes the clamp u
         comes_off="not loading it",
         sites_in="adapter_config.json",
         lost_by="loading the base alone, or PeftModel.disable_adapter()",
+        holds=rf"adapter_config\.json|adapter_model\.safetensors|recipe\.toml|README\.md|{LICENCES}",
         over_base=True,
         card="""\
 These files are an adapter that adds the clamp to the unchanged base. This is exact: it computes

@@ -6,6 +6,7 @@ Nothing of the model is held in memory: files are copied block by block and hash
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,14 @@ from safetensors.numpy import save_file
 import bake
 from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
+from bake.errors import BakeoutError, ModelError, short, shown
+from bake.files.folder_files import lies_in
 from bake.new_folder import check_output, new_folder
+from bake.reading.capped import cap_of, read_json
+from bake.reading.model_config import is_local_path, without_paths
 from bake.recipe import Recipe
 from bake.strangers.foreign import runs_code
-from export.carriers.carriers import CARRIERS
+from export.carriers.carriers import CARRIERS, OF_BASE
 from export.clamped import GUARD, open_listed
 from export.code_check import MODELING_FILE, auto_map_of
 from export.copying import copy_all, hash_new
@@ -43,20 +48,6 @@ GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms\n"
 )
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""What a base brings along beside its weights and config."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +82,28 @@ class CheckpointPlan:
 
 
 def companions(folder: Path) -> list[tuple[Path, str]]:
-    """Files of a model folder that go along with its weights and config, and their names."""
-    names = {
-        path.relative_to(folder).as_posix(): path
-        for pattern in _COMPANIONS
-        for path in sorted(folder.glob(pattern))
-        if path.is_file() and not runs_code(path.name)
-    }
-    return [(path, name) for name, path in names.items()]
+    """Files of a base model's folder that go along with its weights and config, and their names.
+
+    Raises:
+        ModelError: one is a link out of the folder: what it leads to would be published.
+    """
+    names = [
+        f"{top}{path.name}"
+        for top in ("", "additional_chat_templates/")
+        for path in sorted((folder / top).glob("*"))
+    ]
+    found = [
+        name
+        for name in names
+        if re.fullmatch(OF_BASE, name) and not runs_code(name) and (folder / name).is_file()
+    ]
+    for name in found:
+        if not lies_in(folder, folder / name):
+            raise ModelError(
+                f"base model {folder.name}: {name} is a link that leads out of its folder, which "
+                "is not followed; copy the file itself there"
+            )
+    return [(folder / name, name) for name in found]
 
 
 def plan_checkpoint(recipe: Recipe) -> CheckpointPlan:
@@ -108,7 +113,33 @@ def plan_checkpoint(recipe: Recipe) -> CheckpointPlan:
         BakeoutError: of the kind of trouble it meets.
     """
     base = find_base(recipe)
+    _check_companions(base)
     return CheckpointPlan(recipe, base, load_clamps(recipe, base))
+
+
+def _check_companions(base: BaseModel) -> None:
+    """Raise ModelError where a file that goes along is no plain one, too large, or names a place on
+    this machine: it is copied byte for byte, so nothing can be left out of it.
+    """
+    for path, name in companions(base.folder):
+        if (size := path.stat().st_size) > cap_of(path):
+            raise ModelError(
+                f"base model {base.name}: {name} has {size:,} bytes; expected at most "
+                f"{cap_of(path):,} of such a file. Download it again"
+            )
+        if path.suffix != ".json" or name == "tokenizer.json":
+            continue
+        try:
+            found = read_json(path)
+        except ValueError:  # whoever loads it says what is wrong with it
+            continue
+        entries = found if isinstance(found, dict) and base.revision is None else {}
+        paths = [key for key in entries if key != "chat_template" and is_local_path(entries[key])]
+        if paths:
+            raise ModelError(
+                f"base model {base.name}: {name} says {paths[0]} = {shown(entries[paths[0]])}, a "
+                "place on this machine, and is copied as it is; remove that line there"
+            )
 
 
 def write_checkpoint(
@@ -135,7 +166,7 @@ def write_checkpoint(
         OutputError: `out` exists, overlaps an input, or does not fit on the disk.
     """
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
-    with new_folder(out) as folder:
+    with new_folder(out, force=force) as folder:
         copies = [(source, folder / name) for source, name in plan.copies]
         for target in {target.parent for _, target in copies}:
             target.mkdir(exist_ok=True)
@@ -147,7 +178,7 @@ def write_checkpoint(
         }
         manifest = manifest_of(plan, files)
         if witness_prompts is not None:
-            manifest = _with_witnesses(manifest, folder, witness_prompts)
+            manifest = _with_witnesses(plan.base.name, manifest, folder, witness_prompts)
         manifest.write(folder)
     return out
 
@@ -176,11 +207,22 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
     return [folder / name for name in (CLAMP_SHARD, MODELING_FILE, *texts)]
 
 
-def _with_witnesses(manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]]) -> Manifest:
+def _with_witnesses(
+    name: str, manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]]
+) -> Manifest:
     """Run the new checkpoint; nothing is written where no prompt fires its clamp."""
     from export.witness_prompts import find_witnesses
 
-    witnesses = find_witnesses(open_listed(folder, manifest), prompts)
+    try:
+        witnesses = find_witnesses(open_listed(folder, manifest), prompts)
+    except BakeoutError:
+        raise
+    except Exception as error:  # transformers raises every kind
+        reason = short(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelError(
+            f"base model {name}: what was made of it does not run ({reason}); expected a model "
+            "that transformers runs. Download it again, or bake with --no-witnesses"
+        ) from error
     if witnesses is None:
         return manifest
     path = witnesses.save(folder)
@@ -239,10 +281,10 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     from; only our config class takes it off, so no stock class can load the checkpoint.
     """
     family = base.family
-    config = dict(base.config)
+    config = without_paths(base.config)
     text = config
     if "text_config" in config:
-        text = config["text_config"] = dict(config["text_config"])
+        text = config["text_config"]
         text["model_type"] = f"{family.model_type}_text"
     runs = text.get(family.activation_field) or "gelu_pytorch_tanh"  # the other field is not read
     for name in ("hidden_activation", "hidden_act"):

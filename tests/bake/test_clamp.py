@@ -114,3 +114,40 @@ def test_clamps_are_checked_against_the_model(tmp_path: Path, write_recipe: Reci
         recipe = Recipe.load(write_recipe(*tables))
         with pytest.raises(SAEError, match=match):
             load_clamps(recipe, find_base(recipe))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "clamp", "value": -3.4e38},
+        {"method": "scale", "multiplier": -3.4e38},
+        {"method": "random_decoder", "value": 3.4e38},
+        {"method": "refusal", "refusal_feature": 5, "value": -3.4e38},
+    ],
+)
+def test_what_float32_cannot_write_is_refused(
+    fields: dict[str, Any], tmp_path: Path, write_recipe: RecipeWriter
+) -> None:
+    tiny_base(tmp_path / "base")
+    sae = tiny_sae()
+    sae.W_dec[:] = np.where(sae.W_dec < 0, -2, 2)
+    save_sae_lens(tmp_path / "sae", sae)
+    table = {"sae": {"path": "sae"}, "features": [1, 2], **fields}
+    recipe = Recipe.load(write_recipe(table))
+    with pytest.raises(SAEError, match=r"3\.4e\+38, times the SAE's decoder rows, is beyond"):
+        load_clamps(recipe, find_base(recipe))
+    smaller = {k: v / 1e30 if isinstance(v, float) else v for k, v in table.items()}
+    recipe = Recipe.load(write_recipe(smaller))
+    assert len(load_clamps(recipe, find_base(recipe))) == 1
+
+
+def test_as_many_features_as_there_may_be_are_quick(
+    tmp_path: Path, write_recipe: RecipeWriter
+) -> None:
+    tiny_base(tmp_path / "base")
+    save_sae_lens(tmp_path / "sae", tiny_sae(d_sae=8192))
+    table = {"sae": {"path": "sae"}, "method": "random_decoder", "value": -1.0}
+    recipe = Recipe.load(write_recipe(table | {"features": list(range(8192))}))
+    (clamp,) = load_clamps(recipe, find_base(recipe))
+    assert clamp.rows.route.shape == (8192, 8192) and clamp.rows.route.sum() == 8192
+    assert clamp.rows.route[0, 8191] and clamp.rows.route[1, 0]

@@ -58,6 +58,12 @@ def test_good_recipe_and_its_way_back_through_toml(tmp_path: Path) -> None:
         ("value = -30", "", r'method "clamp" needs `value`'),
         ("value = -30", "value = inf", r"clamp\[0\]\.value: got inf, expected a finite number"),
         ("value = -30", "value = nan", r"clamp\[0\]\.value: got nan"),
+        ("value = -30", "value = -3.5e38", r"value: got -3\.5e\+38, which is beyond float32"),
+        ("value = -30", "value = -30\ntrigger = 1e39", r"trigger: got 1e\+39, which is beyond"),
+        ('"clamp"', '"scale"\nmultiplier = -1e39', r"multiplier: got -1e\+39, which is beyond"),
+        ("[1, 2]", str(list(range(9000))), r"lists 9,000 features; expected at most 8,192"),
+        ("schema = 1", "schema = true", r"schema: got 'True', expected 1"),
+        ('model = "model"', f'model = "{"m" * 300}"', r"longer than the name of a file can be"),
         ("value = -30", 'value = "-30"', r"clamp\[0\]\.value: got '-30', expected a valid number"),
         ("value = -30", "value = -30\ntrigger = -0.1", r"trigger: got -0\.1, expected greater"),
         ("value = -30", "value = -30\nmultiplier = 2", r'"clamp" does not use `multiplier`'),
@@ -91,6 +97,13 @@ def test_errors_name_key_got_and_expected(tmp_path: Path, old: str, new: str, ma
     with pytest.raises(RecipeError, match=match) as caught:
         load(tmp_path, GOOD.replace(old, new))
     assert "\n" not in str(caught.value)
+
+
+def test_as_many_features_as_there_may_be_are_taken(tmp_path: Path) -> None:
+    features = list(range(8192))
+    recipe = load(tmp_path, GOOD.replace("[1, 2]", str(features)))
+    assert recipe.clamp[0].features == features
+    assert load(tmp_path, GOOD.replace("-30", "3.4028234663852886e38")).clamp[0].value > 3e38
 
 
 def test_scale_by_zero_is_refused(tmp_path: Path) -> None:

@@ -49,12 +49,12 @@ def test_what_cannot_be_loaded_is_one_line(
     save_file(weights, tmp_path / "fewer" / "model.safetensors", metadata={"format": "pt"})
     for model, message in (
         ("fewer", r"has no model\.layers\.2\.mlp\.up_proj\.weight"),
-        ("gone", "transformers cannot load it"),
-        ("owner/gone", "transformers cannot load it"),
+        ("gone", "no such folder beside the recipe"),
+        ("owner/gone", "cannot be downloaded at revision main"),
         ("other", "its architecture is Gemma2ForSequenceClassification; expected one of Gemma"),
         ("cut", "transformers cannot load it"),
     ):
-        with pytest.raises(ModelError, match=f"base model {model}: {message}") as caught:
+        with pytest.raises(ModelError, match=f"base.model {model}: {message}") as caught:
             load_base(recipe_of(write_recipe, model=model))
         assert "\n" not in str(caught.value)
 

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[2]
 BUILTIN = {
     *("ValueError", "TypeError", "KeyError", "OSError", "EOFError", "RuntimeError"),
     *("AttributeError", "ImportError", "NotImplementedError", "ValidationError"),
+    "UnreadableError",
 }
-"""Of Python and pydantic; a user meets them as the reason within one of ours."""
+"""Of Python, pydantic and `bake.reading`; a user meets them as the reason within one of ours."""
 HELPERS = ("_not_a_token", "_none_passes", "one_line", "refuse(", "error}")
 """What makes or passes on a whole message: it is checked where it is made, or by its tests."""
 REMEDY = re.compile(

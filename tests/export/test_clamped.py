@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from bake.errors import FolderError
 from bakeout.verbs.baking import bake_recipe
-from export.clamped import open_clamped
+from export.clamped import check_weights, open_clamped
+from tests.folders import rehash
 from tests.worlds import cut, save_sae_lens, tiny_base, tiny_sae
 
 SHARD = "model-sae-clamp.safetensors"
@@ -76,6 +77,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
     (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
     (lambda f: (f / "config.json").write_text("[]"), "is no JSON object"),
+    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     (lambda f: cut(f / SHARD, 300), "cannot be read"),
     (spoil, "is not finite"),
 ]
@@ -87,6 +89,23 @@ def test_a_damaged_folder_is_refused_in_one_line(
 ) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "folder")
     damage(folder)
+    if (folder / "manifest.json").exists():
+        rehash(folder)
     with pytest.raises(FolderError, match=match) as caught:
         open_clamped(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_what_the_manifest_lists_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    with (folder / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(FolderError, match=r"config\.json: is not the file that the manifest lists"):
+        open_clamped(folder)
+    folder = shutil.copytree(checkpoint, tmp_path / "again")
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(FolderError, match=rf"{SHARD}: is not the file that the manifest lists"):
+        check_weights(open_clamped(folder))

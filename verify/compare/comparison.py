@@ -52,8 +52,8 @@ class Comparison:
     examples: FiredExamples
     watch: FeatureWatch
     sensitivities: Mapping[str, Sensitivity]
-    """Per engine, that of its reference to roundings of the engine's size; the reference's own is
-    its sensitivity to its own. Empty where only answers are looked at."""
+    """Per engine that is held to rounding, that of its reference to roundings of the engine's size;
+    the reference's own is its sensitivity to its own. Empty where only answers are looked at."""
     answers: dict[str, Answers] = field(init=False)
     losses: dict[str, LossSum] = field(init=False)
     parities: dict[str, ParitySum] = field(init=False)
@@ -71,8 +71,9 @@ class Comparison:
         self.parities = {}
         for name in self.names if self.parity else ():
             if not self._refers(name):
-                distances = Distances(self.sensitivities[name])
-                self.parities[name] = ParitySum(distances=distances)
+                known = self.sensitivities.get(name)
+                held = None if known is None else Distances(known)
+                self.parities[name] = ParitySum(distances=held)
 
     def _refers(self, name: str) -> bool:
         """Whether others are compared with this one."""
@@ -83,7 +84,9 @@ class Comparison:
         return name if self._refers(name) else self.against.get(name, REFERENCE)
 
     def nearby(self, batch: Batch) -> dict[str, Nearby]:
-        """What the references know of a batch, which was their last forward, for each engine."""
+        """What the references know of a batch, which was their last forward, for each engine that
+        is held to rounding.
+        """
         if not self.parity:
             return {}
         known = {of.name: of.nearby(batch) for of in self.sensitivities.values()}
@@ -136,7 +139,7 @@ class Comparison:
         if name not in self.parities:
             return None
         ours, theirs = seen[self.reference_of(name)], seen[name]
-        return self.parities[name].found(batch, wanted, ours, theirs, nearby[name])
+        return self.parities[name].found(batch, wanted, ours, theirs, nearby.get(name))
 
     def take(self, batch: Batch, found: Mapping[str, Any]) -> None:
         """Take in what was found for a batch: of every engine, and of the clamps."""
@@ -173,12 +176,15 @@ class Comparison:
         reference, tokenizer = self.reference_of(name), self.material.tokenizer
         parity = self.parities[name]
         flips = answer_flips(self.answers[reference], self.answers[name], self.material.questions)
-        assert parity.distances is not None
+        rounding = None
+        if parity.distances is not None:
+            examples = self.examples.prompts
+            rounding = parity.distances.result(flips, self._asked, examples, tokenizer)
         return parity.result(
             tokens_fired=0 if name == BASE else self.fired[reference],
             flips=flips,
             tokenizer=tokenizer,
-            rounding=parity.distances.result(flips, self._asked, self.examples.prompts, tokenizer),
+            rounding=rounding,
         )
 
     @cached_property

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from verify.compare.loss_split import after_firing
-from verify.report.findings import FiredText
+from verify.report.measures import FiredText
 
 if TYPE_CHECKING:
     from bake.questions.prompts import Batch, Prompt

@@ -38,7 +38,7 @@ class ParitySum:
     errors: list[int] = field(default_factory=lambda: [0] * (len(ERROR_EDGES) + 1))
     """Tokens by their largest |Δlogit|, in the bins of `ERROR_EDGES`."""
     distances: Distances | None = None
-    """The same against the reference's own sensitivity to rounding."""
+    """The same against the reference's own sensitivity to rounding, where it is held to that."""
 
     @property
     def out_of(self) -> int | None:
@@ -52,18 +52,20 @@ class ParitySum:
         reference: Tensor,
         engine: Tensor,
         nearby: Nearby | None = None,
-    ) -> list[Any]:
+    ) -> list[Any] | None:
         """What two engines' logits say, or of choices their losses, as JSON data; changes nothing.
+        None of choices that are not held to rounding.
 
         Args:
             batch: that they are of.
             wanted: [batch, seq] bool, at which tokens.
             reference: [n, vocab], row by row; of choices [m] nats, of the scored tokens.
             engine: the same.
-            nearby: of the batch.
+            nearby: of the batch, where distances are taken.
         """
         if batch.of_choices:
-            assert self.distances is not None and nearby is not None
+            if self.distances is None or nearby is None:
+                return None
             return self.distances.choices_found(batch, reference, engine, nearby)
         tokens = compare_logits(reference, engine)
         places, differences = wanted.nonzero(), tokens.distance

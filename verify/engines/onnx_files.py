@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bake.errors import FolderError
+from bake.files.folder_files import file_in, wrong_name
+from bake.reading.capped import GRAPH_BYTES, read_bytes
 from export.carriers.onnx.precisions import PRECISIONS, of_engine
 from verify.report.findings import Failure
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, TensorProto
 
 CLAMP_OP = ("ai.bakeout", "SAEClamp")
 
@@ -34,14 +36,27 @@ class Graph:
         return {entry.key: entry.value for entry in self.model.metadata_props}
 
 
-def find_graphs(folder: Path) -> list[Graph]:
+def find_graphs(folder: Path, files: Mapping[str, str] | None = None) -> list[Graph]:
     """The graphs of a folder that are there, opened but not run.
 
+    Args:
+        folder: the folder.
+        files: sha256 of its files, as the manifest states them; None leaves it to `graph_failures`
+            to say that a graph needs another.
+
     Raises:
-        FolderError: one is truncated, or points to data that is not in the folder.
+        FolderError: one is truncated, or points to data that is not in the folder, or not listed.
     """
     paths = {of.engine: folder / of.file for of in PRECISIONS.values()}
-    return [open_graph(name, path) for name, path in paths.items() if path.is_file()]
+    graphs = [open_graph(name, path) for name, path in paths.items() if path.is_file()]
+    for graph in graphs if files is not None else ():
+        for data in _data_of(graph, graph.path.parent.relative_to(folder)):
+            if data not in (files or {}):
+                raise FolderError(
+                    f"{graph.path}: points into {data}, which the manifest does not list; expected "
+                    "files of the folder. Do not use this folder"
+                )
+    return graphs
 
 
 def open_graph(name: str, path: Path) -> Graph:
@@ -53,35 +68,21 @@ def open_graph(name: str, path: Path) -> Graph:
     import onnx
     from google.protobuf.message import DecodeError
 
-    _check_link(path, path)
+    file_in(path.parent, path.name)
     try:
-        model = onnx.load(path, load_external_data=False)
-    except (OSError, DecodeError) as error:
+        model = onnx.load_model_from_string(read_bytes(path, GRAPH_BYTES))
+    except (OSError, DecodeError, ValueError) as error:
         raise FolderError(
             f"{path}: cannot be read as ONNX ({error}); export or download it again"
         ) from error
     if not model.graph.node:
         raise FolderError(f"{path}: holds no graph; export or download it again")
     sizes: dict[str, int] = {}
-    for tensor in model.graph.initializer:
+    for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             data = {entry.key: entry.value for entry in tensor.external_data}
             _check_data(path, tensor.name, data, sizes)
     return Graph(name, path, model)
-
-
-def lies_in(folder: Path, path: Path) -> bool:
-    """Whether a file is a folder's own, links followed: it lies there, or the folder is of a
-    snapshot in the hub's cache, whose files are links into the `blobs` of the same repository,
-    which is itself no link.
-    """
-    folder, file = folder.resolve(), path.resolve()
-    if file.is_relative_to(folder):
-        return True
-    for snapshot in (folder, *folder.parents):
-        if snapshot.parent.name == "snapshots":
-            return file.parent == snapshot.parent.parent / "blobs"
-    return False
 
 
 def unlinked(model: ModelProto, path: Path) -> tuple[ModelProto, Path]:
@@ -104,29 +105,17 @@ def unlinked(model: ModelProto, path: Path) -> tuple[ModelProto, Path]:
     return renamed, real.parent
 
 
-def _check_link(graph: Path, path: Path) -> None:
-    """Raise FolderError where a graph, or a file that it needs, is a link out of the folder."""
-    if not lies_in(graph.parent, path):
-        raise FolderError(
-            f"{graph}: {path.name} is a link that leads out of the folder, which is not followed; "
-            "copy the file itself there (`hf download --local-dir` does)"
-        )
-
-
 def _check_data(graph: Path, tensor: str, data: Mapping[str, str], sizes: dict[str, int]) -> None:
     file = data.get("location", "")
-    parts = PurePosixPath(file).parts
-    if not parts or file.startswith("/") or ".." in parts or "\\" in file or ":" in file:
+    if not isinstance(file, str) or wrong_name(file) is not None:  # bytes where it is no text
         raise FolderError(
             f'{graph}: {tensor} lies in "{file}"; expected a file beside the graph. Do not use '
             "this folder"
         )
     if file not in sizes:
-        path = graph.parent / file
-        if not path.is_file():
+        if not (graph.parent / file).is_file():
             raise FolderError(f"{graph}: needs {file}, which is not there; download it again")
-        _check_link(graph, path)
-        sizes[file] = path.stat().st_size
+        sizes[file] = file_in(graph.parent, file).stat().st_size
     try:
         begin, length = int(data.get("offset", 0)), int(data.get("length", 0))
     except ValueError as error:
@@ -164,11 +153,37 @@ def graph_failures(
             what = f"{file}: does not hold the body of its clamp"
             failures.append(Failure("integrity", graph.name, what, None, "SAEClamp"))
         stated = graph.properties.get("bakeout.weights_sha256")
+        for data in _data_of(graph, folder=Path(file).parent):
+            if files and data not in files:
+                what = f"{file}: points into {data}, which the manifest does not list"
+                failures.append(Failure("integrity", graph.name, what, data, None))
         # A folder of rounded weights alone has nothing to compare its origin with.
         if weights and stated != _over(weights):
             what = f"{file}: was made from other weights than the folder holds; export it again"
             failures.append(Failure("integrity", graph.name, what, stated, _over(weights)))
     return tuple(failures)
+
+
+def _data_of(graph: Graph, folder: Path) -> list[str]:
+    """The files that a graph's weights lie in, by their names in the folder."""
+    entries = (entry for tensor in _tensors(graph.model) for entry in tensor.external_data)
+    return sorted(
+        {(folder / entry.value).as_posix() for entry in entries if entry.key == "location"}
+    )
+
+
+def _tensors(message: Any) -> Iterator[TensorProto]:
+    """Every tensor of a model, wherever in it: initializers, attributes, bodies of functions."""
+    from google.protobuf.message import Message
+    from onnx import TensorProto
+
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
+                if isinstance(part, TensorProto):
+                    yield part
+                else:
+                    yield from _tensors(part)
 
 
 def _over(files: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from bake.errors import BakeoutError, FolderError
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
 from export.clamped import clamped_layers, read_config
+from export.manifest import Manifest
 from verify.engines.forward import parted
 from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
@@ -108,7 +109,7 @@ def open_runner(
         )
     names = {of.file: of.engine for of in by_size}
     graph = open_graph(names.get(found, EXACT), folder / found)
-    if failures := graph_failures([graph], layers, {}):
+    if failures := graph_failures([graph], layers, Manifest.read(folder).files):
         raise FolderError(f"{folder}: {failures[0].what}; export it again")
     return OnnxRunner(graph, device=device, threads=threads)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from bake.errors import FolderError
+from bake.files.scratch import Scratch
 from bake.strangers import confined
 from bake.strangers.model_view import show_adapter, show_model
 from verify.engines import forward, torch_worker
@@ -198,8 +198,8 @@ class TorchRunner(DecodingRunner):
         self.name = name
         self._folder = folder
         self._hidden_size = 0
-        self._scratch = tempfile.TemporaryDirectory(prefix="bakeout-verify-")
-        scratch = Path(self._scratch.name).resolve()
+        self._scratch = Scratch("verify")
+        scratch = self._scratch.path.resolve()
         self._stderr = (scratch / "stderr").open("wb")
         self._process = confined.start(
             *(torch_worker.__file__, str(MODELING), *([] if needs is None else [needs])),
@@ -226,7 +226,7 @@ class TorchRunner(DecodingRunner):
         Raises:
             FolderError: it does not load; the message is transformers' own.
         """
-        shown = Path(self._scratch.name).resolve() / "shown"
+        shown = self._scratch.path.resolve() / "shown"
         shutil.rmtree(shown, ignore_errors=True)
         shown.mkdir()
         asked = {"op": "load", "dtype": dtype, "device": device, "threads": str(threads)}

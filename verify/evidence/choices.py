@@ -204,7 +204,7 @@ def failures(report: VerifyReport) -> Iterator[Failure]:
         return
     for engine in report.engines:
         rounded = engine_of(engine.name).own and not engine_of(engine.name).held
-        if rounded and engine.parity is not None and engine.parity.rounding is not None:
+        if rounded and engine.parity is not None:
             yield from unlearning_failures(engine, reference, items.forget_questions)
 
 

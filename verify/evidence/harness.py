@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import OutputError
+from bake.files.scratch import Scratch
 from bake.questions.multiple_choice import Question
 from verify.engines.runners import Runner
 from verify.evidence.harness_tasks import HarnessError, write_tasks
@@ -214,10 +214,10 @@ def run_harness(
 
     from verify.evidence.harness_lm import RunnerLM
 
-    with tempfile.TemporaryDirectory(prefix="bakeout-lm-eval-") as folder, _silent(), _away():
+    with Scratch("lm-eval") as folder, _silent(), _away():
         if isinstance(tasks, Mapping):
-            write_tasks(Path(folder), tasks)
-            manager = task_manager(include_path=folder, include_defaults=False)
+            write_tasks(folder, tasks)
+            manager = task_manager(include_path=str(folder), include_defaults=False)
         else:
             manager = _own_tasks()
         found = simple_evaluate(

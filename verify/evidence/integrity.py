@@ -8,17 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from bake.new_folder import MANIFEST
+from bake.files.folder_files import contents, open_in
 from export.code_check import foreign_code
+from export.folder_contents import odd_contents
 from export.manifest import Manifest
+from export.signing import SignatureError, Trust, check_signature
 from verify.report.findings import Failure
 
 BLOCK_BYTES = 4 << 20
 """How much of a file is hashed between two reports of progress, in bytes."""
 THREADS = 4
 """Files hashed at once; hashing releases the interpreter."""
-_LEFT_BY_TRANSPORT = (".git/", ".gitattributes", ".cache/huggingface/")
-"""What git and the hub's downloader put beside the files; nothing loads it."""
 
 
 def check_integrity(
@@ -32,26 +32,20 @@ def check_integrity(
         progress: called with the share of bytes hashed so far, 0 to 1.
 
     Returns:
-        One failure of kind `integrity` per changed, missing or unlisted file, by name.
+        One failure of kind `integrity` per changed, missing or unlisted file, and per one that
+        bakeout does not write, by name.
     """
-    present = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
-    }
-    present = {name for name in present if name != MANIFEST and not _is_transport(name)}
-    listed = manifest.files.keys()
-    readable = sorted(name for name in listed & present if (folder / name).is_file())
+    readable = sorted(contents(folder).files & manifest.files.keys())
     measured = _hash_files(folder, readable, progress)
     failures = [
         _failure(f"{name}: changed", measured[name], manifest.files[name])
         for name in readable
         if measured[name] != manifest.files[name]
     ]
-    failures += [
-        _failure(f"{name}: missing", None, manifest.files[name]) for name in listed - set(readable)
-    ]
-    failures += [
-        _failure(f"{name}: not in the manifest", "present", None) for name in present - listed
-    ]
+    odd = [*odd_contents(folder, manifest)]
+    missing = manifest.files.keys() - set(readable) - {name for name, _ in odd}
+    failures += [_failure(f"{name}: missing", None, manifest.files[name]) for name in missing]
+    failures += [_failure(f"{name}: {what}", "present", None) for name, what in odd]
     return tuple(sorted(failures, key=lambda failure: failure.what))
 
 
@@ -64,10 +58,16 @@ def code_failures(folder: Path, manifest: Manifest) -> tuple[Failure, ...]:
     return tuple(_failure(what, None, None) for what in foreign_code(folder, manifest))
 
 
-def _is_transport(name: str) -> bool:
-    return any(
-        name.startswith(left) if left.endswith("/") else name == left for left in _LEFT_BY_TRANSPORT
-    )
+def signature_found(folder: Path, trust: Trust) -> tuple[str | None, tuple[Failure, ...]]:
+    """Who signed a folder, or one failure of kind `integrity` where nobody did who is trusted.
+
+    Raises:
+        SigningError: a key cannot be used, or model-signing is not installed.
+    """
+    try:
+        return check_signature(folder, trust), ()
+    except SignatureError as error:
+        return None, (_failure(str(error), None, None),)
 
 
 def _failure(what: str, measured: str | None, bar: str | None) -> Failure:
@@ -92,7 +92,7 @@ def _hash_files(
 
     def digest(name: str) -> str:
         sha256 = hashlib.sha256()
-        with (folder / name).open("rb") as file:
+        with open_in(folder, name) as file:
             while block := file.read(BLOCK_BYTES):
                 sha256.update(block)
                 advance(len(block))

@@ -29,6 +29,7 @@ from bake.questions.forms import FORMS, chat_text, known_in
 from bake.questions.multiple_choice import Question
 from bake.questions.orders import ORDERS, all_orders
 from bake.questions.prompts import Prompt, asking
+from bake.reading.capped import read_json
 from bake.recipe import PromptForm
 from verify.engines.runners import Runner
 from verify.engines.scoring import choices_made, last_logits, token_ids
@@ -262,7 +263,7 @@ def model_digest(folder: Path) -> str:
 def _read(path: Path, questions: Sequence[Question]) -> tuple[int, ...] | None:
     """Rows of an earlier run; None where there was none, or its file is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     rows = found.get("known") if isinstance(found, dict) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from bake.new_folder import write_whole
 from bake.questions.forms import forms_beside
 from export.carriers.carriers import claim_of
 from export.manifest import Manifest
@@ -84,8 +85,12 @@ def environment(package: str, *, autoescape: bool = True) -> Environment:
 
 
 def write_html(report: VerifyReport, folder: Path, file: Path) -> None:
-    """Write the page of a folder's report."""
-    file.write_text(render_html(report, provenance(folder)), encoding="utf-8")
+    """Write the page of a folder's report.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_whole(file, render_html(report, provenance(folder)), option=f"--html {file}")
 
 
 def provenance(folder: Path) -> tuple[tuple[str, str], ...]:

@@ -20,7 +20,7 @@ from verify.page.forgetting_plots import (
 )
 from verify.page.histograms import HistogramPlot, error_histograms, loss_histograms
 from verify.page.plots import Plot, accuracy_plots, fired_plot, parity_plots
-from verify.report.findings import EngineReport, VerifyReport
+from verify.report.findings import CLAIMED, EngineReport, VerifyReport
 from verify.report.measures import AnswerSet, Completion, HarnessScore
 from verify.report.wording import (
     accuracy_text,
@@ -224,7 +224,7 @@ def _why(report: VerifyReport) -> str:
     if report.failures:
         n = len(report.failures)
         return f"{n} measurement{'s are' if n > 1 else ' is'} out of tolerance."
-    if report.scope == "integrity":
+    if report.scope.removesuffix(CLAIMED) == "integrity":
         return "Every file is what the manifest says. Nothing was run."
     reference = report.engine("reference")
     parity = None if reference is None else reference.parity

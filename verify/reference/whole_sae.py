@@ -6,7 +6,6 @@ Activations are in the units in which sae_lens gives them: nothing is folded her
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import SAEError
+from bake.reading.arrays import ARRAY_BYTES, read_npz
+from bake.reading.capped import read_json
 from bake.recipe import Clamp, Recipe
 from bake.sources import SAESource, layer_of
 
@@ -183,14 +184,18 @@ def _gemma_scope(folder: Path) -> Any:
 
     JumpReLU with no b_dec on the input. Source: Lieberum et al., arXiv 2408.05147.
     """
-    import numpy as np
     import torch
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from safetensors.torch import load_file
 
     if (folder / "params.npz").is_file():
-        with np.load(folder / "params.npz", allow_pickle=False) as arrays:
-            tensors = {key: torch.from_numpy(arrays[key]) for key in arrays}
+        arrays = read_npz(folder / "params.npz", ARRAY_BYTES)
+        if odd := [name for name, array in arrays.items() if array.dtype.kind != "f"]:
+            raise SAEError(
+                f"SAE {folder}: {odd[0]} holds {arrays[odd[0]].dtype}; expected floating-point "
+                "numbers. Download it again"
+            )
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     elif (folder / "params.safetensors").is_file():
         tensors = load_file(folder / "params.safetensors")
     else:
@@ -221,8 +226,18 @@ def _gemma_scope(folder: Path) -> Any:
 def _gemma_scope_hooks(folder: Path) -> dict[str, str | None]:
     """The modules that Gemma Scope 2 states in config.json; Gemma Scope's files state none."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise SAEError(
+            f"SAE config {folder / 'config.json'}: {error}; expected Gemma Scope 2's config.json. "
+            "Download it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise SAEError(
+            f"SAE config {folder / 'config.json'}: is no JSON object; expected Gemma Scope 2's "
+            "config.json. Download it again"
+        )
     stated = {key: config.get(key) for key in ("hf_hook_point_in", "hf_hook_point_out")}
     return {f"the SAE's {k}": None if v is None else str(v) for k, v in stated.items()}

@@ -13,6 +13,7 @@ from verify.report.measures import (
     AnswerSet,
     Completions,
     Control,
+    FiredText,
     HarnessScore,
     Items,
     KnownSet,
@@ -22,6 +23,9 @@ from verify.report.measures import (
 
 SCHEMA = 1
 """Version of the JSON."""
+CLAIMED = ", features as the folder claims"
+"""The end of a scope where the user's recipe leaves its features to be selected, and they were
+not."""
 ERROR_EDGES = tuple(10.0**exponent for exponent in range(-7, 2))
 """Bounds between the bins of `Parity.errors`; the first and the last bin are open."""
 
@@ -31,7 +35,7 @@ class Failure:
     """One thing that is out of tolerance."""
 
     kind: str
-    """integrity | witnesses | parity | choices | loss."""
+    """integrity | witnesses | parity | choices | loss | forgetting."""
     engine: str
     """Which engine it concerns."""
     what: str
@@ -211,22 +215,6 @@ class EngineReport:
 
 
 @dataclass(frozen=True)
-class FiredText:
-    """One example sequence, and the tokens of it on which the clamp fired."""
-
-    source: str
-    """forget | retain | text."""
-    form: str
-    """A key of `FORMS`, or text."""
-    row: int
-    """Row of the source, from 1."""
-    tokens: tuple[str, ...]
-    """As the tokenizer writes them, BOS first."""
-    fired: tuple[int, ...]
-    """Positions in `tokens`, from 0."""
-
-
-@dataclass(frozen=True)
 class VerifyReport:
     """The result of one verification."""
 
@@ -237,7 +225,8 @@ class VerifyReport:
     exact: bool
     """Whether the carrier computes the clamp itself rather than an approximation."""
     scope: str
-    """full, or the kinds of evidence that were gathered, joined by `+`."""
+    """full, or the kinds of evidence that were gathered, joined by `+`; behind a comma, what was
+    taken on the folder's word."""
     failures: tuple[Failure, ...]
     engines: tuple[EngineReport, ...] = ()
     dtype: str | None = None
@@ -260,6 +249,11 @@ class VerifyReport:
     """What kinds of evidence without a field of their own found, by kind, as JSON data."""
     manifest_sha256: str | None = None
     """Of the folder's `manifest.json` as it was: of another manifest this says nothing."""
+    signed_by: str | None = None
+    """Whose signature of the folder was asked for, and holds."""
+    cannot_know: str | None = None
+    """What this verification could not know, in a sentence; None where the user's own recipe says
+    everything."""
     card_sha256: str | None = None
     """Of README.md as the manifest listed it. The card is written from this report, and that
     alone does not make the report stale."""
@@ -289,6 +283,8 @@ class VerifyReport:
             "exact": self.exact,
             "manifest_sha256": self.manifest_sha256,
             "card_sha256": self.card_sha256,
+            "signed_by": self.signed_by,
+            "cannot_know": self.cannot_know,
             "failures": self.failures,
             "warnings": self.warnings,
             "engines": {engine.name: _engine_dict(engine) for engine in self.engines},

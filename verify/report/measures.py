@@ -46,6 +46,22 @@ class Items:
 
 
 @dataclass(frozen=True)
+class FiredText:
+    """One example sequence, and the tokens of it on which the clamp fired."""
+
+    source: str
+    """forget | retain | text."""
+    form: str
+    """A key of `FORMS`, or text."""
+    row: int
+    """Row of the source, from 1."""
+    tokens: tuple[str, ...]
+    """As the tokenizer writes them, BOS first."""
+    fired: tuple[int, ...]
+    """Positions in `tokens`, from 0."""
+
+
+@dataclass(frozen=True)
 class SubjectShare:
     """One subject's part of a set of questions."""
 

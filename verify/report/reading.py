@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import ReportError
 from bake.new_folder import MANIFEST
+from bake.reading.capped import CAPS, read_json
 from export.manifest import CARD, Manifest
 from verify.evidence.integrity import check_integrity
 from verify.evidence.kinds import KINDS
@@ -29,14 +30,14 @@ def read_report(file: str | Path) -> VerifyReport:
         ReportError: the file is missing, is no report, or is of a newer schema.
     """
     try:
-        data = json.loads(Path(file).read_bytes())
+        data = read_json(file, CAPS["report.json"])
     except OSError as error:
         raise ReportError(
             f"report {file}: cannot be read ({error.strerror}); expected what "
             "`bakeout verify FOLDER --json FILE` writes"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise ReportError(f"report {file}: is no JSON ({error}); {_AGAIN}") from error
+    except ValueError as error:
+        raise ReportError(f"report {file}: cannot be read ({error}); {_AGAIN}") from error
     return report_from_dict(data, name=str(file))
 
 
@@ -124,7 +125,7 @@ def check_fresh(
         ReportError: the report is stale, or a file is not what the manifest says.
     """
     manifest = Manifest.read(folder)
-    before = (folder / MANIFEST).read_bytes()
+    before = (folder / MANIFEST).read_bytes()  # as `Manifest.read` just did
     if report.card_sha256 and CARD in manifest.files:
         now, then = (json.dumps(hash_) for hash_ in (manifest.files[CARD], report.card_sha256))
         entry = f"{json.dumps(CARD)}: "

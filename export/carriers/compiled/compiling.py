@@ -18,6 +18,7 @@ of the base are held, one layer of it while it is measured, and of the new layer
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,8 +32,9 @@ from bake.base import INDEX
 from bake.errors import ExportError
 from bake.families import Family
 from bake.new_folder import check_output, new_folder
+from bake.reading.model_config import without_paths
 from bake.tensors import DTYPES, index_of, n_bytes, write_tensors
-from export.carriers.checkpoint import companions
+from export.carriers.carriers import OF_BASE
 from export.carriers.compiled.compiled_files import NewLayer, tensor_files
 from export.carriers.compiled.rule import Measured, choose_setting, error_bound, summary
 from export.carriers.compiled.stock_layers import (
@@ -46,8 +48,9 @@ from export.carriers.compiled.stock_layers import (
 )
 from export.carriers.compiled.trial import Distance, measure, measure_distance, random_tokens
 from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
-from export.clamped import Clamped, ClampSite, open_clamped
-from export.copying import copy_hashed, hash_new
+from export.clamped import Clamped, ClampSite, check_weights, open_clamped
+from export.copying import hash_new
+from export.folder_contents import copy_listed
 from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text
 from export.witness_file import WITNESSES
 
@@ -93,10 +96,16 @@ class CompiledPlan:
         return compiled_config(self.source, self.widening)
 
     @property
+    def kept(self) -> list[str]:
+        """Files that are the checkpoint's own."""
+        kept = rf"{OF_BASE}|{re.escape(WITNESSES)}|recipe\.toml"
+        return [name for name in self.source.manifest.files if re.fullmatch(kept, name)]
+
+    @property
     def size(self) -> int:
         """Bytes that the folder will take, within a few kilobytes."""
         files = [*tensor_files(self.source, self.widening, self.layers).values()]
-        stay = sum(path.stat().st_size for path, _ in companions(self.source.folder))
+        stay = sum((self.source.folder / name).stat().st_size for name in self.kept)
         return stay + sum(n_bytes(shape, dtype) for f in files for dtype, shape, _ in f.values())
 
 
@@ -114,6 +123,7 @@ def plan_compiled(
         BakeoutError: the folder is none, or its clamp cannot be compiled; the line says why.
     """
     source = open_clamped(folder)
+    check_weights(source)
     _check_family(source)
     dtype = dtype or _stored_dtype(source)
     if dtype not in DTYPES:
@@ -169,7 +179,7 @@ def write_compiled(
     """
     source = plan.source
     check_output(out, inputs=[source.folder], size=plan.size, force=force)
-    with new_folder(out) as folder:
+    with new_folder(out, force=force) as folder:
         files = tensor_files(plan.source, plan.widening, plan.layers)
         with ThreadPoolExecutor(2) as pool:
             jobs = {
@@ -177,16 +187,12 @@ def write_compiled(
                 for name, tensors in files.items()
             }
             hashes = {name: job.result() for name, job in jobs.items()}
-        witnesses = source.folder / WITNESSES
-        kept = [(witnesses, WITNESSES)] if witnesses.exists() else []
-        for path, name in [*companions(source.folder), *kept]:
-            (folder / name).parent.mkdir(exist_ok=True)
-            hashes[name] = copy_hashed(path, folder / name, advance)
-        recipe = (source.folder / "recipe.toml").read_text(encoding="utf-8")
+        for name in plan.kept:
+            target = folder / name
+            hashes[name] = copy_listed(source.folder, source.manifest, name, target, advance)
         texts = {
             INDEX: json_text(index_of(files)),
             "config.json": json_text(plan.config),
-            "recipe.toml": recipe,
             "README.md": card,
         }
         for name, text in texts.items():
@@ -232,7 +238,7 @@ def added_layers(source: Clamped) -> list[int]:
 
 def compiled_config(source: Clamped, plan: Widening) -> dict[str, Any]:
     """The base's config.json, wider and deeper, with every size spelled out."""
-    config = dict(source.base_config)
+    config = without_paths(source.base_config)
     n = int(config["num_hidden_layers"])
     types = list(config.get("layer_types") or ())
     for site in reversed(source.sites) if types else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,18 @@ class Weights(Protocol):
 
     def exact(self, g: Builder, name: str) -> str:
         """A tensor as float32 (flags stay flags), not rounded any further than it is stored."""
+        ...
+
+
+class Sink(Protocol):
+    """What packed weights are written into: a file, mostly."""
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        ...
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Append."""
         ...
 
 
@@ -128,7 +140,7 @@ class PackedWeights:
         self,
         tensors: Mapping[str, StoredTensor],
         precision: Precision,
-        data: IO[bytes],
+        data: Sink,
         name: str,
         unrounded: tuple[str, ...] = (),
     ) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,16 +16,12 @@ import onnx
 from onnx.helper import make_model, make_opsetid, set_model_props
 
 from bake.errors import BakeoutError, FolderError, OutputError
-from bake.new_folder import (
-    MANIFEST,
-    check_output,
-    check_space,
-    disk_full,
-    fsync_folder,
-    new_folder,
-)
+from bake.files.folder_files import PARTIAL
+from bake.files.scratch import Scratch
+from bake.new_folder import check_output, check_space, new_folder
 from bake.rounding import MIN_EFFECT
 from bake.strangers import confined
+from export.carriers.carriers import OF_BASE
 from export.carriers.onnx import graph_check as onnx_check
 from export.carriers.onnx.genai_config import GENAI_CONFIG, genai_config
 from export.carriers.onnx.graph import FLOAT, FLOAT16, GraphWriter
@@ -38,8 +34,11 @@ from export.carriers.onnx.graph_weights import (
 from export.carriers.onnx.operator import function, opset_imports
 from export.carriers.onnx.precisions import PRECISIONS, Precision, precision_of
 from export.carriers.onnx.wiring import Architecture
-from export.clamped import Clamped, check_files, open_clamped, weights_sha256
+from export.clamped import Clamped, check_weights, open_clamped, weights_sha256
 from export.copying import hash_new
+from export.folder_contents import copy_listed
+from export.in_place import changing, put_files
+from export.manifest import CARD
 from export.witness_file import WITNESSES, Witnesses
 from export.witness_prompts import find_witnesses
 
@@ -47,8 +46,6 @@ IR_VERSION = 10
 """Of the file format; ONNX Runtime reads it since 1.18."""
 GRAPH_BYTES = 4 << 20
 """What a graph without its weights takes on the disk, at most."""
-_PARTIAL = ".bakeout-partial"
-"""What is being written has this name, or lies in a folder of this name."""
 
 
 class CheckError(BakeoutError):
@@ -93,14 +90,26 @@ def export_onnx(
         OutputError: the graph exists, or does not fit on the disk.
         CheckError: the graph does not say what the checkpoint says.
     """
-    clamped, chosen = open_clamped(folder, with_graphs=True), precision_of(precision)
+    chosen = precision_of(precision)
+    with nullcontext() if out is not None else changing(folder):
+        return _export(folder, precision, chosen, out, force, card, progress)
+
+
+def _export(
+    folder: Path,
+    name: str,
+    chosen: Precision,
+    out: Path | None,
+    force: bool,
+    card: str,
+    progress: Callable[[str, float], None],
+) -> Exported:
+    clamped = open_clamped(folder, with_graphs=True)
     architecture = Architecture.from_config(clamped.config)
     _check_target(clamped, chosen, out, force)
-    check_files(clamped, clamped.shards, lambda share: progress("hash", share))
+    check_weights(clamped, lambda share: progress("hash", share))
     progress("witnesses", 0.0)
     stored = WITNESSES in clamped.manifest.files
-    if stored:
-        check_files(clamped, [WITNESSES])
     if not stored and not clamped.sites:
         raise FolderError(
             f"{folder}: has no witnesses, so a graph cannot be checked; compile it from a "
@@ -112,26 +121,31 @@ def export_onnx(
             f"{folder}: no prompt was found that fires its clamp, so a graph cannot be checked; "
             "bake it from a recipe with a [verify] table, whose forget questions are tried"
         )
-    place = nullcontext(folder) if out is None else new_folder(out)
-    with place as root, _partial(root, chosen) as graph:
-        with disk_full(folder if out is None else out):
-            progress("write", 0.0)
-            write_graph(clamped, architecture, precision, graph)
+    place = nullcontext(folder) if out is None else new_folder(out, force=force)
+    with place as root:
+        partial = root / PARTIAL
+        partial.mkdir(exist_ok=True)
+        # A shared graph must lie beside its weights even before it is finished.
+        graph = root / f"{PARTIAL}.onnx" if chosen.shared else partial / Path(chosen.file).name
+        progress("write", 0.0)
+        write_graph(clamped, architecture, name, graph)
         progress("check", 0.0)
         # What is compiled with 16-bit weights is rounded once more than the checkpoint.
         rounded = not clamped.sites and clamped.stored_in != "float32"
         exact = chosen.shared and not rounded
         exported = check_graph(witnesses, graph, n_clamps=len(clamped.sites), exact=exact)
-        new = _keep(graph, root / chosen.file)
-        if out is not None:
-            new += _copy_companions(clamped, root)
-            (root / "README.md").write_text(card, encoding="utf-8")
-            new.append(root / "README.md")
+        new = (
+            {} if chosen.shared else {f"{chosen.file}_data": graph.with_name(f"{graph.name}_data")}
+        )
+        new[chosen.file] = graph
         if not stored:
-            new.append(witnesses.save(root))
-        if chosen.shared or not (root / PRECISIONS["shared"].file).exists():
-            new.append(_write_genai_config(clamped, root, chosen.file))
-        _list_files(clamped, root, new, keep=out is None)
+            new[WITNESSES] = witnesses.save(partial)
+        if out is not None or chosen.shared or not (root / PRECISIONS["shared"].file).exists():
+            new[GENAI_CONFIG] = _write_genai_config(clamped, partial, chosen.file)
+        if out is None:
+            put_files(root, clamped.manifest, new)
+        else:
+            _fill(clamped, root, new, card)
     return Exported((folder if out is None else out) / chosen.file, *exported)
 
 
@@ -156,39 +170,24 @@ def _check_target(clamped: Clamped, precision: Precision, out: Path | None, forc
         check_output(out, inputs=[clamped.folder], size=size, force=force)
 
 
-@contextmanager
-def _partial(root: Path, precision: Precision) -> Iterator[Path]:
-    """Where a graph is written first. A shared one must lie beside its weights even then."""
-    aside, beside = root / _PARTIAL, root / f"{_PARTIAL}.onnx"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        if precision.shared:
-            yield beside
-        else:
-            aside.mkdir()
-            yield aside / Path(precision.file).name
-    finally:
-        beside.unlink(missing_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def write_graph(clamped: Clamped, architecture: Architecture, name: str, graph: Path) -> None:
     """Write one graph, and the data file beside it where its weights are rounded copies."""
     precision = PRECISIONS[name]
     if precision.shared:
-        model = _model(clamped, architecture, name, SharedWeights(clamped.tensors))
+        model = model_of(clamped, architecture, name, SharedWeights(clamped.tensors))
     else:
         data = graph.with_name(f"{graph.name}_data")
         with data.open("wb") as file:
             logic = tuple(f"{clamped.layer_prefix}{i}.mlp." for i in clamped.compiled_layers)
             weights = PackedWeights(clamped.tensors, precision, file, data.name, logic)
-            model = _model(clamped, architecture, name, weights)
+            model = model_of(clamped, architecture, name, weights)
     graph.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _model(
+def model_of(
     clamped: Clamped, architecture: Architecture, name: str, weights: Weights
 ) -> onnx.ModelProto:
+    """The whole file of a graph but for the data of its weights: the same for the same folder."""
     precision = PRECISIONS[name]
     writer = GraphWriter(
         architecture,
@@ -202,7 +201,7 @@ def _model(
     imports = opset_imports()
     if precision.blocks:
         imports.append(make_opsetid("com.microsoft", 1))
-    functions = [function()] if clamped.sites else []
+    functions = [function()] if architecture.sites else []
     model = make_model(
         writer.write(), functions=functions, opset_imports=imports, ir_version=IR_VERSION
     )
@@ -213,7 +212,11 @@ def _model(
         "bakeout.precision": name,
         "bakeout.recipe_sha256": clamped.manifest.recipe_sha256,
         "bakeout.weights_sha256": weights_sha256(
-            {name: clamped.manifest.files[name] for name in clamped.shards}
+            {
+                name: clamped.manifest.files[name]
+                for name in clamped.shards
+                if name in clamped.manifest.files
+            }
         ),
     }
     set_model_props(model, provenance)
@@ -246,12 +249,12 @@ def check_graph(
         name: getattr(witnesses, name).numpy()
         for name in ("input_ids", "attention_mask", "places", "token_ids")
     }
-    with tempfile.TemporaryDirectory(prefix="bakeout-check-") as scratch:
-        asked, answered = Path(scratch) / "asked.npz", Path(scratch) / "answered.npz"
+    with Scratch("check") as scratch:
+        asked, answered = scratch / "asked.npz", scratch / "answered.npz"
         np.savez(asked, **inputs)
         said = confined.run(
             *(onnx_check.__file__, str(graph.resolve()), str(asked), str(answered)),
-            scratch=Path(scratch),
+            scratch=scratch,
         )
         if said is not None:
             raise CheckError(
@@ -279,45 +282,27 @@ def check_graph(
 # --------------------------------------------------------------------------- files around it
 
 
-def _keep(graph: Path, target: Path) -> list[Path]:
-    """Give a graph that was checked, and its data, their place; returns where they lie."""
-    target.parent.mkdir(exist_ok=True)
-    kept = []
-    for path in (graph.with_name(f"{graph.name}_data"), graph):
-        if path.exists():
-            place = target if path == graph else target.with_name(path.name)
-            path.replace(place)
-            kept.append(place)
-    return kept
+def _fill(clamped: Clamped, root: Path, new: dict[str, Path], card: str) -> None:
+    """Give a folder of its own the graph, the card, and everything of the checkpoint but its
+    weights and what is made of them; the manifest last.
+    """
+    files = {}
+    for name, path in new.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        path.replace(root / name)
+        files[name] = hash_new(root / name)
+    (root / CARD).write_text(card, encoding="utf-8")
+    files[CARD] = hash_new(root / CARD)
+    kept = rf"{OF_BASE}|{re.escape(WITNESSES)}|config\.json|recipe\.toml"
+    for name in (name for name in clamped.manifest.files if re.fullmatch(kept, name)):
+        files[name] = copy_listed(clamped.folder, clamped.manifest, name, root / name)
+    shutil.rmtree(root / PARTIAL)
+    # What holds rounded weights alone is not exact.
+    clamped.manifest.changed(files=files, exact=False).write(root)
 
 
-def _copy_companions(clamped: Clamped, root: Path) -> list[Path]:
-    """Everything of the folder but its weights and what is made of them."""
-    left_out = {*clamped.shards, "model.safetensors.index.json", GENAI_CONFIG, "README.md"}
-    copies = []
-    for name in clamped.manifest.files:
-        if name not in left_out and not name.endswith((".py", ".onnx", ".onnx_data")):
-            target = root / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(clamped.folder / name, target)
-            copies.append(target)
-    return copies
-
-
-def _write_genai_config(clamped: Clamped, root: Path, graph: str) -> Path:
-    path = root / GENAI_CONFIG
+def _write_genai_config(clamped: Clamped, folder: Path, graph: str) -> Path:
+    path = folder / GENAI_CONFIG
     config = genai_config(clamped.config, clamped.folder, graph)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def _list_files(clamped: Clamped, root: Path, new: list[Path], *, keep: bool) -> None:
-    """Write the manifest with the hashes of new files, in one step, as the last file."""
-    files = dict(clamped.manifest.files) if keep else {}
-    files |= {path.relative_to(root).as_posix(): hash_new(path) for path in new}
-    partial = root / _PARTIAL
-    partial.mkdir(exist_ok=True)
-    # What holds rounded weights alone is not exact.
-    clamped.manifest.changed(files=files, exact=keep and clamped.manifest.exact).write(partial)
-    (partial / MANIFEST).replace(root / MANIFEST)
-    fsync_folder(root)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from bakeout.cli import run
 from bakeout.verbs import chat
 from bakeout.verbs.streaming import Language, Manner, TorchSpeaker
+from tests.folders import rehash
 from tests.worlds import talkative, tiny_tokenizer
 
 TEMPLATE = (
@@ -257,9 +258,13 @@ def test_damaged_weights_and_configs(root: Path, talk: Chat, tmp_path: Path) -> 
     copy = shutil.copytree(root / "baked", tmp_path / "baked")
     (copy / "generation_config.json").write_text("{")
     code, _, error = talk(copy)
+    assert code == 2 and "generation_config.json: is not the file that the manifest" in error
+    rehash(copy)
+    code, _, error = talk(copy)
     assert code == 2 and "generation_config.json: cannot be read" in error
     shard = copy / "model-sae-clamp.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
+    rehash(copy)
     code, _, error = talk(copy)
     assert code == 2 and "transformers cannot load it" in error and error.count("\n") == 1
     base = shutil.copytree(root / "base", tmp_path / "base")

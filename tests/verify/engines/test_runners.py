@@ -302,4 +302,4 @@ def test_a_damaged_folder_is_one_line(bases: dict[str, Path], tmp_path: Path) ->
     assert str(caught.value).startswith("damaged: transformers alone cannot run it: Safetensor")
     assert "\n" not in str(caught.value)
     assert runner._process.returncode is not None
-    assert not Path(runner._scratch.name).exists()
+    assert not runner._scratch.path.exists()

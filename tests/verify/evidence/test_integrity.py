@@ -12,7 +12,7 @@ from tests.folders import manifest_data
 from verify.evidence.integrity import check_integrity
 from verify.report.findings import Failure
 
-FILES = {"a.safetensors": b"x" * 9000, "config.json": b"{}", "onnx/model.onnx": b"graph"}
+FILES = {"tokenizer.json": b"x" * 9000, "config.json": b"{}", "onnx/model_q4.onnx": b"graph"}
 
 
 @pytest.fixture
@@ -38,30 +38,34 @@ def test_an_untouched_folder_has_no_failures(folder: Path) -> None:
 
 
 def test_one_changed_byte_is_named_with_both_hashes(folder: Path) -> None:
-    changed = bytearray(FILES["a.safetensors"])
+    changed = bytearray(FILES["tokenizer.json"])
     changed[4321] ^= 1
-    (folder / "a.safetensors").write_bytes(changed)
+    (folder / "tokenizer.json").write_bytes(changed)
     (failure,) = failures(folder).values()
-    assert failure.what == "a.safetensors: changed"
+    assert failure.what == "tokenizer.json: changed"
     assert failure.measured == hashlib.sha256(changed).hexdigest()
-    assert failure.bar == hashlib.sha256(FILES["a.safetensors"]).hexdigest()
+    assert failure.bar == hashlib.sha256(FILES["tokenizer.json"]).hexdigest()
 
 
 def test_missing_and_unlisted_files_are_named(folder: Path) -> None:
-    (folder / "onnx/model.onnx").unlink()
+    (folder / "onnx/model_q4.onnx").unlink()
     (folder / "modeling_other.py").write_text("")
     (folder / "onnx/extra.data").write_text("")
     assert set(failures(folder)) == {
-        "onnx/model.onnx: missing",
+        "onnx/model_q4.onnx: missing",
         "modeling_other.py: not in the manifest",
         "onnx/extra.data: not in the manifest",
     }
 
 
-def test_a_link_that_leads_nowhere_is_missing(folder: Path) -> None:
+@pytest.mark.parametrize("target", ["nowhere", "tokenizer.json", "../elsewhere", "/dev/null"])
+def test_a_link_is_not_followed(folder: Path, target: str) -> None:
+    (folder.parent / "elsewhere").write_bytes(FILES["config.json"])
     (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to(folder / "nowhere")
-    assert "config.json: missing" in failures(folder)
+    (folder / "config.json").symlink_to(target)
+    assert set(failures(folder)) == {
+        "config.json: is a link, which is followed in the hub's cache only"
+    }
 
 
 def test_what_git_and_the_hub_leave_behind_does_not_count(folder: Path) -> None:

@@ -27,7 +27,8 @@ from tests.reports import (
     rich_report,
 )
 from verify.page.html import provenance, render_html, shown, write_html
-from verify.report.findings import EngineReport, FiredText, Items, VerifyReport, WorstItem
+from verify.report.findings import EngineReport, VerifyReport, WorstItem
+from verify.report.measures import FiredText, Items
 
 ANCHORS = (
     *("engines", "knows", "orders", "subjects", "benchmarks", "loss", "controls"),

@@ -1,0 +1,1 @@
+"""Files of strangers: how much of each is read, and what JSON, TOML and arrays may hold."""

@@ -1,0 +1,228 @@
+"""What the configs of a folder must say: the base's, and the changes that make a clamped model of
+it, key by key. Written without `export`'s own writers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bake.base import BaseModel
+from bake.errors import FolderError
+from bake.families import Family
+from bake.recipe import Recipe
+from export.clamped import GUARD
+from export.manifest import AGAIN, CompiledEntry
+from verify.report.findings import Failure
+
+MODULE = "modeling_clamped_gemma"
+"""The modeling file of a checkpoint, without .py."""
+_ACTIVATIONS = ("hidden_activation", "hidden_act")
+"""The fields that stock classes, of one version or another, read the activation from."""
+_UNREAD = "_name_or_path"
+"""What transformers overwrites on loading: where a base was loaded from, last time."""
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a recipe's clamp sits."""
+
+    layer: int
+    k: int
+    """How many features are read or set."""
+    exempt_bos: bool
+
+
+def checkpoint_config(base: BaseModel, recipe: Recipe, places: Sequence[Placed]) -> dict[str, Any]:
+    """config.json of a clamped checkpoint."""
+    config, family = deepcopy(base.config), base.family
+    text = config
+    if "text_config" in config:
+        text = config["text_config"]
+        text["model_type"] = f"{family.model_type}_text"
+    activation = text.get(family.activation_field) or "gelu_pytorch_tanh"
+    for name in _ACTIVATIONS:
+        text[name] = GUARD + str(text.get(name) or activation)
+    if recipe.base.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = recipe.base.dtype
+    classes = {"AutoConfig": family.config, "AutoModel": family.clamped_model}
+    classes |= dict.fromkeys(family.auto_classes, family.clamped)
+    config["model_type"] = family.model_type
+    config["architectures"] = [family.clamped]
+    config["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in classes.items()}
+    config["sae_clamp"] = clamp_section(base, places)
+    return config
+
+
+def clamp_section(base: BaseModel, places: Sequence[Placed]) -> dict[str, Any]:
+    """Where clamps sit, and whom they spare: BOS, and nothing else."""
+    spares = any(place.exempt_bos for place in places)
+    return {
+        "schema": 1,
+        "sites": [vars(place) for place in sorted(places, key=lambda place: place.layer)],
+        "exempt_token_ids": [base.bos_token_id] if spares else [],
+    }
+
+
+def compiled_config(
+    base: BaseModel, compiled: CompiledEntry, layers: Sequence[int], mlp: int
+) -> dict[str, Any]:
+    """config.json of a compiled folder: a stock one, wider and deeper.
+
+    Args:
+        base: what was compiled.
+        compiled: what the manifest says: the new width, the dtype.
+        layers: of the base, that are clamped, ascending.
+        mlp: width of its MLPs, as its tensors have it.
+    """
+    from transformers import AutoConfig
+
+    family, config = base.family, deepcopy(base.config)
+    stock = AutoConfig.from_pretrained(base.folder)
+    for name in (
+        *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar"),
+        *("rms_norm_eps", family.activation_field),
+    ):
+        if (value := getattr(stock, name, None)) is not None:
+            config[name] = value
+    narrow, wide = int(stock.hidden_size), compiled.hidden_size[1]
+    n_layers = int(stock.num_hidden_layers) + 2 * len(layers)
+    for name in ("sliding_window_pattern", "torch_dtype"):
+        config.pop(name, None)
+    if types := config.get("layer_types"):
+        config["layer_types"] = _layer_types(list(types), layers, family)
+    if family.layers_27b is not None:
+        # Source: llama.cpp, src/models/gemma2.cpp and gemma3.cpp: it is read from the sizes.
+        largest = n_layers == family.layers_27b
+        per_head = wide // int(stock.num_attention_heads)
+        config["query_pre_attn_scalar"] = per_head if largest else int(stock.head_dim)
+    return config | {
+        "model_type": family.model_type.removeprefix("clamped_"),
+        "architectures": [family.architecture],
+        "hidden_size": wide,
+        "intermediate_size": mlp,
+        "num_hidden_layers": n_layers,
+        **dict.fromkeys(_ACTIVATIONS, "gelu_pytorch_tanh"),
+        "rms_norm_eps": float(stock.rms_norm_eps) * narrow / wide,
+        "dtype": compiled.dtype,
+    }
+
+
+def _layer_types(types: list[str], layers: Sequence[int], family: Family) -> list[str]:
+    """Kinds of attention, two more behind each clamped layer: Gemma 2 goes on alternating."""
+    found: list[str] = []
+    for layer, kind in enumerate(types):
+        found.append(kind)
+        if layer in layers:
+            other = "sliding_attention" if kind == "full_attention" else "full_attention"
+            before = types[layer - 1] if layer else other
+            new = [before, kind] if family.sliding == "alternating" else ["sliding_attention"] * 2
+            found += new
+    return found
+
+
+def adapter_config(
+    base: BaseModel, places: Sequence[Placed], name: str, revision: str | None, fingerprint: str
+) -> dict[str, Any]:
+    """adapter_config.json, but for `base_sha256`, which is compared with the base's files.
+
+    Args:
+        base: what the adapter is loaded over.
+        places: of its clamps.
+        name: of the base, as the manifest states it.
+        revision: likewise.
+        fingerprint: of the base's tensors.
+    """
+    text = {**base.config, **(base.config.get("text_config") or {})}
+    return {
+        "peft_type": "SAE_CLAMP",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "sae_clamp": clamp_section(base, places),
+        "base_fingerprint": fingerprint,
+        **{key: text[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")},
+    }
+
+
+# --------------------------------------------------------------------------- comparing
+
+
+def read_once(path: Path) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: readers differ in which of them they take.
+
+    Raises:
+        FolderError: it is none.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if (twice := repeated(name for name, _ in pairs)) is not None:
+            raise ValueError(f'"{twice}" stands there twice')
+        return found
+
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if not isinstance(data, dict):
+            raise ValueError("is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
+    return data
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that comes again."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def differences(
+    engine: str, file: str, found: Mapping[str, Any], expected: Mapping[str, Any]
+) -> Iterator[Failure]:
+    """One failure of kind `integrity` for each key in which a JSON file is not what it must be:
+    changed, missing, or unknown.
+    """
+    for key, got, wanted in _differences(found, expected, ""):
+        if key != _UNREAD or not (got is _ABSENT or isinstance(got, str)):
+            what = f"{file}: {key} is {_said(got)}, expected {_said(wanted)}"
+            yield Failure("integrity", engine, what, _said(got), _said(wanted))
+
+
+def _differences(found: Any, expected: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for key in sorted({*found, *expected}):
+            pair = found.get(key, _ABSENT), expected.get(key, _ABSENT)
+            yield from _differences(*pair, f"{at}.{key}" if at else str(key))
+    elif not _same(found, expected):
+        yield at, found, expected
+
+
+def _same(found: Any, expected: Any) -> bool:
+    """Equal, and of one type: 1 is neither 1.0 nor true."""
+    if isinstance(found, list) and isinstance(expected, list):
+        pairs = zip(found, expected, strict=False)
+        return len(found) == len(expected) and all(_same(*pair) for pair in pairs)
+    if isinstance(found, dict) and isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(
+            _same(found[key], expected[key]) for key in found
+        )
+    return type(found) is type(expected) and bool(found == expected)
+
+
+def _said(value: Any) -> str:
+    """A value in a line."""
+    if value is _ABSENT:
+        return "absent"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}…"
