@@ -20,6 +20,7 @@ from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.compiled.compiling import plan_compiled, write_compiled
 from export.code_check import auto_map_of
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
+from tests.defects import rewrite_file
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import (
@@ -316,7 +317,7 @@ def changed(work: Path, folder: Path, **config: Any) -> Path:
 
     shutil.copytree(work / "checkpoint", folder)
     data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(data | config))
+    rewrite_file(folder, "config.json", json.dumps(data | config).encode())
     return folder
 
 
