@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bake.strangers import confined
-from bake.strangers.start_confined import FILE_BYTES, OPEN_FILES
+from bake.strangers.start_confined import FILE_BYTES, OPEN_FILES, landlock_version
 
 SECRETS = {
     "HF_TOKEN": "secret",
@@ -88,6 +89,42 @@ def test_what_is_too_large_is_not_written(program: Callable[[str], Path], tmp_pa
     assert said is not None and "File too large" in said and "\n" not in said
 
 
+def test_nothing_is_written_outside_where_the_system_can_prevent_it(
+    program: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name in ("there", "link"):
+        (tmp_path / name).write_text("before")
+    path = program(f"""
+import os, pathlib, sys
+outside = pathlib.Path({str(tmp_path)!r})
+def tried(act):
+    try:
+        act()
+        return "done"
+    except OSError:
+        return "refused"
+acts = [
+    lambda: (outside / "new").write_text("x"),
+    lambda: (outside / "there").write_text("x"),
+    lambda: os.truncate(outside / "there", 0),
+    lambda: (outside / "link").unlink(),
+    lambda: (outside / "folder").mkdir(),
+    lambda: (outside / "other").symlink_to("there"),
+    lambda: os.rename(outside / "there", "mine"),
+]
+pathlib.Path("inside").write_text("x")
+pathlib.Path("folder").mkdir()
+pathlib.Path("/dev/null").write_text("x")
+pathlib.Path(outside / "there").read_text()
+sys.exit(" ".join(tried(act) for act in acts))
+""")
+    said = confined.run(str(path), scratch=scratch_in(tmp_path))
+    assert said is not None and (tmp_path / "scratch/inside").exists(), said
+    if landlock_version() >= 3 or str(confined._wall()).endswith("bwrap"):
+        assert said == f"ended with exit code 1 ({' '.join(['refused'] * 7)})"
+        assert (tmp_path / "there").read_text() == "before" and not (tmp_path / "new").exists()
+
+
 def test_a_program_that_takes_too_long_is_killed(
     program: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,8 +140,14 @@ def test_there_is_no_network_where_the_system_can_do_without(
     program: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The probe never fails; what works is used."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = server.getsockname()
+        code = f"import socket; socket.create_connection({where}, 20)"
+        said = confined.run(str(program(code)), scratch=scratch_in(tmp_path))
+    if landlock_version() >= 4 or confined._wall() is not None:
+        assert said is not None and "Error" in said
     path = program("import socket, sys; sys.exit(','.join(n for _, n in socket.if_nameindex()))")
-    said = confined.run(str(path), scratch=scratch_in(tmp_path))
+    said = confined.run(str(path), scratch=tmp_path / "scratch")
     assert said is not None
     if confined._wall() is not None:
         assert said == "ended with exit code 1 (lo)"

@@ -29,6 +29,7 @@ from export.manifest import read_json
 from tests.folders import baked_world, make_adapter
 from tests.reports import error_line
 from tests.verify.defects.planted_code import WAYS, Bomb, code, plant, rehash
+from tests.verify.engines.test_links import in_cache
 from verify.run import verify_folder
 
 ROOT = Path(__file__).parents[3]
@@ -103,8 +104,10 @@ def test_nothing_runs_even_where_it_is_not_looked_for(
     world: Path, tmp_path: Path, carrier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second wall: what loads a folder is shown config and safetensors, and runs no code."""
-    for check in ("export.code_check.foreign_code", "verify.evidence.integrity.foreign_code"):
-        monkeypatch.setattr(check, lambda *_: [])
+    for module in ("export.code_check", "verify.evidence.integrity"):
+        monkeypatch.setattr(f"{module}.foreign_code", lambda *_: [])
+    for module in ("verify.run", "export.clamped", "bakeout.verbs.streaming", "model_cards.facts"):
+        monkeypatch.setattr(f"{module}.check_contents", lambda *_: None)
     marker = tmp_path / "marker"
     ways = [way for name, way in WAYS[carrier].items() if name not in UNLOADABLE]
     folder = plant(shutil.copytree(world / carrier, tmp_path / "folder"), marker, *ways)
@@ -166,13 +169,7 @@ def test_another_version_is_refused_with_what_to_do(
 def test_a_sound_folder_has_none(world: Path, tmp_path: Path, carrier: str) -> None:
     check_code(world / carrier)
     # As the hub's cache and downloader, and git, lay it.
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "0f"
-    blobs = tmp_path / "models--a--b" / "blobs"
-    shutil.copytree(world / carrier, blobs)
-    snapshot.mkdir(parents=True)
-    for path in sorted(blobs.iterdir()):
-        (snapshot / path.name).symlink_to(path)
-    check_code(snapshot)
+    check_code(in_cache(world / carrier, tmp_path / "cache"))
     folder = shutil.copytree(world / carrier, tmp_path / "local")
     (folder / ".cache/huggingface/download").mkdir(parents=True)
     (folder / f".cache/huggingface/download/{MODELING_FILE}.metadata").write_text("0f")

@@ -13,11 +13,14 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from bake.errors import BakeoutError, ExportError, FolderError, OutputError
+from bake.families import FAMILIES
 from bake.recipe import Recipe
 from bake.stock import load_base
 from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.compiled.compiling import plan_compiled, write_compiled
+from export.code_check import auto_map_of
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
+from tests.defects import rewrite_file
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import (
@@ -314,7 +317,7 @@ def changed(work: Path, folder: Path, **config: Any) -> Path:
 
     shutil.copytree(work / "checkpoint", folder)
     data = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(data | config))
+    rewrite_file(folder, "config.json", json.dumps(data | config).encode())
     return folder
 
 
@@ -331,7 +334,8 @@ def test_bad_input_is_refused_in_one_line(work: Path, tmp_path: Path) -> None:
     ]
     gelu = changed(work, tmp_path / "gelu", hidden_activation="gelu")
     cases.append((gelu, {}, ExportError, "activation is gelu; expected gelu_pytorch_tanh"))
-    images = changed(work, tmp_path / "images", model_type="clamped_gemma3")
+    gemma3 = {"model_type": "clamped_gemma3", "auto_map": auto_map_of(FAMILIES["gemma3"])}
+    images = changed(work, tmp_path / "images", **gemma3)
     cases.append((images, {}, ExportError, "takes images"))
     for folder, options, kind, match in cases:
         with pytest.raises(kind, match=match) as caught:
