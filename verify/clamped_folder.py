@@ -14,6 +14,7 @@ from bake.errors import FolderError, RecipeError
 from bake.files.folder_files import open_in
 from bake.recipe import Recipe
 from bake.sources import Source
+from export.carriers.carriers import OF_BASE
 from export.clamped import clamped_layers
 from verify.report.findings import Failure
 
@@ -138,7 +139,8 @@ def base_failures(recipe: Recipe, files: Mapping[str, str]) -> tuple[Failure, ..
     for path in sorted(path for path in base.folder.rglob("*") if path.is_file()):
         name = path.relative_to(base.folder).as_posix()
         copy = "model-00001-of-00001.safetensors" if name == "model.safetensors" else name
-        needed = name in base.shards or name.startswith(_TEXT_FILES)
+        text = name.startswith(_TEXT_FILES) and re.fullmatch(OF_BASE, name) is not None
+        needed = name in base.shards or text
         if name in _REWRITTEN or (copy not in files and not needed):
             continue
         if files.get(copy) != (digest := _sha256(path)):
