@@ -178,11 +178,11 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
             "clamped checkpoint, as `bakeout bake` writes it"
         )
     check_contents(folder, manifest)
-    check_files(folder, manifest, [name for name in manifest.files if not _is_heavy(name)])
+    check_files(folder, manifest, [name for name in manifest.files if not is_heavy(name)])
     return open_listed(folder, manifest)
 
 
-def _is_heavy(name: str) -> bool:
+def is_heavy(name: str) -> bool:
     """Whether a file holds numbers of the base: weights, and copies of them for a graph."""
     return name.endswith((".safetensors", ".onnx_data"))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,7 +19,7 @@ from bake.files.folder_files import PARTIAL, check_name, sha256_in
 from bake.new_folder import MANIFEST, fsync_folder
 from bake.reading.capped import parse_json, read_in
 from bake.sources import MOST_FEATURES
-from export.carriers.carriers import ADDED, CARRIERS
+from export.carriers.carriers import CARRIERS, is_added
 
 CARD = "README.md"
 AGAIN = "bake or download the folder again"
@@ -183,7 +182,7 @@ class Manifest(Part):
             ) from error
         for name in (*found.files, *found.in_place):
             check_name(path, name)
-        if odd := [name for name in found.in_place if not re.fullmatch(ADDED, name)]:
+        if odd := [name for name in found.in_place if not is_added(name)]:
             raise FolderError(
                 f"{path}: is about to write {shown(odd[0])}; expected a graph, witnesses or a "
                 f"card; {AGAIN}"

@@ -13,7 +13,7 @@ from bake.errors import FolderError, RecipeError
 from bake.reading.capped import parse_toml, read_in
 from bake.recipe import Recipe
 from bake.sources import Source
-from export.carriers.carriers import CARRIERS
+from export.carriers.carriers import CARRIERS, OF_BASE
 from export.clamped import clamped_layers
 from export.manifest import Manifest
 from verify.report.findings import Failure
@@ -172,7 +172,8 @@ def base_failures(recipe: Recipe, manifest: Manifest) -> tuple[Failure, ...]:
     for path in sorted(path for path in base.folder.rglob("*") if path.is_file()):
         name = path.relative_to(base.folder).as_posix()
         copy = "model-00001-of-00001.safetensors" if name == "model.safetensors" else name
-        needed = name in copies or (name.startswith(_TEXT_FILES) and not carrier.over_base)
+        text = name.startswith(_TEXT_FILES) and re.fullmatch(OF_BASE, name) is not None
+        needed = name in copies or (text and not carrier.over_base)
         if name in _REWRITTEN or (name in base.shards and name not in copies):
             continue
         if (copy in files or needed) and files.get(copy) != (digest := _sha256(path)):

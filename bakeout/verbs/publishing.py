@@ -4,6 +4,7 @@ its upload.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,17 +14,20 @@ from typing import Annotated
 
 import httpx
 import typer
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from bake.errors import BakeoutError, FolderError, ReportError
-from bake.files.folder_files import SIGNATURE
+from bake.files.folder_files import SIGNATURE, file_in, open_in
 from bake.new_folder import MANIFEST, write_whole
+from bake.reading.capped import read_in
 from bakeout.terminal import printable, progress
 from bakeout.verbs.arguments import FolderPath
+from export.clamped import is_heavy
 from export.code_check import check_code
+from export.folder_contents import read_listed
 from export.in_place import changing, put_files
-from export.manifest import CARD, Manifest
+from export.manifest import AGAIN, CARD, Manifest
 from export.signing import SigningError, sign_folder
 from model_cards.bom import bom_of
 from model_cards.facts import facts_of_folder
@@ -173,15 +177,16 @@ def _plan(folder: Path, repo: str, private: bool, card: str | None) -> Upload:
 
 def _send(folder: Path, upload: Upload) -> None:
     """Create the repository where it is not there, and upload in one commit."""
+    manifest = Manifest.read(folder)
+    files = [_content(folder, manifest, name) for name, _ in upload.files]
     try:
         api = HfApi(library_name="bakeout")
         api.create_repo(upload.repo, private=upload.private, exist_ok=True, repo_type="model")
-        api.upload_folder(
+        api.create_commit(
             repo_id=upload.repo,
-            folder_path=folder,
+            operations=files,
             repo_type="model",
             commit_message="Upload a clamped model with its evidence",
-            allow_patterns=[_literal(name) for name, _ in upload.files],
         )
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -191,9 +196,27 @@ def _send(folder: Path, upload: Upload) -> None:
         ) from error
 
 
-def _literal(name: str) -> str:
-    """A file name as a pattern that matches nothing else."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _content(folder: Path, manifest: Manifest, name: str) -> CommitOperationAdd:
+    """A file as it is uploaded: what the manifest lists, though another may take its place now.
+    Large ones are read again; the hub takes them only with the hash that they have here.
+
+    Raises:
+        FolderError: it is not what the manifest lists.
+    """
+    if name == MANIFEST:
+        with open_in(folder, name) as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != manifest.sha256:
+            raise FolderError(f"{folder / name}: has changed meanwhile; push again")
+        return CommitOperationAdd(name, data)
+    if name == SIGNATURE:
+        return CommitOperationAdd(name, read_in(folder, name))
+    if not is_heavy(name):
+        return CommitOperationAdd(name, read_listed(folder, manifest, name))
+    found = CommitOperationAdd(name, file_in(folder, name))
+    if found.upload_info.sha256.hex() != manifest.files[name]:
+        raise FolderError(f"{folder / name}: is not the file that the manifest lists; {AGAIN}")
+    return found
 
 
 def card(

@@ -27,14 +27,21 @@ OF_BASE = "|".join(
     )
 )
 """What a base brings along beside its weights and config: a pattern of names."""
-ADDED = "|".join(
-    (
-        r"README\.md|witnesses\.npz|genai_config\.json",
-        *(f"{re.escape(of.file)}{'' if of.shared else '(?:_data)?'}" for of in PRECISIONS.values()),
+_ADDED = r"README\.md|witnesses\.npz|genai_config\.json"
+_OF_MODEL = rf"config\.json|recipe\.toml|model\.safetensors\.index\.json|{OF_BASE}|{_ADDED}"
+
+
+def is_graph(name: str) -> bool:
+    """Whether a file of a folder is an ONNX graph, or the data of one."""
+    return any(
+        name == of.file or (not of.shared and name == f"{of.file}_data")
+        for of in PRECISIONS.values()
     )
-)
-"""What is written into a folder that is there already: a pattern of names."""
-_OF_MODEL = rf"config\.json|recipe\.toml|model\.safetensors\.index\.json|{OF_BASE}|{ADDED}"
+
+
+def is_added(name: str) -> bool:
+    """Whether a file is one of those that are written into a folder that is there already."""
+    return re.fullmatch(_ADDED, name) is not None or is_graph(name)
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ class Carrier:
     lost_by: str
     """The known way to load it without the clamp, and how little is said then."""
     holds: str
-    """The files that such a folder may hold beside the shards that its index names: a pattern of
-    names. Anything else is a failure."""
+    """The files that such a folder may hold beside graphs and the shards that its index names: a
+    pattern of names. Anything else is a failure."""
     own_code: bool = False
     """It holds the base's own weights beside the clamp, and our modeling file; `config.json` names
     classes of ours."""
@@ -80,6 +87,11 @@ class Carrier:
     def strips(self) -> bool:
         """Whether taking the clamp out leaves the base itself."""
         return self.own_code or self.over_base
+
+    def may_hold(self, name: str) -> bool:
+        """Whether such a folder may hold a file, shards apart."""
+        known = re.fullmatch(self.holds, name) is not None
+        return known or (not self.over_base and is_graph(name))
 
 
 def loading_code(folder: str, *, own_code: bool) -> str:

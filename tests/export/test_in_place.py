@@ -285,6 +285,24 @@ def test_only_what_is_written_in_place_may_be_half_there(original: Path, tmp_pat
     assert "model.onnx: not in the manifest" in [failure.what for failure in found]
 
 
+def test_a_killed_write_that_is_settled_leaves_the_manifest_as_it_was(
+    original: Path, tmp_path: Path
+) -> None:
+    """A report of the folder stays one of it."""
+    folder = shutil.copytree(original, tmp_path / "checkpoint")
+    before = contents(folder)
+    Manifest.read(folder).changed(in_place={"README.md": "1" * 64, "model.onnx": "2" * 64}).replace(
+        folder
+    )
+    (folder / ".bakeout-partial" / "model.onnx").write_bytes(b"half")
+    assert contents(folder)["manifest.json"] != before["manifest.json"]
+    assert Manifest.read(folder).files == Manifest.read(original).files
+    assert is_whole(folder)
+    with changing(folder):
+        pass
+    assert contents(folder) == before
+
+
 SPOIL: dict[str, Callable[[Path, Path], None]] = {
     "a folder": lambda folder, out: (folder / ".bakeout-partial").symlink_to(out),
     "a graph": lambda folder, out: (folder / ".bakeout-partial.onnx").symlink_to(out / "canary"),

@@ -12,6 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from huggingface_hub import CommitOperationAdd
 from model_signing import verifying
 
 from bake.files.folder_files import SIGNATURE
@@ -185,14 +186,23 @@ def test_a_certificate_names_the_signer(folder: Path, keys: Path, tmp_path: Path
 
 
 def test_a_signed_folder_is_pushed_as_it_is(
-    folder: Path, keys: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(["sign", str(folder), "--key", str(keys / "ours.pem")]) == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     sent: list[str] = []
-    monkeypatch.setattr(
-        "bakeout.verbs.publishing._send", lambda _, upload: sent.extend(n for n, _ in upload.files)
-    )
+
+    class Hub:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def create_repo(self, *_: object, **__: object) -> None:
+            pass
+
+        def create_commit(self, *, operations: list[CommitOperationAdd], **_: object) -> None:
+            sent.extend(of.path_in_repo for of in operations)
+
+    monkeypatch.setattr("bakeout.verbs.publishing.HfApi", Hub)
     assert run(["push", str(folder), "team/model", "--unverified"]) == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert set(sent) == before.keys() and sent[-1] == "manifest.json"

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from huggingface_hub import ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import CommitOperationAdd, ModelCard
 
+import bakeout.verbs.publishing as publishing
 from bake.recipe import Recipe
 from bakeout.cli import run
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
@@ -178,7 +178,7 @@ def test_a_folder_that_cannot_be_written_stays_as_it_was(
 
 @dataclass
 class Hub:
-    """Stands in for `HfApi`; takes what `upload_folder` would take."""
+    """Stands in for `HfApi`; takes what `create_commit` would take."""
 
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     uploaded: dict[str, str] = field(default_factory=dict)
@@ -189,13 +189,10 @@ class Hub:
             raise self.error
         self.calls.append(("create_repo", {"repo_id": repo_id, **options}))
 
-    def upload_folder(
-        self, *, folder_path: Path, allow_patterns: list[str], **options: Any
-    ) -> None:
-        self.calls.append(("upload_folder", options))
-        there = contents(folder_path)
+    def create_commit(self, *, operations: list[CommitOperationAdd], **options: Any) -> None:
+        self.calls.append(("create_commit", options))
         self.uploaded = {
-            name: there[name] for name in filter_repo_objects(there, allow_patterns=allow_patterns)
+            operation.path_in_repo: operation.upload_info.sha256.hex() for operation in operations
         }
 
 
@@ -296,3 +293,33 @@ def test_a_hub_that_refuses_is_one_line(
     capsys.readouterr()
     assert push(folder, "--unverified") == 2
     assert "me/model: the upload failed" in error_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "model-sae-clamp.safetensors", "manifest.json"])
+def test_what_changes_after_it_was_checked_is_not_sent(
+    name: str,
+    folder: Path,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (folder.parent / "key").write_text("PRIVATE KEY")
+    read = publishing.Manifest.read
+
+    def swap(root: Path) -> Any:
+        found = read(root)
+        (folder / name).unlink()
+        (folder / name).symlink_to(folder.parent / "key")
+        return found
+
+    put = publishing._put_card
+
+    def put_and_swap(*given: Any) -> None:
+        put(*given)
+        monkeypatch.setattr(publishing.Manifest, "read", swap)
+
+    monkeypatch.setattr(publishing, "_put_card", put_and_swap)
+    capsys.readouterr()
+    assert push(folder, "--unverified") == 2
+    assert name in error_line(capsys) and hub.calls == []
+    assert "PRIVATE" not in str(hub.uploaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 from bake import modeling_clamped_gemma as clamped
 from bake.errors import OutputError
 from bake.recipe import Recipe
+from bakeout.cli import run
 from bakeout.verbs.baking import bake_recipe
 from export.carriers import checkpoint
 from export.clamped import GUARD
@@ -184,3 +186,40 @@ def test_sae_that_spoils_midway_leaves_nothing(
     with pytest.raises(OutputError, match="disk is full"):
         bake_recipe(recipe, tmp_path / "out", force=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_base_brings_text_and_licences_and_no_code_nor_what_its_links_lead_to(
+    tmp_path: Path, write_recipe: RecipeWriter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_base(tmp_path / "base")
+    save_sae_lens(tmp_path / "sae", tiny_sae())
+    for name in ("tokenizer.py", "tokenizer.bin", "LICENSE.py", "chat_template.so", "LICENSE.txt"):
+        (base / name).write_text(name)
+    (tmp_path / "key").write_text("PRIVATE KEY")
+    (base / "NOTICE").symlink_to(tmp_path / "key")
+    recipe = write_recipe(TABLE)
+    assert run(["bake", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "NOTICE is a link that leads out of its folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (base / "NOTICE").unlink()
+    assert run(["bake", str(recipe), "--out", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "LICENSE.txt" in names
+    assert not names & {"tokenizer.py", "tokenizer.bin", "LICENSE.py", "chat_template.so"}
+
+
+def test_a_base_in_the_hubs_cache_is_copied_through_its_links(
+    tmp_path: Path, write_recipe: RecipeWriter
+) -> None:
+    base = tiny_base(tmp_path / "models--x--y" / "snapshots" / ("0f" * 20))
+    (base / "LICENSE").write_text("licence")
+    (blobs := tmp_path / "models--x--y" / "blobs").mkdir()
+    for path in list(base.iterdir()):
+        blob = blobs / sha256(path)
+        shutil.move(path, blob)
+        path.symlink_to(Path("../../blobs") / blob.name)
+    save_sae_lens(tmp_path / "sae", tiny_sae())
+    recipe = write_recipe(TABLE, base={"model": f"models--x--y/snapshots/{base.name}"})
+    bake_recipe(recipe, tmp_path / "out", force=False)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "licence"
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
