@@ -16,6 +16,7 @@ from bake.questions.prompts import TEXT_TOKENS, Batch, text_prompts
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from verify.compare.comparison import REFERENCE, Comparison, compare
+from verify.compare.feature_trial import trial_failures
 from verify.compare.firing import FeatureWatch, FiredExamples, fired_on
 from verify.compare.upcast import compare_in_float32
 from verify.engines.engines import Engines
@@ -117,6 +118,9 @@ def gather(
             if "known" in kinds:
                 work.known  # noqa: B018  beside the engine, which has the other threads
         report = _with_firings(report, work, asks=asks)
+        if "parity" in kinds and not CARRIERS[engines.carrier].strips:
+            tried = tuple(trial_failures(folder, recipe, hooked))
+            report = replace(report, failures=(*report.failures, *tried))
         for name, kind in KINDS.items():
             if name in kinds and kind.gather is not None:
                 report = kind.gather(work, report)

@@ -169,7 +169,7 @@ def test_a_defect_in_a_compiled_folder_fails(
     tensors = load_file(folder / shard)
     change(tensors)
     rewrite_file(folder, shard, save(tensors, metadata={"format": "pt"}))
-    run = frozenset(KINDS) - {"integrity"}  # which finds some of them without running anything
+    run = frozenset(KINDS) - {"integrity", "witnesses"}  # the files alone show some
     report = verify_folder(folder, Recipe.load(work / "recipe.toml"), run)
     assert report.verdict == "fail"
     assert {(f.kind, f.engine) for f in report.failures} == {("parity", "compiled")}

@@ -33,6 +33,7 @@ from tests.defects import (
     rewrite_file,
     set_to,
 )
+from tests.engines import InProcess
 from tests.worlds import (
     save_sae_lens,
     tiny_base,
@@ -362,7 +363,7 @@ CONFIG_ALTERED: dict[str, Callable[[dict[str, Any]], object]] = {
     "auto_map of another class": lambda c: c["auto_map"].update(AutoModel="x.Y"),
     "auto_map for more classes": lambda c: c["auto_map"].update(AutoModelForSeq2SeqLM="x.Y"),
     "dtype float16": lambda c: c.update(dtype="float16"),
-    "another rope": lambda c: c["rope_parameters"].update(rope_theta=9999.0),
+    "another rope": lambda c: c["rope_parameters"].update(rope_theta=100.0),
     "another eps": lambda c: c.update(rms_norm_eps=1e-5),
     "another softcap": lambda c: c.update(final_logit_softcapping=29.0),
     "another attention scale": lambda c: c.update(query_pre_attn_scalar=9),
@@ -576,3 +577,30 @@ def test_what_contradicts_the_rest_is_found_without_a_recipe(altered: Path) -> N
 
 def test_there_are_enough() -> None:
     assert len(ALTERATIONS) >= 45
+
+
+MOVES_LOGITS = [
+    *(f"clamp: {name}" for name in ("the decoder scaled", "trigger raised", "all routes off")),
+    *("clamp: value toward 0", "clamp: a decoder row zeroed", "config: another rope"),
+    *("config: another softcap", "config: another attention scale"),
+]
+
+
+@pytest.mark.parametrize("altered", MOVES_LOGITS, indirect=True)
+def test_what_moves_the_witnesses_is_found_without_a_recipe(
+    altered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verify.engines.engines.TorchRunner", InProcess)
+    report = verify_folder(altered)
+    assert {failure.kind for failure in report.failures} == {"witnesses"}
+
+
+UNSEEN = ["clamp: one theta beyond reach", "layer: a base weight by one bit", "compiled: a norm"]
+
+
+@pytest.mark.parametrize("altered", UNSEEN, indirect=True)
+def test_what_only_a_recipe_shows_is_never_called_more_than_whole(altered: Path) -> None:
+    report = verify_folder(altered, only=ONLY)
+    assert (report.verdict, report.scope) == ("pass", "integrity")
+    assert report.cannot_know is not None
+    assert report.cannot_know.startswith("Without a recipe this run cannot know")
