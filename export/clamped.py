@@ -294,7 +294,8 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
         sites = config["sae_clamp"]["sites"]
         layers = [site["layer"] for site in sites]
         placed = bool(layers) and all(type(layer) is int and layer >= 0 for layer in layers)
-    except (KeyError, TypeError):
+        placed = placed and all(type(site.get("exempt_bos", True)) is bool for site in sites)
+    except (KeyError, TypeError, AttributeError):
         placed = False
     if not placed:
         raise FolderError(f"{path}: has no clamp; expected sae_clamp.sites, each with its layer")

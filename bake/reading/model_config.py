@@ -135,10 +135,8 @@ def wrong_field(config: Mapping[str, Any]) -> str | None:
     if isinstance(text := config.get("text_config"), dict):
         parts.append(("text_config.", text))
     for where, part in parts:
-        for key, (right, expected) in _OF.items():
-            value = part.get(key)
-            if value is not None and not right(value):
-                return f"{where}{key} is {shown(value)}; expected {expected}"
+        if (wrong := _wrong(part, _OF, where)) is not None:
+            return wrong
         kinds, n_layers = part.get("layer_types"), part.get("num_hidden_layers")
         if kinds is not None and n_layers is not None and len(kinds) != n_layers:
             return f"{where}layer_types has {len(kinds)} entries; expected {n_layers}"
@@ -148,6 +146,28 @@ def wrong_field(config: Mapping[str, Any]) -> str | None:
                 f"{where}num_attention_heads is {heads}; expected a multiple of "
                 f"num_key_value_heads, {groups}"
             )
+    return None
+
+
+_OF_GENERATION: dict[str, _Check] = {
+    "do_sample": _OF["use_cache"],
+    **{key: _OF[key] for key in ("bos_token_id", "pad_token_id", "eos_token_id")},
+    **dict.fromkeys(("temperature", "top_p"), (_number, "a number")),
+    "top_k": (_COUNT, "a whole number"),
+}
+"""By field of a generation_config.json, as `_OF`."""
+
+
+def wrong_generation(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first field of a wrong type in a generation_config.json."""
+    return _wrong(config, _OF_GENERATION)
+
+
+def _wrong(config: Mapping[str, Any], checks: Mapping[str, _Check], where: str = "") -> str | None:
+    for key, (right, expected) in checks.items():
+        value = config.get(key)
+        if value is not None and not right(value):
+            return f"{where}{key} is {shown(value)}; expected {expected}"
     return None
 
 

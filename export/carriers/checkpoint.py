@@ -271,7 +271,11 @@ def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
 def _local_files(recipe: Recipe) -> dict[str, str]:
     """sha256 of every local file (questions, texts) that the recipe names, by file name."""
     files = [path for path in recipe.local_sources[1:] if path.is_file()]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    hashes = {}
+    for path in files:
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) -> dict[str, Any]:

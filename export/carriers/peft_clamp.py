@@ -18,6 +18,7 @@ from peft.utils import PeftType, register_peft_method
 from torch import nn
 
 from bake.modeling_clamped_gemma import SAEClamp, exempt_positions
+from bake.reading.model_config import wrong_clamp
 from export.carriers.adapter import fingerprint, first_row
 
 NAME = "SAE_CLAMP"
@@ -93,6 +94,10 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         if any(hasattr(layer, SITE) for layer in model.get_decoder().layers):
             raise ValueError("this model has a clamp adapter already; unload it first")
         self._mark_only_adapters_as_trainable(model)
+        text = model.config.get_text_config()
+        sizes = {"n_layers": len(model.get_decoder().layers), "vocab_size": text.vocab_size}
+        if (wrong := wrong_clamp(config.sae_clamp, **sizes)) is not None:
+            raise ValueError(f"adapter_config.json: {wrong}; this adapter is damaged")
         rows = [first_row(parameter) for parameter in model.parameters()]
         if not all(row.is_floating_point() and not row.is_meta for row in rows):
             raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from export.manifest import read_json
+from bake.errors import FolderError
+from bake.reading.model_config import wrong_generation
+from export.manifest import AGAIN, read_json
 
 GENAI_CONFIG = "genai_config.json"
 
@@ -66,7 +68,7 @@ def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
             },
         },
         "search": {
-            "do_sample": bool(stated("do_sample", False)),
+            "do_sample": stated("do_sample", False),
             "temperature": stated("temperature", 1.0),
             "top_k": stated("top_k", 50),
             "top_p": stated("top_p", 1.0),
@@ -80,7 +82,10 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     """A folder's generation_config.json; empty where there is none.
 
     Raises:
-        FolderError: it cannot be read.
+        FolderError: it cannot be read, or a field is of another type than it has to be.
     """
     path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+    stated = read_json(path) if path.is_file() else {}
+    if (wrong := wrong_generation(stated)) is not None:
+        raise FolderError(f"{path}: {wrong}; {AGAIN}")
+    return stated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -129,6 +130,23 @@ def test_a_damaged_adapter_raises(work: Path, tmp_path: Path, damage: str) -> No
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises((ValueError, RuntimeError), match=r"value"):
         PeftModel.from_pretrained(base_of(work), folder)(**prompts())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("layer", -1), ("layer", True), ("layer", 9), ("exempt_bos", "no"), ("exempt_bos", 0)],
+)
+def test_a_config_of_other_types_raises(
+    work: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    import shutil
+
+    folder = shutil.copytree(work / "adapter", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["sae_clamp"]["sites"][0][key] = value
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"{key} is {value!r}; expected"):
+        PeftModel.from_pretrained(base_of(work), folder)
 
 
 @pytest.mark.parametrize("first", ["import bakeout, peft", "import peft, bakeout"])

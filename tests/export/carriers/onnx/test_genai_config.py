@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import bakeout
 from bake.errors import FolderError
 from bakeout.cli import run
-from export.carriers.onnx.genai_config import genai_config
+from export.carriers.onnx.genai_config import genai_config, read_generation_config
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.engines.onnx_runner import open_runner
 
@@ -209,3 +209,21 @@ def test_a_generation_config_that_cannot_be_read(tmp_path: Path, text: str) -> N
     (tmp_path / "generation_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(FolderError, match=r"generation_config\.json: .* again"):
         genai_config(CONFIG, tmp_path, "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("field", "match"),
+    [
+        ({"do_sample": "no"}, "do_sample is 'no'; expected true or false"),
+        ({"do_sample": 0}, "do_sample is 0; expected true or false"),
+        ({"temperature": "hot"}, "temperature is 'hot'; expected a number"),
+        ({"top_k": 5.5}, "top_k is 5.5; expected a whole number"),
+        ({"eos_token_id": ["1"]}, "expected a token's number or a list of them"),
+    ],
+)
+def test_a_generation_config_of_other_types_is_refused(
+    field: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(field))
+    with pytest.raises(FolderError, match=match):
+        read_generation_config(tmp_path)
