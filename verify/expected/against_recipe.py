@@ -19,7 +19,7 @@ from export.carriers.carriers import CARRIERS
 from export.manifest import AGAIN, Manifest
 from verify.clamped_folder import RECIPE, base_failures, stored_recipe
 from verify.expected.added_layers import added_failures
-from verify.expected.clamp_rows import expected_tensors, tensor_failures
+from verify.expected.clamp_rows import Expected, expected_tensors, tensor_failures
 from verify.expected.expected_config import (
     Placed,
     adapter_config,
@@ -76,10 +76,15 @@ class Checked:
         return [site.layer for site in self.sites]
 
     @cached_property
+    def expected(self) -> dict[int, dict[str, Expected]]:
+        """By layer, the clamp's tensors."""
+        return {site.layer: expected_tensors(site) for site in self.sites}
+
+    @cached_property
     def places(self) -> list[Placed]:
         """Where the clamps sit."""
         return [
-            Placed(site.layer, len(expected_tensors(site)["value"].value), site.clamp.exempt_bos)
+            Placed(site.layer, len(self.expected[site.layer]["value"].value), site.clamp.exempt_bos)
             for site in self.sites
         ]
 
@@ -116,12 +121,14 @@ def _checkpoint(checked: Checked) -> Iterator[Failure]:
         for site in checked.sites:
             for graph in checked.graphs:
                 file = f"{graph.path.name}_data"
-                yield from tensor_failures(site, graph_clamps(graph, site.layer), graph.name, file)
+                layer, expected = site.layer, checked.expected[site.layer]
+                found = graph_clamps(graph, layer)
+                yield from tensor_failures(layer, expected, found, graph.name, file)
         return
     base, clamps = checked.base, {}
-    for site in checked.sites:
-        for name, tensor in expected_tensors(site).items():
-            key = f"{checked.prefix}{site.layer}.sae_clamp.{name}"
+    for layer, tensors in checked.expected.items():
+        for name, tensor in tensors.items():
+            key = f"{checked.prefix}{layer}.sae_clamp.{name}"
             clamps[key] = tensor.value.size * (1 if name == "route" else 4)
     size = sum((base.folder / shard).stat().st_size for shard in base.shards)
     where = checkpoint_map(base, clamps)
@@ -195,15 +202,15 @@ def _clamps(checked: Checked, file: str, before: str) -> Iterator[Failure]:
 
     tensors = load_file(checked.folder / file)
     known = set()
-    for site in checked.sites:
-        begin = before.format(site.layer)
-        known |= {begin + name for name in expected_tensors(site)}
+    for layer, expected in checked.expected.items():
+        begin = before.format(layer)
+        known |= {begin + name for name in expected}
         found = {
             name.removeprefix(begin): array
             for name, array in tensors.items()
             if name.startswith(begin)
         }
-        yield from tensor_failures(site, found, checked.engine, file)
+        yield from tensor_failures(layer, expected, found, checked.engine, file)
     for name in sorted(set(tensors) - known):
         yield Failure("integrity", checked.engine, f"{file}: holds {name}, unknown", name, None)
 

@@ -28,6 +28,8 @@ FACTORS = 4.0
 """Roundings of a stored number by its own size, at most: an SAE's number is read in float32, is
 multiplied by a factor that is itself rounded, and the product is rounded, here or by sae_lens; the
 fourth is the folder's."""
+CODE_BYTES = 64 << 20
+"""Of the codes on which a recipe's table is tried at once."""
 SUMS = 8.0
 """The same of a sum, by the size of all that is added: both factors of every product are rounded as
 above."""
@@ -74,12 +76,17 @@ def expected_tensors(site: Site) -> dict[str, Expected]:
 
 
 def tensor_failures(
-    site: Site, found: Mapping[str, Numbers], engine: str, file: str
+    layer: int,
+    expected_by_name: Mapping[str, Expected],
+    found: Mapping[str, Numbers],
+    engine: str,
+    file: str,
 ) -> Iterator[Failure]:
     """What of a clamp's tensors is not the SAE's and the recipe's.
 
     Args:
-        site: the SAE, and the recipe's table.
+        layer: of the clamp.
+        expected_by_name: what `expected_tensors` gives.
         found: the folder's tensors by name.
         engine: that loads them.
         file: in which they lie.
@@ -87,8 +94,8 @@ def tensor_failures(
     Returns:
         One failure of kind `integrity` for each tensor.
     """
-    for name, expected in expected_tensors(site).items():
-        where = f"{file}: {name} at layer {site.layer}"
+    for name, expected in expected_by_name.items():
+        where = f"{file}: {name} at layer {layer}"
         array = found.get(name)
         if array is None or array.shape != expected.value.shape:
             shape = None if array is None else str(list(array.shape))
@@ -173,38 +180,54 @@ def edit_of(clamp: Clamp, d_sae: int) -> Edit:
     assert isinstance(clamp.features, list)
     read, n = clamp.features, len(clamp.features)
     low = 2.0 ** math.floor(math.log2(2 * clamp.trigger + 1))  # active, and so is twice as much
-    quiet = clamp.trigger / 2
+    places, rows = torch.tensor(read), torch.arange(n)
 
-    def codes(others: float) -> Tensor:
-        """[n, d_sae]: nothing active that is read."""
-        rest = torch.full((n, d_sae), others, dtype=torch.float64)
-        rest[:, read] = quiet
+    def codes(count: int, others: float) -> Tensor:
+        """[count, d_sae]: nothing active that is read."""
+        rest = torch.full((count, d_sae), others, dtype=torch.float64)
+        rest[:, places] = clamp.trigger / 2
         return rest
 
-    each = torch.arange(n)
-    alone = codes(low)
-    alone[each, read] = low
-    before = edit_code(alone, clamp)
+    # Each alone, twice: what changes then, beside the others that are read, is what it triggers.
+    changed = torch.zeros(n, d_sae, dtype=torch.bool)
+    for others in (low, 3 * low):
+        alone = codes(n, others)
+        alone[rows, places] = low
+        before = edit_code(alone, clamp)
+        changed |= before != alone
+    # Among those that are read: does it change more where both are active than where one is?
+    own = before[rows, places]
+    crossed = torch.zeros(n, n, dtype=torch.bool)
+    at_once = max(1, CODE_BYTES // (8 * d_sae * n))
+    for start in range(0, n, at_once):
+        some = rows[start : start + at_once]
+        pairs = codes(len(some) * n, low)
+        each = torch.arange(len(pairs))
+        pairs[each, places[some].repeat_interleave(n)] = low
+        pairs[each, places.repeat(len(some))] = low
+        after = edit_code(pairs, clamp)[each, places.repeat(len(some))]
+        crossed[some] = after.view(len(some), n) != own
+    changed[:, places] = crossed
+    changed[rows, places] = own != low
     triggers: dict[int, list[int]] = {}
+    for i, j in changed.nonzero().tolist():
+        triggers.setdefault(j, []).append(read[i])
+    features = (*read, *(j for j in _in_order(changed, read) if j not in read))
+    # Both numbers of each feature that is set, from two activations of it.
+    pair = codes(2 * len(triggers), low)
+    for row, (j, by) in enumerate(triggers.items()):
+        pair[2 * row : 2 * row + 2, by[0] if j not in by else j] = low
+        pair[2 * row : 2 * row + 2, j] = torch.tensor([low, 2 * low], dtype=torch.float64)
+    after = edit_code(pair, clamp)
     values, scales = {}, {}
-    for i in read:
-        together = alone.clone()
-        together[:, i] = low  # beside each of the others; row of i: i alone
-        after = edit_code(together, clamp)
-        mine = read.index(i)
-        set_here = [j for row, j in enumerate(read) if j != i and after[row, j] != before[row, j]]
-        changed = edit_code(other := codes(3 * low).index_fill(1, torch.tensor(i), low), clamp)
-        changed = (changed[mine] != other[mine]) | (before[mine] != alone[mine])
-        set_here += [int(j) for j in changed.nonzero() if int(j) not in read or int(j) == i]
-        for j in set_here:
-            triggers.setdefault(j, []).append(i)
-            if j in values and j != i:
-                continue
-            pair = codes(low)[:1].repeat(2, 1)
-            pair[:, i] = low
-            pair[:, j] = torch.tensor([low, 2 * low], dtype=torch.float64)
-            first, second = edit_code(pair, clamp)[:, j].tolist()
-            scales[j] = (second - first) / low
-            values[j] = first - scales[j] * low
-    features = (*read, *(j for j in triggers if j not in read))
+    for row, j in enumerate(triggers):
+        first, second = after[2 * row : 2 * row + 2, j].tolist()
+        scales[j] = (second - first) / low
+        values[j] = first - scales[j] * low
     return Edit(features, {j: tuple(by) for j, by in triggers.items()}, values, scales)
+
+
+def _in_order(changed: Tensor, read: list[int]) -> list[int]:
+    """Features that are set, [k, d_sae] → by the first that triggers them."""
+    found = (int(j) for row in changed for j in row.nonzero())
+    return list(dict.fromkeys(j for j in found if j not in read))
