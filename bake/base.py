@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from bake.errors import ModelError, shown
 from bake.families import FAMILIES, GEMMA_BOS, Family
 from bake.reading.capped import read_json
-from bake.reading.model_config import wrong_field
+from bake.reading.model_config import MOST_LAYERS, wrong_field
 from bake.recipe import Recipe
 from bake.strangers.foreign import obeyed_keys
 from bake.tensors import StoredTensor, indexed_tensors, stored_tensors
@@ -178,6 +178,12 @@ def check_plain(folder: Path, name: str) -> None:
             "move it elsewhere"
         )
     config = _read_json(folder / "config.json", name)
+    n_layers = config.get("num_hidden_layers")
+    if n_layers is not None and (type(n_layers) is not int or not 0 < n_layers <= MOST_LAYERS):
+        raise ModelError(
+            f"base model {name}: num_hidden_layers is {shown(n_layers)}; expected a whole number "
+            f"from 1 to {MOST_LAYERS}. Download it again"
+        )
     for of in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
             if isinstance(of, dict) and of.get(key) is not None:

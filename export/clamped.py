@@ -295,10 +295,15 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
         layers = [site["layer"] for site in sites]
         placed = bool(layers) and all(type(layer) is int and layer >= 0 for layer in layers)
         placed = placed and all(type(site.get("exempt_bos", True)) is bool for site in sites)
+        exempt = config["sae_clamp"].get("exempt_token_ids", [])
+        placed = placed and all(type(token) is int and 0 <= token < 1 << 24 for token in exempt)
     except (KeyError, TypeError, AttributeError):
         placed = False
     if not placed:
-        raise FolderError(f"{path}: has no clamp; expected sae_clamp.sites, each with its layer")
+        raise FolderError(
+            f"{path}: has no clamp; expected sae_clamp.sites, each with its layer, exempt_bos as "
+            "true or false, and exempt_token_ids as a list of tokens"
+        )
     return config
 
 

@@ -73,10 +73,10 @@ _ACTIVATIONS = frozenset(
     )
 )
 _SIZE, _TOKEN, _COUNT = _whole(1, 1 << 24), _whole(-1, 1 << 24), _whole(0, 1 << 40)
-_MOST_LAYERS = 1024
+MOST_LAYERS = 1024
 _Check = tuple[Callable[[Any], bool], str]
 _OF: dict[str, _Check] = {
-    "num_hidden_layers": (_whole(1, _MOST_LAYERS), f"a whole number from 1 to {_MOST_LAYERS}"),
+    "num_hidden_layers": (_whole(1, MOST_LAYERS), f"a whole number from 1 to {MOST_LAYERS}"),
     **dict.fromkeys(
         (
             *("hidden_size", "intermediate_size", "vocab_size", "head_dim"),

@@ -652,6 +652,8 @@ GGUFS: dict[str, Damage] = FILES | {
 BAKE = "bake recipe.toml --dry-run --out new"
 SHOW, CARD = "show checkpoint", "card checkpoint"
 ADAPTER = "export adapter checkpoint --out new"
+NOT_NEEDED = ("missing", "link to itself", "nothing in it")
+"""What is nothing wrong with a file that may be left out."""
 KINDS: dict[tuple[str, str], dict[str, Damage]] = {
     (BAKE, "recipe.toml"): RECIPES,
     (BAKE, "sae/cfg.json"): SAE_CONFIGS,
@@ -667,6 +669,11 @@ KINDS: dict[tuple[str, str], dict[str, Damage]] = {
     (ADAPTER, "checkpoint/config.json"): CHECKPOINTS,
     (ADAPTER, "checkpoint/model.safetensors.index.json"): JSONS,
     (ADAPTER, "checkpoint/recipe.toml"): TOMLS,
+    ("chat checkpoint", "checkpoint/config.json"): CHECKPOINTS,
+    ("chat checkpoint", "checkpoint/tokenizer.json"): TEXTS,
+    ("chat checkpoint", "checkpoint/generation_config.json"): {
+        name: damage for name, damage in JSONS.items() if name not in NOT_NEEDED
+    },
     (ADAPTER, "checkpoint/model-sae-clamp.safetensors"): CLAMP_WEIGHTS,
     ("verify checkpoint --only witnesses", "checkpoint/witnesses.npz"): WITNESSES,
     ("import-gguf gguf/model.gguf --out new", "gguf/model.gguf"): GGUFS,

@@ -17,7 +17,9 @@ from bake.errors import BakeoutError, printable
 from tests.fuzz.readers import READERS, Reader
 
 SECONDS = 5
-"""Longest that a reader may take for one small file."""
+"""Most time of a processor that a reader may take for one small file."""
+WAITING = 60
+"""Longest that it may wait for anything, on a machine that others use too."""
 LONGEST_LINE = 3000
 """Most characters of an error's line."""
 CORPUS = Path(__file__).with_name("corpus")
@@ -41,13 +43,20 @@ def _limited() -> Iterator[None]:
     def late(*_: Any) -> None:
         raise Hang
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    timers = {
+        signal.SIGPROF: (signal.ITIMER_PROF, SECONDS),
+        signal.SIGALRM: (signal.ITIMER_REAL, WAITING),
+    }
+    before = {sign: signal.signal(sign, late) for sign in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, _ in timers.values():
+            signal.setitimer(timer, 0)
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
 
 
 def attempt(name: str, reader: Reader, file: Path, data: bytes) -> Finding | None:
@@ -79,6 +88,7 @@ def fuzz(name: str, root: Path, *, seed: int, most: int, seconds: float = 1e9) -
     reader = READERS[name]
     file = root / reader.file
     good = file.read_bytes()
+    reader.read(file.parent)  # what it imports is not counted
     end = time.monotonic() + seconds
     try:
         for i in range(most):
