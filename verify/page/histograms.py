@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from bake.errors import ReportError
 from verify.compare.loss_split import EDGES
 from verify.engines.engine_names import engine_of
 from verify.page.plots import Ticks
@@ -92,6 +93,11 @@ def _drawn(
     bounds = [f"below {edges[0]:g}"]
     bounds += [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
     bounds.append(f"{edges[-1]:g} or more")
+    if len(counts) != len(bounds):
+        raise ReportError(
+            f"report: the histogram of {title} in {unit} has {len(counts)} bins; expected "
+            f"{len(bounds)}. Run `bakeout verify` again, and take its report"
+        )
     most, width = max(1, *counts), 1 / len(counts)
     bins = tuple(
         Bin(

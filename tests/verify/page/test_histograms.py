@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from bake.errors import ReportError
 from tests.reports import full_evidence, full_report
 from verify.compare.loss_split import EDGES, LossHistogram, LossSplit
 from verify.page.histograms import error_histograms, loss_histograms
@@ -62,3 +63,16 @@ def test_errors_are_shown_of_the_folders_engines_by_decade() -> None:
 def test_nothing_measured_is_no_histogram() -> None:
     for report in (full_report(), VerifyReport("folder", "layer", True, "integrity", ())):
         assert loss_histograms(report) == error_histograms(report) == ()
+
+
+@pytest.mark.parametrize("n", [len(ERROR_EDGES), len(ERROR_EDGES) + 2])
+def test_a_report_with_other_bins_is_refused(n: int) -> None:
+    report = full_evidence()
+    engines = tuple(
+        engine
+        if engine.parity is None
+        else replace(engine, parity=replace(engine.parity, errors=(1,) * n))
+        for engine in report.engines
+    )
+    with pytest.raises(ReportError, match=rf"has {n} bins; expected {len(ERROR_EDGES) + 1}"):
+        error_histograms(replace(report, engines=engines))
