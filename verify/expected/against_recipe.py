@@ -28,7 +28,7 @@ from verify.expected.expected_config import (
     differences,
     read_once,
 )
-from verify.expected.own_files import data_failures, graph_clamps
+from verify.expected.own_files import as_damaged, data_failures, graph_clamps
 from verify.expected.weight_files import (
     CLAMP_SHARD,
     checkpoint_map,
@@ -104,10 +104,11 @@ def recipe_failures(checked: Checked) -> list[Failure]:
     # Further comparisons read what earlier ones found whole.
     carrier = CARRIERS[checked.manifest.carrier]
     by = _checkpoint if carrier.own_code else _adapter if carrier.over_base else _compiled
-    found = found or list(by(checked))
-    return found or list(
-        data_failures(checked.folder, checked.manifest, checked.graphs, checked.base)
-    )
+    with as_damaged(checked.folder):
+        found = found or list(by(checked))
+        return found or list(
+            data_failures(checked.folder, checked.manifest, checked.graphs, checked.base)
+        )
 
 
 # --------------------------------------------------------------------------- by carrier

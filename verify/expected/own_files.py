@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.base import INDEX, BaseModel
+from bake.errors import BakeoutError, FolderError, short
 from export.carriers.carriers import CARRIERS
 from export.carriers.onnx.precisions import PRECISIONS
-from export.manifest import Manifest
+from export.manifest import AGAIN, Manifest
 from verify.expected.expected_config import differences, read_once
 from verify.expected.graph_structure import graph_differences
 from verify.expected.weight_files import index_failures
@@ -25,6 +27,21 @@ if TYPE_CHECKING:
     from verify.engines.onnx_files import Graph
 
 GENAI = "genai_config.json"
+
+
+@contextmanager
+def as_damaged(folder: Path) -> Iterator[None]:
+    """What a config, header or graph of wrong types raises within the block is a FolderError."""
+    try:
+        yield
+    except BakeoutError:
+        raise
+    except Exception as error:  # transformers, onnx and safetensors raise kinds of their own
+        reason = (str(error).splitlines() or [""])[0]
+        raise FolderError(
+            f"{folder}: its files do not fit together ({type(error).__name__}: {short(reason)}); "
+            f"expected what bakeout writes; {AGAIN}"
+        ) from error
 
 
 def own_failures(folder: Path, manifest: Manifest, graphs: Sequence[Graph]) -> list[Failure]:
@@ -44,10 +61,11 @@ def own_failures(folder: Path, manifest: Manifest, graphs: Sequence[Graph]) -> l
         what = "manifest.json: its recipe_sha256 is not that of recipe.toml"
         stated = manifest.recipe_sha256
         found.append(Failure("integrity", carrier.engine, what, stated, files.get("recipe.toml")))
-    if not carrier.over_base:
-        found += index_failures(folder, files, carrier.engine)
-    if not found and (graphs or GENAI in files):
-        found += _graph_failures(folder, manifest, graphs)
+    with as_damaged(folder):
+        if not carrier.over_base:
+            found += index_failures(folder, files, carrier.engine)
+        if not found and (graphs or GENAI in files):
+            found += _graph_failures(folder, manifest, graphs)
     return found
 
 

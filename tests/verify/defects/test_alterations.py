@@ -579,6 +579,24 @@ def test_there_are_enough() -> None:
     assert len(ALTERATIONS) >= 45
 
 
+@pytest.mark.parametrize(
+    "plant",
+    [
+        in_json("genai_config.json", lambda c: c.update(model=[1])),
+        in_config(lambda c: c.update(num_attention_heads="many")),
+        in_json(INDEX, lambda index: index.update(weight_map={"a": ["b"]})),
+    ],
+)
+def test_wrong_types_are_one_line(work: Path, tmp_path: Path, plant: Plant) -> None:
+    folder = shutil.copytree(work / "layer", tmp_path / "altered")
+    plant(folder)
+    for recipe in (None, Recipe.load(work / "layer.toml")):
+        try:
+            assert verify_folder(folder, recipe, ONLY).verdict == "fail"
+        except BakeoutError as error:
+            assert "\n" not in str(error)
+
+
 MOVES_LOGITS = [
     *(f"clamp: {name}" for name in ("the decoder scaled", "trigger raised", "all routes off")),
     *("clamp: value toward 0", "clamp: a decoder row zeroed", "config: another rope"),
