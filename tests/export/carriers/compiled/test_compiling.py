@@ -18,7 +18,7 @@ from bake.stock import load_base
 from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.compiled.compiling import plan_compiled, write_compiled
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
-from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
+from tests.folders import STOCK_TEXT_CLASSES, compile_recipe, rehash
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import (
     RecipeWriter,
@@ -315,6 +315,7 @@ def changed(work: Path, folder: Path, **config: Any) -> Path:
     shutil.copytree(work / "checkpoint", folder)
     data = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(data | config))
+    rehash(folder)
     return folder
 
 
