@@ -70,10 +70,11 @@ def main() -> None:
             killed += process.wait() == -signal.SIGKILL
             after = [folder for folder in ("checkpoint", "out") if not whole(root, folder)]
             again = start(root, VERBS[verb]).wait() == 0
+            told = "good"
             if after or not again:
-                bad += 1
-                print(f"{number} {verb}: not whole {after}, run again {again}")
+                bad, told = bad + 1, f"not whole {after}, run again {again}"
                 shutil.rmtree(root / "out", ignore_errors=True)
+            print(f"{number} {verb}: {told}", flush=True)
     print(f"{given.n} runs, {killed} killed before their end, {bad} bad")
     sys.exit(bad > 0)
 

@@ -38,6 +38,11 @@ class Scratch:
         self.cleanup = weakref.finalize(self, _remove, self.path, lock)
         """Removes it; may be called again."""
 
+    @property
+    def name(self) -> str:
+        """Its path as text."""
+        return str(self.path)
+
     def __enter__(self) -> Path:
         return self.path
 

@@ -18,6 +18,7 @@ import bakeout
 from bake.errors import FolderError
 from bakeout.cli import run
 from export.carriers.onnx.genai_config import genai_config, read_generation_config
+from tests.folders import rehash
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.engines.onnx_runner import open_runner
 
@@ -136,6 +137,7 @@ def test_genai_stops_where_the_generation_config_says(
     end = next(token for i, token in enumerate(full) if i >= 5 and token not in full[:i])
     folder = shutil.copytree(baked, tmp_path / "ends")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [98, end]}))
+    rehash(folder)
     assert run(["export", "onnx", str(folder), "--force"]) == 0
     assert by_genai(folder, PROMPT) == [full[: full.index(end)]]
 
