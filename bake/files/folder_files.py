@@ -208,7 +208,7 @@ def _look(folder: Path, below: str, found: Contents) -> None:
 
 def _blob(folder: Path, path: Path) -> Path | None:
     """Where a link of a snapshot in the hub's cache leads; None for any other."""
-    real, file = folder.resolve(), path.resolve()
+    real, file = (Path(os.path.realpath(of)) for of in (folder, path))  # also of links in a ring
     for snapshot in (real, *real.parents):
         if snapshot.parent.name == "snapshots":
             inside = file.parent == snapshot.parent.parent / "blobs"
