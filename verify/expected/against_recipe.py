@@ -16,7 +16,7 @@ from bake.base import INDEX, BaseModel, find_base
 from bake.errors import FolderError
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
-from export.manifest import AGAIN, Manifest
+from export.manifest import AGAIN, Manifest, read_json
 from verify.clamped_folder import RECIPE, base_failures, stored_recipe
 from verify.expected.added_layers import added_failures
 from verify.expected.clamp_rows import Expected, expected_tensors, tensor_failures
@@ -26,7 +26,6 @@ from verify.expected.expected_config import (
     checkpoint_config,
     compiled_config,
     differences,
-    read_once,
 )
 from verify.expected.own_files import as_damaged, data_failures, graph_clamps
 from verify.expected.weight_files import (
@@ -117,7 +116,7 @@ def recipe_failures(checked: Checked) -> list[Failure]:
 def _checkpoint(checked: Checked) -> Iterator[Failure]:
     folder, engine = checked.folder, checked.engine
     expected = checkpoint_config(checked.base, checked.recipe, checked.places)
-    yield from differences(engine, "config.json", read_once(folder / "config.json"), expected)
+    yield from differences(engine, "config.json", read_json(folder / "config.json"), expected)
     if INDEX not in checked.manifest.files:  # rounded graphs alone
         for site in checked.sites:
             for graph in checked.graphs:
@@ -141,7 +140,7 @@ def _checkpoint(checked: Checked) -> Iterator[Failure]:
 
 def _adapter(checked: Checked) -> Iterator[Failure]:
     folder, base, stated = checked.folder, checked.base, checked.manifest.base
-    found = read_once(folder / ADAPTER_CONFIG)
+    found = read_json(folder / ADAPTER_CONFIG)
     found.pop("base_sha256", None)  # was compared with the base's files
     expected = adapter_config(
         base, checked.places, stated.model, stated.revision, first_rows_digest(base)
@@ -156,7 +155,7 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
     compiled = checked.manifest.compiled
     if compiled is None:
         raise FolderError(f"{folder}: its manifest does not say how it was compiled; {AGAIN}")
-    config = read_once(folder / "config.json")
+    config = read_json(folder / "config.json")
     mlp, own = config.get("intermediate_size"), base.config.get("intermediate_size")
     # As wide as the two layers need, and never narrower than the base.
     wider = mlp if type(mlp) is int and type(own) is int and mlp > own and mlp % 8 == 0 else own

@@ -5,18 +5,16 @@ it, key by key. Written without `export`'s own writers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bake.base import BaseModel
-from bake.errors import FolderError
 from bake.families import Family
 from bake.recipe import Recipe
 from export.clamped import GUARD
-from export.manifest import AGAIN, CompiledEntry
+from export.manifest import CompiledEntry
 from verify.report.findings import Failure
 
 MODULE = "modeling_clamped_gemma"
@@ -153,38 +151,6 @@ def adapter_config(
 
 
 # --------------------------------------------------------------------------- comparing
-
-
-def read_once(path: Path) -> dict[str, Any]:
-    """A JSON object in which no key stands twice: readers differ in which of them they take.
-
-    Raises:
-        FolderError: it is none.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if (twice := repeated(name for name, _ in pairs)) is not None:
-            raise ValueError(f'"{twice}" stands there twice')
-        return found
-
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-        if not isinstance(data, dict):
-            raise ValueError("is no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{path}: cannot be read ({error}); {AGAIN}") from error
-    return data
-
-
-def repeated(names: Iterable[str]) -> str | None:
-    """The first name that comes again."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 def differences(

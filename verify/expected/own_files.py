@@ -14,8 +14,8 @@ from bake.base import INDEX, BaseModel
 from bake.errors import BakeoutError, FolderError, short
 from export.carriers.carriers import CARRIERS
 from export.carriers.onnx.precisions import PRECISIONS
-from export.manifest import AGAIN, Manifest
-from verify.expected.expected_config import differences, read_once
+from export.manifest import AGAIN, Manifest, read_json
+from verify.expected.expected_config import differences
 from verify.expected.graph_structure import graph_differences
 from verify.expected.weight_files import index_failures
 from verify.report.findings import Failure
@@ -84,7 +84,7 @@ def _graph_failures(folder: Path, manifest: Manifest, graphs: Sequence[Graph]) -
         origin = INDEX in manifest.files
         yield from graph_differences(graph.name, file, graph.model, expected, origin=origin)
     if GENAI in manifest.files:
-        config = read_once(folder / GENAI)
+        config = read_json(folder / GENAI)
         allowed = expected_genai(source, [_precision(graph) for graph in graphs])
         told = [list(differences(engine, GENAI, config, _as_read(of))) for of in allowed]
         yield from min(told, key=len)

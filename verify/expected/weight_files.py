@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bake.base import INDEX, WEIGHTS, BaseModel
 from bake.errors import FolderError
-from export.manifest import AGAIN
-from verify.expected.expected_config import differences, read_once, repeated
+from bake.files.folder_files import open_in
+from bake.reading.capped import HEADER_BYTES, parse_json
+from export.manifest import AGAIN, read_json
+from verify.expected.expected_config import differences
 from verify.report.findings import Failure
 
 CLAMP_SHARD, ADDED_SHARD = "model-sae-clamp.safetensors", "model-compiled-layers.safetensors"
 RENAMED = "model-00001-of-00001.safetensors"
 """What a base's `model.safetensors` is called in a folder."""
-MOST_HEADER = 64 << 20
-"""Bytes of a safetensors header; the largest Gemma's takes a few hundred kilobytes."""
 
 
 def header_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -28,15 +27,12 @@ def header_of(path: Path) -> dict[str, dict[str, Any]]:
         FolderError: it cannot be read, or names a tensor twice.
     """
     try:
-        with path.open("rb") as file:
+        with open_in(path.parent, path.name) as file:
             size = int.from_bytes(file.read(8), "little")
-            if size > MOST_HEADER:
+            if size > HEADER_BYTES:
                 raise ValueError(f"a header of {size} bytes")
-            pairs = json.loads(file.read(size), object_pairs_hook=list)
-        if (twice := repeated(name for name, _ in pairs)) is not None:
-            raise ValueError(f"{twice} stands there twice")
-        found = {name: dict(entry) for name, entry in pairs}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+            found = {name: dict(entry) for name, entry in parse_json(file.read(size)).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise FolderError(f"{path}: its header cannot be read ({error}); {AGAIN}") from error
     found.pop("__metadata__", None)
     return found
@@ -52,7 +48,7 @@ def index_failures(folder: Path, files: Mapping[str, str], engine: str) -> Itera
     """
     weight_map: Mapping[str, Any] = {}
     if INDEX in files:
-        index = read_once(folder / INDEX)
+        index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") or {}
         if set(index) - {"metadata", "weight_map"} or not isinstance(weight_map, dict):
             what = f"{INDEX}: holds {', '.join(sorted(index))}; expected metadata and weight_map"
@@ -85,7 +81,7 @@ def placed_failures(
         total_size: bytes, as its metadata states it.
     """
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(expected)}
-    yield from differences(engine, INDEX, read_once(folder / INDEX), index)
+    yield from differences(engine, INDEX, read_json(folder / INDEX), index)
 
 
 def checkpoint_map(base: BaseModel, clamps: Mapping[str, Any]) -> dict[str, str]:

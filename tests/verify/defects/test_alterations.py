@@ -535,7 +535,7 @@ def altered(work: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Itera
 
 
 REFUSED = {
-    "layer: config key twice": "stands there twice",
+    "layer: config key twice": "twice in one object",
     "adapter: layer moved": "clamps layers 1, altered layers 2",
     "adapter: base's hash": "has other weights than those",
 }
