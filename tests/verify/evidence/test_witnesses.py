@@ -517,9 +517,9 @@ def test_a_constant_may_not_lead_out_either(
 
     (tmp_path / "outside").write_bytes(b"\0" * 4)
     change_graph(folder, "model.onnx", hide)
-    assert "model.onnx: has node hidden" in str(verify_folder(folder).failures[0])
-    line = one_line(folder, capsys, "--only", "witnesses")
-    assert 'lies in "../outside"; expected a file beside the graph' in line
+    for only in ([], ["--only", "witnesses"]):
+        line = one_line(folder, capsys, *only)
+        assert 'lies in "../outside"; expected a file beside the graph' in line
 
 
 @pytest.mark.usefixtures("in_process")
