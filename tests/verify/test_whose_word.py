@@ -185,7 +185,10 @@ def test_a_folder_does_not_stand_in_for_the_hub(
     recipe = own_recipe(shadowed)
     assert recipe is not None
     assert find_base(recipe).folder == snapshot
-    assert location(recipe) == {"pretrained_model_name_or_path": str(snapshot)}
+    assert location(recipe) == {
+        "pretrained_model_name_or_path": str(snapshot),
+        "local_files_only": True,
+    }
     assert asked == ["google/gemma-2-2b"] * 2
     assert recipe.verify is not None and not recipe.local_sources
     with pytest.raises(DataError, match="the current folder holds a cais/wmdp too"):
