@@ -11,6 +11,7 @@ import typer
 
 from bake.errors import BakeoutError, RecipeError, printable
 from bake.recipe import Recipe
+from bake.sources import offline
 from bakeout.terminal import progress, show_report, write_json
 from bakeout.verbs.arguments import FolderPath, JsonFile
 from bakeout.verbs.selecting import select_anew
@@ -117,7 +118,7 @@ def _may_follow(folder: Path, kinds: frozenset[str], tasks: tuple[str, ...], *, 
     if yes or (kinds and kinds <= of_files() and not tasks):
         return True
     recipe = own_recipe(folder)
-    if recipe is None or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+    if recipe is None or offline():
         return True
     named = ", ".join(printable(name) for name in downloads_of(recipe))
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
