@@ -23,7 +23,7 @@ from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
 from tests.defects import rewrite_file
-from tests.folders import baked_world, recipe_variant
+from tests.folders import baked_world, compile_recipe, recipe_variant
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.engines import forward
 from verify.engines.runners import HookedRunner
@@ -223,3 +223,20 @@ def test_a_manifest_that_lies_about_its_size_is_refused(work: Path, tmp_path: Pa
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FolderError, match="does not say where its clamps sit"):
         verify_folder(folder, Recipe.load(work / "recipe.toml"))
+
+
+def test_what_tools_leave_in_a_bases_settings_is_no_defect(tmp_path: Path) -> None:
+    baked_world(tmp_path, FEATURES)
+    shutil.rmtree(tmp_path / "checkpoint")
+    trained = {"_name_or_path": "/home/me/run", "log": "/home/me/log"}
+    for name, more in (
+        ("config.json", {"trained": trained}),
+        ("tokenizer_config.json", {"trust_remote_code": False}),
+    ):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    compile_recipe(tmp_path / "recipe.toml", tmp_path)
+    for carrier in ("checkpoint", "compiled"):
+        assert "/home/me" not in (tmp_path / carrier / "config.json").read_text()
+        recipe = Recipe.load(tmp_path / "recipe.toml")
+        assert not verify_folder(tmp_path / carrier, recipe, frozenset({"integrity"})).failures
