@@ -156,6 +156,12 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
     compiled = checked.manifest.compiled
     if compiled is None:
         raise FolderError(f"{folder}: its manifest does not say how it was compiled; {AGAIN}")
+    if INDEX not in checked.manifest.files:
+        raise FolderError(
+            f"{folder}: holds rounded graphs of a compiled checkpoint and not its weights, so no "
+            "recipe says what its numbers are; verify the compiled folder that it was exported "
+            "from, or only what it answers: --only parity choices loss"
+        )
     config = read_once(folder / "config.json")
     mlp, own = config.get("intermediate_size"), base.config.get("intermediate_size")
     # As wide as the two layers need, and never narrower than the base.

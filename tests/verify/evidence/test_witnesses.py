@@ -517,7 +517,13 @@ def test_a_constant_may_not_lead_out_either(
 
     (tmp_path / "outside").write_bytes(b"\0" * 4)
     change_graph(folder, "model.onnx", hide)
-    assert "model.onnx: has node hidden" in str(verify_folder(folder).failures[0])
+    said = str(verify_folder(folder).failures[0])
+    assert "model.onnx: has node hidden" in said and "was written with" not in said
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tools"]["torch"] = "2.0.1"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = str(verify_folder(folder).failures[0])
+    assert "model.onnx: has node hidden" in said and "was written with torch 2.0.1 (here" in said
     line = one_line(folder, capsys, "--only", "witnesses")
     assert 'lies in "../outside"; expected a file beside the graph' in line
 
