@@ -229,6 +229,17 @@ def test_a_manifest_that_lies_about_its_size_is_refused(work: Path, tmp_path: Pa
         verify_folder(folder, Recipe.load(work / "recipe.toml"))
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma3_text"])
+def test_a_compiled_folder_of_another_family_passes(tmp_path: Path, family: str) -> None:
+    baked_world(tmp_path, FEATURES)
+    for name in ("base", "checkpoint"):
+        shutil.rmtree(tmp_path / name)
+    tiny_tokenizer(tiny_base(tmp_path / "base", family))
+    folder = compile_recipe(tmp_path / "recipe.toml", tmp_path)
+    recipe = Recipe.load(tmp_path / "recipe.toml")
+    assert not verify_folder(folder, recipe, frozenset({"integrity"})).failures
+
+
 def test_what_tools_leave_in_a_bases_settings_is_no_defect(tmp_path: Path) -> None:
     baked_world(tmp_path, FEATURES)
     shutil.rmtree(tmp_path / "checkpoint")
