@@ -15,6 +15,7 @@ from bake.base import INDEX, BaseModel
 from bake.errors import BakeoutError, FolderError, short
 from export.carriers.carriers import CARRIERS
 from export.carriers.onnx.precisions import PRECISIONS
+from export.code_check import MODELING_FILE
 from export.manifest import AGAIN, Manifest, versions
 from verify.expected.expected_config import differences, read_once
 from verify.expected.graph_structure import graph_differences
@@ -64,6 +65,9 @@ def own_failures(folder: Path, manifest: Manifest, graphs: Sequence[Graph]) -> l
         what = "manifest.json: its recipe_sha256 is not that of recipe.toml"
         stated = manifest.recipe_sha256
         found.append(Failure("integrity", carrier.engine, what, stated, files.get("recipe.toml")))
+    if carrier.own_code and INDEX in files and MODELING_FILE not in files:
+        what = f"{MODELING_FILE}: missing; nobody can load these weights without it"
+        found.append(Failure("integrity", carrier.engine, what, None, None))
     with as_damaged(folder):
         if not carrier.over_base:
             found += index_failures(folder, files, carrier.engine)
