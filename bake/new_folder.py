@@ -19,6 +19,7 @@ from pathlib import Path
 from bake.errors import BakeoutError, FolderError, OutputError
 from bake.files.folder_files import contents, file_in, sha256_in, wrong_name
 from bake.files.locks import folder_lock
+from bake.reading.capped import read_in
 
 MANIFEST = "manifest.json"
 """What tells a folder that bakeout wrote."""
@@ -73,7 +74,7 @@ def _not_ours(out: Path) -> str | None:
     if not (out / MANIFEST).is_file():
         return f"has no {MANIFEST}"
     try:
-        data = json.loads(file_in(out, MANIFEST).read_bytes())
+        data = json.loads(read_in(out, MANIFEST))
         hashes = {name: {digest} for name, digest in data["files"].items()}
         for name, digest in data.get("in_place", {}).items():  # its writer was killed
             hashes.setdefault(name, set()).add(digest)

@@ -5,6 +5,7 @@ from; what is wrong with a table in a single line; which layer a hook point mean
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 
 from bake.errors import RecipeError, short, shown
 from bake.reading.capped import CAPS, parse_toml, read_bytes
+
+
+def offline() -> bool:
+    """Whether the hub's library is kept from the network, read as it reads the variables itself."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
 class Table(BaseModel):

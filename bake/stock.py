@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from bake.base import find_base
-from bake.errors import ModelError, short
+from bake.errors import ModelError, short, shown
 from bake.families import FAMILIES
-from bake.reading.capped import wrong_file
+from bake.reading.capped import read_json, wrong_file
 from bake.recipe import Recipe
 from bake.strangers.model_view import shown_model
 
@@ -92,7 +92,8 @@ def open_tokenizer(where: dict[str, Any]) -> Any:
     """
     from transformers import AutoTokenizer
 
-    wrong = wrong_file(Path(where["pretrained_model_name_or_path"]))
+    folder = Path(where["pretrained_model_name_or_path"])
+    wrong = wrong_file(folder) or _wrong_special_tokens(folder / "special_tokens_map.json")
     if wrong is not None:
         raise ModelError(f"{wrong}; download it again")
     with _one_line("its tokenizer cannot be loaded"):
@@ -102,6 +103,19 @@ def open_tokenizer(where: dict[str, Any]) -> Any:
     if ids <= {tokenizer.unk_token_id}:
         raise ModelError("has no tokenizer, or one that knows no letters; expected Gemma's")
     return tokenizer
+
+
+def _wrong_special_tokens(path: Path) -> str | None:
+    """What a special_tokens_map.json says that is no token: transformers takes all of it for
+    arguments of the tokenizer, names of other files among them. None where all are tokens.
+    """
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):  # mostly not there; whoever loads it says what is wrong with it
+        return None
+    keys = found if isinstance(found, dict) else {}
+    odd = [key for key in keys if not key.endswith(("_token", "_tokens"))]
+    return f"{path.name} says {shown(odd[0])}; expected tokens alone" if odd else None
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

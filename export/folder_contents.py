@@ -7,9 +7,7 @@ may hold, lies in the folder, and has the hash that is listed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tomllib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from bake.base import INDEX, WEIGHTS
 from bake.errors import FolderError
 from bake.files.folder_files import contents, open_in, sha256_in, wrong_name
 from bake.new_folder import MANIFEST
+from bake.reading.capped import parse_json, parse_toml, read_in
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.copying import BLOCK_BYTES
@@ -56,9 +55,8 @@ def odd_contents(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _shards(folder: Path) -> set[object]:
     """What a folder's index places tensors in; nothing where it cannot be read."""
     try:
-        with open_in(folder, INDEX) as file:
-            return set(json.loads(file.read())["weight_map"].values())
-    except (FolderError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set(parse_json(read_in(folder, INDEX))["weight_map"].values())
+    except (FolderError, ValueError, KeyError, TypeError, AttributeError):
         return set()
 
 
@@ -125,10 +123,12 @@ def recipe_in(folder: Path, manifest: Manifest) -> Recipe:
         FolderError: as `read_listed`, or it is no TOML.
         RecipeError: a value is wrong.
     """
-    data, path = read_listed(folder, manifest, RECIPE), folder / RECIPE
+    path = folder / RECIPE
     try:
-        found = tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        data = read_in(folder, _listed(folder, manifest, RECIPE))
+        _compare(folder, RECIPE, hashlib.sha256(data).hexdigest(), manifest.files[RECIPE])
+        found = parse_toml(data)
+    except ValueError as error:
         raise FolderError(f"{path}: cannot be read ({error}); expected TOML; {AGAIN}") from error
     return Recipe.parse(found, name=str(path), folder=folder.resolve())
 

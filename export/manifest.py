@@ -265,7 +265,7 @@ def versions() -> dict[str, str]:
 
 def json_text(data: dict[str, Any]) -> str:
     """JSON as bakeout writes it into a folder."""
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bake.errors import FolderError, RecipeError
 from bake.reading.capped import parse_toml, read_in
 from bake.recipe import Recipe
 from bake.sources import Source
-from export.carriers.carriers import CARRIERS, OF_BASE
+from export.carriers.carriers import CARRIERS, LICENCES, OF_BASE
 from export.clamped import clamped_layers
 from export.manifest import Manifest
 from verify.report.findings import Failure
@@ -24,12 +24,6 @@ NOWHERE = Path(os.devnull)
 brings along under a hub id's name is not what the hub has."""
 _REWRITTEN = ("config.json", "model.safetensors.index.json", "README.md", "manifest.json", "NOTICE")
 """Files that a checkpoint has in a form of its own."""
-_TEXT_FILES = (
-    *("tokenizer", "chat_template", "additional_chat_templates/", "special_tokens_map"),
-    *("added_tokens", "vocab", "merges.txt", "generation_config.json"),
-    *("processor_config", "preprocessor_config", "video_preprocessor_config"),
-)
-"""Beginnings of the names of files that decide how text becomes tokens, and which end an answer."""
 _SHAPE = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Fields of a config in which base and checkpoint must agree."""
 
@@ -172,18 +166,24 @@ def base_failures(recipe: Recipe, manifest: Manifest) -> tuple[Failure, ...]:
     for path in sorted(path for path in base.folder.rglob("*") if path.is_file()):
         name = path.relative_to(base.folder).as_posix()
         copy = "model-00001-of-00001.safetensors" if name == "model.safetensors" else name
-        text = name.startswith(_TEXT_FILES) and re.fullmatch(OF_BASE, name) is not None
-        needed = name in copies or (text and not carrier.over_base)
+        needed = name in copies or (_is_text(name) and not carrier.over_base)
         if name in _REWRITTEN or (name in base.shards and name not in copies):
             continue
         if (copy in files or needed) and files.get(copy) != (digest := _sha256(path)):
             what = f"{copy}: is not the base's {name}, byte for byte"
             failures.append(Failure("integrity", carrier.engine, what, files.get(copy), digest))
     for name in sorted(files):
-        if name.startswith(_TEXT_FILES) and not (base.folder / name).is_file():
+        if _is_text(name) and not (base.folder / name).is_file():
             what = f"{name}: the base has none"
             failures.append(Failure("integrity", carrier.engine, what, files[name], None))
     return tuple(failures)
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file decides how text becomes tokens, or what ends an answer: all that goes along
+    with a base but its licences.
+    """
+    return re.fullmatch(OF_BASE, name) is not None and re.fullmatch(LICENCES, name) is None
 
 
 def _sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.base import INDEX
 from bake.questions.multiple_choice import load_texts
 from bake.questions.prompts import TEXT_TOKENS, Batch, text_prompts
 from bake.recipe import Recipe
@@ -24,6 +25,7 @@ from verify.engines.runners import DecodingRunner, HookedRunner
 from verify.evidence.completions import open_prompts
 from verify.evidence.harness import check_harness, measure_harness
 from verify.evidence.kinds import KINDS, shown_for
+from verify.expected.own_files import as_damaged
 from verify.hooked import Hooked, load_hooked, units_of
 from verify.journal import Journal, Progress
 from verify.material import evenly
@@ -118,8 +120,10 @@ def gather(
             if "known" in kinds:
                 work.known  # noqa: B018  beside the engine, which has the other threads
         report = _with_firings(report, work, asks=asks)
-        if "parity" in kinds and not CARRIERS[engines.carrier].strips:
-            tried = tuple(trial_failures(folder, recipe, hooked))
+        compiled = not CARRIERS[engines.carrier].strips and (folder / INDEX).is_file()
+        if "parity" in kinds and compiled:
+            with as_damaged(folder):
+                tried = tuple(trial_failures(folder, recipe, hooked))
             report = replace(report, failures=(*report.failures, *tried))
         for name, kind in KINDS.items():
             if name in kinds and kind.gather is not None:

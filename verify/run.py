@@ -120,6 +120,8 @@ def verify_folder(
     broken = code_failures(folder, manifest)  # whatever is asked for
     if not broken and "integrity" in kinds:
         broken = check_integrity(folder, manifest, lambda share: tell("hash", share))
+    elif not broken:
+        check_contents(folder, manifest)
     signed_by = None
     if options.trust is not None and not broken:
         signed_by, broken = signature_found(folder, options.trust)
@@ -137,8 +139,6 @@ def verify_folder(
         files_only = kinds == {"integrity"} and recipe is None
         if broken or (files_only and not options.tasks):
             return _report(folder, manifest, {"integrity"}, said, broken)
-    else:
-        check_contents(folder, manifest)
     if recipe is None and options.own_recipe:
         recipe = own_recipe(folder)
     said = replace(said, followed=recipe is not None and not given)

@@ -189,13 +189,13 @@ def _look(folder: Path, below: str, found: Contents) -> None:
         inside = sorted(entries, key=lambda entry: entry.name)
     for entry in inside:
         name = f"{below}{entry.name}"
-        if entry.is_symlink():
-            if not lies_in(folder, folder / name):
-                found.odd[name] = _LINK
-            elif (folder / name).is_file():  # else its blob was not downloaded
-                found.files.add(name)
+        if entry.is_symlink() and not lies_in(folder, folder / name):
+            found.odd[name] = _LINK
         elif name in _TRANSPORT:
             found.transport.add(name)
+        elif entry.is_symlink():
+            if (folder / name).is_file():  # else its blob was not downloaded
+                found.files.add(name)
         elif name == PARTIAL or name in {f"{PARTIAL}{end}" for end in _PARTIAL_FILES}:
             found.partial.add(name)
         elif entry.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -11,13 +12,17 @@ from pathlib import Path
 from bake.errors import OutputError
 from bake.files.folder_files import PARTIAL
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems say that have none, as some of clusters."""
+
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which may not exist yet; the system drops it when the process
     dies.
 
-    It is a file beside the folder, or in it where nobody may write beside it.
+    It is a file beside the folder, or in it where nobody may write beside it. A file system without
+    locks keeps nobody away.
 
     Raises:
         OutputError: another process has it, or no lock can be had there.
@@ -58,6 +63,11 @@ def _take(folder: Path, path: Path) -> int:
                 f"output {folder}: is being written by another process, which must end first; "
                 "choose another folder, or run this again then"
             ) from error
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return lock
+            os.close(lock)
+            raise
         except BaseException:
             os.close(lock)
             raise

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from bake.files.locks import NO_LOCKS
+
 _OURS = re.compile(r"bakeout-[a-z-]+-[a-z0-9_]{8}")
 _NEW = ".bakeout-new-"
 _LOCK = ".lock"
@@ -32,7 +34,7 @@ class Scratch:
         _remove_abandoned(everyone)
         new = Path(tempfile.mkdtemp(prefix=_NEW, dir=everyone))
         lock = os.open(new / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _hold(lock)
         # It takes its name locked: nobody meets one that is not.
         self.path = new.rename(everyone / f"bakeout-{purpose}-{new.name.removeprefix(_NEW)}")
         self.cleanup = weakref.finalize(self, _remove, self.path, lock)
@@ -50,6 +52,15 @@ class Scratch:
         self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
     ) -> None:
         self.cleanup()
+
+
+def _hold(lock: int) -> None:
+    """Lock a new file. Where there are no locks nobody gets one, so nothing is removed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def _remove_abandoned(everyone: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from bake.errors import DataError, printable, short, shown
 from bake.reading.capped import ROW_BYTES, UnreadableError, open_regular, parse_json
 from bake.recipe import Recipe
-from bake.sources import RowSource, TextSource
+from bake.sources import RowSource, TextSource, offline
 
 Rows = Iterator[tuple[int, Any]]
 """(number from 1, row); of a file of lines, the number is that of the line."""
@@ -144,8 +143,7 @@ def _dataset_rows(
 
     path = str(local) if local.is_dir() else dataset
     # Offline, a data set that was downloaded once is read from the cache, which cannot stream.
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    options = {"streaming": True} if streaming and not offline else {}
+    options = {"streaming": True} if streaming and not offline() else {}
     try:
         rows = datasets.load_dataset(path, source.config, split=source.split, **options)
         yield from enumerate(rows, 1)

@@ -24,6 +24,7 @@ from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 
 from bake.base import BaseModel
+from bake.errors import OutputError
 from bake.new_folder import whole_file
 from bake.questions.corpora import Windows
 from bake.reading.capped import read_json
@@ -37,10 +38,20 @@ _SAVING_SHARE = 0.05
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept: $BAKEOUT_CACHE, else bakeout in the user's cache folder."""
+    """Where statistics are kept: $BAKEOUT_CACHE, else bakeout in the user's cache folder.
+
+    Raises:
+        OutputError: the user has no home, as some have in a container.
+    """
     if given := os.environ.get("BAKEOUT_CACHE"):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bakeout"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bakeout"
+    except RuntimeError as error:
+        raise OutputError(
+            "there is no home folder, and so no place for a cache; expected HOME, or BAKEOUT_CACHE "
+            "with a folder that may be written"
+        ) from error
 
 
 def model_sha256(base: BaseModel) -> str:

@@ -29,6 +29,8 @@ _KEYS = {
     **dict.fromkeys(("configuration_files", "transformers_weights"), "names other files"),
 }
 """Keys of JSON files, at any depth, that a library obeys, and what it does then."""
+_SWITCHES = ("trust_remote_code", "use_kernels")
+"""Those that are off where they say false, as some tools write them."""
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 """Keys whose value is looked up on the hub where it is a repository's."""
 _PLAIN = ("tokenizer.json", "vocab.json", "manifest.json", "model.safetensors.index.json")
@@ -57,7 +59,8 @@ def code_files(folder: Path) -> list[str]:
 
 def obeyed_keys(folder: Path, *, below: bool = True) -> list[tuple[str, str, str]]:
     """(file, key, what it does) of each key in a folder's JSON files that makes a library run code
-    of others, or another model than the files say. Keys without a value do nothing.
+    of others, or another model than the files say. Keys without a value do nothing, nor do switches
+    that are off.
 
     Args:
         folder: of a model.
@@ -99,7 +102,9 @@ def _obeyed(data: Any, above: str) -> Iterator[tuple[str, str]]:
     items = data.items() if isinstance(data, dict) else ()
     for key, value in items:
         name = f"{above}{key}"
-        if key in _KEYS and value is not None:
+        if value is None or (key in _SWITCHES and value is False):
+            continue
+        if key in _KEYS:
             yield name, _KEYS[key]
         elif key in _KERNELS and re.search(r"[/|:]", str(value)):
             yield name, "brings kernels"

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from bake.errors import BakeoutError, RecipeError, printable
+from bake.errors import BakeoutError, OutputError, RecipeError, printable
 from bake.recipe import Recipe
+from bake.sources import offline
 from bakeout.terminal import progress, show_report, write_json
 from bakeout.verbs.arguments import FolderPath, JsonFile
 from bakeout.verbs.selecting import select_anew
@@ -117,7 +118,7 @@ def _may_follow(folder: Path, kinds: frozenset[str], tasks: tuple[str, ...], *, 
     if yes or (kinds and kinds <= of_files() and not tasks):
         return True
     recipe = own_recipe(folder)
-    if recipe is None or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+    if recipe is None or offline():
         return True
     named = ", ".join(printable(name) for name in downloads_of(recipe))
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -141,12 +142,11 @@ def _cache() -> Path | None:
     """The user's cache folder; None where it cannot be written and nobody asked for it."""
     from bake.search.cache import cache_folder
 
-    folder = cache_folder()
-    if "BAKEOUT_CACHE" not in os.environ:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return None
-        if not os.access(folder, os.W_OK):
-            return None
-    return folder
+    if os.environ.get("BAKEOUT_CACHE"):
+        return cache_folder()
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, OutputError):
+        return None
+    return folder if os.access(folder, os.W_OK) else None

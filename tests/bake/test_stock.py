@@ -78,3 +78,18 @@ def test_the_tokenizer_is_the_bases(tmp_path: Path, write_recipe: Callable[..., 
         load_tokenizer(recipe)
     tiny_tokenizer(tmp_path / "base")
     assert load_tokenizer(recipe).bos_token == "<bos>"
+
+
+def test_special_tokens_lead_to_no_other_file(
+    tmp_path: Path, write_recipe: Callable[..., Path]
+) -> None:
+    base = tiny_tokenizer(tiny_base(tmp_path / "base"))
+    recipe = recipe_of(write_recipe)
+    tokens = {"bos_token": "<bos>", "additional_special_tokens": ["<start_of_turn>"]}
+    (base / "special_tokens_map.json").write_text(json.dumps(tokens))
+    assert load_tokenizer(recipe).bos_token == "<bos>"
+    elsewhere = (base / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    other = tokens | {"tokenizer_file": str(elsewhere)}
+    (base / "special_tokens_map.json").write_text(json.dumps(other))
+    with pytest.raises(ModelError, match="says 'tokenizer_file'; expected tokens alone"):
+        load_tokenizer(recipe)

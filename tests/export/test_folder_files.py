@@ -26,7 +26,7 @@ from bake.new_folder import MANIFEST
 from bakeout.cli import run
 from bakeout.verbs.exporting import export_adapter, export_compiled
 from export.carriers.carriers import CARRIERS
-from export.folder_contents import copy_listed, odd_contents, read_listed
+from export.folder_contents import copy_listed, odd_contents, read_listed, recipe_in
 from export.manifest import Manifest
 from tests.folders import rehash
 from tests.worlds import talkative
@@ -312,6 +312,33 @@ def seen(folder: Path) -> dict[str, tuple[int, bytes | str]]:
             holds = path.read_bytes()
         found[str(path.relative_to(folder))] = mode, holds
     return found
+
+
+@pytest.mark.parametrize("name", [INDEX, "recipe.toml"])
+def test_no_more_is_read_than_a_file_of_its_kind_has(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = shutil.copytree(world / "checkpoint", tmp_path / "checkpoint")
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 26)
+    manifest = Manifest.read(folder)
+    read: list[int] = []
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            read.append(1 << 62 if size is None or size < 0 else size)
+            return b"x" * min(read[-1], 1 << 26)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bake.reading.capped.open_in", lambda *_: Counted())
+        if name == INDEX:
+            assert any(odd == name for odd, _ in odd_contents(folder, manifest))
+        else:
+            with pytest.raises(FolderError, match=r"recipe\.toml: cannot be read \(has more than"):
+                recipe_in(folder, manifest)
+    assert read and max(read) <= (1 << 24) + 1
+    assert run(["card", str(folder)]) == 2
+    assert "error: " in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- races

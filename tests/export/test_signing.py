@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import shutil
 import sys
@@ -123,6 +124,27 @@ def test_a_key_signs_every_file(folder: Path, keys: Path, tmp_path: Path) -> Non
     # A card is a file: what was signed is not what is there.
     code, report = verified(folder, keys / "ours.pub", tmp_path / "report.json")
     assert code == 1 and report["signed_by"] is None
+
+
+def test_it_holds_in_the_hubs_cache_and_links_are_looked_at_first(
+    folder: Path, keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["sign", str(folder), "--key", str(keys / "ours.pem")]) == 0
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")  # the hub adds one
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0f" * 20)
+    snapshot.mkdir(parents=True)
+    (blobs := tmp_path / "models--a--b" / "blobs").mkdir()
+    for path in folder.iterdir():
+        blob = blobs / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blob)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    code, report = verified(snapshot, keys / "ours.pub", tmp_path / "report.json")
+    assert code == 0 and str(report["signed_by"]).startswith("key ")
+    capsys.readouterr()
+    (folder / "endless").symlink_to("/dev/zero")
+    asked = ["--only", "witnesses", "--signature", str(keys / "ours.pub")]
+    assert run(["verify", str(folder), *asked]) == 2
+    assert "endless: is a link" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trust", ["theirs.pub", "root.crt"])

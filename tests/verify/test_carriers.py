@@ -23,7 +23,7 @@ from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
 from tests.defects import rewrite_file
-from tests.folders import baked_world, recipe_variant
+from tests.folders import baked_world, compile_recipe, recipe_variant
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.engines import forward
 from verify.engines.runners import HookedRunner
@@ -75,6 +75,10 @@ def test_onnx_takes_a_compiled_folder_as_it_is(work: Path, tmp_path: Path) -> No
         alone = tmp_path / f"{dtype}-int4"
         assert run(["export", "onnx", str(folder), "--precision", "int4", "--out", str(alone)]) == 0
         assert [e.name for e in verify_folder(alone).engines] == ["onnx-int4"]
+        with pytest.raises(FolderError, match="or only what it answers: --only parity"):
+            verify_folder(alone, recipe)
+        answers = verify_folder(alone, recipe, frozenset({"parity"}))
+        assert "onnx-int4" in {engine.name for engine in answers.engines}
         assert report.verdict == "pass", report.failures
         shared = report.engine("onnx")
         assert shared is not None and shared.parity is not None
@@ -223,3 +227,31 @@ def test_a_manifest_that_lies_about_its_size_is_refused(work: Path, tmp_path: Pa
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FolderError, match="does not say where its clamps sit"):
         verify_folder(folder, Recipe.load(work / "recipe.toml"))
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma3_text"])
+def test_a_compiled_folder_of_another_family_passes(tmp_path: Path, family: str) -> None:
+    baked_world(tmp_path, FEATURES)
+    for name in ("base", "checkpoint"):
+        shutil.rmtree(tmp_path / name)
+    tiny_tokenizer(tiny_base(tmp_path / "base", family))
+    folder = compile_recipe(tmp_path / "recipe.toml", tmp_path)
+    recipe = Recipe.load(tmp_path / "recipe.toml")
+    assert not verify_folder(folder, recipe, frozenset({"integrity"})).failures
+
+
+def test_what_tools_leave_in_a_bases_settings_is_no_defect(tmp_path: Path) -> None:
+    baked_world(tmp_path, FEATURES)
+    shutil.rmtree(tmp_path / "checkpoint")
+    trained = {"_name_or_path": "/home/me/run", "log": "/home/me/log"}
+    for name, more in (
+        ("config.json", {"trained": trained}),
+        ("tokenizer_config.json", {"trust_remote_code": False}),
+    ):
+        path = tmp_path / "base" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    compile_recipe(tmp_path / "recipe.toml", tmp_path)
+    for carrier in ("checkpoint", "compiled"):
+        assert "/home/me" not in (tmp_path / carrier / "config.json").read_text()
+        recipe = Recipe.load(tmp_path / "recipe.toml")
+        assert not verify_folder(tmp_path / carrier, recipe, frozenset({"integrity"})).failures

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bake.errors import BakeoutError, FolderError, RecipeError
+from bake.errors import BakeoutError, FolderError, OutputError, RecipeError
 from bake.recipe import Recipe
+from bake.search.cache import cache_folder
+from bakeout.cli import run
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from tests.defects import rewrite_file
 from tests.engines import InProcess
@@ -330,3 +332,17 @@ def test_another_layer_is_refused_before_the_folder_is_run(work: Path) -> None:
     save_sae_lens(work / "sae2", tiny_sae(), layer=2)
     with pytest.raises(RecipeError, match="the recipe clamps layers 2, checkpoint layers 1"):
         verify_folder(work / "checkpoint", recipe_variant(work, "moved", move))
+
+
+def test_without_a_home_nothing_is_kept(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("BAKEOUT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    recipe = str(work / "recipe.toml")
+    asked = ["verify", str(work / "checkpoint"), "--recipe", recipe, "--only", "integrity"]
+    assert run(asked) == 0
+    with pytest.raises(OutputError, match="expected HOME, or BAKEOUT_CACHE"):
+        cache_folder()

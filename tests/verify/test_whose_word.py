@@ -205,7 +205,7 @@ def test_nothing_is_downloaded_unasked(
         *("data set cais/wmdp", "data set cais/mmlu", "data set some/text"),
     ]
     monkeypatch.setattr("bakeout.verbs.verifying.own_recipe", lambda _: recipe)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "false")
     folder = str(work / "checkpoint")
     assert run(["verify", folder]) == 2
     said = capsys.readouterr().err

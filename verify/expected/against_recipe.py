@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.base import INDEX, BaseModel, find_base
-from bake.errors import FolderError
+from bake.errors import FolderError, short
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.manifest import AGAIN, Manifest, read_json
@@ -155,6 +155,12 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
     compiled = checked.manifest.compiled
     if compiled is None:
         raise FolderError(f"{folder}: its manifest does not say how it was compiled; {AGAIN}")
+    if INDEX not in checked.manifest.files:
+        raise FolderError(
+            f"{folder}: holds rounded graphs of a compiled checkpoint and not its weights, so no "
+            "recipe says what its numbers are; verify the compiled folder that it was exported "
+            "from, or only what it answers: --only parity choices loss"
+        )
     config = read_json(folder / "config.json")
     mlp, own = config.get("intermediate_size"), base.config.get("intermediate_size")
     # As wide as the two layers need, and never narrower than the base.
@@ -220,6 +226,10 @@ def _clamps(checked: Checked, file: str, before: str) -> Iterator[Failure]:
 
 def _origin(checked: Checked) -> Iterator[Failure]:
     """What manifest and stored recipe say of the clamps: a card is made of it."""
+    base, named = checked.base, checked.manifest.base.model
+    if base.revision is not None and "/" in named and named != base.name:  # both are of the hub
+        what = f"manifest.json: its base is {short(named)}, expected {base.name}"
+        yield Failure("integrity", checked.engine, what, short(named), base.name)
     stated = {clamp.layer: clamp for clamp in checked.manifest.clamps}
     for site, place in zip(checked.sites, checked.places, strict=True):
         clamp = stated.pop(site.layer, None)

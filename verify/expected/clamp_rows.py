@@ -102,9 +102,10 @@ def tensor_failures(
             what = f"{where} has shape {shape}, expected {list(expected.value.shape)}"
             yield Failure("integrity", engine, what, shape, str(list(expected.value.shape)))
             continue
-        if (array.dtype == np.bool_) != (expected.value.dtype == np.bool_):
-            what = f"{where} is {array.dtype}, expected {expected.value.dtype}"
-            yield Failure("integrity", engine, what, str(array.dtype), str(expected.value.dtype))
+        dtype = "bool" if expected.value.dtype == np.bool_ else "float32"
+        if str(array.dtype) != dtype:
+            what = f"{where} is {array.dtype}, expected {dtype}"
+            yield Failure("integrity", engine, what, str(array.dtype), dtype)
             continue
         off = np.abs(array.astype(np.float64) - expected.value.astype(np.float64))
         off[~np.isfinite(off)] = np.inf

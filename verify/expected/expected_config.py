@@ -12,6 +12,7 @@ from typing import Any
 
 from bake.base import BaseModel
 from bake.families import Family
+from bake.reading.model_config import without_paths
 from bake.recipe import Recipe
 from export.clamped import GUARD
 from export.manifest import CompiledEntry
@@ -38,7 +39,7 @@ class Placed:
 
 def checkpoint_config(base: BaseModel, recipe: Recipe, places: Sequence[Placed]) -> dict[str, Any]:
     """config.json of a clamped checkpoint."""
-    config, family = deepcopy(base.config), base.family
+    config, family = without_paths(deepcopy(base.config)), base.family
     text = config
     if "text_config" in config:
         text = config["text_config"]
@@ -81,7 +82,7 @@ def compiled_config(
     """
     from transformers import AutoConfig
 
-    family, config = base.family, deepcopy(base.config)
+    family, config = base.family, without_paths(deepcopy(base.config))
     stock = AutoConfig.from_pretrained(base.folder)
     for name in (
         *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar"),

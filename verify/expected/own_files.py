@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from bake.base import INDEX, BaseModel
 from bake.errors import BakeoutError, FolderError, short
 from export.carriers.carriers import CARRIERS
 from export.carriers.onnx.precisions import PRECISIONS
-from export.manifest import AGAIN, Manifest, read_json
+from export.code_check import MODELING_FILE
+from export.manifest import AGAIN, Manifest, read_json, versions
 from verify.expected.expected_config import differences
 from verify.expected.graph_structure import graph_differences
 from verify.expected.weight_files import index_failures
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from verify.engines.onnx_files import Graph
 
 GENAI = "genai_config.json"
+_EXPORTERS = ("torch", "transformers")
+"""Tools whose version decides how a graph is written."""
 
 
 @contextmanager
@@ -61,6 +65,9 @@ def own_failures(folder: Path, manifest: Manifest, graphs: Sequence[Graph]) -> l
         what = "manifest.json: its recipe_sha256 is not that of recipe.toml"
         stated = manifest.recipe_sha256
         found.append(Failure("integrity", carrier.engine, what, stated, files.get("recipe.toml")))
+    if carrier.own_code and INDEX in files and MODELING_FILE not in files:
+        what = f"{MODELING_FILE}: missing; nobody can load these weights without it"
+        found.append(Failure("integrity", carrier.engine, what, None, None))
     with as_damaged(folder):
         if not carrier.over_base:
             found += index_failures(folder, files, carrier.engine)
@@ -82,12 +89,29 @@ def _graph_failures(folder: Path, manifest: Manifest, graphs: Sequence[Graph]) -
         expected = expected_graph(source, _precision(graph))
         file = PRECISIONS[_precision(graph)].file
         origin = INDEX in manifest.files
-        yield from graph_differences(graph.name, file, graph.model, expected, origin=origin)
+        for failure in graph_differences(graph.name, file, graph.model, expected, origin=origin):
+            yield replace(failure, what=f"{failure.what}{_other_exporter(manifest)}")
     if GENAI in manifest.files:
         config = read_json(folder / GENAI)
         allowed = expected_genai(source, [_precision(graph) for graph in graphs])
         told = [list(differences(engine, GENAI, config, _as_read(of))) for of in allowed]
         yield from min(told, key=len)
+
+
+def _other_exporter(manifest: Manifest) -> str:
+    """What a folder says of tools that write a graph, where they are of other versions here."""
+    here = versions()
+    other = [
+        f"{tool} {short(manifest.tools[tool])} (here {here[tool]})"
+        for tool in _EXPORTERS
+        if manifest.tools.get(tool, here[tool]).partition("+")[0] != here[tool].partition("+")[0]
+    ]
+    if not other:
+        return ""
+    return (
+        f"; the folder says that it was written with {' and '.join(other)}, which may write "
+        "another graph: verify it with that version, or export it again"
+    )
 
 
 def data_failures(

@@ -209,6 +209,8 @@ def summary(setting: Setting, measured: Measured) -> dict[str, Any]:
     """The numbers as the manifest states them."""
     r_min, r_max = measured.rms
     numbers = asdict(setting)
+    if not math.isfinite(setting.gain_b):  # a family without that norm; JSON has no infinity
+        del numbers["gain_b"]
     return {
         **numbers,
         "zeta": [min(setting.zeta), max(setting.zeta)],

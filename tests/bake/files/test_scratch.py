@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bake.files.locks import folder_lock
 from bake.files.scratch import Scratch
 
 HOLD = (
@@ -81,3 +84,20 @@ def test_links_in_what_was_left_are_removed_and_not_what_they_lead_to(everyone: 
     with Scratch("check"):
         pass
     assert not left.exists() and (outside / "precious").read_text() == "x"
+
+
+def test_without_locks_it_is_made_and_left_alone(
+    everyone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with Scratch("chat") as one, Scratch("chat") as other:
+        assert {path.name for path in everyone.iterdir()} == {one.name, other.name}
+    assert not list(everyone.iterdir())
+    out = everyone / "folder"
+    with folder_lock(out):
+        assert [path.name for path in everyone.iterdir()] == [".folder.bakeout-lock"]
+    assert not list(everyone.iterdir())
+
+
+def no_locks(*_: int) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -77,7 +77,7 @@ def test_streaming_is_asked_for_where_the_hub_can_be_reached(
         return [{"text": "x"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    for offline in ("0", "1"):
+    for offline in ("false", "1"):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         assert read(TextSource(dataset="a/b"), recipe, streaming=True) == [(1, {"text": "x"})]
     assert asked == [{"split": "train", "streaming": True}, {"split": "train"}]

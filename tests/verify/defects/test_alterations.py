@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
+from bake.base import find_base
 from bake.errors import BakeoutError
 from bake.recipe import Recipe
 from bakeout.verbs.exporting import export_adapter, export_compiled
@@ -374,6 +376,19 @@ CONFIG_ALTERED: dict[str, Callable[[dict[str, Any]], object]] = {
     "another eos": lambda c: c.update(eos_token_id=5),
     "a quantiser": lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}),
 }
+
+
+def halved(tensors: dict[str, np.ndarray]) -> None:
+    """Store a number that 16 bits hold too in 16 bits."""
+    name = next(name for name in sorted(tensors) if name.endswith(".trigger"))
+    tensors[name] = tensors[name].astype(np.float16)
+
+
+def image_settings_added(folder: Path) -> None:
+    (folder / "image_processor_config.json").touch()
+    rewrite_file(folder, "image_processor_config.json", b"{}")
+
+
 OTHERS: dict[str, tuple[str, Plant]] = {
     "layer: model_type stock": ("layer", in_config(lambda c: c.update(model_type="gemma2"))),
     "layer: config key twice": ("layer", key_twice),
@@ -399,6 +414,8 @@ OTHERS: dict[str, tuple[str, Plant]] = {
         in_manifest(lambda m: m["clamps"][0]["parameters"].update(value=-80.0)),
     ),
     "layer: recipe.toml": ("layer", recipe_changed),
+    "layer: a clamp's numbers in 16 bits": ("layer", in_tensors(CLAMP, halved)),
+    "layer: a file of images added": ("layer", image_settings_added),
     "layer: genai_config elsewhere": (
         "layer",
         in_json(
@@ -622,3 +639,27 @@ def test_what_only_a_recipe_shows_is_never_called_more_than_whole(altered: Path)
     assert (report.verdict, report.scope) == ("pass", "integrity")
     assert report.cannot_know is not None
     assert report.cannot_know.startswith("Without a recipe this run cannot know")
+
+
+def test_weights_without_their_modeling_file_fail(work: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(work / "layer", tmp_path / "altered")
+    (folder / "modeling_clamped_gemma.py").unlink()
+    in_manifest(lambda m: m["files"].pop("modeling_clamped_gemma.py"))(folder)
+    (failure,) = verify_folder(folder, only=ONLY).failures
+    assert failure.what.startswith("modeling_clamped_gemma.py: missing")
+
+
+def test_another_base_of_the_hub_in_the_manifest_is_found(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.load(work / "layer.toml")
+    base = replace(find_base(recipe), name="google/gemma-2-2b", revision="f" * 40)
+    monkeypatch.setattr("verify.expected.against_recipe.find_base", lambda _: base)
+    folder = shutil.copytree(work / "adapter", tmp_path / "altered")
+    for named, found in (("gemma2", 0), ("google/gemma-2-2b", 0), ("other/base", 1)):
+        of_base, of_adapter = {"model": named}, {"base_model_name_or_path": named}
+        in_manifest(lambda m, new=of_base: m["base"].update(new))(folder)  # type: ignore[misc]
+        in_json("adapter_config.json", lambda c, new=of_adapter: c.update(new))(folder)  # type: ignore[misc]
+        report = verify_folder(folder, recipe, ONLY)
+        assert len(report.failures) == found
+    assert "its base is other/base, expected google/gemma-2-2b" in report.failures[0].what

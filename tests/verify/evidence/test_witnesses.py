@@ -522,6 +522,22 @@ def test_a_constant_may_not_lead_out_either(
         assert 'lies in "../outside"; expected a file beside the graph' in line
 
 
+def test_another_graph_may_be_of_other_versions(folder: Path) -> None:
+    def bypass(model: onnx.ModelProto) -> None:
+        node = model.graph.node[0]
+        more = onnx.helper.make_node("Identity", [node.output[0]], ["hidden"], name="hidden")
+        model.graph.node.insert(1, more)
+
+    change_graph(folder, "model.onnx", bypass)
+    said = str(verify_folder(folder).failures[0])
+    assert "model.onnx: has node hidden" in said and "was written with" not in said
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tools"]["torch"] = "2.0.1"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = str(verify_folder(folder).failures[0])
+    assert "model.onnx: has node hidden" in said and "was written with torch 2.0.1 (here" in said
+
+
 @pytest.mark.usefixtures("in_process")
 def test_damaged_graphs_are_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = (folder / "model.onnx").read_bytes()
