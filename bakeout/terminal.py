@@ -129,7 +129,7 @@ def show_forgetting(report: VerifyReport, speeds: Mapping[str, float]) -> None:
         *(f"loss added\n{escape(printable(text.name))}" for text in texts),
         *("mean KL\nto the hook", "tokens\nfired", "tokens/s"),
     )
-    for engine in report.engines:
+    for engine in (of for of in report.engines if of.name == "base" or of.name in engines):
         own = engines.get(engine.name)
         right = (own.topic, own.generic) if own is not None else (None, None)
         if engine.name == "base":
