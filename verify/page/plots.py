@@ -162,7 +162,9 @@ def _log_plot(
     step = max(1, math.ceil((last - first) / 4))
     ticks = tuple((place(10.0**e), f"1e{e}") for e in range(first, last + 1, step))
     limits = " The upright bar is the limit." if any(row.bar is not None for row in rows) else ""
-    base = " The base shows how far the clamp moves the model."
+    base = ""
+    if any(engine.name == "base" for engine, _, _ in measured):
+        base = " The base shows how far the clamp moves the model."
     return Plot(title, f"{note}, on a log scale.{base}{limits}{more}", tuple(rows), ticks)
 
 
