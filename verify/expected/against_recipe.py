@@ -157,9 +157,9 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
         raise FolderError(f"{folder}: its manifest does not say how it was compiled; {AGAIN}")
     if INDEX not in checked.manifest.files:
         raise FolderError(
-            f"{folder}: holds rounded graphs of a compiled checkpoint and not its weights, so no "
-            "recipe says what its numbers are; verify the compiled folder that it was exported "
-            "from, or only what it answers: --only parity choices loss"
+            f"{folder}: holds rounded graphs of a compiled checkpoint and not its weights, from "
+            "which its numbers follow; use --only parity choices loss, or verify the compiled "
+            "folder that it was exported from"
         )
     config = read_json(folder / "config.json")
     mlp, own = config.get("intermediate_size"), base.config.get("intermediate_size")
