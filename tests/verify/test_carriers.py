@@ -75,7 +75,7 @@ def test_onnx_takes_a_compiled_folder_as_it_is(work: Path, tmp_path: Path) -> No
         alone = tmp_path / f"{dtype}-int4"
         assert run(["export", "onnx", str(folder), "--precision", "int4", "--out", str(alone)]) == 0
         assert [e.name for e in verify_folder(alone).engines] == ["onnx-int4"]
-        with pytest.raises(FolderError, match="or only what it answers: --only parity"):
+        with pytest.raises(FolderError, match="use --only parity choices loss"):
             verify_folder(alone, recipe)
         answers = verify_folder(alone, recipe, frozenset({"parity"}))
         assert "onnx-int4" in {engine.name for engine in answers.engines}
