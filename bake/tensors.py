@@ -65,8 +65,11 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         header = parse_json(file.read(size))
     if not isinstance(header, dict):
         raise ValueError("has a header that is no JSON object")
-    with safe_open(path, framework="np"):
-        pass  # checks that offsets neither overlap nor leave the file
+    try:
+        with safe_open(path, framework="np"):
+            pass  # checks that offsets neither overlap nor leave the file
+    except SafetensorError as error:  # which may quote the file at length
+        raise SafetensorError(short(str(error))) from error
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(

@@ -328,6 +328,7 @@ SAE_WEIGHTS: dict[str, Damage] = {
     "huge shape": entry("b_dec", "shape", [2**62, 4]),
     "offsets out of it": entry("b_dec", "data_offsets", [0, 2**50]),
     "offsets backwards": entry("b_dec", "data_offsets", [128, 0]),
+    "offsets as a long text": entry("b_dec", "data_offsets", ["x" * 5000, 128]),
     "unknown dtype": entry("b_dec", "dtype", "F7"),
     "no dtype": header(lambda found: found | {"b_dec": {"shape": [32]}}),
     "whole numbers": tensors(lambda a: a.update(b_dec=a["b_dec"].astype("i4"))),
