@@ -69,7 +69,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="np"):
             pass  # checks that offsets neither overlap nor leave the file
     except SafetensorError as error:  # which may quote the file at length
-        raise SafetensorError(short(str(error))) from error
+        raise SafetensorError(f"{short(str(error))}; expected a safetensors file") from error
     header.pop("__metadata__", None)
     return {
         name: StoredTensor(
