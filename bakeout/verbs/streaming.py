@@ -131,7 +131,6 @@ class Language:
             ).get_text_config()
         except Exception as error:  # each of transformers' checks raises another kind
             raise FolderError(f"{folder}: {reason_of(error)}") from error
-        self.folder = folder
         self.context: int = config.max_position_embeddings
         """Longest prompt and answer together, in tokens."""
         self.ends = self._ends(read_generation_config(folder), config)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from bake.files.folder_files import contents, open_in
+from bake.files.folder_files import contents, sha256_in
 from export.code_check import foreign_code
 from export.folder_contents import odd_contents
 from export.manifest import Manifest
 from export.signing import SignatureError, Trust, check_signature
 from verify.report.findings import Failure
 
-BLOCK_BYTES = 4 << 20
-"""How much of a file is hashed between two reports of progress, in bytes."""
 THREADS = 4
 """Files hashed at once; hashing releases the interpreter."""
 
@@ -91,12 +88,7 @@ def _hash_files(
                 progress(min(1.0, done / total))
 
     def digest(name: str) -> str:
-        sha256 = hashlib.sha256()
-        with open_in(folder, name) as file:
-            while block := file.read(BLOCK_BYTES):
-                sha256.update(block)
-                advance(len(block))
-        return sha256.hexdigest()
+        return sha256_in(folder, name, advance)
 
     by_size = sorted(names, key=lambda name: -sizes[name])
     with ThreadPoolExecutor(THREADS) as pool:

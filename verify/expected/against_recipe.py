@@ -26,6 +26,7 @@ from verify.expected.expected_config import (
     checkpoint_config,
     compiled_config,
     differences,
+    stock_config,
 )
 from verify.expected.own_files import as_damaged, data_failures, graph_clamps
 from verify.expected.weight_files import (
@@ -182,9 +183,7 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
     spares = sorted({place.exempt_bos for place in checked.places})
     scalar = base.config.get("query_pre_attn_scalar")
     if scalar is None and base.family.layers_27b is not None:
-        from transformers import AutoConfig
-
-        scalar = AutoConfig.from_pretrained(base.folder).query_pre_attn_scalar
+        scalar = stock_config(base).query_pre_attn_scalar
     wide = Wide(base, config, (base.bos_token_id,), tuple(spares), scalar)
     added = [
         layer + 1 + 2 * i + more for i, layer in enumerate(checked.layers) for more in range(2)

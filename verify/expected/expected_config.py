@@ -80,10 +80,8 @@ def compiled_config(
         layers: of the base, that are clamped, ascending.
         mlp: width of its MLPs, as its tensors have it.
     """
-    from transformers import AutoConfig
-
     family, config = base.family, without_paths(deepcopy(base.config))
-    stock = AutoConfig.from_pretrained(base.folder)
+    stock = stock_config(base)
     for name in (
         *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar"),
         *("rms_norm_eps", family.activation_field),
@@ -111,6 +109,13 @@ def compiled_config(
         "rms_norm_eps": float(stock.rms_norm_eps) * narrow / wide,
         "dtype": compiled.dtype,
     }
+
+
+def stock_config(base: BaseModel) -> Any:
+    """A base's config as stock transformers reads it, whatever code it names."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
 
 
 def _layer_types(types: list[str], layers: Sequence[int], family: Family) -> list[str]:
