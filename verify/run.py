@@ -54,6 +54,8 @@ class Said:
     """The features are those that the folder names, which the user's recipe leaves open."""
     signed_by: str | None = None
     """Whose signature holds, where one was asked for."""
+    compared: bool = True
+    """The files were hashed, and where there is a recipe held against what it makes."""
 
     @property
     def cannot_know(self) -> str | None:
@@ -62,6 +64,11 @@ class Said:
             return (
                 "The features are those that the folder names: that they are the ones that the "
                 "recipe would select, this run cannot know."
+            )
+        if self.given and not self.compared:
+            return (
+                "Without integrity this run cannot know what the engines do on text that it did "
+                "not show them: neither the clamp nor any other file was held against the recipe."
             )
         if self.given:
             return None
@@ -126,7 +133,7 @@ def verify_folder(
     if options.trust is not None and not broken:
         signed_by, broken = signature_found(folder, options.trust)
     given = recipe is not None
-    said = Said(given, signed_by=signed_by)
+    said = Said(given, signed_by=signed_by, compared="integrity" in kinds)
     if broken:
         return _report(folder, manifest, {"integrity"}, said, broken)
     if "integrity" in kinds:

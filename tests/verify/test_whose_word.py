@@ -260,3 +260,14 @@ def test_a_run_without_a_recipe_says_what_it_cannot_know(
     assert report.cannot_know is None
     write_html(report, work / "checkpoint", page)
     assert "cannot know" not in page.read_text()
+
+
+def test_a_run_without_integrity_says_what_it_cannot_know(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verify.engines.engines.TorchRunner", InProcess)
+    recipe = Recipe.load(work / "recipe.toml")
+    for kinds, knows in (({"loss"}, False), ({"loss", "integrity"}, True)):
+        report = verify_folder(work / "checkpoint", recipe, frozenset(kinds))
+        assert (report.cannot_know is None) == knows
+        assert knows or str(report.cannot_know).startswith("Without integrity this run cannot know")
