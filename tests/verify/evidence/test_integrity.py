@@ -82,7 +82,7 @@ def test_what_git_and_the_hub_leave_behind_does_not_count(folder: Path) -> None:
 def test_progress_reaches_one_and_never_falls(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("verify.evidence.integrity.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("bake.files.folder_files.BLOCK_BYTES", 1000)
     shares: list[float] = []
     check_integrity(folder, Manifest.read(folder), shares.append)
     assert len(shares) == 9 + 1 + 1
