@@ -8,7 +8,7 @@ computed here, in the dtype that they are stored in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -161,9 +161,9 @@ def _block(folder: Path, prefix: str, wide: Wide) -> Block:
 
 def _pushed(
     streams: Tensor, site: Site, rows: Mapping[str, Tensor]
-) -> list[tuple[tuple[int, ...], Tensor]]:
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """(features, streams [m, d] on which they alone are on, and clearly): none, each one, and where
-    any of several triggers counts, each two.
+    any of several triggers counts, each two; one after another, for pairs are many.
     """
     import torch
 
@@ -172,7 +172,6 @@ def _pushed(
     norms, sizes = W.norm(dim=0), streams.norm(dim=-1, keepdim=True)
     shortest = torch.linalg.pinv(W[:, :n].T).T  # [n, d]: the shortest way to move each by so much
     together = range(3 if bool((rows["route"].sum(dim=1) > 1).any()) else 2)
-    found = []
     for places in (of for size in together for of in combinations(range(n), size)):
         sides = -torch.ones(n, dtype=torch.float64)
         sides[list(places)] = 1
@@ -183,12 +182,11 @@ def _pushed(
         clear = ((x @ W + b - threshold).abs() >= CLEAR * norms * size).all(dim=-1)
         near = x.norm(dim=-1) <= 2 * sizes.max()
         chosen = x[clear & near][: TRIED if len(places) < 2 else 1]
-        found.append((tuple(site.features[i] for i in places), chosen))
-    return found
+        yield tuple(site.features[i] for i in places), chosen
 
 
 def _disagreeing(
-    pushed: Sequence[tuple[tuple[int, ...], Tensor]],
+    pushed: Iterable[tuple[tuple[int, ...], Tensor]],
     site: Site,
     rows: Mapping[str, Tensor],
     blocks: Sequence[Block],
