@@ -18,7 +18,7 @@ from bake.errors import FolderError, RecipeError
 from bake.files.scratch import Scratch
 from bake.new_folder import MANIFEST
 from bake.recipe import Recipe
-from bake.stock import decoder_layers, load_base, load_model
+from bake.stock import decoder_layers, load_base, load_model, placed
 from bake.strangers.model_view import show_adapter
 from export.carriers.carriers import CARRIERS
 from export.clamped import clamped_layers, read_config
@@ -71,7 +71,7 @@ class Subject:
         module = _modeling() if source == "bakeout" else importlib.import_module("transformers")
         where = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
         model = load_model(getattr(module, name), where, DTYPE)
-        return model.to(self.device).requires_grad_(False)
+        return placed(model, self.device).requires_grad_(False)
 
     def stripped(self) -> Any | None:
         """`model()` with its clamp taken out; None where there is none to take out."""
@@ -177,8 +177,10 @@ def open_subject(folder: Path, recipe: Recipe, device: str = "cpu") -> Subject:
     """
     base = find_base(recipe)
     if not (folder / MANIFEST).exists():
-        ours = open_base(folder, name=folder.resolve().name, revision=None).config
-        text, theirs = (c.get("text_config") or c for c in (ours, base.config))
+        ours = open_base(folder, name=folder.resolve().name, revision=None)
+        if ours.family is not base.family:
+            raise _other_base(folder, ours.family.architecture, base.family.architecture)
+        text, theirs = (c.get("text_config") or c for c in (ours.config, base.config))
         for field in _SIZES:
             if text.get(field) != theirs.get(field):
                 raise _other_base(folder, f"{field} {text.get(field)}", f"{theirs.get(field)}")
