@@ -7,6 +7,7 @@ clamped checkpoint's; never by a file of the folder.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -97,8 +98,9 @@ class Subject:
         importlib.import_module("bakeout")  # registers the adapter with peft
         from peft import PeftModel
 
-        with Scratch("adapter") as scratch:
+        with Scratch("adapter") as scratch, warnings.catch_warnings():
             shown = show_adapter(self.folder, scratch / "adapter")
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft
             model = PeftModel.from_pretrained(self.base(), str(shown))
         return model.base_model.model.eval()
 
