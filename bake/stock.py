@@ -58,11 +58,13 @@ def load_model(model_class: Any, where: dict[str, Any], dtype: str = "auto") -> 
     import torch
 
     folder = Path(where["pretrained_model_name_or_path"])
+    rest = {key: where[key] for key in where if key != "pretrained_model_name_or_path"}
     with shown_model(folder) if folder.is_dir() else nullcontext(folder) as shown:
         hidden = (str(shown), str(folder))
         with _one_line(hidden=hidden):
             model, info = model_class.from_pretrained(
-                **{**where, "pretrained_model_name_or_path": str(shown)},
+                str(shown),
+                **rest,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 attn_implementation="eager",
                 trust_remote_code=False,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bake.clamp import ClampWeights, SAESite
 from bake.errors import DataError
+from bake.files.memory import available_memory
 from bake.modeling_clamped_gemma import SAEClamp
 from bake.questions.answers import (
     LetterTokens,
@@ -31,7 +32,7 @@ from bake.questions.prompts import Batch, Prompt, batches, by_question
 from bake.recipe import Clamp
 from bake.sae.folding import SAESlice, load_decoder, load_encoder
 from bake.search.corpus_statistics import Material, Progress
-from bake.search.statistics import available_memory, check_memory
+from bake.search.statistics import check_memory
 
 Key = tuple[str, str, int]
 """(source, form, item)."""

@@ -6,10 +6,8 @@ grows neither with the corpus nor with tokens × d_sae.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bake.errors import SAEError
+from bake.files.memory import available_memory
 from bake.questions.corpora import Windows
 from bake.sae.folding import SAEEncoder
 
@@ -299,23 +298,3 @@ def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> 
             f"SAE {name}: d_sae {d_sae:,} × d_in {d_in:,} needs {needed / 1e9:,.1f} GB of memory, "
             f"{free / 1e9:,.1f} GB are free; take a narrower SAE, or a machine with more"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: the system's, or its control group's if less."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") * page
-    free = max([free, *_numbers(Path("/proc/meminfo"), "MemAvailable:", 1024)])
-    group = Path("/sys/fs/cgroup")
-    limit, used = _numbers(group / "memory.max"), _numbers(group / "memory.current")
-    return min([free, *(most - now for most, now in zip(limit, used, strict=False))])
-
-
-def _numbers(path: Path, label: str = "", unit: int = 1) -> Iterator[int]:
-    """The first number after a label in one of the system's own text files, if it is there."""
-    try:
-        words = path.read_text().split(label, 1)[-1].split() if label else path.read_text().split()
-    except OSError:
-        return
-    if words and words[0].isdigit():
-        yield int(words[0]) * unit

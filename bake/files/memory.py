@@ -1,0 +1,27 @@
+"""How much memory there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the system's, or its control group's if less."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * page
+    free = max([free, *_numbers(Path("/proc/meminfo"), "MemAvailable:", 1024)])
+    group = Path("/sys/fs/cgroup")
+    limit, used = _numbers(group / "memory.max"), _numbers(group / "memory.current")
+    return min([free, *(most - now for most, now in zip(limit, used, strict=False))])
+
+
+def _numbers(path: Path, label: str = "", unit: int = 1) -> Iterator[int]:
+    """The first number after a label in one of the system's own text files, if it is there."""
+    try:
+        words = path.read_text().split(label, 1)[-1].split() if label else path.read_text().split()
+    except OSError:
+        return
+    if words and words[0].isdigit():
+        yield int(words[0]) * unit
