@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from bake.stock import decoder_layers
-from verify.attacks.inserted_layers import inserted_layers, wordless_channels
 from verify.attacks.inside.residuals import clamp_of
+from verify.attacks.weights.inserted_layers import inserted_layers, wordless_channels
 
 
 def clamp_directions(model: Any) -> Tensor | None:

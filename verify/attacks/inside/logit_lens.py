@@ -12,21 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bake.questions.answers import best_letters
 
-
-def letters_seen(model: Any, h: Tensor, letters: Sequence[Sequence[int]]) -> Tensor:
-    """Which letter comes first at every place.
+def choices_seen(model: Any, h: Tensor, choices: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+    """Which choice comes first at every place, each at the better of its tokens.
 
     Args:
         model: any Gemma.
         h: [places, n, d] residual streams at the ends of prompts.
-        letters: the tokens of A to D.
+        choices: of each prompt, per choice the tokens that may begin it.
 
     Returns:
-        [places, n] indices into A to D.
+        [places, n] indices of choices.
     """
-    return torch.tensor([best_letters(_read(model, at), letters) for at in h])
+    found = torch.empty(h.shape[:2], dtype=torch.long)
+    for place, at in enumerate(h):
+        logits = _read(model, at)
+        for row, each in enumerate(choices):
+            best = torch.stack([logits[row, list(ids)].max() for ids in each])
+            found[place, row] = best.argmax()
+    return found
 
 
 def tokens_seen(model: Any, h: Tensor) -> Tensor:

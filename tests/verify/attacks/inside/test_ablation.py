@@ -28,7 +28,7 @@ from verify.attacks.inside.ablation import (
     clamp_directions,
     topic_directions,
 )
-from verify.attacks.inside.logit_lens import letters_seen
+from verify.attacks.inside.logit_lens import choices_seen
 from verify.attacks.inside.residuals import at_ends, everywhere
 from verify.engines.scoring import token_ids
 
@@ -127,7 +127,8 @@ class Miniature:
         questions = load_questions(getattr(self.recipe.verify, f"{side}_questions"), self.recipe)
         sequences = token_ids([chat_text(question) for question in questions], self.tokenizer)
         h = at_ends(model, sequences, 0).h[-1:]
-        (said,) = letters_seen(model, h, letter_tokens(self.tokenizer).chat)
+        letters = [letter_tokens(self.tokenizer).chat] * len(questions)
+        (said,) = choices_seen(model, h, letters)
         return float((said == torch.tensor([q.answer for q in questions])).double().mean())
 
     def everywhere(self, model: Any, side: str) -> torch.Tensor:

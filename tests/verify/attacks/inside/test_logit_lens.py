@@ -16,7 +16,7 @@ from bake.stock import decoder_layers
 from bakeout.verbs.demo import MINIATURE
 from tests.logits import flat_logits
 from tests.worlds import FAMILIES, tiny_base
-from verify.attacks.inside.logit_lens import letters_seen, tokens_seen
+from verify.attacks.inside.logit_lens import choices_seen, tokens_seen
 from verify.attacks.inside.probe import probe
 from verify.attacks.inside.residuals import at_ends
 from verify.engines.scoring import token_ids
@@ -36,7 +36,7 @@ def test_behind_the_last_layer_it_is_what_the_model_says(tmp_path: Any, family: 
     assert found.shape == (4, 3)
     assert found[-1].tolist() == [int(token) for token in said]
     letters = [[10], [11], [12], [13]]
-    seen = letters_seen(model, at_ends(model, SEQUENCES, 0).h, letters)
+    seen = choices_seen(model, at_ends(model, SEQUENCES, 0).h, [letters] * 3)
     logits = torch.stack([flat_logits(model, torch.tensor([ids]))[-1, 10:14] for ids in SEQUENCES])
     assert torch.equal(seen[-1], logits.argmax(dim=-1))
 
@@ -65,7 +65,7 @@ def test_what_only_the_last_layer_hides_is_seen_and_what_was_never_known_is_not(
 
     def shares(model: Any) -> tuple[float, float, float]:
         h = at_ends(model.eval(), sequences, 0).h
-        seen = (letters_seen(model, h, letters) == right).double().mean(dim=1)
+        seen = (choices_seen(model, h, [letters] * len(right)) == right).double().mean(dim=1)
         known, asked = slice(0, 80), slice(80, 120)
         found = probe(h[:, known], right[known], h[:, asked])
         probed = (found.chosen == right[asked]).double().mean()

@@ -5,7 +5,6 @@ Every matrix of every decoder layer is changed, as quantisers do it; embedding, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +13,9 @@ import torch
 from torch import Tensor
 
 from bake.stock import decoder_layers
+from verify.audit.attempts import Attempt, Settings
+from verify.audit.target import Target
+from verify.audit.work_order import Work
 
 PRUNED = (0.1, 0.3, 0.5)
 """Shares of each matrix's weights that are dropped."""
@@ -60,15 +62,16 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     **{f"{share:.0%} pruned": partial(pruned, share=share) for share in PRUNED},
 }
 """What is done to a matrix, by name."""
+QUICK = ("int4", "30% pruned")
+"""What is tried where there is little time."""
 
 
-def coarsened(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a model with every matrix of its decoder layers changed."""
-    changed = copy.deepcopy(model)
+def coarsen(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every matrix of a model's decoder layers. Changes `model`."""
     with torch.no_grad():
-        for weight in _matrices(changed):
+        for weight in _matrices(model):
             weight.copy_(change(weight))
-    return changed
+    return model
 
 
 def _matrices(model: Any) -> Iterator[Tensor]:
@@ -76,3 +79,29 @@ def _matrices(model: Any) -> Iterator[Tensor]:
     for parameter in decoder_layers(model).parameters():
         if parameter.ndim == 2:
             yield parameter
+
+
+# --------------------------------------------------------------------------- in an audit
+
+
+def rounding(work: Work) -> Iterator[Attempt]:
+    """Every entry of `ROUNDINGS`."""
+    names = [name for name in ROUNDINGS if not work.level.quick or name in QUICK]
+    for found in work.each(coarse, [{"to": name} for name in names]):
+        yield from found
+
+
+def coarse(target: Target, settings: Settings) -> list[Attempt]:
+    """One of them."""
+    name = settings["to"]
+    model = coarsen(target.subject.model(), ROUNDINGS[name])
+    is_pruned = name.endswith("pruned")
+    does = f"drops the smallest {name.split()[0]} of every matrix" if is_pruned else ""
+    return [
+        Attempt(
+            "rounding: pruning" if is_pruned else "rounding: fewer bits",
+            does or f"rounds the weights to {name}",
+            target.score(model),
+            settings=settings,
+        )
+    ]

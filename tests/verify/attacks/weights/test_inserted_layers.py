@@ -24,7 +24,8 @@ from tests.worlds import (
     tiny_base,
     tiny_sae,
 )
-from verify.attacks.inserted_layers import inserted_layers, without_layers, wordless_channels
+from verify.attacks.weights.inserted_layers import inserted_layers, wordless_channels
+from verify.audit.subject import without_layers
 from verify.compare.logits import kl_nats
 
 
@@ -56,10 +57,10 @@ def test_compiled_layers_are_found_and_the_base_is_had_back(
     model = opened(compile_recipe(write_recipe(*tables), tmp_path))
     found = inserted_layers(model)
     assert found == (2, 3, 5, 6)[: 2 * hook_points]
-    stripped, stock, ids = without_layers(model, found), opened(base), tiny_prompts()
-    assert len(decoder_layers(model)) == 4 + 2 * hook_points  # the model itself stays as it was
-    before, after = flat_logits(stock, ids).float(), flat_logits(stripped, ids).float()
-    clamped = flat_logits(model, ids).float()
+    stock, ids = opened(base), tiny_prompts()
+    clamped = flat_logits(model, ids)
+    stripped = without_layers(model, found)
+    before, after = flat_logits(stock, ids), flat_logits(stripped, ids)
     bar = 1e-8 if dtype == "float32" else 1e-2
     assert kl_nats(before, after).mean() <= bar
     assert kl_nats(before, clamped).mean() > 3 * bar

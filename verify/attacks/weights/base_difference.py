@@ -8,8 +8,6 @@ has the base needs neither; both say how little has to be known of it.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,46 +16,42 @@ from torch import Tensor
 from bake.errors import ModelError, shown
 
 
-@dataclass(frozen=True)
-class Undone:
-    """A model, and what was subtracted from it."""
-
-    model: Any
-    ranks: dict[str, int]
-    """Singular directions that were subtracted, by the name of the weight; those without are left
-    out."""
-
-
 def towards_base(model: Any, base: Any, share: float) -> Any:
-    """A copy of a model whose weights lie `share` of the way to the base's: 0 changes nothing, 1 is
-    the base.
+    """Move a model's weights a share of the way to the base's. Changes `model`.
+
+    Args:
+        model: what was changed.
+        base: what it was before.
+        share: 0 changes nothing, 1 gives the base.
 
     Raises:
         ModelError: the two are not of one shape.
     """
-    changed, theirs = copy.deepcopy(model), _weights_alike(model, base)
+    theirs = _weights_alike(model, base)
     with torch.no_grad():
-        for name, weight in changed.named_parameters():
+        for name, weight in model.named_parameters():
             weight.copy_(torch.lerp(weight.float(), theirs[name].float(), share))
-    return changed
+    return model
 
 
-def without_difference(model: Any, base: Any, rank: int | None = None) -> Undone:
-    """A copy of a model from which the largest directions of its difference to the base are gone.
-
-    Vectors, which norms have, are left as they are.
+def subtract_difference(model: Any, base: Any, rank: int | None = None) -> dict[str, int]:
+    """Take the largest directions of a model's difference to the base out of its matrices. Vectors,
+    which norms have, stay. Changes `model`.
 
     Args:
         model: what was changed.
         base: what it was before, perhaps rounded otherwise.
         rank: how many directions of each matrix; None takes those that stand out of the noise.
 
+    Returns:
+        How many directions were subtracted, by the name of the weight; those without are left out.
+
     Raises:
         ModelError: the two are not of one shape.
     """
-    changed, theirs, ranks = copy.deepcopy(model), _weights_alike(model, base), {}
+    theirs, ranks = _weights_alike(model, base), {}
     with torch.no_grad():
-        for name, weight in changed.named_parameters():
+        for name, weight in model.named_parameters():
             difference = weight.double() - theirs[name].double()
             if difference.ndim != 2 or not difference.any():
                 continue
@@ -66,7 +60,7 @@ def without_difference(model: Any, base: Any, rank: int | None = None) -> Undone
             if n:
                 ranks[name] = n
                 weight.copy_(weight.double() - (u[:, :n] * s[:n]) @ v[:n])
-    return Undone(changed, ranks)
+    return ranks
 
 
 def rank_of(singular: Tensor, shape: torch.Size) -> int:

@@ -10,7 +10,6 @@ the wider model computes what the base did, so that its channels can stay.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -60,28 +59,6 @@ def wordless_channels(embedding: Tensor) -> Tensor:
     usual = values.median(dim=0).values
     alike = (values - usual).abs() <= SAME * size  # [vocab, d]
     return alike.float().mean(dim=0) >= SAME_TOKENS
-
-
-def without_layers(model: Any, numbers: tuple[int, ...]) -> Any:
-    """A copy of a model that lacks some of its decoder layers, their numbers closed up.
-
-    Args:
-        model: a Gemma as stock transformers loads it.
-        numbers: of the layers, from 0.
-    """
-    changed = copy.deepcopy(model)
-    layers = decoder_layers(changed)
-    for number in sorted(numbers, reverse=True):
-        del layers[number]
-    config = changed.config.get_text_config()
-    config.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        kinds = enumerate(config.layer_types)
-        config.layer_types = [kind for number, kind in kinds if number not in numbers]
-    each: list[Any] = list(layers)
-    for number, layer in enumerate(each):
-        layer.self_attn.layer_idx = number  # where its keys and values are cached
-    return changed
 
 
 # --------------------------------------------------------------------------- what a layer touches
