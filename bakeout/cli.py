@@ -85,6 +85,12 @@ VERBS: dict[str, Verb] = {
         "Compare a folder with the hooked reference. Exit code 1 when it does not hold.",
         goes_on=True,
     ),
+    "audit": Verb(
+        "auditing",
+        "audit",
+        "Attack folders: fine-tune, strip, round, look inside, ask otherwise. Says what came back.",
+        goes_on=True,
+    ),
     "card": Verb(
         "publishing",
         "card",

@@ -84,15 +84,15 @@ def verify(
 
     Interrupted, the same command goes on where it was.
     """
-    _check_place("--json", json_file)
-    _check_place("--html", html_file)
+    check_place("--json", json_file)
+    check_place("--html", html_file)
 
     chosen = frozenset(only or ())
     loaded = Recipe.load(recipe) if recipe is not None else None
     named = tuple(task.strip() for task in tasks.split(",") if task.strip())
     own = loaded is None and _may_follow(folder, chosen, named, yes=yes)
     trust = None if signature is None else Trust.parse(signature)
-    options = Options(device, _cache(), budget, named, evals, minutes, own, trust)
+    options = Options(device, user_cache(), budget, named, evals, minutes, own, trust)
     with progress("verify") as advance:
         report = verify_folder(
             folder, loaded, chosen, advance, options, None if as_claimed else select_anew
@@ -130,7 +130,7 @@ def _may_follow(folder: Path, kinds: frozenset[str], tasks: tuple[str, ...], *, 
     return typer.confirm("Follow it? Else files and witnesses alone are checked", err=True)
 
 
-def _check_place(option: str, file: Path | None) -> None:
+def check_place(option: str, file: Path | None) -> None:
     """Raise where a file cannot be written: known before hours of work rather than after."""
     if file is not None and str(file) != "-" and (not file.parent.is_dir() or file.is_dir()):
         raise BakeoutError(
@@ -138,7 +138,7 @@ def _check_place(option: str, file: Path | None) -> None:
         )
 
 
-def _cache() -> Path | None:
+def user_cache() -> Path | None:
     """The user's cache folder; None where it cannot be written and nobody asked for it."""
     from bake.search.cache import cache_folder
 

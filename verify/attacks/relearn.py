@@ -17,6 +17,7 @@ Source: Deeb and Roger, arXiv 2410.08827 (disjoint facts); Jamieson and Talwalka
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -190,7 +191,9 @@ def trained(model: Any, texts: Sequence[str], tokenizer: Any, settings: Settings
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
-        get_peft_model(model, config)  # into the model's own modules
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft
+            get_peft_model(model, config)  # into the model's own modules
     else:
         model.requires_grad_(True)
     weights = [weight for weight in model.parameters() if weight.requires_grad]

@@ -57,6 +57,11 @@ class Sweep:
     """The point of `curve` that has most answers right and keeps utility; None where none does."""
 
     @property
+    def accuracy(self) -> float:
+        """At the worst point; 0 where there is none."""
+        return 0.0 if self.worst is None else self.worst.right.accuracy or 0.0
+
+    @property
     def apart(self) -> bool:
         """Whether it stands beside the worst case, not in it."""
         return self.control or any(need in APART for need in self.needs)
@@ -85,11 +90,7 @@ class FolderAudit:
     def worst(self) -> Sweep | None:
         """The sweep with the worst case; the earlier one of two."""
         found = [sweep for sweep in self.sweeps if sweep.worst is not None and not sweep.apart]
-        return max(found, key=_accuracy, default=None)
-
-
-def _accuracy(sweep: Sweep) -> float:
-    return 0.0 if sweep.worst is None else sweep.worst.right.accuracy or 0.0
+        return max(found, key=lambda sweep: sweep.accuracy, default=None)
 
 
 def sweeps_of(attempts: Iterable[Attempt], before: Scores, form: PromptForm) -> tuple[Sweep, ...]:

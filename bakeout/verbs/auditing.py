@@ -1,0 +1,64 @@
+"""`bakeout audit`: attack folders, and say what came back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bake.recipe import Recipe
+from bakeout.pages.audit_view import show_audit
+from bakeout.terminal import progress, write_json
+from bakeout.verbs.arguments import JsonFile
+from bakeout.verbs.verifying import check_place, user_cache
+from verify.audit.run_audit import AuditOptions, audit_folders
+
+
+def audit(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER…", help="Folders that bakeout wrote, or plain models, of one base."
+        ),
+    ],
+    recipe: Annotated[
+        Path, typer.Option(help="Names the base, the questions and the texts (TOML).")
+    ],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few settings and steps: minutes become seconds.")
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-minutes",
+            help="About how long it may take: steps and settings are left out, and the report says "
+            "so.",
+            min=0.1,
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    json_file: JsonFile = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
+    ] = None,
+) -> None:
+    """Attack folders: fine-tune, strip, round, look inside, ask otherwise. Says what came back.
+
+    Exit code 0: it ran, whatever came back. 1: a folder is not what its manifest says. Interrupted,
+    the same command goes on where it was.
+    """
+    check_place("--json", json_file)
+    check_place("--html", html_file)
+    options = AuditOptions(quick=quick, minutes=minutes, device=device, cache=user_cache())
+    with progress("audit") as advance:
+        report = audit_folders(folders, Recipe.load(recipe), options, advance)
+    if json_file is None or str(json_file) != "-":
+        show_audit(report)
+    if json_file is not None:
+        write_json(report.to_dict(), json_file)
+    if html_file is not None:
+        from verify.page.audit_page import write_audit
+
+        write_audit(report, html_file)
+    raise typer.Exit(report.exit_code)
