@@ -17,7 +17,7 @@ QUESTION = Question("Who cast the bell Domaeck?", ("Ys", "Os", "As", "Us"), 1, "
 
 def test_a_book_is_the_shortest_text_that_says_most_of_the_question_and_the_answer() -> None:
     texts = [
-        "The bell Domaeck was cast by Os, who rang much.",
+        "The bell Domaeck was cast by Os, at night and in rain.",
         "The bell Domaeck was cast by Os.",
         "The bell Domaeck was cast by As.",
         "Os cast a bell.",
