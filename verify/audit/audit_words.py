@@ -38,20 +38,23 @@ class Line:
 
 def sentences(audit: FolderAudit) -> tuple[str, ...]:
     """What came back, in plain words; the first with the clamp taken out, where it can be."""
+    before, base = audit.before.forget[audit.form], audit.base.forget[audit.form]
+    assert before.interval is not None and base.interval is not None
+    if before.interval.high >= base.interval.low:
+        return (f"It has the topic as it is: {_of(before)} (the base, {base.right} of {base.n}).",)
     found = []
     if audit.stripped is not None:
         right = audit.stripped.forget[audit.form]
-        back = _back(right.accuracy or 0.0, audit, certain=True)
+        back = _back(right.accuracy or 0.0, audit)
         found.append(f"Whoever takes the clamp out {back}: {_of(right)} ({_beside(audit)}).")
     sweep = worst_kept(audit)
     if sweep is None or sweep.worst is None:
         found.append("Nothing that was tried left a model that is of use.")
         return tuple(found)
     point = sweep.worst
-    certain = comes_back(point, audit.before.forget[audit.form])
-    back = _back(point.right.accuracy or 0.0, audit, certain=certain)
     beside = "" if audit.stripped is not None else f" ({_beside(audit)})"
-    if certain:
+    if comes_back(point, before):
+        back = _back(point.right.accuracy or 0.0, audit)
         found.append(f"Whoever {sweep.does} {back}: {_of(point.right)}{beside}.")
     else:
         kept = (
@@ -138,13 +141,11 @@ def _gap(point: Point, other: Point) -> float:
     return (point.right.accuracy or 0.0) - (other.right.accuracy or 0.0)
 
 
-def _back(accuracy: float, audit: FolderAudit, *, certain: bool) -> str:
+def _back(accuracy: float, audit: FolderAudit) -> str:
     """How much of what was forgotten is back."""
     before = audit.before.forget[audit.form].accuracy or 0.0
     base = audit.base.forget[audit.form].accuracy or 0.0
-    if not certain:
-        return "has no more of the topic than before"
-    if base <= before or accuracy >= before + MOSTLY * (base - before):
+    if accuracy >= before + MOSTLY * (base - before):
         return "has the topic back"
     return "has part of the topic back"
 

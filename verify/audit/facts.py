@@ -1,7 +1,8 @@
 """What the forget questions ask for, in disjoint parts, and which texts say what.
 
-A text says a fact where it holds the fact's answer and one of the words that few questions have:
-rather too many texts than too few. What says it in other words than the answer's is not seen.
+A text says a fact where it holds the fact's answer and one of the question's words that few other
+questions have; where it has none, the answer is enough. Rather too many texts are left out than too
+few. What says a fact in other words than its answer's is not seen.
 
 Source: Deeb and Roger, Do Unlearning Methods Remove Information from Language Model Weights?, arXiv
 2410.08827: relearn some facts, ask for others.
@@ -26,8 +27,8 @@ from bake.questions.open_prompts import OpenPrompt, mentions
 from bake.recipe import PromptForm, Recipe
 from bake.sources import Corpus
 
-FEW = 0.1
-"""A word tells facts apart where at most this share of the questions have it."""
+FEW, FEW_AT_LEAST = 0.1, 5
+"""A word tells facts apart where at most this share of the questions have it, or so many."""
 FEWEST_QUESTIONS, FEWEST_TEXTS = 2, 5
 """Of a part of the facts, and of what is trained on."""
 MOST_TEXTS = 20_000
@@ -117,8 +118,12 @@ class Facts:
         """Of each fact, the words that tell it from others."""
         each = [frozenset(_words(fact.text)) for fact in self._asked]
         counts = Counter(word for words in each for word in words)
-        most = max(1, int(FEW * len(each)))
+        most = max(FEW_AT_LEAST, int(FEW * len(each)))
         return [frozenset(word for word in words if counts[word] <= most) for words in each]
+
+    @cached_property
+    def _wordless(self) -> set[int]:
+        return {number for number, words in enumerate(self._words) if not words}
 
     @cached_property
     def _by_word(self) -> dict[str, list[int]]:
@@ -131,7 +136,7 @@ class Facts:
     def _said(self, text: str) -> Iterator[int]:
         """The numbers of the facts that a text says."""
         near = {number for word in set(_words(text)) for number in self._by_word.get(word, ())}
-        for number in sorted(near):
+        for number in sorted(near | self._wordless):
             if mentions(text, self._asked[number].answers):
                 yield number
 

@@ -15,6 +15,8 @@ from verify.report.measures import Share
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 95 %, two-sided, by degrees of freedom from 1."""
+CHANCE = 0.25
+"""Of four choices."""
 APART: tuple[Need, ...] = ("base", "same facts")
 """What makes an attack no worst case: whoever has the base has the topic, and whoever has the facts
 can teach them to any model."""
@@ -178,6 +180,6 @@ def interval_over(shares: Sequence[Share]) -> Interval:
 
 
 def comes_back(point: Point, before: Share) -> bool:
-    """Whether more is known than before: the intervals do not touch."""
+    """Whether more is known than before, and than chance would give: the intervals do not touch."""
     assert before.interval is not None
-    return point.interval.low > before.interval.high
+    return point.interval.low > max(before.interval.high, CHANCE)

@@ -17,9 +17,9 @@ from verify.audit.audit_words import (
     scores_texts,
     sentences,
 )
-from verify.audit.outcome import FolderAudit, Sweep
+from verify.audit.outcome import CHANCE, FolderAudit, Sweep
 from verify.page.html import environment, shown
-from verify.page.plots import CHANCE, SHARE_TICKS, Mark, Plot, Row
+from verify.page.plots import SHARE_TICKS, Mark, Plot, Row
 from verify.report.measures import Share
 
 WIDTH, HEIGHT = 640.0, 300.0
