@@ -8,7 +8,7 @@ import pytest
 
 from bake.questions.forms import FORMS
 from bake.questions.multiple_choice import Question
-from tests.planted import aimed_at, miniature, never_taught
+from tests.verify.attacks.planted import aimed_at, miniature, never_taught
 from verify.attacks.asking_otherwise import OPEN_BOOK, asked_otherwise, stating
 from verify.attacks.hints import hint_pool, hinted
 

@@ -17,6 +17,7 @@ from verify.attacks.inside.ablation import (
 from verify.attacks.inside.logit_lens import choices_seen, tokens_seen
 from verify.attacks.inside.probe import probe
 from verify.attacks.inside.residuals import Residuals, at_ends, everywhere
+from verify.attacks.weights.inserted_layers import wordless_channels
 from verify.audit.attempts import Attempt, Need, Scores, Settings
 from verify.audit.target import Target
 from verify.audit.work_order import Work
@@ -76,9 +77,11 @@ def _directions(target: Target, model: Any, by: str, n: int) -> list[Tensor]:
         found = clamp_directions(model)
         return [] if found is None else [found[:n]]
     held = target.held(0)
-    topic = _behind_layers(_on(target, model, held.other))
+    # Channels without words are what a compiled clamp lives by, and are cut out otherwise.
+    words = (~wordless_channels(model.get_input_embeddings().weight)).float().cpu()
+    topic = _behind_layers(_on(target, model, held.other)) * words
     if by == "texts":
-        other = _behind_layers(_on(target, model, held.benign))
+        other = _behind_layers(_on(target, model, held.benign)) * words
         each = [topic_directions(t, o, n) for t, o in zip(topic, other, strict=True)]
     else:
         base = _behind_layers(_on(target, target.subject.base(), held.other))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.planted import aimed_at, never_taught, overwritten
+from tests.verify.attacks.planted import aimed_at, never_taught, overwritten
 from verify.attacks.inside.look_inside import ablated, read_off
 from verify.audit.attempts import Attempt
 from verify.report.measures import Share

@@ -7,7 +7,7 @@ from pathlib import Path
 from bake.recipe import Recipe
 from bakeout.verbs.demo import MINIATURE
 from tests.folders import compile_recipe
-from tests.planted import N_PARTS, aimed_at, miniature, never_taught, overwritten
+from tests.verify.attacks.planted import N_PARTS, aimed_at, miniature, never_taught, overwritten
 from verify.attacks.weights.strip import (
     SPECTRUM,
     deleted,
