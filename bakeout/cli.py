@@ -91,6 +91,11 @@ VERBS: dict[str, Verb] = {
         "Attack folders: fine-tune, strip, round, look inside, ask otherwise. Says what came back.",
         goes_on=True,
     ),
+    "compare": Verb(
+        "auditing",
+        "compare",
+        "Put folders of one base side by side: what reports measured, what loads and removes each.",
+    ),
     "card": Verb(
         "publishing",
         "card",

@@ -1,7 +1,8 @@
-"""`bakeout audit`: attack folders, and say what came back."""
+"""`bakeout audit`: attack folders, and say what came back. `compare`: put them side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,11 @@ import typer
 
 from bake.recipe import Recipe
 from bakeout.pages.audit_view import show_audit
+from bakeout.pages.compare_view import show_comparison
 from bakeout.terminal import progress, write_json
 from bakeout.verbs.arguments import JsonFile
 from bakeout.verbs.verifying import check_place, user_cache
+from verify.audit.compared import compare as compare_folders
 from verify.audit.run_audit import AuditOptions, audit_folders
 
 
@@ -62,3 +65,49 @@ def audit(
 
         write_audit(report, html_file)
     raise typer.Exit(report.exit_code)
+
+
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER…", help="Folders that bakeout wrote of one base."),
+    ],
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="What `verify --json` or `audit --json` wrote; several times. Those that lie "
+            "beside a folder are found by themselves.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="Names the base: measure tokens per second too, which loads every folder."
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Put folders of one base side by side: what reports measured, what loads and removes each.
+
+    Exit code 1: a folder is not what its manifest says.
+    """
+    check_place("--json", json_file)
+    speed = None if recipe is None else _speed_of(Recipe.load(recipe))
+    found = compare_folders(folders, report or (), speed)
+    if json_file is None or str(json_file) != "-":
+        show_comparison(found)
+    if json_file is not None:
+        write_json(found.to_dict(), json_file)
+    raise typer.Exit(found.exit_code)
+
+
+def _speed_of(recipe: Recipe) -> Callable[[Path], dict[str, float]]:
+    """Tokens per second of a folder's engines, where it is what its manifest says."""
+    from bakeout.verbs.demo import speeds
+    from verify.audit.subject import check_subject
+
+    def measure(folder: Path) -> dict[str, float]:
+        return {} if check_subject(folder) else speeds([folder], recipe, reference=False)
+
+    return measure

@@ -140,9 +140,14 @@ def gemma_world(out: Path) -> World:
     )
 
 
-def speeds(folders: Sequence[Path], recipe: Recipe) -> dict[str, float]:
+def speeds(folders: Sequence[Path], recipe: Recipe, *, reference: bool = True) -> dict[str, float]:
     """Tokens per second that engines go on with, greedily, from a cache, each alone: `SPOKEN` of
     each of `SPEAKERS` prompts at once.
+
+    Args:
+        folders: whose engines are measured, beside the base.
+        recipe: names the base; its features are numbers where the reference is measured too.
+        reference: whether it is.
     """
     import torch
 
@@ -165,7 +170,8 @@ def speeds(folders: Sequence[Path], recipe: Recipe) -> dict[str, float]:
     model = load_base(recipe)
     dtype = str(model.dtype).removeprefix("torch.")
     measure(HookedRunner("base", model))
-    measure(HookedRunner("reference", model, Oracle(model, load_sites(recipe))))
+    if reference:
+        measure(HookedRunner("reference", model, Oracle(model, load_sites(recipe))))
     del model
     for folder in folders:
         carrier = Manifest.read(folder).carrier

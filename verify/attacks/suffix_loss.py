@@ -1,4 +1,5 @@
-"""How far a suffix is from bringing an answer back, and in which direction it should change.
+"""How far a suffix is from bringing an answer back, and in which direction it should change; or a
+prefix, which is a suffix of what little stands before the question.
 
 What stands before the suffix is the same whatever the suffix is: it is read once, and kept as keys
 and values.
@@ -35,7 +36,7 @@ class Slotted:
     before: tuple[int, ...]
     """BOS first."""
     after: tuple[int, ...]
-    """The same for every question of a form. The answer is the next token."""
+    """The answer is the next token. Questions that share it are read together."""
     answer: int
     """Index of the right letter."""
 
@@ -48,6 +49,13 @@ def slotted(question: Question, form: Form, tokenizer: Any) -> Slotted:
     """A question in a prompt form, cut open after its choices."""
     before, tail, rest = form.text(question).rpartition(form.tail)
     head, after = tokenizer([before, tail + rest], add_special_tokens=False)["input_ids"]
+    return Slotted((bos_id(tokenizer), *head), tuple(after), question.answer)
+
+
+def slotted_before(question: Question, form: Form, tokenizer: Any) -> Slotted:
+    """A question in a prompt form, cut open where its turn begins."""
+    texts = [form.turn, "\n" + form.text(question).removeprefix(form.turn)]
+    head, after = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return Slotted((bos_id(tokenizer), *head), tuple(after), question.answer)
 
 
@@ -79,6 +87,8 @@ class _Beginning:
     mask: Tensor
     """[prompts, seq]."""
     answers: tuple[int, ...]
+    after: Tensor
+    """[after] token ids: what stands after the suffix."""
 
 
 class AskedUpTo:
@@ -98,18 +108,16 @@ class AskedUpTo:
         letters: Sequence[Sequence[int]],
         pad_id: int,
     ) -> None:
-        import torch
-
         self._oracle = oracle
         self._letters = letters
-        self._after = torch.tensor(prompts[0].after, device=oracle.model.device)
-        whole = [
-            Prompt("forget", "suffix", 0, prompt.before, every_token=False, item=item)
-            for item, prompt in enumerate(prompts)
-        ]
+        alike: dict[tuple[int, ...], list[Prompt]] = {}
+        for item, prompt in enumerate(prompts):
+            whole = Prompt("forget", "suffix", 0, prompt.before, every_token=False, item=item)
+            alike.setdefault(prompt.after, []).append(whole)
         vocab_size = oracle.model.get_input_embeddings().weight.shape[0]
         self._beginnings = [
-            self._read(batch, tuple(prompts[p.item].answer for p in batch.prompts))
+            self._read(batch, tuple(prompts[p.item].answer for p in batch.prompts), after)
+            for after, whole in alike.items()
             for batch in batches(whole, pad_id=pad_id, vocab_size=vocab_size)
         ]
         self._n_prompts = len(prompts)
@@ -179,7 +187,7 @@ class AskedUpTo:
             (gradient,) = torch.autograd.grad(loss, added)
         return gradient
 
-    def _read(self, batch: Batch, answers: tuple[int, ...]) -> _Beginning:
+    def _read(self, batch: Batch, answers: tuple[int, ...], after: tuple[int, ...]) -> _Beginning:
         import torch
 
         model = self._oracle.model
@@ -192,7 +200,8 @@ class AskedUpTo:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return _Beginning(output.past_key_values, mask, answers)
+        tail = torch.tensor(after, device=model.device)
+        return _Beginning(output.past_key_values, mask, answers, tail)
 
     def _losses(self, beginning: _Beginning, suffixes: Tensor) -> Tensor:
         """Suffixes [suffixes, n] after every prompt -> [prompts, suffixes] float32, nats."""
@@ -200,7 +209,7 @@ class AskedUpTo:
 
         model = self._oracle.model
         n = len(suffixes)
-        tails = torch.cat([suffixes.to(model.device), self._after.expand(n, -1)], dim=1)
+        tails = torch.cat([suffixes.to(model.device), beginning.after.expand(n, -1)], dim=1)
         ids = tails.repeat(len(beginning.answers), 1)
         mask = torch.cat([beginning.mask.repeat_interleave(n, dim=0), torch.ones_like(ids)], dim=1)
         cache = copy.deepcopy(beginning.cache)  # reading on changes it

@@ -16,6 +16,7 @@ from bake.questions.multiple_choice import LETTERS, Question
 from bake.recipe import PromptForm
 from verify.compare.comparison import BASE
 from verify.engines.engine_names import engine_of
+from verify.evidence.guessing import measure_guessing
 from verify.report.findings import EngineReport, Failure, VerifyReport
 from verify.report.intervals import mcnemar
 from verify.report.measures import AnswerSet, Calibration, Share, SubjectShare, TextShares
@@ -189,10 +190,10 @@ def answer_set(
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:
-    """Add what every engine's answers say."""
+    """Add what every engine's answers say, and what guessing would."""
     rows = work.known[0] if "known" in work.kinds else {}
     engines = tuple(_with_answers(engine, work, rows) for engine in report.engines)
-    return replace(report, engines=engines)
+    return replace(report, engines=engines, guessing=measure_guessing(work))
 
 
 def failures(report: VerifyReport) -> Iterator[Failure]:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from bake.errors import OutputError
 from bake.files.scratch import Scratch
 from bake.questions.multiple_choice import Question
 from verify.engines.runners import Runner
-from verify.evidence.harness_tasks import HarnessError, write_tasks
+from verify.evidence.guessing import guess_of, together
+from verify.evidence.harness_tasks import TASKS, HarnessError, write_tasks
 from verify.journal import Journal, Progress
 from verify.material import Material
-from verify.report.measures import HarnessScore
+from verify.report.measures import Guess, HarnessScore
 
 LOCAL = "local"
 """The name that stands for the questions at hand."""
@@ -52,26 +53,35 @@ class HarnessResult:
     """The harness's own result JSON, unchanged. It names paths of this machine."""
     answers: tuple[ItemAnswer, ...]
     """Every multiple-choice question, task by task in the harness's order."""
+    guesses: tuple[Guess, ...] = ()
+    """Of the tasks and groups whose choices are known."""
 
     @property
     def scores(self) -> tuple[HarnessScore, ...]:
-        """Every task and group that is scored by accuracy."""
+        """Every task and group that is scored by accuracy, per character where by that alone."""
         sizes = self.results.get("n-samples", {})
+        guesses = {guess.source: guess for guess in self.guesses}
         return tuple(
             HarnessScore(
                 task=task,
-                accuracy=float(found["acc,none"]),
-                stderr=_number(found.get("acc_stderr,none")),
+                accuracy=float(found[f"{metric},none"]),
+                stderr=_number(found.get(f"{metric}_stderr,none")),
                 n=sizes[task]["effective"] if task in sizes else None,
+                guess=guesses.get(task),
             )
             for task, found in self.results["results"].items()
-            if "acc,none" in found
+            if (metric := _metric(found)) is not None
         )
 
     def accuracy(self, task: str) -> float:
         """The harness's own figure for a task or a group, 0 to 1."""
         found = self.results["results"].get(task) or self.results["groups"][task]
-        return float(found["acc,none"])
+        return float(found[f"{_metric(found)},none"])
+
+
+def _metric(found: Mapping[str, Any]) -> str | None:
+    """Which accuracy a task is scored by."""
+    return next((name for name in ("acc", "acc_norm") if f"{name},none" in found), None)
 
 
 def measure_harness(
@@ -116,10 +126,11 @@ def measure_harness(
         for number, runner in enumerate(runners, 1):
             for suffix, asked in sets.items():
                 run = partial(_results, runner, material.tokenizer, asked)
-                results = journal.once(f"harness{suffix} {runner.name} {' '.join(named)}", run)
+                kept = journal.once(f"harness{suffix} {runner.name} {' '.join(named)}", run)
+                results, guesses = kept["results"], [Guess(**of) for of in kept["guesses"]]
                 text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
                 (evals / f"{runner.name}{suffix}.json").write_text(text, encoding="utf-8")
-                found = HarnessResult(results, ()).scores
+                found = HarnessResult(results, (), tuple(guesses)).scores
                 scores[runner.name] = (*scores.get(runner.name, ()), *found)
             progress("lm-evaluation-harness", number / len(runners))
     except OSError as error:
@@ -171,14 +182,15 @@ def _task_manager() -> Any:
 
 @cache
 def _own_tasks() -> Any:
-    """All that the harness brings along; to find them takes seconds."""
-    return _task_manager()()
+    """All that the harness brings along, and those of `TASKS`; to find them takes seconds."""
+    return _task_manager()(include_path=str(TASKS))
 
 
 def _results(
     runner: Runner, tokenizer: Any, tasks: Sequence[str] | Mapping[str, Sequence[Question]]
 ) -> dict[str, Any]:
-    return run_harness(runner, tokenizer, tasks).results
+    found = run_harness(runner, tokenizer, tasks)
+    return {"results": found.results, "guesses": [asdict(guess) for guess in found.guesses]}
 
 
 def _number(value: Any) -> float | None:
@@ -285,6 +297,7 @@ def _result(found: dict[str, Any]) -> HarnessResult:
     """The harness's dictionary as JSON has it, and its samples as answers."""
     from lm_eval.utils import handle_non_serializable
 
+    samples = found.pop("samples")
     answers = [
         ItemAnswer(
             task=task,
@@ -293,9 +306,31 @@ def _result(found: dict[str, Any]) -> HarnessResult:
             greedy=tuple(bool(pair[1]) for pair in sample["filtered_resps"]),
             answer=int(sample["target"]),
         )
-        for task, samples in found.pop("samples").items()
-        for sample in samples
+        for task, each in samples.items()
+        for sample in each
         if len(sample["filtered_resps"]) > 1
     ]
     results = json.loads(json.dumps(found, default=handle_non_serializable))
-    return HarnessResult(results, tuple(answers))
+    return HarnessResult(results, tuple(answers), tuple(_guesses(results, samples)))
+
+
+def _guesses(results: dict[str, Any], samples: Mapping[str, Sequence[Any]]) -> Iterator[Guess]:
+    """What guessing gives in every task whose rows have `choices`, and in groups of such."""
+    known: dict[str, Guess] = {}
+    for task, each in samples.items():
+        choices = [sample["doc"].get("choices") for sample in each]
+        if each and all(
+            isinstance(of, list) and len(of) == len(sample["filtered_resps"])
+            for of, sample in zip(choices, each, strict=True)
+        ):
+            texts = [[str(choice) for choice in of] for of in choices]
+            known[task] = guess_of(task, texts, [int(sample["target"]) for sample in each])
+    yield from known.values()
+    below: dict[str, list[str]] = results.get("group_subtasks", {})
+
+    def leaves(name: str) -> list[str]:
+        return [leaf for one in below[name] for leaf in leaves(one)] if below.get(name) else [name]
+
+    for group in (name for name, tasks in below.items() if tasks):
+        if all(task in known for task in leaves(group)):
+            yield together(group, [known[task] for task in leaves(group)])

@@ -1,4 +1,4 @@
-"""Local questions as task files of lm-evaluation-harness."""
+"""Task files for lm-evaluation-harness: of local questions, and of data sets that it lacks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from bake.errors import BakeoutError
 from bake.questions.multiple_choice import LETTERS, Question
 
+TASKS = Path(__file__).parent / "tasks"
+"""Tasks by name that the harness does not bring along, with their data on the hub."""
 TASK_NAME = re.compile(r"[a-z0-9_]+")
 TEMPLATE = (
     "The following are multiple choice questions (with answers)"

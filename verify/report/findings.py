@@ -14,6 +14,7 @@ from verify.report.measures import (
     Completions,
     Control,
     FiredText,
+    Guess,
     HarnessScore,
     Items,
     KnownSet,
@@ -242,6 +243,8 @@ class VerifyReport:
     """Of every source, the sequences on which the clamp fired most."""
     known: tuple[KnownSet, ...] = ()
     """Forget and retain questions that the base knows, and what became of them."""
+    guessing: tuple[Guess, ...] = ()
+    """Of both sets of questions."""
     controls: tuple[Control, ...] = ()
     completions: Completions | None = None
     robustness: Robustness | None = None
@@ -297,7 +300,7 @@ class VerifyReport:
                 "tokens_fired_by_layer": {str(layer): n for layer, n in self.fired_by_layer},
                 "examples": self.examples,
             }
-        for name in ("known", "controls", "completions", "robustness"):
+        for name in ("known", "guessing", "controls", "completions", "robustness"):
             if found := getattr(self, name):
                 report[name] = found
         return dict(_json(report | dict(self.more)))

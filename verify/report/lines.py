@@ -10,6 +10,7 @@ from verify.report.wording import (
     accuracy_text,
     answers_of,
     change_text,
+    guess_text,
     known_text,
     loss_text,
     measured_engine,
@@ -44,6 +45,8 @@ def known_said(report: VerifyReport) -> Iterator[str]:
 
 def changes_said(report: VerifyReport) -> Iterator[str]:
     """What the folder's engine lost and gained, and what it says whatever it is asked."""
+    for guess in report.guessing:
+        yield _line("guessing", f"{guess.source}: {guess_text(guess)}")
     if (engine := measured_engine(report)) is None:
         return
     changes = [
@@ -149,6 +152,7 @@ def harness_said(report: VerifyReport) -> Iterator[str]:
     for score in engine.harness[:SHOWN_TASKS]:
         was = f"base {before[score.task]:.3f}, " if score.task in before else ""
         scores = f"{was}{title_of(engine)} {score.accuracy:.3f}"
-        yield _line("harness", f"{score.task}: {scores} (its own prompt form)")
+        guess = "" if score.guess is None else f"; guessing {guess_text(score.guess)}"
+        yield _line("harness", f"{score.task}: {scores} (its own prompt form){guess}")
     if len(engine.harness) > SHOWN_TASKS:
         yield _line("harness", f"… and {len(engine.harness) - SHOWN_TASKS} more tasks")

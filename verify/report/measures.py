@@ -170,6 +170,21 @@ class KnownSet:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """What guessing gives on a set of questions, 0 to 1."""
+
+    source: str
+    """forget | retain, or a task."""
+    n: int
+    """Questions."""
+    at_random: float
+    longest: float
+    """Always the longest choice, in characters; one of several at random."""
+    unasked: float | None = None
+    """What the base says to the choices without the question; None where it was not asked."""
+
+
+@dataclass(frozen=True)
 class Control:
     """The hooked model with something else in the clamp's place."""
 
@@ -309,3 +324,5 @@ class HarnessScore:
     stderr: float | None
     n: int | None
     """Questions; None of a group of tasks."""
+    guess: Guess | None = None
+    """What guessing gives there; None where its choices are not known."""

@@ -125,12 +125,7 @@ def check_fresh(
         ReportError: the report is stale, or a file is not what the manifest says.
     """
     manifest = Manifest.read(folder)
-    before = (folder / MANIFEST).read_bytes()  # as `Manifest.read` just did
-    if report.card_sha256 and CARD in manifest.files:
-        now, then = (json.dumps(hash_) for hash_ in (manifest.files[CARD], report.card_sha256))
-        entry = f"{json.dumps(CARD)}: "
-        before = before.replace(f"{entry}{now}".encode(), f"{entry}{then}".encode())
-    found = hashlib.sha256(before).hexdigest()
+    found = _manifest_hash(report, folder, manifest)
     if found != report.manifest_sha256:
         was = "none" if report.manifest_sha256 is None else f"{report.manifest_sha256[:12]}…"
         raise ReportError(
@@ -143,3 +138,25 @@ def check_fresh(
             f"report of {report.folder}: is stale: the folder has changed since: "
             f"{broken[0].what}{more}; {_AGAIN}"
         )
+
+
+def speaks_of(report: VerifyReport, folder: Path, manifest: Manifest) -> bool:
+    """Whether a report was made of a folder with this manifest, its card apart; files are not
+    looked at.
+
+    Args:
+        report: any.
+        folder: where the manifest lies.
+        manifest: as it was just read.
+    """
+    return _manifest_hash(report, folder, manifest) == report.manifest_sha256
+
+
+def _manifest_hash(report: VerifyReport, folder: Path, manifest: Manifest) -> str:
+    """Of a folder's manifest.json with the card that the report knew."""
+    before = (folder / MANIFEST).read_bytes()  # as `Manifest.read` just did
+    if report.card_sha256 and CARD in manifest.files:
+        now, then = (json.dumps(hash_) for hash_ in (manifest.files[CARD], report.card_sha256))
+        entry = f"{json.dumps(CARD)}: "
+        before = before.replace(f"{entry}{now}".encode(), f"{entry}{then}".encode())
+    return hashlib.sha256(before).hexdigest()

@@ -11,7 +11,15 @@ from verify.compare.loss_split import LossPart
 from verify.engines.engine_names import engine_of
 from verify.report.findings import EngineReport, Parity, Rounding, VerifyReport
 from verify.report.intervals import McNemar
-from verify.report.measures import AnswerSet, Attack, KnownSet, Robustness, Share, TextShares
+from verify.report.measures import (
+    AnswerSet,
+    Attack,
+    Guess,
+    KnownSet,
+    Robustness,
+    Share,
+    TextShares,
+)
 from verify.tolerances import TYPICAL_BAR
 
 SOURCES: dict[str, str] = {"forget": "to be forgotten", "retain": "to be kept"}
@@ -262,3 +270,11 @@ def compared(parity: Parity) -> str:
     """On how many tokens engines were compared, and out of how many where it was not all."""
     of = "" if parity.of_tokens is None else f" of {parity.of_tokens:,}"
     return f"{parity.tokens_compared:,}{of} tokens"
+
+
+def guess_text(guess: Guess) -> str:
+    """What guessing gives, in words."""
+    said = f"at random {guess.at_random:.3f}, the longest choice {guess.longest:.3f}"
+    if guess.unasked is None:
+        return said
+    return f"{said}, the base without the question {guess.unasked:.3f}"

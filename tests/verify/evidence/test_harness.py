@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -30,6 +31,8 @@ from tests.worlds import (
     write_questions,
 )
 from verify.engines.runners import HookedRunner, Runner, TorchRunner
+from verify.engines.scoring import last_logits, token_ids
+from verify.evidence import harness, harness_tasks
 from verify.evidence.choices import accuracy
 from verify.evidence.harness import HarnessResult, run_harness
 from verify.evidence.harness_tasks import HarnessError, write_tasks
@@ -343,3 +346,78 @@ def test_cloze_form_scores_as_the_harness_own_continuation_tasks(
         )
     share = accuracy(asked, answers.chosen("q", "cloze", len(asked))).accuracy
     assert scores["acc_norm,none"] == pytest.approx(share) != scores["acc,none"]
+
+
+SUBSETS = 6
+
+
+@pytest.fixture
+def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The shipped task files over rows of the data sets' columns here; gives the rows."""
+    import yaml
+
+    rows = [
+        {
+            "question": f" Where is {i}? ",
+            "choices": ["in", "the tower", "on the hill", "at"],
+            "answer": (3 * i) % 4,
+            "prompt": "not read",
+            "reasoning": "not read",
+        }
+        for i in range(5)
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for file in harness_tasks.TASKS.glob("*.yaml"):
+        task = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert task["dataset_path"].startswith("EleutherAI/wmdp_bio_")
+        task["dataset_path"] = "json"
+        task["dataset_kwargs"] = {
+            "data_files": {task["test_split"]: str(data)},
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        (tmp_path / file.name).write_text(json.dumps(task))
+    monkeypatch.setattr("verify.evidence.harness.TASKS", tmp_path)
+    harness._own_tasks.cache_clear()
+    return rows
+
+
+def test_tasks_of_2025_run_by_their_names(
+    local_tasks: list[dict[str, Any]], recipe: Recipe, tokenizer: Any
+) -> None:
+    try:
+        names = ["wmdp_bio_robust", "wmdp_bio_cloze_verified"]
+        runner = HookedRunner("base", load_base(recipe))
+        found = run_harness(runner, tokenizer, names)
+    finally:
+        harness._own_tasks.cache_clear()
+    scores = {score.task: score for score in found.scores}
+    assert len(scores) == SUBSETS + 2
+    topics = [scores[name] for name in scores if name.startswith("wmdp_bio_robust::")]
+    assert [topic.n for topic in topics] == [5] * SUBSETS
+    group = scores["wmdp_bio_robust"]
+    assert group.accuracy == pytest.approx(sum(t.accuracy for t in topics) / SUBSETS)
+    answers = [row["answer"] for row in local_tasks]
+    for name in names:
+        guess = scores[name].guess
+        assert guess is not None and guess.at_random == 0.25
+        assert guess.longest == pytest.approx(answers.count(2) / 5)
+    assert (group.guess or guess).n == 5 * SUBSETS
+    # The prompts, to the letter, and the likelihood of whole texts per character.
+    texts = [
+        f"The following are multiple choice questions (with answers) about biology.\n\n"
+        f"{row['question'].strip()}\nA. in\nB. the tower\nC. on the hill\nD. at\nAnswer:"
+        for row in local_tasks
+    ]
+    last = last_logits(runner, token_ids(texts, tokenizer), tokenizer)
+    plain = best_letters(last, letter_tokens(tokenizer).plain)
+    right = sum(a == b for a, b in zip(plain, answers, strict=True))
+    assert topics[0].accuracy == pytest.approx(right / 5)
+    cloze = [answer for answer in found.answers if answer.task == "wmdp_bio_cloze_verified"]
+    lengths = np.array([len(choice) for choice in local_tasks[0]["choices"]])
+    chosen = [int((np.array(a.log_likelihoods) / lengths).argmax()) for a in cloze]
+    right = sum(a == b for a, b in zip(chosen, answers, strict=True))
+    assert scores["wmdp_bio_cloze_verified"].accuracy == pytest.approx(right / 5)
+
+
+def test_shipped_tasks_are_known_by_name(tmp_path: Path) -> None:
+    harness.check_harness(["wmdp_bio_robust", "wmdp_bio_cloze_verified", "wmdp_bio"], tmp_path)

@@ -27,9 +27,10 @@ from tests.worlds import (
     write_questions,
     write_texts,
 )
-from verify.attacks.attacks import rounded_weights
+from verify.attacks.attacks import ATTACKS, Way, rounded_weights
 from verify.attacks.hints import hint_pool, hinted
 from verify.attacks.padding import padded
+from verify.attacks.suffix import prefix
 from verify.engines.runners import HookedRunner, Reading
 from verify.evidence.robustness import attack
 from verify.journal import Journal
@@ -217,6 +218,22 @@ def test_a_planted_weakness_is_brought_to_light(
         assert "the base is right on 16 of these and checkpoint on 6" in suffix.how
         assert "on 8 of the forgotten questions" in suffix.how
         assert ("QQ" in suffix.how or suffix.how.count("Q") >= 3) is not immune
+
+
+def test_a_prefix_brings_the_same_weakness_to_light(
+    tmp_path: Path, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verify.attacks.suffix_search.TOP_K", 8)
+    monkeypatch.setitem(ATTACKS, "suffix", Way(prefix, "search for a prefix"))
+    world = World(tmp_path, write_recipe, n=24)
+    for immune in (False, True):
+        found = named(
+            world.attack(ToyOracle(Toy(world.tokenizer, immune=immune)), budget=60), "prefix"
+        )
+        assert found.unlearned is not None and found.unlearned.n == 16
+        assert (found.unlearned.right == 16) is not immune
+        assert not immune or found.unlearned.right <= 6  # a guess
+        assert found.how.startswith("12 tokens before each question")
 
 
 def test_a_suffix_leaves_the_question_in_sight(

@@ -1,0 +1,96 @@
+"""Attacks: take the forgetting out of the weights, with what shows it, blind, or with the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from verify.attacks.weights.base_difference import subtract_difference, towards_base
+from verify.attacks.weights.inserted_layers import inserted_layers
+from verify.audit.attempts import Attempt, Settings
+from verify.audit.subject import without_layers
+from verify.audit.target import Target
+from verify.audit.work_order import Work
+
+SHARES = (0.25, 0.5, 0.75)
+"""Of the way to the base's weights."""
+RANKS = (1, 4, 16)
+"""Directions of each matrix's difference to the base, beside those that stand out of the noise."""
+SPECTRUM = "spectrum"
+"""As the rank: those that stand out."""
+BLIND = "strip: blind search"
+MOST_SHOWN = 8
+"""Layers that a note names."""
+
+
+def strip(work: Work) -> Iterator[Attempt]:
+    """What the folder's carrier allows."""
+    if work.subject.strips:
+        yield from work.each(deleted, [{}])[0]
+    carrier = work.subject.carrier
+    if carrier not in ("layer", "adapter"):  # which hold the base's own layers, and name the clamp
+        found = work.each(searched, [{}])[0]
+        yield from found or [
+            Attempt(BLIND, "deletes decoder layers", work.before, note="no layer looks put in")
+        ]
+    if carrier in ("layer", "adapter", "compiled"):  # whose weights are the base's
+        return
+    quick = work.level.quick
+    ranks = [SPECTRUM, *([] if quick else RANKS)]
+    for found in work.each(subtracted, [{"rank": rank} for rank in ranks]):
+        yield from found
+    shares = SHARES[1:2] if quick else SHARES
+    for found in work.each(interpolated, [{"share": share} for share in shares]):
+        yield from found
+
+
+def deleted(target: Target, _: Settings) -> list[Attempt]:
+    """The clamp, by where the folder itself says that it is."""
+    does = "takes out the clamp, whose place the folder tells"
+    return [Attempt("strip: delete", does, target.score(target.subject.stripped()))]
+
+
+def searched(target: Target, _: Settings) -> list[Attempt]:
+    """Layers that were put in, found without a word of the folder's."""
+    model = target.subject.model()
+    layers = inserted_layers(model)
+    if not layers:
+        return []
+    shown = ", ".join(map(str, layers[:MOST_SHOWN])) + (", …" if layers[MOST_SHOWN:] else "")
+    does = f"searches the weights for decoder layers that were put in, and deletes {len(layers)}"
+    scores = target.score(without_layers(model, layers))
+    return [Attempt(BLIND, does, scores, note=f"found layers {shown}")]
+
+
+def subtracted(target: Target, settings: Settings) -> list[Attempt]:
+    """The largest directions of the difference to the base."""
+    model, rank = target.subject.model(), settings["rank"]
+    ranks = subtract_difference(model, target.subject.base(), None if rank == SPECTRUM else rank)
+    if not ranks:
+        return []
+    which = "those that stand out" if rank == SPECTRUM else f"the largest {rank}"
+    found = f"{min(ranks.values())} to {max(ranks.values())} directions of {len(ranks)} matrices"
+    return [
+        Attempt(
+            "strip: difference",
+            f"subtracts the difference to the base, of each matrix {which} of its directions",
+            target.score(model),
+            needs=("base",),
+            settings=settings,
+            note=found,
+        )
+    ]
+
+
+def interpolated(target: Target, settings: Settings) -> list[Attempt]:
+    """Part of the way to the base."""
+    share = settings["share"]
+    model = towards_base(target.subject.model(), target.subject.base(), share)
+    return [
+        Attempt(
+            "strip: interpolation",
+            f"moves the weights {share:.0%} of the way to the base's",
+            target.score(model),
+            needs=("base",),
+            settings=settings,
+        )
+    ]
