@@ -154,7 +154,7 @@ def check_subject(folder: Path) -> tuple[Failure, ...]:
     carrier = CARRIERS.get(manifest.carrier)
     if carrier is None:
         raise FolderError(
-            f"{folder.name}: carries the clamp as {manifest.carrier}; what is audited is one of "
+            f"{folder.name}: carries the clamp as {manifest.carrier}; expected one of "
             f"{', '.join(CARRIERS)}, or a plain model's folder"
         )
     graphs: list[Graph] = []

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bakeout.cli import run
-from tests.audits import an_audit, audited_world
 from tests.folders import recipe_variant
 from tests.reports import error_line
+from tests.verify.audit.audited import an_audit, audited_world
 from tests.worlds import tiny_base, tiny_tokenizer, write_jsonl
 from verify.audit import run_audit
 from verify.audit.audit_report import AuditReport, read_audit

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bake.errors import ReportError
-from tests.audits import an_audit
+from tests.verify.audit.audited import an_audit
 from verify.audit.audit_report import read_audit
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.audits import an_audit
+from tests.verify.audit.audited import an_audit
 from verify.audit.attempts import Scores
 from verify.audit.audit_words import lines_of_audit, relearned, sentences
 from verify.audit.outcome import FolderAudit, sweeps_of

@@ -13,8 +13,8 @@ import pytest
 
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
-from tests.audits import audited_world
 from tests.folders import recipe_variant
+from tests.verify.audit.audited import audited_world
 from verify.attacks import relearn as relearning
 from verify.attacks.audits import AUDITS
 from verify.audit import run_audit

@@ -12,7 +12,7 @@ import torch
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from bakeout.verbs.exporting import export_adapter, export_compiled
-from tests.audits import audited, audited_world
+from tests.verify.audit.audited import audited, audited_world
 from tests.worlds import tiny_base, tiny_tokenizer
 from verify.audit.subject import Subject, check_subject, open_subject, without_layers
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from tests.audits import an_audit
+from tests.verify.audit.audited import an_audit
 from verify.audit.audit_report import AuditReport
 from verify.audit.audit_words import sentences
 from verify.page.audit_page import effort_curves, render_audit, worst_plot
