@@ -12,7 +12,7 @@ from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.new_folder import MANIFEST
 from bake.recipe import Recipe
-from export.manifest import Manifest
+from export.manifest import CARD, Manifest
 from verify.attacks.audits import AUDITS
 from verify.attacks.relearn import relearning, trained
 from verify.audit.attempts import Attempt, Scores, Settings
@@ -153,6 +153,7 @@ def _audit(work: Work) -> FolderAudit:
         carrier=subject.carrier,
         exact=None if manifest is None else manifest.exact,
         manifest_sha256=None if manifest is None else manifest.sha256,
+        card_sha256=None if manifest is None else manifest.files.get(CARD),
         form=form,
         base=found[BASE],
         before=found[AS_IS],
