@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from bake.errors import ReportError
 from bake.reading.capped import CAPS, read_json
 from export.manifest import Manifest
+from verify.audit.audit_words import relearned, sentences
 from verify.audit.outcome import FolderAudit
 from verify.report.reading import speaks_of
 
@@ -35,8 +36,16 @@ class AuditReport:
         return 1 if self.failures else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data: what `read_audit` reads."""
-        return {"schema": SCHEMA, "audit": True, **asdict(self)}
+        """As JSON data: what `read_audit` reads, and of each folder what it comes to."""
+        folders = [
+            {
+                **asdict(audit),
+                "worst": None if audit.worst is None else audit.worst.attack,
+                "sentences": [*relearned(audit), *sentences(audit)],
+            }
+            for audit in self.folders
+        ]
+        return {"schema": SCHEMA, "audit": True, **asdict(self), "folders": folders}
 
 
 def read_audit(file: str | Path) -> AuditReport:
