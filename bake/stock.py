@@ -34,14 +34,22 @@ def load_base(recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> 
         if name not in stock:
             raise ModelError(f"its architecture is {name}; expected one of {', '.join(stock)}")
         model = load_model(getattr(transformers, name), where, dtype or recipe.base.dtype)
+    return placed(model, device).requires_grad_(False)
+
+
+def placed(model: Any, device: str) -> Any:
+    """A model on a device. Changes `model`.
+
+    Raises:
+        ModelError: torch cannot run it there.
+    """
     try:
-        model = model.to(device)
+        return model.to(device)
     except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
         raise ModelError(
-            f"--device {device}: torch cannot run the base model there ({reason_of(error)}); "
+            f"--device {device}: torch cannot run the model there ({reason_of(error)}); "
             "expected cpu, or cuda where torch has it"
         ) from error
-    return model.requires_grad_(False)
 
 
 def load_model(model_class: Any, where: dict[str, Any], dtype: str = "auto") -> Any:

@@ -56,7 +56,7 @@ VERBS: dict[str, Verb] = {
         goes_on=True,
     ),
     "sweep": Verb(
-        "sweeping",
+        "selecting",
         "sweep",
         "Measure a grid of settings on validation questions, and the best of them on test.",
         goes_on=True,

@@ -18,6 +18,7 @@ from verify.clamped_folder import check_layers, check_shape, recorded_hooks
 from verify.compare.comparison import BASE, REFERENCE
 from verify.engines.engine_names import engine_of
 from verify.engines.engines import Engines
+from verify.engines.heap import give_back
 from verify.engines.runners import HookedRunner
 from verify.journal import Journal, Progress
 from verify.material import Material, load_material
@@ -119,6 +120,7 @@ def load_hooked(
     if engines.graphs and str(model.dtype) != "torch.float32":
         model_32 = load_base(recipe, engines.device, dtype="float32")
         oracles[REFERENCE_32] = Oracle(model_32, sites)
+    give_back()
     return Hooked(model, sites, oracles, material)
 
 

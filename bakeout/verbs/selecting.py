@@ -1,4 +1,4 @@
-"""`bakeout select`: find the features of a recipe that leaves them open."""
+"""`bakeout select` and `sweep`: find a recipe's features, and the settings that serve best."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from bake.errors import DataError
 from bake.recipe import Recipe
 from bakeout.pages.selection_view import run_select
+from bakeout.pages.sweep_view import sweep_recipe
 from bakeout.verbs.arguments import JsonFile, RecipePath
 
 
@@ -24,6 +25,25 @@ def select(
 ) -> None:
     """Find the features of a recipe that says features = "select", and say why."""
     run_select(recipe, write, json_file, force=force)
+
+
+def sweep(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option(help="Folder of the study; an unfinished one goes on.")],
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=A,B", help="Axis and its settings; repeat for more axes."),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="alignment, or forget: its accuracy under a floor on the retained.")
+    ] = "alignment",
+    floor: Annotated[
+        float, typer.Option(help="forget: least retained accuracy, as a share of the base's.")
+    ] = 0.99,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure a grid of settings on validation questions, and the best of them on test."""
+    sweep_recipe(recipe, grid or [], out, objective, floor, json_file)
 
 
 def select_anew(recipe: Recipe, claimed: Recipe) -> Recipe | None:

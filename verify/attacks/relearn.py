@@ -40,6 +40,8 @@ FIRST, SECOND, THIRD = 25, 50, 150
 """Steps of the rounds of the sweep, one seed each."""
 LEFT = (2, 2, 1)
 """How many settings a round leaves."""
+PARTS = (0.0, 0.1, 0.3, 0.45, 1.0)
+"""Where each round begins, of all the work, and the last one ends."""
 BATCH = 4
 """Texts of a step."""
 LONGEST = 256
@@ -64,15 +66,15 @@ def relearn(work: Work) -> Iterator[Attempt]:
     rates = QUICK_RATES if level.quick else RATES
     arms = arms_of(level)
     sweeps = {arm: [_settings(arm, rate, SIZES[0], first) for rate in rates] for arm in arms}
-    best = yield from _round(work, sweeps, LEFT[0])
+    best = yield from _round(work, sweeps, 0)
     if not level.quick:
         sweeps = {
             arm: [_settings(arm, of["rate"], size, second) for of in best[arm] for size in SIZES]
             for arm in arms
         }
-        best = yield from _round(work, sweeps, LEFT[1])
+        best = yield from _round(work, sweeps, 1)
         sweeps = {arm: [{**of, "steps": third} for of in best[arm]] for arm in arms}
-        best = yield from _round(work, sweeps, LEFT[2])
+        best = yield from _round(work, sweeps, 2)
     final: list[dict[str, Any]] = []
     for arm in arms:
         most = min(BENIGN_STEPS[-1] if arm[0] == "benign" else STEPS[-1], level.most_steps)
@@ -82,7 +84,7 @@ def relearn(work: Work) -> Iterator[Attempt]:
             anew = chosen | {"texts": "swapped", "steps": min(most, third), "brief": True}
             final += [anew | {"seed": seed} for seed in work.seeds]
     final.sort(key=lambda of: -of["steps"])
-    for found in work.each(fine_tune, final):
+    for found in work.each(fine_tune, final, (PARTS[3], PARTS[4])):
         yield from found
 
 
@@ -104,18 +106,18 @@ def relearning(level: Level, seeds: int) -> tuple[int, int]:
 
 
 def _round(
-    work: Work, sweeps: dict[tuple[str, bool], list[dict[str, Any]]], left: int
+    work: Work, sweeps: dict[tuple[str, bool], list[dict[str, Any]]], number: int
 ) -> Generator[Attempt, None, dict[tuple[str, bool], list[dict[str, Any]]]]:
     """Make the attempts of a round, and return the best settings of each arm."""
     asked = [(arm, of) for arm, each in sweeps.items() for of in each]
-    found = work.each(fine_tune, [of for _, of in asked])
+    found = work.each(fine_tune, [of for _, of in asked], (PARTS[number], PARTS[number + 1]))
     best: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     ranked = sorted(zip(asked, found, strict=True), key=lambda one: -_worth(work, one[1]))
     for (arm, of), _ in ranked:
         best.setdefault(arm, []).append(of)
     for attempts in found:
         yield from attempts
-    return {arm: each[:left] for arm, each in best.items()}
+    return {arm: each[: LEFT[number]] for arm, each in best.items()}
 
 
 def _worth(work: Work, attempts: Sequence[Attempt]) -> float:

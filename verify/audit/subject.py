@@ -7,6 +7,7 @@ clamped checkpoint's; never by a file of the folder.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from bake.errors import FolderError, RecipeError
 from bake.files.scratch import Scratch
 from bake.new_folder import MANIFEST
 from bake.recipe import Recipe
-from bake.stock import decoder_layers, load_base, load_model
+from bake.stock import decoder_layers, load_base, load_model, placed
 from bake.strangers.model_view import show_adapter
 from export.carriers.carriers import CARRIERS
 from export.clamped import clamped_layers, read_config
@@ -71,7 +72,7 @@ class Subject:
         module = _modeling() if source == "bakeout" else importlib.import_module("transformers")
         where = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
         model = load_model(getattr(module, name), where, DTYPE)
-        return model.to(self.device).requires_grad_(False)
+        return placed(model, self.device).requires_grad_(False)
 
     def stripped(self) -> Any | None:
         """`model()` with its clamp taken out; None where there is none to take out."""
@@ -97,8 +98,9 @@ class Subject:
         importlib.import_module("bakeout")  # registers the adapter with peft
         from peft import PeftModel
 
-        with Scratch("adapter") as scratch:
+        with Scratch("adapter") as scratch, warnings.catch_warnings():
             shown = show_adapter(self.folder, scratch / "adapter")
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft
             model = PeftModel.from_pretrained(self.base(), str(shown))
         return model.base_model.model.eval()
 
@@ -152,7 +154,7 @@ def check_subject(folder: Path) -> tuple[Failure, ...]:
     carrier = CARRIERS.get(manifest.carrier)
     if carrier is None:
         raise FolderError(
-            f"{folder.name}: carries the clamp as {manifest.carrier}; what is audited is one of "
+            f"{folder.name}: carries the clamp as {manifest.carrier}; expected one of "
             f"{', '.join(CARRIERS)}, or a plain model's folder"
         )
     graphs: list[Graph] = []
@@ -177,8 +179,10 @@ def open_subject(folder: Path, recipe: Recipe, device: str = "cpu") -> Subject:
     """
     base = find_base(recipe)
     if not (folder / MANIFEST).exists():
-        ours = open_base(folder, name=folder.resolve().name, revision=None).config
-        text, theirs = (c.get("text_config") or c for c in (ours, base.config))
+        ours = open_base(folder, name=folder.resolve().name, revision=None)
+        if ours.family is not base.family:
+            raise _other_base(folder, ours.family.architecture, base.family.architecture)
+        text, theirs = (c.get("text_config") or c for c in (ours.config, base.config))
         for field in _SIZES:
             if text.get(field) != theirs.get(field):
                 raise _other_base(folder, f"{field} {text.get(field)}", f"{theirs.get(field)}")

@@ -14,7 +14,7 @@ from bake.questions.prompts import Prompt, asking
 from bake.recipe import PromptForm
 from bake.stock import load_tokenizer
 from verify.audit.attempts import Scores
-from verify.audit.facts import Facts, Held
+from verify.audit.held_out import Facts, Held
 from verify.audit.subject import Subject
 from verify.engines.continuing import go_on, prompt_batches, stop_ids
 from verify.engines.runners import HookedRunner

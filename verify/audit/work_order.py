@@ -50,7 +50,9 @@ class Work:
     before: Scores = field(default_factory=Scores)
     """The subject's own."""
 
-    def each(self, job: Job, settings: Sequence[Settings]) -> list[list[Attempt]]:
+    def each(
+        self, job: Job, settings: Sequence[Settings], part: tuple[float, float] = (0.0, 1.0)
+    ) -> list[list[Attempt]]:
         """The attempts of a job for each of several settings, side by side; what the journal has is
         not made again.
 
@@ -58,12 +60,15 @@ class Work:
             job: a function of a module.
             settings: JSON data; the same settings always mean the same attempts. What takes longest
                 should be first.
+            part: where the share of the attack begins and ends that this is, for progress.
         """
+        begin, end = part
+
         names = [f"{job.__module__}.{job.__name__} {json.dumps(of)}" for of in settings]
         left = [n for n, name in enumerate(names) if not self.journal.has(name)]
-        self.tell(job.__name__, 1 - len(left) / max(1, len(names)))
+        self.tell(job.__name__, end - (end - begin) * len(left) / max(1, len(names)))
         made = self.workers.each(self.number, job, [settings[n] for n in left])
         for done, (place, attempts) in enumerate(made, 1 + len(names) - len(left)):
             self.journal.once(names[left[place]], partial(list, attempts))
-            self.tell(job.__name__, done / len(names))
+            self.tell(job.__name__, begin + (end - begin) * done / len(names))
         return [_ATTEMPTS.validate_python(self.journal.once(name, list)) for name in names]

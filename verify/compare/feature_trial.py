@@ -125,6 +125,7 @@ def _streams(hooked: Hooked) -> dict[int, Tensor]:
                     input_ids=batch.input_ids.to(device),
                     attention_mask=batch.attention_mask.to(device),
                     use_cache=False,
+                    logits_to_keep=1,
                 )
         finally:
             for hook in hooks:

@@ -66,7 +66,8 @@ def parted(found: Any, wanted: Any, scored: Any, input_ids: Any) -> tuple[Any, A
     pieces = zip(of_scored.split(AT_ONCE), following.split(AT_ONCE), strict=True)
     cross_entropy = torch.nn.functional.cross_entropy
     losses = [cross_entropy(found[at].float(), ids, reduction="none") for at, ids in pieces]
-    logits = found[wanted[formed]].float().cpu().contiguous()
+    kept = wanted[formed]
+    logits = (found if bool(kept.all()) else found[kept]).float().cpu().contiguous()
     return logits, torch.cat([*losses, found.new_zeros(0).float()]).double().cpu()
 
 

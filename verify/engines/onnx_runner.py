@@ -14,6 +14,7 @@ from export.carriers.onnx.precisions import EXACT, PRECISIONS
 from export.clamped import clamped_layers, read_config
 from export.manifest import Manifest
 from verify.engines.forward import parted
+from verify.engines.heap import give_back
 from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
 from verify.engines.runners import DecodingRunner, Reading, check_padding
@@ -154,8 +155,13 @@ class OnnxRunner(DecodingRunner):
         model = picking or model
         self._session = open_session(model, graph.path, device=device, threads=threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
-        self._past = [value for name, value in inputs.items() if name.startswith("past_key_values")]
-        self._present = [value.name.replace("past_key_values", "present") for value in self._past]
+        # What ONNX Runtime says of an input would keep its session.
+        self._past = {
+            name: (value.shape[1], value.shape[3], value.type)
+            for name, value in inputs.items()
+            if name.startswith("past_key_values")
+        }
+        self._present = [name.replace("past_key_values", "present") for name in self._past]
         self._vocab = int(self._session.get_outputs()[0].shape[-1])
 
     def read(
@@ -175,6 +181,8 @@ class OnnxRunner(DecodingRunner):
             logits = torch.from_numpy(self._session.run(["logits"], feed)[0])
             logits = logits if self._picks else logits[formed[rows]]
             parts.append(parted(logits, wanted[rows], scored[rows], ids))
+        if len(parts) == 1:  # a copy of a large vocabulary's logits is a batch more in memory
+            return Reading(*parts[0])
         logits, losses = (torch.cat(part) for part in zip(*parts, strict=True))
         return Reading(logits, losses)
 
@@ -292,8 +300,8 @@ class OnnxRunner(DecodingRunner):
         binding = self._session.io_binding()
         for name, array in self._feed(ids, mask, last).items():
             binding.bind_cpu_input(name, array)
-        for value, kept in zip(self._past, cache, strict=True):
-            binding.bind_ortvalue_input(value.name, kept)
+        for name, kept in zip(self._past, cache, strict=True):
+            binding.bind_ortvalue_input(name, kept)
         binding.bind_output("logits")
         for name in self._present:
             binding.bind_output(name, *self._place)
@@ -306,19 +314,16 @@ class OnnxRunner(DecodingRunner):
         import onnxruntime as ort
 
         empty = self._no_past(batch)
-        return [
-            ort.OrtValue.ortvalue_from_numpy(empty[value.name], *self._place)
-            for value in self._past
-        ]
+        return [ort.OrtValue.ortvalue_from_numpy(empty[name], *self._place) for name in self._past]
 
     def _no_past(self, batch: int) -> dict[str, Any]:
         """Keys and values of nothing: [batch, heads, 0, head_dim] each."""
         return {
-            value.name: np.zeros(
-                (batch, value.shape[1], 0, value.shape[3]),
-                np.float16 if value.type == "tensor(float16)" else np.float32,
+            name: np.zeros(
+                (batch, heads, 0, head_dim),
+                np.float16 if kind == "tensor(float16)" else np.float32,
             )
-            for value in self._past
+            for name, (heads, head_dim, kind) in self._past.items()
         }
 
     def _feed(self, input_ids: Tensor, attention_mask: Tensor, formed: Tensor) -> dict[str, Any]:
@@ -338,8 +343,9 @@ class OnnxRunner(DecodingRunner):
         return feed | ({ROWS: formed.flatten().nonzero()[:, 0].numpy()} if self._picks else {})
 
     def close(self) -> None:
-        """Let go of the session."""
+        """Let go of the session, and of what its weights took."""
         self._session = None
+        give_back()
 
     def __enter__(self) -> Self:
         return self

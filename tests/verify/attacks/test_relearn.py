@@ -15,7 +15,7 @@ import torch
 from bake.questions.forms import chat_text
 from bake.questions.multiple_choice import LETTERS, Question, load_questions
 from bake.recipe import Recipe
-from tests.audits import audited, audited_world
+from tests.verify.audit.audited import audited, audited_world
 from verify.attacks import relearn as relearning
 from verify.attacks.relearn import fine_tune, relearn, trained
 from verify.audit.attempts import Attempt, Scores

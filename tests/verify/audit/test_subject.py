@@ -12,7 +12,7 @@ import torch
 from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from bakeout.verbs.exporting import export_adapter, export_compiled
-from tests.audits import audited, audited_world
+from tests.verify.audit.audited import audited, audited_world
 from tests.worlds import tiny_base, tiny_tokenizer
 from verify.audit.subject import Subject, check_subject, open_subject, without_layers
 
@@ -101,7 +101,8 @@ def test_code_of_others_is_refused(world: Path, tmp_path: Path) -> None:
 def test_another_base_is_refused(world: Path, tmp_path: Path) -> None:
     other = tiny_tokenizer(tiny_base(tmp_path / "other", "gemma3_text"))
     recipe = Recipe.load(world / "recipe.toml")
-    assert open_subject(other, recipe).carrier is None  # of the same size: weights may be others
+    with pytest.raises(RecipeError, match="has Gemma3ForCausalLM, the recipe's base Gemma2For"):
+        open_subject(other, recipe)
     with pytest.raises(BakeoutError, match="no folder"):
         check_subject(tmp_path / "nothing")
     moved = recipe.model_copy(update={"base": recipe.base.model_copy(update={"model": "plain"})})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.audits import audited, audited_world
+from tests.verify.audit.audited import audited, audited_world
 from verify.audit.attempts import Scores, keeps_utility
 from verify.audit.target import Target
 from verify.report.measures import Share

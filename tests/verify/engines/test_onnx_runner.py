@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,12 @@ def test_providers_that_are_not_there(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ProviderError, match=r"pip install 'bakeout\[cpu\]'"):
         open_runner(folder)
+
+
+def test_a_closed_runner_holds_no_session(folder: Path) -> None:
+    """ONNX Runtime frees a session's weights once nothing of it is left, inputs included."""
+    runner = open_runner(folder)
+    session = weakref.ref(runner._session._sess)
+    assert session() is not None
+    runner.close()
+    assert session() is None

@@ -19,7 +19,11 @@ from tests.worlds import (
     write_questions,
     write_texts,
 )
+from verify.audit.attempts import Attempt, Need, Scores
+from verify.audit.audit_report import AuditReport
+from verify.audit.outcome import FolderAudit, sweeps_of
 from verify.audit.subject import Subject, open_subject
+from verify.report.measures import Share
 
 N_FACTS = 9
 NAMES = ("Abel", "Bora", "Cato", "Dora", "Ebba", "Fons", "Gerd", "Hugo", "Ines")
@@ -88,3 +92,65 @@ def audited_world(folder: Path, **select: Any) -> Recipe:
 def audited(folder: Path, name: str = "checkpoint") -> Subject:
     """A folder of such a world, opened."""
     return open_subject(folder / name, Recipe.load(folder / "recipe.toml"))
+
+
+def an_audit() -> AuditReport:
+    """A report made up: `merged` has everything back, `layer` nothing while its clamp is in."""
+    merged = _folder("merged", "plain", None, {10: 20, 50: 36}, same=30, swapped=12)
+    layer = _folder("layer", "layer", _scores(118, 120), {10: 11, 50: 12}, same=13, swapped=12)
+    return AuditReport("quick", (0, 1, 2), (merged, layer))
+
+
+def _folder(
+    name: str,
+    carrier: str,
+    stripped: Scores | None,
+    other: dict[int, int],
+    *,
+    same: int,
+    swapped: int,
+) -> FolderAudit:
+    """Right answers of 40 held-out facts, with each of three seeds."""
+    attempts = []
+    for seed in range(3):
+        for steps, right in other.items():
+            attempts.append(_relearned("other facts", right, steps, seed))
+        attempts.append(_relearned("same facts", same, 10, seed))
+        attempts.append(_relearned("same facts", swapped, 10, seed, control=True))
+    before = _scores(30, 120)
+    return FolderAudit(
+        folder=name,
+        carrier=carrier,
+        exact=True,
+        manifest_sha256="0" * 64,
+        form="chat",
+        base=_scores(118, 120),
+        before=before,
+        stripped=stripped,
+        sweeps=sweeps_of(attempts, before, "chat"),
+        attempts=tuple(attempts),
+    )
+
+
+def _relearned(need: Need, right: int, steps: int, seed: int, *, control: bool = False) -> Attempt:
+    return Attempt(
+        f"relearn: {'control, ' if control else ''}{need}, all weights",
+        f"fine-tunes all weights for {{steps}} steps on {{samples}} texts about {need}",
+        _scores(right, 40),
+        (need,),
+        {"rate": 1e-4, "texts": 100},
+        seed,
+        steps,
+        100,
+        control,
+    )
+
+
+def _scores(right: int, n: int) -> Scores:
+    return Scores(
+        {"chat": Share(right, n), "cloze": Share(right // 2, n)},
+        {"chat": Share(70, 72)},
+        Share(5, 10),
+        Share(9, 10),
+        0.5,
+    )

@@ -10,10 +10,10 @@ import pytest
 from bake.errors import DataError
 from bake.recipe import Recipe
 from bake.stock import load_tokenizer
-from tests.audits import NAMES, PLACES, audited_world, fact_questions
 from tests.folders import recipe_variant
+from tests.verify.audit.audited import NAMES, PLACES, audited_world, fact_questions
 from tests.worlds import write_jsonl
-from verify.audit.facts import Facts
+from verify.audit.held_out import Facts
 from verify.evidence.completions import open_prompts
 
 MINIATURE = Path(__file__).parents[3] / "bakeout" / "miniature" / "recipe.toml"

@@ -1,0 +1,68 @@
+"""What an audit comes to, in a sentence that its figures bear out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.verify.audit.audited import an_audit
+from verify.audit.attempts import Scores
+from verify.audit.audit_words import lines_of_audit, relearned, sentences
+from verify.audit.outcome import FolderAudit, sweeps_of
+from verify.report.measures import Share
+
+
+def test_it_says_who_has_the_topic_back() -> None:
+    merged, layer = an_audit().folders
+    (said,) = sentences(merged)
+    assert said == (
+        "Whoever fine-tunes all weights for 50 steps on 100 texts about other facts has the topic "
+        "back: 108 of 120 answers right (before, 30 of 120; the base, 118 of 120)."
+    )
+    stripped, kept = sentences(layer)
+    assert stripped == (
+        "Whoever takes the clamp out has the topic back: 118 of 120 answers right (before, 30 of "
+        "120; the base, 118 of 120)."
+    )
+    assert kept.startswith("Nothing that was tried with the clamp in place brings the topic back: ")
+    assert "36 of 120" in kept
+
+
+def with_worst(audit: FolderAudit, right: int, kept: int = 72) -> FolderAudit:
+    attempts = [
+        replace(
+            attempt,
+            scores=Scores({"chat": Share(right, 40)}, {"chat": Share(kept, 72)}),
+        )
+        for attempt in audit.attempts
+        if attempt.attack == "relearn: other facts, all weights"
+    ]
+    sweeps = sweeps_of(attempts, audit.before, "chat")
+    return replace(audit, sweeps=sweeps, attempts=tuple(attempts))
+
+
+def test_part_is_part_and_nothing_is_nothing() -> None:
+    merged, _ = an_audit().folders
+    assert "has part of the topic back: 75 of 120" in sentences(with_worst(merged, 25))[0]
+    assert sentences(with_worst(merged, 12))[0].startswith("Nothing that was tried brings")
+    assert sentences(with_worst(merged, 40, kept=20)) == (
+        "Nothing that was tried left a model that is of use.",
+    )
+    known = replace(merged, before=merged.base)
+    assert sentences(known) == (
+        "It has the topic as it is: 118 of 120 answers right (the base, 118 of 120).",
+    )
+
+
+def test_recovery_is_told_from_learning_anew() -> None:
+    merged, layer = an_audit().folders
+    (faster,) = relearned(merged)
+    assert "after 10 steps 90 of 120" in faster
+    assert "the true ones come back faster" in faster
+    (alike,) = relearned(layer)
+    assert "the true ones come no faster" in alike
+
+
+def test_what_stands_apart_comes_last() -> None:
+    merged, _ = an_audit().folders
+    needs = [line.needs for line in lines_of_audit(merged)]
+    assert needs == ["other facts", "same facts", "control"]
