@@ -32,6 +32,7 @@ from verify.report.measures import (
     Completions,
     Continuation,
     Control,
+    Guess,
     HarnessScore,
     KnownSet,
     LossAdded,
@@ -145,6 +146,10 @@ def full_evidence(**changes: Any) -> VerifyReport:
             KnownSet("forget", 120, 96, "checkpoint", Share(3, 96), Share(708, 2304)),
             KnownSet("retain", 160, 128, "checkpoint", Share(125, 128), Share(3041, 3072)),
         ),
+        guessing=(
+            Guess("forget", 120, 0.25, 0.3125, 0.275),
+            Guess("retain", 160, 0.25, 0.25, 0.2625),
+        ),
         controls=(
             Control("reconstruction", Share(109, 120), Share(146, 160), 0.1434),
             Control("zero", Share(111, 120), Share(152, 160), 0.0021),
@@ -228,7 +233,13 @@ def _engine(name: str) -> EngineReport:
         alignment=None if base else 0.8312,
         unlearning_score=None if base else 0.7188,
         harness=(
-            HarnessScore("wmdp_bio", right["forget"] / 120, 0.0138, 1273),
+            HarnessScore(
+                "wmdp_bio",
+                right["forget"] / 120,
+                0.0138,
+                1273,
+                Guess("wmdp_bio", 1273, 0.25, 0.4613),
+            ),
             HarnessScore("mmlu", right["retain"] / 160, None, None),
         ),
     )

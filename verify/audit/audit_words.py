@@ -109,7 +109,8 @@ def _line(sweep: Sweep) -> Line:
     needs = "control" if sweep.control else ", ".join(sweep.needs) or "the folder"
     point = sweep.worst
     if point is None:
-        return Line(sweep.attack, needs, "–", "no model of use", "–", "–", "–", sweep)
+        said = "no model of use" if sweep.curve else "not tried"
+        return Line(sweep.attack, needs, "–", said, "–", "–", "–", sweep)
     effort = "none"
     if point.steps:
         effort = f"{point.steps} steps, {point.samples} texts"

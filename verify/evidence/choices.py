@@ -16,7 +16,7 @@ from bake.questions.multiple_choice import LETTERS, Question
 from bake.recipe import PromptForm
 from verify.compare.comparison import BASE
 from verify.engines.engine_names import engine_of
-from verify.evidence.guessing import measure_guessing
+from verify.guessing import measure_guessing
 from verify.report.findings import EngineReport, Failure, VerifyReport
 from verify.report.intervals import mcnemar
 from verify.report.measures import AnswerSet, Calibration, Share, SubjectShare, TextShares

@@ -15,8 +15,8 @@ from bake.errors import OutputError
 from bake.files.scratch import Scratch
 from bake.questions.multiple_choice import Question
 from verify.engines.runners import Runner
-from verify.evidence.guessing import guess_of, together
 from verify.evidence.harness_tasks import TASKS, HarnessError, write_tasks
+from verify.guessing import guess_of, together
 from verify.journal import Journal, Progress
 from verify.material import Material
 from verify.report.measures import Guess, HarnessScore

@@ -19,6 +19,7 @@ from verify.report.wording import (
     CONTROLS,
     answers_of,
     change_text,
+    guess_text,
     letters_text,
     nats,
     number,
@@ -65,6 +66,7 @@ def render_html(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = 
         "shown_to_all": shown_text,
         "forms": lambda report: forms_beside(report.prompt),
         "by_length": text_shares_text,
+        "guess": guess_text,
         "control": lambda name: CONTROLS.get(name, "–"),
     }
     return made.get_template("report.html.j2").render(page=page_of(report, provenance))

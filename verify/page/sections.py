@@ -26,6 +26,7 @@ from verify.report.wording import (
     accuracy_text,
     answers_of,
     compared,
+    guess_text,
     measured_engine,
     number,
     one_letter_lines,
@@ -66,6 +67,8 @@ class TaskRow:
     """Questions; None of a group of tasks."""
     scores: tuple[str, ...]
     """A text per engine."""
+    guess: str
+    """What guessing gives."""
 
 
 @dataclass(frozen=True)
@@ -307,15 +310,12 @@ def _benchmarks(report: VerifyReport) -> Benchmarks | None:
     if not tasks:
         return None
     scores = [{score.task: score for score in engine.harness} for engine in engines]
-    rows = tuple(
-        TaskRow(
-            task,
-            next(of[task].n for of in scores if task in of),
-            tuple(_score(of.get(task)) for of in scores),
-        )
-        for task in tasks[:SHOWN_TASKS]
-    )
-    return Benchmarks(engines, rows, len(tasks) - len(rows))
+    rows = []
+    for task in tasks[:SHOWN_TASKS]:
+        first = next(of[task] for of in scores if task in of)
+        guess = "–" if first.guess is None else guess_text(first.guess)
+        rows.append(TaskRow(task, first.n, tuple(_score(of.get(task)) for of in scores), guess))
+    return Benchmarks(engines, tuple(rows), len(tasks) - len(rows))
 
 
 def _score(score: HarnessScore | None) -> str:

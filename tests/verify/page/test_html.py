@@ -335,3 +335,14 @@ def test_the_browser_would_have_told(tmp_path: Path) -> None:
     seen, logged = browse(broken, tmp_path)
     assert seen["width"] >= 900 and seen["active"] == 1
     assert "Content Security Policy" in logged
+
+
+def test_what_guessing_gives_stands_beside_accuracies() -> None:
+    page = render_html(full_evidence())
+    for said in (
+        "Guessing, forget questions: at random 0.250, the longest choice 0.312, the base without "
+        "the question 0.275.",
+        '<td data-label="guessing">at random 0.250, the longest choice 0.461</td>',
+        '<td data-label="guessing">–</td>',
+    ):
+        assert said in page

@@ -24,6 +24,10 @@ def test_one_line_a_figure() -> None:
         "what was seen at export, 100% of the clamp's effect",
         "witnesses  onnx-int4: 16 tokens, max |Δlogit| 1.0e-06 to what was seen "
         "at export, 100% of the clamp's effect",
+        "guessing   forget: at random 0.250, the longest choice 0.312, the base without the "
+        "question 0.275",
+        "guessing   retain: at random 0.250, the longest choice 0.250, the base without the "
+        "question 0.263",
         "changed    checkpoint: forget 79 lost, 1 gained, p = 4.1e-23; retain 3 lost, 1 gained, "
         "p = 4.1e-23",
         "score      checkpoint: alignment 0.831, unlearning score 0.719",
@@ -50,7 +54,8 @@ def test_one_line_a_figure() -> None:
         "attack     padding: forget 0.933 → 0.292, n = 120",
         "attack     suffix: not measured: needs a budget, and none was given",
         "attack     weights: onnx-int4: forget 0.950 → 0.258, n = 120",
-        "harness    wmdp_bio: base 0.950, checkpoint 0.300 (its own prompt form)",
+        "harness    wmdp_bio: base 0.950, checkpoint 0.300 (its own prompt form); guessing at "
+        "random 0.250, the longest choice 0.461",
         "harness    mmlu: base 0.950, checkpoint 0.938 (its own prompt form)",
     ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from bake.errors import ModelError
 from verify.attacks.weights.base_difference import subtract_difference, towards_base
 from verify.attacks.weights.inserted_layers import inserted_layers
-from verify.audit.attempts import Attempt, Settings
+from verify.audit.attempts import Attempt, Scores, Settings
 from verify.audit.subject import without_layers
 from verify.audit.target import Target
 from verify.audit.work_order import Work
@@ -64,33 +66,37 @@ def searched(target: Target, _: Settings) -> list[Attempt]:
 def subtracted(target: Target, settings: Settings) -> list[Attempt]:
     """The largest directions of the difference to the base."""
     model, rank = target.subject.model(), settings["rank"]
-    ranks = subtract_difference(model, target.subject.base(), None if rank == SPECTRUM else rank)
+    which = "those that stand out" if rank == SPECTRUM else f"the largest {rank}"
+    attempt = Attempt(
+        "strip: difference",
+        f"subtracts the difference to the base, of each matrix {which} of its directions",
+        Scores(),
+        needs=("base",),
+        settings=settings,
+    )
+    try:
+        n = None if rank == SPECTRUM else rank
+        ranks = subtract_difference(model, target.subject.base(), n)
+    except ModelError as error:  # a stranger's folder of another make
+        return [replace(attempt, note=str(error))]
     if not ranks:
         return []
-    which = "those that stand out" if rank == SPECTRUM else f"the largest {rank}"
     found = f"{min(ranks.values())} to {max(ranks.values())} directions of {len(ranks)} matrices"
-    return [
-        Attempt(
-            "strip: difference",
-            f"subtracts the difference to the base, of each matrix {which} of its directions",
-            target.score(model),
-            needs=("base",),
-            settings=settings,
-            note=found,
-        )
-    ]
+    return [replace(attempt, scores=target.score(model), note=found)]
 
 
 def interpolated(target: Target, settings: Settings) -> list[Attempt]:
     """Part of the way to the base."""
     share = settings["share"]
-    model = towards_base(target.subject.model(), target.subject.base(), share)
-    return [
-        Attempt(
-            "strip: interpolation",
-            f"moves the weights {share:.0%} of the way to the base's",
-            target.score(model),
-            needs=("base",),
-            settings=settings,
-        )
-    ]
+    attempt = Attempt(
+        "strip: interpolation",
+        f"moves the weights {share:.0%} of the way to the base's",
+        Scores(),
+        needs=("base",),
+        settings=settings,
+    )
+    try:
+        model = towards_base(target.subject.model(), target.subject.base(), share)
+    except ModelError as error:
+        return [replace(attempt, note=str(error))]
+    return [replace(attempt, scores=target.score(model))]

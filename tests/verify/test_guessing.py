@@ -12,8 +12,8 @@ import torch
 from bake.questions.multiple_choice import load_questions
 from bake.stock import load_base, load_tokenizer
 from tests.folders import baked_world, recipe_variant
-from verify.evidence.guessing import guess_of, together
 from verify.evidence.kinds import lines_of
+from verify.guessing import guess_of, together
 from verify.report.measures import Guess
 from verify.report.reading import report_from_dict
 from verify.report.wording import guess_text
