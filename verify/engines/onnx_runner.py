@@ -155,12 +155,9 @@ class OnnxRunner(DecodingRunner):
         model = picking or model
         self._session = open_session(model, graph.path, device=device, threads=threads)
         inputs = {value.name: value for value in self._session.get_inputs()}
-        # What ONNX Runtime says of an input would keep its session.
-        self._past = {
-            name: (value.shape[1], value.shape[3], value.type)
-            for name, value in inputs.items()
-            if name.startswith("past_key_values")
-        }
+        past = {name: of for name, of in inputs.items() if name.startswith("past_key_values")}
+        # By name, heads, head_dim and type: what ONNX Runtime says of an input keeps its session.
+        self._past = {name: (of.shape[1], of.shape[3], of.type) for name, of in past.items()}
         self._present = [name.replace("past_key_values", "present") for name in self._past]
         self._vocab = int(self._session.get_outputs()[0].shape[-1])
 
@@ -319,11 +316,8 @@ class OnnxRunner(DecodingRunner):
     def _no_past(self, batch: int) -> dict[str, Any]:
         """Keys and values of nothing: [batch, heads, 0, head_dim] each."""
         return {
-            name: np.zeros(
-                (batch, heads, 0, head_dim),
-                np.float16 if kind == "tensor(float16)" else np.float32,
-            )
-            for name, (heads, head_dim, kind) in self._past.items()
+            name: np.zeros((batch, heads, 0, dim), "f2" if kind == "tensor(float16)" else "f4")
+            for name, (heads, dim, kind) in self._past.items()
         }
 
     def _feed(self, input_ids: Tensor, attention_mask: Tensor, formed: Tensor) -> dict[str, Any]:
