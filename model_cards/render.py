@@ -15,6 +15,8 @@ from bake.rounding import BAR
 from export.carriers.carriers import CARRIERS
 from model_cards.evaluation import SHOWN_TASKS, WAYS, Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
+from verify.audit.audit_words import LEVELS_SAID, lines_of_audit, relearned, sentences
+from verify.audit.outcome import FolderAudit
 from verify.evidence.kinds import other_lines
 from verify.page.html import environment
 from verify.report.findings import VerifyReport
@@ -30,13 +32,18 @@ def render_card(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights])
 
 
 def render(
-    facts: CardFacts, report: VerifyReport | None = None, *, unverified: bool = False
+    facts: CardFacts,
+    report: VerifyReport | None = None,
+    *,
+    audited: tuple[FolderAudit, str] | None = None,
+    unverified: bool = False,
 ) -> str:
     """A card. Values that come from outside are escaped, so that they show as text.
 
     Args:
         facts: what was baked.
         report: what was measured; "not measured" stands where it says nothing.
+        audited: what came back of it, and how much was tried.
         unverified: say that the folder is published without a verification that passed.
     """
     hub_id = facts.revision is not None
@@ -62,6 +69,8 @@ def render(
         "title_of": title_of,
         "shown_to_all": shown_text,
         "control": lambda name: CONTROLS.get(name, "–"),
+        "sentences": lambda audit: (*relearned(audit), *sentences(audit)),
+        "lines": lines_of_audit,
     }
     template = made.get_template("card.md.j2")
     figures = None if report is None else Figures.from_report(report)
@@ -72,6 +81,8 @@ def render(
         loading=made.from_string(carrier.loading if carrier else "").render(facts=facts),
         report=report,
         figures=figures,
+        audit=None if audited is None else audited[0],
+        tried="" if audited is None else LEVELS_SAID.get(audited[1], audited[1]),
         unverified=unverified,
         others=() if report is None else other_lines(report),
         ways=list(WAYS.values()),

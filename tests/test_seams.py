@@ -29,8 +29,13 @@ from model_cards.render import render
 from tests.engines import InProcess
 from tests.folders import baked_world, recipe_variant
 from tests.reports import error_line, full_evidence
+from tests.verify.audit.audited import audited_world
 from verify.attacks.attacks import ATTACKS, Way
+from verify.attacks.audits import Audit
 from verify.attacks.exam import Exam
+from verify.audit import run_audit
+from verify.audit.attempts import Attempt, Scores
+from verify.audit.audit_report import read_audit
 from verify.evidence.kinds import KINDS, Kind, lines_of
 from verify.page.html import render_html
 from verify.page.sections import SECTIONS, Section
@@ -100,6 +105,27 @@ def test_an_attack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "asked in chat form" in page
     limits = page[page.index('<section id="limits">') :]
     assert "a dummy" not in limits
+
+
+def test_an_audited_attack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audited_world(tmp_path)
+
+    def dummy(work: Any) -> Iterator[Attempt]:
+        known = Scores({"plain": Share(9, 9)}, work.before.retain)
+        yield Attempt("dummy: all", "asks a dummy", known, needs=("other facts",))
+
+    monkeypatch.setattr(run_audit, "AUDITS", {"dummy": Audit(dummy, "ask a dummy")})
+    monkeypatch.setattr(run_audit, "fitting_processes", lambda *_: 1)
+    files = (tmp_path / "audit.json", tmp_path / "audit.html")
+    asked = ["audit", str(tmp_path / "checkpoint"), "--recipe", str(tmp_path / "recipe.toml")]
+    assert run([*asked, "--json", str(files[0]), "--html", str(files[1])]) == 0
+    (audit,) = read_audit(files[0]).folders
+    assert audit.worst is not None
+    assert audit.worst.attack == "dummy: all"
+    assert "dummy: all" in capsys.readouterr().out
+    assert "dummy: all" in files[1].read_text()
 
 
 def test_a_section_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:

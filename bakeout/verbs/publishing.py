@@ -32,6 +32,7 @@ from export.signing import SigningError, sign_folder
 from model_cards.bom import bom_of
 from model_cards.facts import facts_of_folder
 from model_cards.render import render
+from verify.audit.audit_report import audit_of
 from verify.evidence.integrity import check_integrity
 from verify.report.findings import VerifyReport
 from verify.report.reading import check_fresh, read_report
@@ -61,23 +62,28 @@ class Upload:
 # --------------------------------------------------------------------------- card
 
 
-def card_folder(folder: Path, report_file: Path | None, advance: Advance) -> Path:
-    """Write a folder's README.md anew, from its manifest and a report of it.
+def card_folder(
+    folder: Path, report_file: Path | None, advance: Advance, audit_file: Path | None = None
+) -> Path:
+    """Write a folder's README.md anew, from its manifest and reports of it.
 
     Args:
         folder: what bakeout wrote.
         report_file: what `bakeout verify --json` wrote; without one, nothing was measured.
         advance: called with the share of bytes hashed so far.
+        audit_file: what `bakeout audit --json` wrote; without one, nobody tried to get it back.
 
     Raises:
-        ReportError: the report cannot be read, or the folder has changed since.
+        ReportError: a report cannot be read, or the folder has changed since.
     """
     check_code(folder)
     report = None if report_file is None else read_report(report_file)
     with changing(folder) as partial:
-        if report is not None:
-            check_fresh(report, folder, advance)
-        card = render(facts_of_folder(folder), report)
+        audited = None if audit_file is None else audit_of(audit_file, folder)
+        for found in (report, None if audited is None else audited[0]):
+            if found is not None:
+                check_fresh(found, folder, advance)
+        card = render(facts_of_folder(folder), report, audited=audited)
         _put_card(folder, partial, card)
     return folder / CARD
 
@@ -225,6 +231,10 @@ def card(
         Path | None,
         typer.Option(help="What `bakeout verify FOLDER --json FILE` wrote.", show_default=False),
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(help="What `bakeout audit FOLDER --json FILE` wrote.", show_default=False),
+    ] = None,
     bom: Annotated[
         Path | None,
         typer.Option(
@@ -241,7 +251,7 @@ def card(
         typer.echo(f"written to {bom}")
         return
     with progress("card") as advance:
-        written = card_folder(folder, report, lambda share: advance("hash", share))
+        written = card_folder(folder, report, lambda share: advance("hash", share), audit)
     typer.echo(f"written to {written}")
 
 

@@ -25,6 +25,8 @@ from tests.reports import (
     full_report,
     rich_report,
 )
+from tests.verify.audit.audited import an_audit
+from verify.audit.audit_words import lines_of_audit, sentences
 from verify.report.findings import EngineReport
 
 SAE = "gemma-scope-2b-pt-res-canonical/layer_7/width_16k/canonical"
@@ -226,6 +228,18 @@ def test_hostile_evidence_is_text_in_yaml_and_markdown(keep: frozenset[str]) -> 
         assert sum(t.type == kind for t in tokens) == sum(t.type == kind for t in plain), kind
     assert "\x1b" not in card and "\u202e" not in card
     assert ModelCard(card).data.to_dict()["license"] == "gemma"
+
+
+def test_what_an_attacker_gets_back_is_said() -> None:
+    report = an_audit()
+    for audit in report.folders:
+        said = text_of(render(facts(), audited=(audit, report.level)))
+        for sentence in sentences(audit):
+            assert sentence in said
+        for line in lines_of_audit(audit):
+            assert f"{line.attack} ({line.needs}; {line.effort}){line.right}" in said
+        assert "relearn: fine-tune on the topic" not in said
+    assert "relearn: fine-tune on the topicnot measured" in text_of(render(facts()))
 
 
 def test_gemmas_terms_go_with_gemma_only() -> None:

@@ -1,10 +1,10 @@
 """Fine-tuning: what comes back of facts that are in no text that the model is trained on.
 
-On forget text of other facts, on text of the very facts, and on text about anything else; all
-weights or LoRA; learning rates and numbers of texts swept by successive halving: every learning
-rate for a few steps, the best of them with every number of texts, the best of these for longer, and
-the best of all with every seed, each of which holds out other facts. What is best keeps the
-retained questions and gives the held-out answers most probability.
+On forget text of other facts and on text of the very facts, all weights or LoRA; on text about
+anything else, all weights. Learning rates and numbers of texts are swept by successive halving:
+every rate for a few steps, the best of them with every number of texts and the next best with most,
+the best of these for longer, and the best of all with every seed, each of which holds out other
+facts. What is best keeps the retained questions and gives the held-out answers most probability.
 
 Whatever is trained on a fact learns it, so *recovery* is what comes back of other facts; beside
 training on the same facts stands training on those facts with wrong answers, which nobody ever
@@ -69,7 +69,8 @@ def relearn(work: Work) -> Iterator[Attempt]:
     best = yield from _round(work, sweeps, 0)
     if not level.quick:
         sweeps = {
-            arm: [_settings(arm, of["rate"], size, second) for of in best[arm] for size in SIZES]
+            arm: [_settings(arm, best[arm][0]["rate"], size, second) for size in SIZES]
+            + [{**of, "steps": second} for of in best[arm][1:]]
             for arm in arms
         }
         best = yield from _round(work, sweeps, 1)
@@ -78,7 +79,7 @@ def relearn(work: Work) -> Iterator[Attempt]:
     final: list[dict[str, Any]] = []
     for arm in arms:
         most = min(BENIGN_STEPS[-1] if arm[0] == "benign" else STEPS[-1], level.most_steps)
-        chosen = best[arm][0] | {"steps": most, "brief": False}
+        chosen = best[arm][0] | {"steps": most, "brief": level.quick}
         final += [chosen | {"seed": seed} for seed in work.seeds]
         if arm[0] == "same":
             anew = chosen | {"texts": "swapped", "steps": min(most, third), "brief": True}
@@ -89,10 +90,9 @@ def relearn(work: Work) -> Iterator[Attempt]:
 
 
 def arms_of(level: Level) -> list[tuple[str, bool]]:
-    """(kind of text, LoRA) of every sweep."""
-    if level.quick:
-        return [("other", True), ("other", False), ("same", False), ("benign", False)]
-    return [(texts, lora) for lora in (True, False) for texts in ("other", "same", "benign")]
+    """(kind of text, LoRA) of every sweep; what takes longest first."""
+    arms = [("other", True), ("same", True), ("other", False), ("same", False), ("benign", False)]
+    return [arm for arm in arms if not level.quick or arm != ("same", True)]
 
 
 def relearning(level: Level, seeds: int) -> tuple[int, int]:
@@ -100,8 +100,9 @@ def relearning(level: Level, seeds: int) -> tuple[int, int]:
     arms, final = len(arms_of(level)), min(STEPS[-1], level.most_steps)
     if level.quick:
         return arms * (len(QUICK_RATES) * FIRST + seeds * final), arms * (6 + 3 * seeds)
-    sweep = len(RATES) * FIRST + LEFT[0] * len(SIZES) * SECOND + LEFT[1] * THIRD
-    scores = len(RATES) * 2 + LEFT[0] * len(SIZES) * 3 + LEFT[1] * 4 + 2 * seeds * len(STEPS)
+    sizes = len(SIZES) + LEFT[0] - 1
+    sweep = len(RATES) * FIRST + sizes * SECOND + LEFT[1] * THIRD
+    scores = len(RATES) * 2 + sizes * 3 + LEFT[1] * 4 + 2 * seeds * len(STEPS)
     return arms * (sweep + seeds * final), arms * scores
 
 

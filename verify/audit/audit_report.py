@@ -10,7 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import ReportError
 from bake.reading.capped import CAPS, read_json
+from export.manifest import Manifest
+from verify.audit.audit_words import relearned, sentences
 from verify.audit.outcome import FolderAudit
+from verify.report.reading import speaks_of
 
 SCHEMA = 1
 AGAIN = "run `bakeout audit FOLDER --recipe RECIPE --json FILE` again"
@@ -33,8 +36,16 @@ class AuditReport:
         return 1 if self.failures else 0
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data: what `read_audit` reads."""
-        return {"schema": SCHEMA, "audit": True, **asdict(self)}
+        """As JSON data: what `read_audit` reads, and of each folder what it comes to."""
+        folders = [
+            {
+                **asdict(audit),
+                "worst": None if audit.worst is None else audit.worst.attack,
+                "sentences": [*relearned(audit), *sentences(audit)],
+            }
+            for audit in self.folders
+        ]
+        return {"schema": SCHEMA, "audit": True, **asdict(self), "folders": folders}
 
 
 def read_audit(file: str | Path) -> AuditReport:
@@ -64,3 +75,21 @@ def read_audit(file: str | Path) -> AuditReport:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ReportError(f"audit {file}: {key}: {first['msg']}; {AGAIN}") from error
+
+
+def audit_of(file: str | Path, folder: Path) -> tuple[FolderAudit, str]:
+    """What an audit's report says of a folder, and how much was tried.
+
+    Raises:
+        FolderError: the folder's manifest cannot be read.
+        ReportError: the file is no such report, or says nothing of the folder as it is now.
+    """
+    report, manifest = read_audit(file), Manifest.read(folder)
+    for audit in report.folders:
+        if speaks_of(audit, folder, manifest):
+            return audit, report.level
+    named = ", ".join(audit.folder for audit in report.folders) or "none"
+    raise ReportError(
+        f"audit {file}: is of {named}, and of none with the manifest of {folder}: the folder has "
+        f"changed since, or is another; {AGAIN}"
+    )

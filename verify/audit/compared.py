@@ -200,7 +200,7 @@ def _read(file: Path) -> VerifyReport | AuditReport:
 def _is_of(report: VerifyReport | AuditReport, folder: Path, manifest: Manifest) -> bool:
     if isinstance(report, VerifyReport):
         return speaks_of(report, folder, manifest)
-    return any(audit.manifest_sha256 == manifest.sha256 for audit in report.folders)
+    return any(speaks_of(audit, folder, manifest) for audit in report.folders)
 
 
 # --------------------------------------------------------------------------- one folder
@@ -231,7 +231,7 @@ def _compared(
             verdict = f"{report.verdict}, {report.scope}"
             compared = replace(compared, figures=figures, verdict=verdict)
         elif isinstance(one.report, AuditReport) and compared.worst is None:
-            (audit,) = (a for a in one.report.folders if a.manifest_sha256 == manifest.sha256)
+            audit = next(a for a in one.report.folders if speaks_of(a, folder, manifest))
             before = _filled(before, _audited(audit.base, audit.form))
             compared = replace(
                 compared,

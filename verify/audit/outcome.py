@@ -87,6 +87,8 @@ class FolderAudit:
     """Of the folder with its clamp taken out; None where there is none to take out."""
     sweeps: tuple[Sweep, ...]
     attempts: tuple[Attempt, ...] = field(repr=False)
+    card_sha256: str | None = None
+    """Of the folder's card, which may be written anew from the report."""
 
     @property
     def worst(self) -> Sweep | None:

@@ -12,7 +12,7 @@ from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.new_folder import MANIFEST
 from bake.recipe import Recipe
-from export.manifest import Manifest
+from export.manifest import CARD, Manifest
 from verify.attacks.audits import AUDITS
 from verify.attacks.relearn import relearning, trained
 from verify.audit.attempts import Attempt, Scores, Settings
@@ -95,7 +95,7 @@ def audit_folders(
         for number, subject in enumerate(subjects):
             place = None
             if options.cache is not None:
-                place = journal_path(options.cache, _work(subject), "audit")
+                place = journal_path(options.cache, _work(subject, processes), "audit")
             with Journal(place, keep=True) as journal:
 
                 def tell(what: str, share: float, number: int = number) -> None:
@@ -153,6 +153,7 @@ def _audit(work: Work) -> FolderAudit:
         carrier=subject.carrier,
         exact=None if manifest is None else manifest.exact,
         manifest_sha256=None if manifest is None else manifest.sha256,
+        card_sha256=None if manifest is None else manifest.files.get(CARD),
         form=form,
         base=found[BASE],
         before=found[AS_IS],
@@ -174,14 +175,18 @@ def _form(recipe: Recipe) -> Any:
     return recipe.verify.prompt
 
 
-def _work(subject: Subject) -> Any:
+def _work(subject: Subject, processes: int) -> Any:
     """Everything that decides what is found of a folder, as JSON data."""
+    import torch
+
     recipe = subject.recipe
+    files = files_below([subject.folder, find_base(recipe).folder, *recipe.local_sources])
     return {
         "recipe": recipe.to_dict(),
-        "device": subject.device,
+        "device": [subject.device, torch.get_num_threads() if processes == 1 else 1],
         "parts": len(SEEDS),
-        "files": files_below([subject.folder, find_base(recipe).folder, *recipe.local_sources]),
+        "carrier": [subject.carrier, subject.compiled],
+        "files": [file for file in files if Path(file[0]).name not in (CARD, MANIFEST)],
     }
 
 

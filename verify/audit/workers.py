@@ -7,9 +7,11 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, Self
 
+from bake.errors import OutputError
 from bake.files.memory import available_memory
 from verify.audit.attempts import Attempt, Settings
 from verify.audit.subject import Subject
@@ -60,14 +62,23 @@ class Workers:
             subject: the number of a subject.
             job: what is done.
             settings: with what.
+
+        Raises:
+            OutputError: a process was killed.
         """
         if self._pool is None:
             yield from ((n, _done(subject, job, of)) for n, of in enumerate(settings))
             return
         pool = self._pool
         begun = {pool.submit(_done, subject, job, of): n for n, of in enumerate(settings)}
-        for future in as_completed(begun):
-            yield begun[future], future.result()
+        try:
+            for future in as_completed(begun):
+                yield begun[future], future.result()
+        except BrokenProcessPool as error:
+            raise OutputError(
+                "audit: a process was killed, for want of memory perhaps; what was found is kept. "
+                "Free some, and run the same command again"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

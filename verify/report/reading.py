@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -113,8 +113,27 @@ def _finite(found: dict[str, Any], *names: str) -> dict[str, Any]:
     return found | {name: math.inf for name in names if found[name] is None}
 
 
+class OfFolder(Protocol):
+    """What was found of a folder, and of which state of it."""
+
+    @property
+    def folder(self) -> str:
+        """The folder's own name."""
+        ...
+
+    @property
+    def manifest_sha256(self) -> str | None:
+        """Of its manifest.json; None where it had none."""
+        ...
+
+    @property
+    def card_sha256(self) -> str | None:
+        """Of its card, which may be written anew from what was found."""
+        ...
+
+
 def check_fresh(
-    report: VerifyReport, folder: Path, progress: Callable[[float], None] | None = None
+    report: OfFolder, folder: Path, progress: Callable[[float], None] | None = None
 ) -> None:
     """Refuse a report of another folder, or of this one before it was changed.
 
@@ -140,7 +159,7 @@ def check_fresh(
         )
 
 
-def speaks_of(report: VerifyReport, folder: Path, manifest: Manifest) -> bool:
+def speaks_of(report: OfFolder, folder: Path, manifest: Manifest) -> bool:
     """Whether a report was made of a folder with this manifest, its card apart; files are not
     looked at.
 
@@ -152,7 +171,7 @@ def speaks_of(report: VerifyReport, folder: Path, manifest: Manifest) -> bool:
     return _manifest_hash(report, folder, manifest) == report.manifest_sha256
 
 
-def _manifest_hash(report: VerifyReport, folder: Path, manifest: Manifest) -> str:
+def _manifest_hash(report: OfFolder, folder: Path, manifest: Manifest) -> str:
     """Of a folder's manifest.json with the card that the report knew."""
     before = (folder / MANIFEST).read_bytes()  # as `Manifest.read` just did
     if report.card_sha256 and CARD in manifest.files:

@@ -14,6 +14,7 @@ from tests.verify.audit.audited import an_audit, audited_world
 from tests.worlds import tiny_base, tiny_tokenizer, write_jsonl
 from verify.audit import run_audit
 from verify.audit.audit_report import AuditReport, read_audit
+from verify.audit.audit_words import sentences
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,32 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(world)
     assert run(["audit", *folders, *options]) == 2
     assert said in error_line(capsys)
+
+
+def test_a_card_says_what_came_back(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = tmp_path / "checkpoint", tmp_path / "audit.json"
+    shutil.copytree(world / "checkpoint", folder)
+    recipe = ["--recipe", str(world / "recipe.toml")]
+    assert run(["audit", str(folder), *recipe, "--quick", "--json", str(file)]) == 0
+    for _ in range(2):  # the card that is written changes the manifest, not what was audited
+        assert run(["card", str(folder), "--audit", str(file)]) == 0
+        assert "fine-tune on the topic" not in card(folder)
+        assert "Tried: a few settings, up to 50 steps." in card(folder)
+    (said,) = sentences(read_audit(file).folders[0])
+    assert said.replace("(", r"\(").replace(")", r"\)") in card(folder)
+    shutil.copytree(world / "checkpoint", tmp_path / "other")
+    manifest = tmp_path / "other" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"bakeout": "', '"bakeout": "9'))
+    capsys.readouterr()
+    assert run(["card", str(tmp_path / "other"), "--audit", str(file)]) == 2
+    assert "is of checkpoint, and of none with the manifest of" in error_line(capsys)
+
+
+def card(folder: Path) -> str:
+    """Of a folder, every run of white space as one space."""
+    return " ".join((folder / "README.md").read_text().split())
 
 
 def test_a_report_without_folders_is_read(tmp_path: Path) -> None:

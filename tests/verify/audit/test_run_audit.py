@@ -101,12 +101,6 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_report(
     assert len({json.dumps(dict(of)) for of in made}) == n
 
 
-def test_processes_say_what_one_process_says(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_audit, "AUDITS", {})
-    one, two = (audit(world, "checkpoint", processes=n) for n in (1, 2))
-    assert one == two
-
-
 def test_another_folder_is_other_work(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
