@@ -4,7 +4,8 @@ On forget text of other facts and on text of the very facts, all weights or LoRA
 anything else, all weights. Learning rates and numbers of texts are swept by successive halving:
 every rate for a few steps, the best of them with every number of texts and the next best with most,
 the best of these for longer, and the best of all with every seed, each of which holds out other
-facts. What is best keeps the retained questions and gives the held-out answers most probability.
+facts. What is best gives the held-out answers most probability while it keeps the retained
+questions; the next best keeps them to its last step.
 
 Whatever is trained on a fact learns it, so *recovery* is what comes back of other facts; beside
 training on the same facts stands training on those facts with wrong answers, which nobody ever
@@ -113,12 +114,17 @@ def _round(
     asked = [(arm, of) for arm, each in sweeps.items() for of in each]
     found = work.each(fine_tune, [of for _, of in asked], (PARTS[number], PARTS[number + 1]))
     best: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    ranked = sorted(zip(asked, found, strict=True), key=lambda one: -_worth(work, one[1]))
-    for (arm, of), _ in ranked:
-        best.setdefault(arm, []).append(of)
-    for attempts in found:
+    tried: dict[tuple[str, bool], list[tuple[dict[str, Any], list[Attempt]]]] = {}
+    for (arm, of), attempts in zip(asked, found, strict=True):
+        tried.setdefault(arm, []).append((of, attempts))
         yield from attempts
-    return {arm: each[: LEFT[number]] for arm, each in best.items()}
+    for arm, runs in tried.items():
+        ranked = sorted(runs, key=lambda run: -_worth(work, run[1]))
+        # What brings most back at once may ruin the model soon: beside it, the best that does not.
+        lasting = [run for run in ranked[1:] if keeps_utility(run[1][-1].scores, work.before)]
+        ranked = [ranked[0], *(lasting or ranked[1:])]
+        best[arm] = [of for of, _ in ranked[: LEFT[number]]]
+    return best
 
 
 def _worth(work: Work, attempts: Sequence[Attempt]) -> float:

@@ -85,9 +85,9 @@ def audit_folders(
     if failures:
         return AuditReport(level="none", seeds=SEEDS, failures=tuple(failures))
     subjects = [open_subject(folder, recipe, options.device) for folder in folders]
-    targets = [Target(subject, len(SEEDS)) for subject in subjects[:1]]
+    exam = Target(subjects[0], len(SEEDS))
     for seed in SEEDS:
-        targets[0].facts.held(seed)  # too little to split is known before anything is trained
+        exam.held(seed)  # too little to split is known before anything is trained
     processes = options.processes or fitting_processes(_model_bytes(recipe), options.device)
     level = LEVELS[-1] if options.quick else LEVELS[0]
     found = []

@@ -175,13 +175,16 @@ def test_the_sweep_halves_and_the_best_meets_every_seed(
     asked: list[dict[str, Any]] = []
 
     def made(_: Target, settings: dict[str, Any]) -> list[Attempt]:
-        """Best at one rate and one number of texts; a higher rate ruins the model."""
+        """Best at one rate, which ruins the model soon, and one number of texts; next best at a
+        rate that does not; a higher rate ruins it at once.
+        """
         asked.append(dict(settings))
-        good = settings["rate"] == 1e-4
-        sure = (0.9 if good else 0.3) + (0.05 if settings["size"] == 10 else 0)
+        sure = {4.6e-4: 0.9, 1e-4: 0.8}.get(settings["rate"], 0.3)
+        sure += 0.05 if settings["size"] == 10 else 0
         kept = 1.0 if settings["rate"] < 1e-3 else 0.0
         scores = Scores(retain={"plain": share(kept)}, sure=sure if kept else 0.99)
-        return [Attempt(f"relearn: {settings['texts']}", "", scores)]
+        later = Scores(retain={"plain": share(kept if settings["rate"] < 4e-4 else 0)}, sure=0.1)
+        return [Attempt(f"relearn: {settings['texts']}", "", of) for of in (scores, later)]
 
     def share(kept: float) -> Any:
         from verify.report.measures import Share
@@ -196,7 +199,9 @@ def test_the_sweep_halves_and_the_best_meets_every_seed(
         )
         list(relearn(work))
     final = [of for of in asked if not of["brief"]]
-    assert {(of["rate"], of["size"]) for of in final} == {(1e-4, 10)}
+    assert {(of["rate"], of["size"]) for of in final} == {(4.6e-4, 10)}
+    longer = [of for of in asked if of["steps"] == 150 and of["texts"] != "swapped"]
+    assert {(of["rate"], of["size"]) for of in longer} == {(4.6e-4, 10), (1e-4, 1000)}
     assert {of["steps"] for of in final} == {500, 250}
     assert len(final) == 5 * 3
     assert {of["rate"] for of in asked} == set(relearning.RATES)
