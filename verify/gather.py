@@ -21,6 +21,7 @@ from verify.compare.feature_trial import trial_failures
 from verify.compare.firing import FeatureWatch, FiredExamples, fired_on
 from verify.compare.upcast import compare_in_float32
 from verify.engines.engines import Engines
+from verify.engines.heap import give_back
 from verify.engines.runners import DecodingRunner, HookedRunner
 from verify.evidence.completions import open_prompts
 from verify.evidence.harness import check_harness, measure_harness
@@ -111,6 +112,7 @@ def gather(
                 sensitivities,
             )
             compare(here, elsewhere, hooked.oracles, comparison, journal, progress)
+            give_back()  # what its threads' heaps keep
             if asks and recipe.select is not None and any(comparison.watch.never_active()):
                 _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
             work = Work(

@@ -1,14 +1,17 @@
-"""What a person sees of folders side by side in the terminal: a row for each fact."""
+"""Folders side by side, in the terminal and as a page: a row for each fact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
+from bake.new_folder import write_whole
 from bakeout.terminal import console, printable
 from verify.audit.compared import Compared, Comparison, Figures
+from verify.page.html import environment, shown
 from verify.report.measures import Share
 from verify.report.wording import accuracy_text, nats, number
 
@@ -30,6 +33,20 @@ def show_comparison(found: Comparison) -> None:
             screen.print(
                 f"broken  {printable(folder.folder)}: {printable(folder.broken)}", markup=False
             )
+
+
+def write_comparison(found: Comparison, file: Path) -> None:
+    """Write the table as one self-contained page.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    made = environment("bakeout.pages")
+    made.filters["shown"] = shown
+    page = made.get_template("compare.html.j2").render(
+        found=found, rows=rows_of(found), unmeasured=UNMEASURED
+    )
+    write_whole(file, page, option=f"--html {file}")
 
 
 def rows_of(found: Comparison) -> list[tuple[str, list[str]]]:

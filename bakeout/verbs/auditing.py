@@ -10,7 +10,7 @@ import typer
 
 from bake.recipe import Recipe
 from bakeout.pages.audit_view import show_audit
-from bakeout.pages.compare_view import show_comparison
+from bakeout.pages.compare_view import show_comparison, write_comparison
 from bakeout.terminal import progress, write_json
 from bakeout.verbs.arguments import JsonFile
 from bakeout.verbs.verifying import check_place, user_cache
@@ -87,18 +87,24 @@ def compare(
         ),
     ] = None,
     json_file: JsonFile = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the table as one page.")
+    ] = None,
 ) -> None:
     """Put folders of one base side by side: what reports measured, what loads and removes each.
 
     Exit code 1: a folder is not what its manifest says.
     """
     check_place("--json", json_file)
+    check_place("--html", html_file)
     speed = None if recipe is None else _speed_of(Recipe.load(recipe))
     found = compare_folders(folders, report or (), speed)
     if json_file is None or str(json_file) != "-":
         show_comparison(found)
     if json_file is not None:
         write_json(found.to_dict(), json_file)
+    if html_file is not None:
+        write_comparison(found, html_file)
     raise typer.Exit(found.exit_code)
 
 

@@ -82,10 +82,12 @@ def exam_of(target: Target, budget: int) -> Exam:
 
     Args:
         target: the folder.
-        budget: steps of a search.
+        budget: steps of a search, which begins at what the base knows; without one the model stands
+            for the base too, and is asked once.
     """
     subject = target.subject
     model = subject.model()
+    unlearned = HookedRunner(subject.name, model)
     return Exam(
         recipe=target.recipe,
         questions=target.questions["forget"],
@@ -93,8 +95,8 @@ def exam_of(target: Target, budget: int) -> Exam:
         budget=budget,
         progress=lambda _: None,
         form=target.form,
-        base=HookedRunner("base", subject.base()),
-        unlearned=HookedRunner(subject.name, model),
+        base=HookedRunner(f"{subject.name}, base", subject.base()) if budget else unlearned,
+        unlearned=unlearned,
         oracle=_AsItIs(model),  # type: ignore[arg-type]
         tokenizer=target.tokenizer,
         letters=target.letters,

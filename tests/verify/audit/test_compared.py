@@ -149,7 +149,9 @@ def test_the_verb(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(verified(layer), world / "report.json")
     out = world / "table" / "compared.json"
     out.parent.mkdir()
-    assert run(["compare", str(layer), str(adapter), "--json", str(out)]) == 0
+    page = world / "table" / "compared.html"
+    asked = ["compare", str(layer), str(adapter), "--json", str(out), "--html", str(page)]
+    assert run(asked) == 0
     shown = capsys.readouterr().out
     for said in (
         "deleting the layer",
@@ -159,6 +161,7 @@ def test_the_verb(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "report.json",
     ):
         assert said in shown
+        assert said in page.read_text().replace("\n", " ")
     data = json.loads(out.read_text())
     assert [folder["carrier"] for folder in data["folders"]] == ["layer", "adapter"]
     assert run(["compare", str(world)]) == 2

@@ -42,7 +42,8 @@ FOUND_BY: dict[str, tuple[tuple[Need, ...], str]] = {
 def inside(work: Work) -> Iterator[Attempt]:
     """Ablation, logit lens and probe."""
     numbers = DIRECTIONS[:1] if work.level.quick else DIRECTIONS
-    asked = [{"found by": by, "directions": n} for by in FOUND_BY for n in numbers]
+    brief = work.level.quick
+    asked = [{"found by": by, "directions": n, "brief": brief} for by in FOUND_BY for n in numbers]
     for found in work.each(ablated, asked):
         yield from found
     for found in work.each(read_off, [{"seeds": list(work.seeds)}]):
@@ -64,7 +65,7 @@ def ablated(target: Target, settings: Settings) -> list[Attempt]:
         Attempt(
             f"inside: ablation by {by}",
             f"takes the {each} out of the residual stream, at every layer, that {what}",
-            target.score(ablate(model, directions)),
+            target.score(ablate(model, directions), brief=settings["brief"]),
             needs=needs,
             settings={"directions": n},
         )

@@ -87,7 +87,7 @@ def _matrices(model: Any) -> Iterator[Tensor]:
 def rounding(work: Work) -> Iterator[Attempt]:
     """Every entry of `ROUNDINGS`."""
     names = [name for name in ROUNDINGS if not work.level.quick or name in QUICK]
-    for found in work.each(coarse, [{"to": name} for name in names]):
+    for found in work.each(coarse, [{"to": n, "brief": work.level.quick} for n in names]):
         yield from found
 
 
@@ -101,7 +101,7 @@ def coarse(target: Target, settings: Settings) -> list[Attempt]:
         Attempt(
             "rounding: pruning" if is_pruned else "rounding: fewer bits",
             does or f"rounds the weights to {name}",
-            target.score(model),
-            settings=settings,
+            target.score(model, brief=settings["brief"]),
+            settings={"to": name},
         )
     ]

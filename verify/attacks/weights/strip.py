@@ -26,11 +26,12 @@ MOST_SHOWN = 8
 
 def strip(work: Work) -> Iterator[Attempt]:
     """What the folder's carrier allows."""
+    brief = {"brief": work.level.quick}
     if work.subject.strips:
-        yield from work.each(deleted, [{}])[0]
+        yield from work.each(deleted, [brief])[0]
     carrier = work.subject.carrier
     if carrier not in ("layer", "adapter"):  # which hold the base's own layers, and name the clamp
-        found = work.each(searched, [{}])[0]
+        found = work.each(searched, [brief])[0]
         yield from found or [
             Attempt(BLIND, "deletes decoder layers", work.before, note="no layer looks put in")
         ]
@@ -38,20 +39,24 @@ def strip(work: Work) -> Iterator[Attempt]:
         return
     quick = work.level.quick
     ranks = [SPECTRUM, *([] if quick else RANKS)]
-    for found in work.each(subtracted, [{"rank": rank} for rank in ranks]):
+    for found in work.each(subtracted, [{"rank": rank, **brief} for rank in ranks]):
         yield from found
     shares = SHARES[1:2] if quick else SHARES
-    for found in work.each(interpolated, [{"share": share} for share in shares]):
+    for found in work.each(interpolated, [{"share": share, **brief} for share in shares]):
         yield from found
 
 
-def deleted(target: Target, _: Settings) -> list[Attempt]:
+def deleted(target: Target, settings: Settings) -> list[Attempt]:
     """The clamp, by where the folder itself says that it is."""
     does = "takes out the clamp, whose place the folder tells"
-    return [Attempt("strip: delete", does, target.score(target.subject.stripped()))]
+    return [
+        Attempt(
+            "strip: delete", does, target.score(target.subject.stripped(), brief=settings["brief"])
+        )
+    ]
 
 
-def searched(target: Target, _: Settings) -> list[Attempt]:
+def searched(target: Target, settings: Settings) -> list[Attempt]:
     """Layers that were put in, found without a word of the folder's."""
     model = target.subject.model()
     layers = inserted_layers(model)
@@ -59,7 +64,7 @@ def searched(target: Target, _: Settings) -> list[Attempt]:
         return []
     shown = ", ".join(map(str, layers[:MOST_SHOWN])) + (", …" if layers[MOST_SHOWN:] else "")
     does = f"searches the weights for decoder layers that were put in, and deletes {len(layers)}"
-    scores = target.score(without_layers(model, layers))
+    scores = target.score(without_layers(model, layers), brief=settings["brief"])
     return [Attempt(BLIND, does, scores, note=f"found layers {shown}")]
 
 
@@ -72,7 +77,7 @@ def subtracted(target: Target, settings: Settings) -> list[Attempt]:
         f"subtracts the difference to the base, of each matrix {which} of its directions",
         Scores(),
         needs=("base",),
-        settings=settings,
+        settings={"rank": rank},
     )
     try:
         n = None if rank == SPECTRUM else rank
@@ -82,7 +87,7 @@ def subtracted(target: Target, settings: Settings) -> list[Attempt]:
     if not ranks:
         return []
     found = f"{min(ranks.values())} to {max(ranks.values())} directions of {len(ranks)} matrices"
-    return [replace(attempt, scores=target.score(model), note=found)]
+    return [replace(attempt, scores=target.score(model, brief=settings["brief"]), note=found)]
 
 
 def interpolated(target: Target, settings: Settings) -> list[Attempt]:
@@ -93,10 +98,10 @@ def interpolated(target: Target, settings: Settings) -> list[Attempt]:
         f"moves the weights {share:.0%} of the way to the base's",
         Scores(),
         needs=("base",),
-        settings=settings,
+        settings={"share": share},
     )
     try:
         model = towards_base(target.subject.model(), target.subject.base(), share)
     except ModelError as error:
         return [replace(attempt, note=str(error))]
-    return [replace(attempt, scores=target.score(model))]
+    return [replace(attempt, scores=target.score(model, brief=settings["brief"]))]

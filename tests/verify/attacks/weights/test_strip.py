@@ -31,17 +31,17 @@ def right(attempt: Attempt) -> float:
 def test_the_difference_to_the_base_is_subtracted_and_nothing_looks_put_in(tmp_path: Path) -> None:
     target = aimed_at(overwritten(), tmp_path / "overwritten")
     assert right(Attempt("", "", target.score(target.subject.model(), brief=True))) < 0.5
-    (all_of_it,) = subtracted(target, {"rank": 128})
+    (all_of_it,) = subtracted(target, {"rank": 128, "brief": True})
     assert right(all_of_it) > 0.95 and all_of_it.needs == ("base",)
     assert all_of_it.note == "128 to 128 directions of 1 matrices"
-    (some,) = interpolated(target, {"share": 0.75})
+    (some,) = interpolated(target, {"share": 0.75, "brief": True})
     assert "75%" in some.does and some.needs == ("base",)
-    assert searched(target, {}) == []
+    assert searched(target, {"brief": True}) == []
 
 
 def test_nothing_is_subtracted_of_the_base_itself(tmp_path: Path) -> None:
     target = aimed_at(miniature(), tmp_path / "same")
-    assert subtracted(target, {"rank": SPECTRUM}) == []
+    assert subtracted(target, {"rank": SPECTRUM, "brief": True}) == []
 
 
 def test_a_compiled_clamp_is_found_blind_and_all_that_was_tried_is_told(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_compiled_clamp_is_found_blind_and_all_that_was_tried_is_told(tmp_path
 
 def test_who_never_knew_has_nothing_to_be_stripped(tmp_path: Path) -> None:
     target = aimed_at(never_taught(), tmp_path / "never")
-    assert searched(target, {}) == []
+    assert searched(target, {"brief": True}) == []
     assert target.subject.stripped() is None
     with Workers([target.subject], N_PARTS, 1) as workers:
         level = LEVELS[-1]
@@ -74,5 +74,5 @@ def test_a_layer_is_taken_out_by_its_name(tmp_path: Path) -> None:
     compile_recipe(MINIATURE / "recipe.toml", tmp_path)
     recipe = Recipe.load(MINIATURE / "recipe.toml")
     target = Target(open_subject(tmp_path / "checkpoint", recipe), N_PARTS)
-    (found,) = deleted(target, {})
+    (found,) = deleted(target, {"brief": True})
     assert right(found) > 0.95
