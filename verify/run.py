@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
-from export.carriers.carriers import CARRIERS
+from export.carriers.carriers import CARRIERS, Carrier
 from export.clamped import clamped_layers, read_config
 from export.folder_contents import check_contents
 from export.manifest import CARD, Manifest
@@ -224,11 +224,22 @@ def verify_folder(
                 folder, recipe, report, measured, tell, engines, journal, options, sites
             )
     found = [failure for name in KINDS if name in kinds for failure in KINDS[name].failures(report)]
-    if said.claimed and "choices" in kinds:
-        for engine in report.engines:
-            if engine_of(engine.name).own:
-                found += forgetting_failures(engine, report.prompt or "chat")
+    if "choices" in kinds:
+        found += _remembering(report, carrier, claimed=said.claimed)
     return replace(report, failures=(*report.failures, *found))
+
+
+def _remembering(report: VerifyReport, carrier: Carrier | None, *, claimed: bool) -> list[Failure]:
+    """Engines of the folder that do not forget: where only the folder says which features are the
+    topic's, and where weights were trained and the hook itself forgets.
+    """
+    form, trained = report.prompt or "chat", carrier is not None and carrier.trained
+    reference = report.engine("reference")
+    forgets = reference is not None and not [*forgetting_failures(reference, form)]
+    if not claimed and not (trained and forgets):
+        return []
+    own = [engine for engine in report.engines if engine_of(engine.name).own]
+    return [failure for engine in own for failure in forgetting_failures(engine, form)]
 
 
 def _report(

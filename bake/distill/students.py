@@ -1,0 +1,112 @@
+"""Which weights of a model are trained, what they are before that, and a LoRA merged into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bake.distill.unlearners import Unlearner
+from bake.errors import RecipeError
+from bake.recipe import Recipe
+from bake.stock import decoder_layers
+
+BETA = 0.1
+"""Size of the noise beside that of new weights. Source: UNDO, arXiv 2506.06278."""
+LORA_TARGETS = r"(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+RMU_LAYERS = 3
+"""MLPs that RMU trains: of the steered layer and those before it."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model with some weights that are to be trained."""
+
+    model: Any
+    """A stock Gemma."""
+    parameters: list[nn.Parameter]
+    layers: range
+    """Decoder layers whose weights change."""
+    finished: Callable[[], None] = lambda: None
+    """Makes it a stock model again."""
+
+
+def layers_of(recipe: Recipe, method: Unlearner, n_layers: int) -> range:
+    """The decoder layers whose weights a method changes.
+
+    Raises:
+        RecipeError: the recipe names layers that the model has not.
+    """
+    named = recipe.distill_table.layers
+    if named is not None:
+        if named[1] >= n_layers:
+            raise RecipeError(
+                f"distill.layers: {named[0]} to {named[1]}, but the model has {n_layers} layers "
+                f"(0 to {n_layers - 1}); name layers that it has"
+            )
+        return range(named[0], named[1] + 1)
+    if method.steers:
+        last = n_layers // 2
+        return range(max(0, last + 1 - RMU_LAYERS), last + 1)
+    return range(n_layers)
+
+
+def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, seed: int) -> Student:
+    """Make a model ready to be trained. Changes `model`: weights are disturbed where the recipe
+    says so, and those that are to be trained get gradients.
+    """
+    table = recipe.distill_table
+    model.requires_grad_(False)
+    modules: list[Any] = [decoder_layers(model)[layer] for layer in layers]
+    if method.teaches and table.student == "lora":
+        return _lora(model, layers, table.rank)
+    if method.teaches and table.student == "disturbed":
+        disturb(modules, table.noise, seed)
+    wanted = [module.mlp.down_proj if method.steers else module for module in modules]
+    parameters = [parameter for module in wanted for parameter in module.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return Student(model, parameters, layers)
+
+
+@torch.no_grad()
+def disturb(modules: Sequence[nn.Module], alpha: float, seed: int) -> None:
+    """Changes the modules: every matrix W becomes (1 - alpha) W + alpha beta N, N drawn as Xavier
+    draws new weights.
+
+    Source: shrink and perturb, Ash & Adams, arXiv 1910.08475, as UNDO has it, arXiv 2506.06278.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.ndim < 2:
+                continue
+            std = (2 / sum(parameter.shape)) ** 0.5
+            noise = std * torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1 - alpha).add_(alpha * BETA * noise.to(parameter))
+
+
+def _lora(model: Any, layers: range, rank: int) -> Student:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RecipeError(
+            'distill.student: "lora" needs peft; install bakeout[adapter], or take "full"'
+        ) from error
+    numbers = "|".join(map(str, layers))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=rf".*layers\.(?:{numbers})\.{LORA_TARGETS}",
+    )
+    adapted = get_peft_model(model, config)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+
+    def merge() -> None:
+        adapted.merge_and_unload()
+        del model._hf_peft_config_loaded  # peft leaves a mark
+
+    return Student(model, parameters, layers, merge)
