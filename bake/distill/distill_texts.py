@@ -109,7 +109,7 @@ def load_texts(source: Corpus, recipe: Recipe, tokenizer: Any, seed: int) -> Tex
     for number, ids in enumerate(encoded):
         whole = [*ids, eos]
         pieces = [(bos, *whole[at : at + body]) for at in range(0, len(whole), body)]
-        parts[number % HELD_OUT == 0] += [piece for piece in pieces if len(piece) > 2]
+        parts[number % HELD_OUT == 0] += pieces
     return Texts(name, Rows(tuple(parts[False])), Rows(tuple(parts[True])))
 
 

@@ -17,9 +17,17 @@ from bake.clamp import ClampWeights
 from bake.distill.distill_texts import SIDES, Rows, Texts, batches_of, load_sides
 from bake.distill.objectives import Head, Side, Step, mean_kl, shifted
 from bake.distill.students import Student, layers_of, student_of
-from bake.distill.teachers import Teacher, clamp_sha256, head_of, read, teach
+from bake.distill.teachers import (
+    ROWS_AT_ONCE,
+    Teacher,
+    clamp_sha256,
+    head_of,
+    read,
+    teach,
+)
 from bake.distill.trainer import Schedule, train
 from bake.distill.unlearners import Unlearner, unlearner_of
+from bake.distill.weight_edits import Lesson, edit_features, fit_outputs
 from bake.errors import ModelError
 from bake.recipe import Recipe
 from bake.search.cache import Unfinished, cache_folder, model_sha256
@@ -29,6 +37,8 @@ Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
 HELD_OUT_ROWS = 128
 """Pieces of held-out texts of each side that the result is judged by, at most."""
+FITTED_ROWS = 512
+"""Pieces of texts of each side that least squares are taken over, at most."""
 MATCHED_LAYERS = 3
 """Layers behind the hook whose residual streams are matched, at most."""
 
@@ -163,6 +173,7 @@ class Distilling:
         plans = {side: self._plan(side) for side in SIDES}
         teachers = {side: self._teacher(model, side, plans[side]) for side in SIDES}
         judges = {side: self._judge(model, side) for side in SIDES}
+        self._edit(model)
         student = student_of(model, self.recipe, self.method, self.layers, self.seed)
         if self.settings.get("steps"):
             self._train(student, plans, teachers, head)
@@ -211,6 +222,30 @@ class Distilling:
             progress=lambda share: self.progress(f"teacher on {side} text", share),
         )
 
+    # ----------------------------------------------------------------------- closed forms
+
+    def _edit(self, model: Any) -> None:
+        """Changes the model in closed form, where the method is one or begins with one."""
+        if self.method.loss is None:
+            rows, layer = (
+                self.texts["forget"].trained.batch(range(ROWS_AT_ONCE)),
+                self.clamps[0].layer,
+            )
+            with torch.no_grad():
+                seen = read(model, *rows.padded(model.device), [layer]).hidden[layer]
+            size = float(seen.norm(dim=-1).mean())
+            edit_features(model, self.layers, self.clamps, self.settings["strength"], size)
+        elif self.settings.get("start") == "least-squares":
+            first = min(clamp.layer for clamp in self.clamps)
+            layers = [layer for layer in self.layers if layer >= first]
+            lessons = []
+            for side in SIDES:
+                rows = self.texts[side].trained
+                numbers = range(min(FITTED_ROWS, len(rows.ids)))
+                teacher = self._taught(model, side, rows, numbers, layers)
+                lessons.append(Lesson(rows, numbers, teacher))
+            fit_outputs(model, layers, lessons)
+
     # ----------------------------------------------------------------------- training
 
     def _train(
@@ -226,9 +261,8 @@ class Distilling:
         direction = self._direction(student.model)
 
         def loss(step: int) -> Tensor:
-            forget, retain = (
-                self._side(student.model, side, plans[side][step], teachers[side]) for side in SIDES
-            )
+            numbers = {side: plans[side][step] for side in SIDES}
+            forget, retain = self._sides(student.model, numbers, teachers)
             return minimised(
                 Step(
                     forget=forget,
@@ -264,16 +298,29 @@ class Distilling:
 
         return of
 
-    def _side(self, model: Any, side: str, numbers: list[int], teacher: Teacher) -> Side:
+    def _sides(
+        self, model: Any, numbers: dict[str, list[int]], teachers: dict[str, Teacher]
+    ) -> list[Side]:
+        """Both corpora's share of a step, in one forward."""
         from accelerate import PartialState
 
         world: Any = PartialState()
         # Fewer rows than processes: all take the same ones.
-        own = numbers[world.process_index :: world.num_processes] or numbers
-        ids, real = self.texts[side].trained.batch(own).padded(model.device)
-        targets, rows = shifted(ids, real)
+        own = {
+            side: of[world.process_index :: world.num_processes] or of
+            for side, of in numbers.items()
+        }
+        parts = [self.texts[side].trained.batch(own[side]) for side in SIDES]
+        ids, real = Rows(tuple(row for part in parts for row in part.ids)).padded(model.device)
         seen = read(model, ids, real, self.watched)
-        return Side(seen, teacher.seen(own, model.device), targets, rows)
+        found, start = [], 0
+        for side, part in zip(SIDES, parts, strict=True):
+            targets, rows = shifted(*part.padded(model.device))
+            tokens = slice(start, start + len(targets))
+            taught = teachers[side].seen(own[side], model.device)
+            found.append(Side(seen.part(tokens), taught, targets, rows))
+            start = tokens.stop
+        return found
 
     def _key(self) -> str:
         about = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ class Seen:
     hidden: dict[int, Tensor]
     """By layer, its output: [n, d_in]."""
 
+    def part(self, of: slice) -> Seen:
+        """Some of the tokens."""
+        return Seen(self.final[of], {layer: h[of] for layer, h in self.hidden.items()})
+
 
 @dataclass(frozen=True)
 class Head:
@@ -44,6 +49,19 @@ class Head:
         """Tokens whose logits are formed together."""
         step = max(1, BLOCK // len(self.weight))
         return [slice(at, min(at + step, n)) for at in range(0, n, step)]
+
+
+def _in_blocks(block: Callable[..., Tensor], head: Head, *tensors: Tensor) -> list[Tensor]:
+    """What a function makes of tokens, block by block. Where there are several blocks, their logits
+    are formed again for the gradient instead of being kept.
+    """
+    parts = head.blocks(len(tensors[0]))
+    if len(parts) == 1:
+        return [block(head.weight, *tensors)]
+    return [
+        checkpoint(block, head.weight, *(t[part] for t in tensors), use_reentrant=False)
+        for part in parts
+    ]
 
 
 @dataclass(frozen=True)
@@ -76,8 +94,7 @@ class Step:
 
 
 def mean_kl(teacher: Tensor, of_teacher: Head, student: Tensor, of_student: Head) -> Tensor:
-    """KL(teacher ‖ student) in nats per token; logits are formed block by block, and again for the
-    gradient.
+    """KL(teacher ‖ student) in nats per token.
 
     Args:
         teacher: [n, d_in].
@@ -86,31 +103,21 @@ def mean_kl(teacher: Tensor, of_teacher: Head, student: Tensor, of_student: Head
         of_student: likewise.
     """
 
-    def block(student: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+    def block(weight: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
         wanted = log_softmax(of_teacher(teacher), -1)
         got = log_softmax(Head(weight, of_student.cap)(student), -1)
         return kl_div(got, wanted, reduction="sum", log_target=True)
 
-    total = student.new_zeros(())
-    for part in of_student.blocks(len(student)):
-        total = total + checkpoint(
-            block, student[part], of_student.weight, teacher[part], use_reentrant=False
-        )
-    return total / len(student)
+    return torch.stack(_in_blocks(block, of_student, student, teacher)).sum() / len(student)
 
 
 def token_losses(seen: Seen, head: Head, targets: Tensor) -> Tensor:
     """[n] cross-entropy of the next token in nats; 0 where none follows."""
 
-    def block(final: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
+    def block(weight: Tensor, final: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy(Head(weight, head.cap)(final), wanted, reduction="none")
 
-    return torch.cat(
-        [
-            checkpoint(block, seen.final[part], head.weight, targets[part], use_reentrant=False)
-            for part in head.blocks(len(targets))
-        ]
-    )
+    return torch.cat(_in_blocks(block, head, seen.final, targets))
 
 
 def hidden_distance(side: Side) -> Tensor:

@@ -14,8 +14,6 @@ from bake.errors import RecipeError
 from bake.recipe import Recipe
 from bake.stock import decoder_layers
 
-BETA = 0.1
-"""Size of the noise beside that of new weights. Source: UNDO, arXiv 2506.06278."""
 LORA_TARGETS = r"(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 RMU_LAYERS = 3
 """MLPs that RMU trains: of the steered layer and those before it."""
@@ -74,19 +72,21 @@ def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, see
 
 @torch.no_grad()
 def disturb(modules: Sequence[nn.Module], alpha: float, seed: int) -> None:
-    """Changes the modules: every matrix W becomes (1 - alpha) W + alpha beta N, N drawn as Xavier
-    draws new weights.
+    """Changes the modules: every matrix W becomes (1 - alpha) W + alpha N, N normal and as large as
+    W in its root mean square.
 
-    Source: shrink and perturb, Ash & Adams, arXiv 1910.08475, as UNDO has it, arXiv 2506.06278.
+    Source: shrink and perturb, Ash & Adams, arXiv 1910.08475, as in UNDO, arXiv 2506.06278, whose
+    noise is a tenth of new weights'. Behind norms shrinking changes nothing and such noise is lost
+    beside trained weights, so it is measured by those here.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in modules:
         for parameter in module.parameters():
             if parameter.ndim < 2:
                 continue
-            std = (2 / sum(parameter.shape)) ** 0.5
-            noise = std * torch.randn(parameter.shape, generator=generator)
-            parameter.mul_(1 - alpha).add_(alpha * BETA * noise.to(parameter))
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            size = parameter.square().mean().sqrt()
+            parameter.mul_(1 - alpha).add_(alpha * size * noise)
 
 
 def _lora(model: Any, layers: range, rank: int) -> Student:
@@ -104,9 +104,4 @@ def _lora(model: Any, layers: range, rank: int) -> Student:
     )
     adapted = get_peft_model(model, config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-
-    def merge() -> None:
-        adapted.merge_and_unload()
-        del model._hf_peft_config_loaded  # peft leaves a mark
-
-    return Student(model, parameters, layers, merge)
+    return Student(model, parameters, layers, adapted.merge_and_unload)

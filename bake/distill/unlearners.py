@@ -77,6 +77,12 @@ UNLEARNERS: dict[str, Unlearner] = {
         steps=150,
         learning_rate=1e-4,
     ),
+    "sae-edit": Unlearner(
+        "neurons whose output vectors the SAE reads as clamped features get the opposite written "
+        "into them (after arXiv 2505.22586)",
+        strength=1.0,
+        strength_is="how much of the opposite; the feature alone is taken out at 0",
+    ),
 }
 """By the name that `--method` takes, which is its carrier's too."""
 
