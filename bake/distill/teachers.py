@@ -24,7 +24,9 @@ from bake.clamp import ClampWeights
 from bake.distill.distill_texts import Rows
 from bake.distill.objectives import Head, Seen
 from bake.modeling_clamped_gemma import SAEClamp
+from bake.new_folder import check_space
 from bake.stock import decoder_layers
+from bake.tensors import Tensors, write_tensors
 
 ROWS_AT_ONCE = 16
 """Rows of one forward."""
@@ -146,6 +148,9 @@ def teach(
         cache: folder.
         about: what the model and its clamps are; equal contents mean equal outputs.
         progress: called with the share that is done.
+
+    Raises:
+        OutputError: the cache's disk has no room for it.
     """
     numbers = sorted(set(numbers))
     key = {
@@ -159,6 +164,9 @@ def teach(
     folder = cache / "teachers" / name
     teacher = Teacher(folder, rows, numbers)
     if not _is_whole(folder):
+        n = sum(len(rows.ids[number]) for number in numbers)
+        width = model.config.get_text_config().hidden_size * (1 + len(layers))
+        check_space(folder, 2 * 2 * n * width)  # in pieces, and as one file
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             new = Path(scratch) / "new"
@@ -196,8 +204,6 @@ def _write(
     progress: Callable[[float], None],
 ) -> None:
     """Block by block, so that memory does not grow with the corpus."""
-    from bake.tensors import Tensors, write_tensors
-
     n = sum(len(rows.ids[number]) for number in numbers)
     d_in = model.config.get_text_config().hidden_size
     files = {name: (folder / f"{name}.bits") for name in ["final", *map(str, layers)]}

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
+from bake.distill.distill_table import Distill
 from bake.distill.unlearners import UNLEARNERS, unlearner_of
 from bake.errors import RecipeError
 from bake.new_folder import check_output
 from bake.recipe import Recipe
+from bake.sources import one_line
 from bakeout.terminal import progress
 from bakeout.verbs.baking import planned
 from export.carriers.checkpoint import CheckpointPlan
@@ -110,8 +113,16 @@ def _planned(
 
 
 def _with(recipe: Recipe, table: dict[str, Any]) -> Recipe:
-    """A recipe with some fields of [distill] set."""
-    return recipe.model_copy(update={"distill": recipe.distill_table.with_options(**table)})
+    """A recipe with some fields of [distill] set.
+
+    Raises:
+        RecipeError: one is wrong.
+    """
+    try:
+        distill = recipe.distill_table.with_options(**table)
+    except ValidationError as error:
+        raise RecipeError(f"distill.{one_line(error, Distill)}") from error
+    return recipe.model_copy(update={"distill": distill})
 
 
 def said(entry: DistilledEntry) -> str:

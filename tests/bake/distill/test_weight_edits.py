@@ -12,7 +12,7 @@ import bake.distill.weight_edits as weight_edits
 from bake.base import find_base
 from bake.clamp import load_clamps
 from bake.distill.distill_texts import Rows
-from bake.distill.teachers import clamped, module_of, read, teach
+from bake.distill.teachers import clamped, read, teach
 from bake.distill.weight_edits import Lesson, edit_features, fit_outputs, ridge_solution
 from bake.recipe import Recipe
 from bake.stock import decoder_layers, load_base
