@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bake.base import BaseModel
 from bake.clamp import ClampWeights
-from bake.distill.distill_texts import SIDES, Rows, Texts, batches_of, load_sides
-from bake.distill.objectives import Head, Side, Step, mean_kl, shifted
+from bake.distill.distill_texts import SIDES, Rows, batches_of, load_sides
+from bake.distill.judging import HeldOut, Judge, held_out, judged
+from bake.distill.objectives import Head, Side, Step, shifted
 from bake.distill.students import Student, layers_of, student_of
 from bake.distill.teachers import (
     ROWS_AT_ONCE,
@@ -35,25 +36,10 @@ from bake.stock import load_base, load_tokenizer
 
 Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
-HELD_OUT_ROWS = 128
-"""Pieces of held-out texts of each side that the result is judged by, at most."""
 FITTED_ROWS = 512
 """Pieces of texts of each side that least squares are taken over, at most."""
 MATCHED_LAYERS = 3
 """Layers behind the hook whose residual streams are matched, at most."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """How far a student is from its teachers on texts that it was not trained on."""
-
-    forget_kl: float
-    """From the clamped model on forget texts, in nats per token; from the base where the clamped
-    model did not teach."""
-    retain_kl: float
-    """From the base on retain texts, likewise."""
-    forget_tokens: int
-    retain_tokens: int
 
 
 @dataclass(frozen=True)
@@ -186,7 +172,7 @@ class Distilling:
             seed=self.seed,
             base_sha256=self.base_sha256,
             texts={side: texts.trained.sha256 for side, texts in self.texts.items()},
-            held_out=self._judged(model, judges, head),
+            held_out=held_out(model, judges),
         )
 
     # ----------------------------------------------------------------------- teachers
@@ -204,9 +190,9 @@ class Distilling:
         numbers = [number for batch in plan for number in batch]
         return self._taught(model, side, self.texts[side].trained, numbers, self.watched)
 
-    def _judge(self, model: Any, side: str) -> Teacher:
+    def _judge(self, model: Any, side: str) -> Judge:
         rows = self.texts[side].held_out
-        return self._taught(model, side, rows, range(min(HELD_OUT_ROWS, len(rows.ids))), [])
+        return Judge(rows, self._taught(model, side, rows, judged(rows), []), head_of(model))
 
     def _taught(
         self, model: Any, side: str, rows: Rows, numbers: Sequence[int], layers: Sequence[int]
@@ -332,24 +318,3 @@ class Distilling:
             "texts": {side: texts.trained.sha256 for side, texts in self.texts.items()},
         }
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
-
-    # ----------------------------------------------------------------------- judging
-
-    @torch.no_grad()
-    def _judged(self, model: Any, judges: dict[str, Teacher], head: Head) -> HeldOut:
-        found: dict[str, tuple[float, int]] = {}
-        for side, judge in judges.items():
-            rows, total, n = self.texts[side].held_out, 0.0, 0
-            for number in range(min(HELD_OUT_ROWS, len(rows.ids))):
-                ids, real = rows.batch([number]).padded(model.device)
-                final = read(model, ids, real, []).final
-                wanted = judge.seen([number], model.device).final
-                total += float(mean_kl(wanted, head, final, head_of(model))) * len(final)
-                n += len(final)
-            found[side] = total / n, n
-        return HeldOut(
-            found["forget"][0], found["retain"][0], found["forget"][1], found["retain"][1]
-        )
-
-
-__all__ = ["Distilled", "HeldOut", "Texts", "check_base", "distill"]

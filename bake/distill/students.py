@@ -94,7 +94,7 @@ def _lora(model: Any, layers: range, rank: int) -> Student:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError(
-            'distill.student: "lora" needs peft; install bakeout[adapter], or take "full"'
+            'distill.student: "lora" needs peft, which is not installed; expected bakeout[adapter]'
         ) from error
     numbers = "|".join(map(str, layers))
     config = LoraConfig(

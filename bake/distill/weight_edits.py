@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,18 +32,6 @@ class Lesson:
     numbers: Sequence[int]
     """Of the rows."""
     teacher: Teacher
-
-
-@dataclass
-class _Written:
-    """What an MLP of a layer did to some tokens, as hooks see it."""
-
-    z: list[Tensor] = field(default_factory=list)
-    """[batch, seq, m]."""
-    y: list[Tensor] = field(default_factory=list)
-    """[batch, seq, d_in]: W z."""
-    out: list[Tensor] = field(default_factory=list)
-    """[batch, seq, d_in]: what is added to the residual stream."""
 
 
 @torch.no_grad()
@@ -93,21 +81,19 @@ def _wanted(
     ids, real = lesson.rows.batch(numbers).padded(model.device)
     module: Any = decoder_layers(model)[layer]
     after = getattr(module, "post_feedforward_layernorm", None)
-    seen = _Written()
+    seen: dict[str, Tensor] = {}
+
+    def keep(_: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["z"], seen["y"] = inputs[0], output
+
+    def keep_out(_: Any, __: Any, output: Tensor) -> None:
+        seen["out"] = output
+
     with ExitStack() as undo:
-        down = module.mlp.down_proj
-        undo.callback(
-            down.register_forward_hook(
-                lambda _, inputs, output: seen.z.append(inputs[0]) or seen.y.append(output)
-            ).remove
-        )
-        undo.callback(
-            (after or module.mlp)
-            .register_forward_hook(lambda _, __, output: seen.out.append(output))
-            .remove
-        )
+        undo.callback(module.mlp.down_proj.register_forward_hook(keep).remove)
+        undo.callback((after or module.mlp).register_forward_hook(keep_out).remove)
         h = read(model, ids, real, [layer]).hidden[layer].double()
-    z, y, out = (tensors[0][real].double() for tensors in (seen.z, seen.y, seen.out))
+    z, y, out = (seen[name][real].double() for name in ("z", "y", "out"))
     wanted = lesson.teacher.seen(numbers, model.device).hidden[layer].double() - (h - out)
     if after is not None:  # that direction, in the size that W z has
         wanted = wanted / _gain(after).double()
