@@ -1,4 +1,4 @@
-"""What distilling leaves of the clamp: against its teacher, against the base, in minutes and memory.
+"""What distilling leaves of the clamp: against teacher and base, in minutes and memory.
 
 On the shipped miniature, or on a recipe of yours. Each method writes a folder, which `verify` asks
 the recipe's questions and lets go on with its prompts. The memory of a step at gemma-2-2b's shape
@@ -35,6 +35,8 @@ GEMMA_2_2B = {"d": 2304, "layers": 26, "mlp": 9216, "q": 2048, "kv": 1024, "voca
 
 @dataclass(frozen=True)
 class Row:
+    """A line of the table."""
+
     name: str
     engine: EngineReport
     minutes: float | None = None
