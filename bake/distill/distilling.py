@@ -264,7 +264,7 @@ class Distilling:
         train(
             student.parameters,
             loss,
-            Schedule(n_steps, self.settings["learning_rate"]),
+            Schedule(n_steps, self.settings["learning_rate"], muon=student.muon),
             unfinished,
             lambda share: self.progress("train", share),
         )

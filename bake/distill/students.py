@@ -28,6 +28,8 @@ class Student:
     parameters: list[nn.Parameter]
     layers: range
     """Decoder layers whose weights change."""
+    muon: bool = False
+    """Whole matrices learn, by Muon."""
     finished: Callable[[], None] = lambda: None
     """Makes it a stock model again."""
 
@@ -67,7 +69,7 @@ def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, see
     parameters = [parameter for module in wanted for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    return Student(model, parameters, layers)
+    return Student(model, parameters, layers, muon=method.teaches)
 
 
 @torch.no_grad()
@@ -104,4 +106,4 @@ def _lora(model: Any, layers: range, rank: int) -> Student:
     )
     adapted = get_peft_model(model, config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    return Student(model, parameters, layers, adapted.merge_and_unload)
+    return Student(model, parameters, layers, finished=adapted.merge_and_unload)
