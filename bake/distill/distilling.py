@@ -21,12 +21,13 @@ from bake.distill.students import Student, layers_of, student_of
 from bake.distill.teachers import (
     ROWS_AT_ONCE,
     Teacher,
+    Transplant,
     clamp_sha256,
     head_of,
     read,
     teach,
 )
-from bake.distill.trainer import Schedule, train
+from bake.distill.trainer import Schedule, processes, train
 from bake.distill.unlearners import Unlearner, unlearner_of
 from bake.distill.weight_edits import Lesson, edit_features, fit_outputs
 from bake.errors import ModelError
@@ -158,6 +159,8 @@ class Distilling:
         head = head_of(model)
         plans = {side: self._plan(side) for side in SIDES}
         teachers = {side: self._teacher(model, side, plans[side]) for side in SIDES}
+        if self.method.teaches:
+            teachers["base"] = self._teacher(model, "base", plans["forget"])
         judges = {side: self._judge(model, side) for side in SIDES}
         self._edit(model)
         student = student_of(model, self.recipe, self.method, self.layers, self.seed)
@@ -187,8 +190,10 @@ class Distilling:
         return self.clamps if self.method.teaches and side == "forget" else []
 
     def _teacher(self, model: Any, side: str, plan: list[list[int]]) -> Teacher:
+        """Of a side's rows; `base`: the base on forget texts."""
         numbers = [number for batch in plan for number in batch]
-        return self._taught(model, side, self.texts[side].trained, numbers, self.watched)
+        rows = self.texts["forget" if side == "base" else side].trained
+        return self._taught(model, side, rows, numbers, self.watched)
 
     def _judge(self, model: Any, side: str) -> Judge:
         rows = self.texts[side].held_out
@@ -197,16 +202,17 @@ class Distilling:
     def _taught(
         self, model: Any, side: str, rows: Rows, numbers: Sequence[int], layers: Sequence[int]
     ) -> Teacher:
-        return teach(
-            model,
-            self._clamps(side),
-            rows,
-            numbers,
-            layers,
-            cache=self.cache,
-            about={"model": self.base_sha256},
-            progress=lambda share: self.progress(f"teacher on {side} text", share),
-        )
+        with processes().main_process_first():  # the others find it in the cache
+            return teach(
+                model,
+                self._clamps(side),
+                rows,
+                numbers,
+                layers,
+                cache=self.cache,
+                about={"model": self.base_sha256},
+                progress=lambda share: self.progress(f"teacher on {side} text", share),
+            )
 
     # ----------------------------------------------------------------------- closed forms
 
@@ -248,7 +254,7 @@ class Distilling:
 
         def loss(step: int) -> Tensor:
             numbers = {side: plans[side][step] for side in SIDES}
-            forget, retain = self._sides(student.model, numbers, teachers)
+            forget, retain = self._sides(student.model, numbers, teachers, step)
             return minimised(
                 Step(
                     forget=forget,
@@ -285,12 +291,14 @@ class Distilling:
         return of
 
     def _sides(
-        self, model: Any, numbers: dict[str, list[int]], teachers: dict[str, Teacher]
+        self,
+        model: Any,
+        numbers: dict[str, list[int]],
+        teachers: dict[str, Teacher],
+        step: int,
     ) -> list[Side]:
         """Both corpora's share of a step, in one forward."""
-        from accelerate import PartialState
-
-        world: Any = PartialState()
+        world = processes()
         # Fewer rows than processes: all take the same ones.
         own = {
             side: of[world.process_index :: world.num_processes] or of
@@ -298,7 +306,10 @@ class Distilling:
         }
         parts = [self.texts[side].trained.batch(own[side]) for side in SIDES]
         ids, real = Rows(tuple(row for part in parts for row in part.ids)).padded(model.device)
-        seen = read(model, ids, real, self.watched)
+        transplant = None
+        if "base" in teachers:
+            transplant = self._transplant(teachers["base"], own["forget"], real, step)
+        seen = read(model, ids, real, self.watched, transplant)
         found, start = [], 0
         for side, part in zip(SIDES, parts, strict=True):
             targets, rows = shifted(*part.padded(model.device))
@@ -307,6 +318,21 @@ class Distilling:
             found.append(Side(seen.part(tokens), taught, targets, rows))
             start = tokens.stop
         return found
+
+    def _transplant(
+        self, base: Teacher, numbers: list[int], real: Tensor, step: int
+    ) -> Transplant | None:
+        """In every other forget text the base's own residual stream, unclamped, in place of the
+        student's, at a layer that changes from step to step: what is behind must forget by itself,
+        or whoever brings the front back has it all back.
+        """
+        layers = self.watched[:-1] or self.watched
+        layer, moved = layers[step % len(layers)], numbers[1::2]
+        if not moved:
+            return None
+        at = torch.zeros_like(real)
+        at[1 : len(numbers) : 2] = real[1 : len(numbers) : 2]
+        return Transplant(layer, at, base.seen(moved, real.device).hidden[layer])
 
     def _key(self) -> str:
         about = {

@@ -49,7 +49,7 @@ def layers_of(recipe: Recipe, method: Unlearner, n_layers: int) -> range:
             )
         return range(named[0], named[1] + 1)
     if method.steers:
-        last = n_layers // 2
+        last = n_layers // 3
         return range(max(0, last + 1 - RMU_LAYERS), last + 1)
     return range(n_layers)
 
@@ -65,11 +65,21 @@ def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, see
         return _lora(model, layers, table.rank)
     if method.teaches and table.student == "disturbed":
         disturb(modules, table.noise, seed)
-    wanted = [module.mlp.down_proj if method.steers else module for module in modules]
+    wanted = [part for module in modules for part in _trained(module, method)]
     parameters = [parameter for module in wanted for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
     return Student(model, parameters, layers, muon=method.teaches)
+
+
+def _trained(module: Any, method: Unlearner) -> list[nn.Module]:
+    """What of a decoder layer a method trains. Where a norm decides how large an MLP's output is,
+    it goes with the output matrix: else RMU has nothing to push with.
+    """
+    if not method.steers:
+        return [module]
+    after = getattr(module, "post_feedforward_layernorm", None)
+    return [module.mlp.down_proj, *([] if after is None else [after])]
 
 
 @torch.no_grad()

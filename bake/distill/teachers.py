@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,24 @@ ROWS_AT_ONCE = 16
 """Rows of one forward."""
 
 
-def read(model: Any, ids: Tensor, real: Tensor, layers: Sequence[int]) -> Seen:
+@dataclass(frozen=True)
+class Transplant:
+    """What stands in place of a layer's output at some tokens."""
+
+    layer: int
+    at: Tensor
+    """[batch, seq] bool."""
+    hidden: Tensor
+    """[n, d_in], of those tokens in order."""
+
+
+def read(
+    model: Any,
+    ids: Tensor,
+    real: Tensor,
+    layers: Sequence[int],
+    transplant: Transplant | None = None,
+) -> Seen:
     """Run a model over rows that are padded on the right, without its output matrix.
 
     Args:
@@ -40,8 +58,17 @@ def read(model: Any, ids: Tensor, real: Tensor, layers: Sequence[int]) -> Seen:
         ids: [batch, seq].
         real: [batch, seq] bool.
         layers: whose outputs are wanted.
+        transplant: what a layer is made to give.
     """
     hidden: dict[int, Tensor] = {}
+
+    def put(_: Any, __: Any, output: Any) -> Any:
+        assert transplant is not None
+        h = output[0] if isinstance(output, tuple) else output
+        given = torch.zeros_like(h)
+        given[transplant.at] = transplant.hidden.to(h.dtype)
+        h = torch.where(transplant.at[..., None], given, h)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def keep(layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(_: Any, __: Any, output: Any) -> None:
@@ -51,6 +78,8 @@ def read(model: Any, ids: Tensor, real: Tensor, layers: Sequence[int]) -> Seen:
 
     modules = decoder_layers(model)
     with ExitStack() as undo:
+        if transplant is not None:
+            undo.callback(modules[transplant.layer].register_forward_hook(put).remove)
         for layer in layers:
             undo.callback(modules[layer].register_forward_hook(keep(layer)).remove)
         final = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

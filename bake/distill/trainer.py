@@ -49,6 +49,13 @@ class Schedule:
         return self.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * falling)
 
 
+def processes() -> Any:
+    """Accelerate's view of the processes that this one trains with; one of its own mostly."""
+    from accelerate import PartialState
+
+    return PartialState()
+
+
 def train(
     parameters: list[nn.Parameter],
     loss: Callable[[int], Tensor],
@@ -65,12 +72,12 @@ def train(
         unfinished: where the state is kept meanwhile. Whoever calls removes it in the end.
         progress: called with the share that is done.
     """
-    from accelerate import PartialState
     from accelerate.utils import reduce
 
-    world: Any = PartialState()
+    world = processes()
     optimizers = _optimizers(parameters, muon=schedule.muon)
     start = _resumed(unfinished, parameters, optimizers)
+    world.wait_for_everyone()  # before anybody saves
     save = unfinished.saver()
     for step in range(start, schedule.n_steps):
         for optimizer in optimizers:

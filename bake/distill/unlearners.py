@@ -36,8 +36,8 @@ class Unlearner:
     """The clamped model teaches it on forget text, and its student is the recipe's choice; else
     the base is looked at, and weights change where they are."""
     steers: bool = False
-    """It looks at one layer's output, and trains MLPs' output matrices of that layer and the two
-    before it."""
+    """It looks at one layer's output, and trains what MLPs write in that layer and the two before
+    it."""
 
 
 UNLEARNERS: dict[str, Unlearner] = {

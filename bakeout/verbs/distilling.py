@@ -61,6 +61,7 @@ def distill_into(
     plan = _planned(source, recipe, table, cache)
     check_output(out, inputs=[*plan.inputs, source], size=size_of_base(plan), force=force)
     from bake.distill.distilling import distill  # torch and transformers
+    from bake.distill.trainer import processes
 
     with progress("distill") as advance:
         distilled = distill(
@@ -75,6 +76,8 @@ def distill_into(
         )
         entry = describe_training(distilled, taught=unlearner.teaches)
         facts = facts_of_manifest(manifest_of_trained(plan, method, entry), plan.recipe)
+        if not processes().is_main_process:
+            return entry
         trained = TrainedPlan(plan, distilled)
         done = 0
 

@@ -29,7 +29,8 @@ def with_table(recipe: Recipe, **fields: Any) -> Recipe:
 def test_layers(recipe: Recipe) -> None:
     n = find_base(recipe).n_layers
     assert layers_of(recipe, UNLEARNERS["merged"], n) == range(4)
-    assert layers_of(recipe, UNLEARNERS["rmu"], n) == range(3)
+    assert layers_of(recipe, UNLEARNERS["rmu"], n) == range(2)
+    assert layers_of(recipe, UNLEARNERS["rmu"], 26) == range(6, 9)
     named = with_table(recipe, layers=[1, 3])
     assert {layers_of(named, method, n) for method in UNLEARNERS.values()} == {range(1, 4)}
     with pytest.raises(RecipeError, match=r"distill.layers: 2 to 4, but the model has 4 layers"):
@@ -72,10 +73,14 @@ def test_a_lora_is_merged_as_it_computed(recipe: Recipe) -> None:
     assert type(decoder_layers(model)[0].mlp.down_proj) is torch.nn.Linear
 
 
-def test_rmu_trains_output_matrices_of_mlps(recipe: Recipe) -> None:
+def test_rmu_trains_what_mlps_write(recipe: Recipe) -> None:
     model = load_base(recipe, dtype="float32")
     found = student_of(model, recipe, UNLEARNERS["rmu"], range(1, 3), seed=0)
-    expected = [decoder_layers(model)[layer].mlp.down_proj.weight for layer in (1, 2)]
+    expected = [
+        part.weight
+        for layer in decoder_layers(model)[1:3]
+        for part in (layer.mlp.down_proj, layer.post_feedforward_layernorm)
+    ]
     assert [id(p) for p in found.parameters] == [id(p) for p in expected]
 
 

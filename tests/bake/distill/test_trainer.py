@@ -35,20 +35,24 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[-1] == pytest.approx(FINAL_RATE * 0.5, rel=0.05)
 
 
-def test_it_minimises(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_it_minimises(tmp_path: Path, muon: bool) -> None:
     parameters, loss = problem()
     before = float(loss(0).detach())
-    train(parameters, lambda _: loss(0), Schedule(40, 0.1), Unfinished(tmp_path / "state"))
+    schedule = Schedule(40, 0.02 if muon else 0.1, muon)
+    train(parameters, lambda _: loss(0), schedule, Unfinished(tmp_path / "state"))
     assert float(loss(0).detach()) < 0.7 * before
 
 
+@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("killed_after", [0.3, 0.8])
 def test_a_killed_run_goes_on_to_the_same(
-    tmp_path: Path, killed_after: float, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, killed_after: float, muon: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bake.search.cache._SAVING_SHARE", 1e9)  # every step is saved
     whole, loss = problem()
-    train(whole, loss, Schedule(20, 0.1), Unfinished(tmp_path / "one"))
+    schedule = Schedule(20, 0.1, muon)
+    train(whole, loss, schedule, Unfinished(tmp_path / "one"))
 
     def kill(share: float) -> None:
         if share >= killed_after:
@@ -56,11 +60,11 @@ def test_a_killed_run_goes_on_to_the_same(
 
     cut, loss = problem()
     with pytest.raises(Killed):
-        train(cut, loss, Schedule(20, 0.1), Unfinished(tmp_path / "other"), kill)
+        train(cut, loss, schedule, Unfinished(tmp_path / "other"), kill)
     after_kill = [p.detach().clone() for p in cut]
     again, loss = problem()
     seen: list[float] = []
-    train(again, loss, Schedule(20, 0.1), Unfinished(tmp_path / "other"), seen.append)
+    train(again, loss, schedule, Unfinished(tmp_path / "other"), seen.append)
     assert seen[0] == pytest.approx(killed_after + 0.05)  # it did go on, not begin anew
     assert not torch.equal(after_kill[0], whole[0])
     assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
