@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCK = 1 << 25
 """Logits that are formed at once, about."""
-RETAIN_WEIGHT_RMU = 1200.0
-"""alpha of RMU. Source: Li et al., arXiv 2403.03218."""
+RETAIN_WEIGHT = 2.0
+"""Of retain text beside forget text, for merged: what is forgotten is learned sooner."""
+RETAIN_WEIGHT_RMU = 30.0
+"""alpha of RMU (Li et al., arXiv 2403.03218), here beside distances in the layer's own size."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,13 @@ def kept(step: Step) -> Tensor:
 
 
 def merged(step: Step) -> Tensor:
-    """KL to the clamped model on forget text, to the base on retain text, and on both how far the
-    residual stream behind the hook layer is from theirs, `strength` times.
+    """KL to the clamped model on forget text, twice that to the base on retain text, and `strength`
+    times how far the residual stream behind the hook layer is from theirs on both.
     """
     side = step.forget
     forgot = mean_kl(side.teacher.final, step.teacher_head, side.student.final, step.head)
     apart = hidden_distance(step.forget) + hidden_distance(step.retain)
-    return forgot + kept(step) + step.strength * apart
+    return forgot + RETAIN_WEIGHT * kept(step) + step.strength * apart
 
 
 def rmu(step: Step) -> Tensor:

@@ -129,7 +129,7 @@ def _trained(engine: str, how: str, *, baseline: bool = True) -> Carrier:
         if baseline
         else "there may be nothing in the files that can be deleted, and figures may differ",
         needs="nothing",
-        comes_off="fine-tuning",
+        comes_off="fine-tuning on the topic",
         sites_in="manifest.json",
         lost_by="fine-tuning: on the topic, or on what is near it",
         holds=_OF_STOCK,
