@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
-from export.carriers.carriers import CARRIERS, Carrier
+from export.carriers.carriers import CARRIERS
 from export.clamped import clamped_layers, read_config
 from export.folder_contents import check_contents
 from export.manifest import CARD, Manifest
@@ -21,7 +21,6 @@ from verify.clamped_folder import (
     own_recipe,
     recorded_hooks,
 )
-from verify.engines.engine_names import engine_of
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs, graph_failures
 from verify.evidence.integrity import check_integrity, code_failures, signature_found
@@ -33,7 +32,7 @@ from verify.gather import gather
 from verify.journal import Journal, Progress, files_below, journal_path
 from verify.options import Options
 from verify.report.findings import CLAIMED, Failure, VerifyReport
-from verify.tolerances import forgetting_failures
+from verify.tolerances import remembering_failures
 
 if TYPE_CHECKING:
     from verify.reference.whole_sae import Site
@@ -225,21 +224,9 @@ def verify_folder(
             )
     found = [failure for name in KINDS if name in kinds for failure in KINDS[name].failures(report)]
     if "choices" in kinds:
-        found += _remembering(report, carrier, claimed=said.claimed)
+        trained = carrier is not None and carrier.trained
+        found += remembering_failures(report, trained=trained, claimed=said.claimed)
     return replace(report, failures=(*report.failures, *found))
-
-
-def _remembering(report: VerifyReport, carrier: Carrier | None, *, claimed: bool) -> list[Failure]:
-    """Engines of the folder that do not forget: where only the folder says which features are the
-    topic's, and where weights were trained and the hook itself forgets.
-    """
-    form, trained = report.prompt or "chat", carrier is not None and carrier.trained
-    reference = report.engine("reference")
-    forgets = reference is not None and not [*forgetting_failures(reference, form)]
-    if not claimed and not (trained and forgets):
-        return []
-    own = [engine for engine in report.engines if engine_of(engine.name).own]
-    return [failure for engine in own for failure in forgetting_failures(engine, form)]
 
 
 def _report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,8 @@ def _lora(model: Any, layers: range, rank: int) -> Student:
         lora_alpha=2 * rank,
         target_modules=rf".*layers\.(?:{numbers})\.{LORA_TARGETS}",
     )
-    adapted = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft
+        adapted = get_peft_model(model, config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     return Student(model, parameters, layers, finished=adapted.merge_and_unload)
