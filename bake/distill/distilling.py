@@ -270,7 +270,7 @@ class Distilling:
         train(
             student.parameters,
             loss,
-            Schedule(n_steps, self.settings["learning_rate"], muon=student.muon),
+            Schedule(n_steps, self.settings["learning_rate"]),
             unfinished,
             lambda share: self.progress("train", share),
         )

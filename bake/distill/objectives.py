@@ -15,7 +15,7 @@ BLOCK = 1 << 25
 """Logits that are formed at once, about."""
 RETAIN_WEIGHT = 2.0
 """Of retain text beside forget text, for merged: what is forgotten is learned sooner."""
-RETAIN_WEIGHT_RMU = 30.0
+RETAIN_WEIGHT_RMU = 24.0
 """alpha of RMU (Li et al., arXiv 2403.03218), here beside distances in the layer's own size."""
 
 

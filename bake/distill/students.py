@@ -29,8 +29,6 @@ class Student:
     parameters: list[nn.Parameter]
     layers: range
     """Decoder layers whose weights change."""
-    muon: bool = False
-    """Whole matrices learn, by Muon."""
     finished: Callable[[], None] = lambda: None
     """Makes it a stock model again."""
 
@@ -70,7 +68,7 @@ def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, see
     parameters = [parameter for module in wanted for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    return Student(model, parameters, layers, muon=method.teaches)
+    return Student(model, parameters, layers)
 
 
 def _trained(module: Any, method: Unlearner) -> list[nn.Module]:

@@ -1,6 +1,4 @@
-"""The one loop that trains: a rate that warms up and falls, a state that survives a kill.
-
-AdamW; where whole matrices learn much, Muon for them, which took a third of the steps there.
+"""The one loop that trains: AdamW, a rate that warms up and falls, a state that survives a kill.
 
 Launched by `accelerate`, every process takes its share of each step's rows, and gradients are
 averaged.
@@ -25,8 +23,6 @@ FINAL_RATE = 0.02
 LARGEST_GRADIENT = 1.0
 """Its norm is cut to this."""
 BETAS = (0.9, 0.98)
-MUON_RATE = 5.0
-"""Muon's learning rate, in that of AdamW."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,6 @@ class Schedule:
     n_steps: int
     learning_rate: float
     """At its highest."""
-    muon: bool = False
-    """Matrices are trained by Muon."""
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -75,70 +69,47 @@ def train(
     from accelerate.utils import reduce
 
     world = processes()
-    optimizers = _optimizers(parameters, muon=schedule.muon)
-    start = _resumed(unfinished, parameters, optimizers)
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=BETAS, weight_decay=0.0)
+    start = _resumed(unfinished, parameters, optimizer)
     world.wait_for_everyone()  # before anybody saves
     save = unfinished.saver()
     for step in range(start, schedule.n_steps):
-        for optimizer in optimizers:
-            faster = MUON_RATE if isinstance(optimizer, torch.optim.Muon) else 1.0
-            for group in optimizer.param_groups:
-                group["lr"] = faster * schedule.rate(step)
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        optimizer.zero_grad()
         torch.autograd.backward(loss(step))
         if world.num_processes > 1:
             for parameter in parameters:
                 parameter.grad = reduce(parameter.grad, "mean")
         torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
         if world.is_main_process:
-            save(_state(step + 1, parameters, optimizers))
+            save(_state(step + 1, parameters, optimizer))
         progress((step + 1) / schedule.n_steps)
 
 
-def _optimizers(parameters: list[nn.Parameter], *, muon: bool) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in parameters if muon and p.ndim == 2]
-    known = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in known]
-    found: list[torch.optim.Optimizer] = []
-    if matrices:
-        found.append(torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0))
-    if others:
-        found.append(torch.optim.AdamW(others, lr=1.0, betas=BETAS, weight_decay=0.0))
-    return found
-
-
 def _state(
-    step: int, parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer]
+    step: int, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     found = {"step": torch.tensor(step)}
     for i, parameter in enumerate(parameters):
         found[f"{i}"] = parameter.detach()
-        for optimizer in optimizers:
-            moments = optimizer.state.get(parameter, {})
-            found |= {f"{i}.{name}": moment for name, moment in moments.items()}
+        found |= {f"{i}.{name}": moment for name, moment in optimizer.state[parameter].items()}
     return found
 
 
 def _resumed(
-    unfinished: Unfinished,
-    parameters: list[nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
+    unfinished: Unfinished, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> int:
-    """Changes parameters and optimizers to what was last saved; how many steps that was."""
+    """Changes parameters and optimizer to what was last saved; how many steps that was."""
     state = unfinished.load()
     if state is None:
         return 0
-    numbers = {id(parameter): i for i, parameter in enumerate(parameters)}
     with torch.no_grad():
         for i, parameter in enumerate(parameters):
             parameter.copy_(state[f"{i}"])
-    for optimizer in optimizers:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            before = f"{numbers[id(parameter)]}."
-            for key in (key for key in state if key.startswith(before)):
-                name = key.removeprefix(before)
+            for key in (key for key in state if key.startswith(f"{i}.")):
+                name = key.removeprefix(f"{i}.")
                 moment = state[key] if name == "step" else state[key].to(parameter.device)
                 optimizer.state[parameter][name] = moment
     return int(state["step"])

@@ -55,10 +55,10 @@ UNLEARNERS: dict[str, Unlearner] = {
         "a layer's output is steered to a random direction on forget text, held on retain text "
         "(arXiv 2403.03218)",
         objectives.rmu,
-        strength=6.5,
+        strength=100.0,
         strength_is="length of that direction, in root mean squares of the layer's output",
-        steps=150,
-        learning_rate=1e-3,
+        steps=300,
+        learning_rate=1e-2,
         steers=True,
     ),
     "gradient-difference": Unlearner(

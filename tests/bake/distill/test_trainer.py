@@ -35,23 +35,21 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[-1] == pytest.approx(FINAL_RATE * 0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_it_minimises(tmp_path: Path, muon: bool) -> None:
+def test_it_minimises(tmp_path: Path) -> None:
     parameters, loss = problem()
     before = float(loss(0).detach())
-    schedule = Schedule(40, 0.02 if muon else 0.1, muon)
+    schedule = Schedule(40, 0.1)
     train(parameters, lambda _: loss(0), schedule, Unfinished(tmp_path / "state"))
     assert float(loss(0).detach()) < 0.7 * before
 
 
-@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("killed_after", [0.3, 0.8])
 def test_a_killed_run_goes_on_to_the_same(
-    tmp_path: Path, killed_after: float, muon: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, killed_after: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bake.search.cache._SAVING_SHARE", 1e9)  # every step is saved
     whole, loss = problem()
-    schedule = Schedule(20, 0.1, muon)
+    schedule = Schedule(20, 0.1)
     train(whole, loss, schedule, Unfinished(tmp_path / "one"))
 
     def kill(share: float) -> None:
