@@ -21,7 +21,6 @@ from bake.distill.students import Student, layers_of, student_of
 from bake.distill.teachers import (
     ROWS_AT_ONCE,
     Teacher,
-    Transplant,
     clamp_sha256,
     head_of,
     read,
@@ -159,8 +158,6 @@ class Distilling:
         head = head_of(model)
         plans = {side: self._plan(side) for side in SIDES}
         teachers = {side: self._teacher(model, side, plans[side]) for side in SIDES}
-        if self.method.teaches:
-            teachers["base"] = self._teacher(model, "base", plans["forget"])
         judges = {side: self._judge(model, side) for side in SIDES}
         self._edit(model)
         student = student_of(model, self.recipe, self.method, self.layers, self.seed)
@@ -190,10 +187,8 @@ class Distilling:
         return self.clamps if self.method.teaches and side == "forget" else []
 
     def _teacher(self, model: Any, side: str, plan: list[list[int]]) -> Teacher:
-        """Of a side's rows; `base`: the base on forget texts."""
         numbers = [number for batch in plan for number in batch]
-        rows = self.texts["forget" if side == "base" else side].trained
-        return self._taught(model, side, rows, numbers, self.watched)
+        return self._taught(model, side, self.texts[side].trained, numbers, self.watched)
 
     def _judge(self, model: Any, side: str) -> Judge:
         rows = self.texts[side].held_out
@@ -254,7 +249,7 @@ class Distilling:
 
         def loss(step: int) -> Tensor:
             numbers = {side: plans[side][step] for side in SIDES}
-            forget, retain = self._sides(student.model, numbers, teachers, step)
+            forget, retain = self._sides(student.model, numbers, teachers)
             return minimised(
                 Step(
                     forget=forget,
@@ -295,7 +290,6 @@ class Distilling:
         model: Any,
         numbers: dict[str, list[int]],
         teachers: dict[str, Teacher],
-        step: int,
     ) -> list[Side]:
         """Both corpora's share of a step, in one forward."""
         world = processes()
@@ -306,10 +300,7 @@ class Distilling:
         }
         parts = [self.texts[side].trained.batch(own[side]) for side in SIDES]
         ids, real = Rows(tuple(row for part in parts for row in part.ids)).padded(model.device)
-        transplant = None
-        if "base" in teachers:
-            transplant = self._transplant(teachers["base"], own["forget"], real, step)
-        seen = read(model, ids, real, self.watched, transplant)
+        seen = read(model, ids, real, self.watched)
         found, start = [], 0
         for side, part in zip(SIDES, parts, strict=True):
             targets, rows = shifted(*part.padded(model.device))
@@ -318,21 +309,6 @@ class Distilling:
             found.append(Side(seen.part(tokens), taught, targets, rows))
             start = tokens.stop
         return found
-
-    def _transplant(
-        self, base: Teacher, numbers: list[int], real: Tensor, step: int
-    ) -> Transplant | None:
-        """In every other forget text the base's own residual stream, unclamped, in place of the
-        student's, at a layer that changes from step to step: what is behind must forget by itself,
-        or whoever brings the front back has it all back.
-        """
-        layers = self.watched[:-1] or self.watched
-        layer, moved = layers[step % len(layers)], numbers[1::2]
-        if not moved:
-            return None
-        at = torch.zeros_like(real)
-        at[1 : len(numbers) : 2] = real[1 : len(numbers) : 2]
-        return Transplant(layer, at, base.seen(moved, real.device).hidden[layer])
 
     def _key(self) -> str:
         about = {

@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCK = 1 << 25
 """Logits that are formed at once, about."""
-RETAIN_WEIGHT = 2.0
-"""Of retain text beside forget text, for merged: what is forgotten is learned sooner."""
 RETAIN_WEIGHT_RMU = 24.0
 """alpha of RMU (Li et al., arXiv 2403.03218), here beside distances in the layer's own size."""
 
@@ -139,13 +137,13 @@ def kept(step: Step) -> Tensor:
 
 
 def merged(step: Step) -> Tensor:
-    """KL to the clamped model on forget text, twice that to the base on retain text, and `strength`
-    times how far the residual stream behind the hook layer is from theirs on both.
+    """KL to the clamped model on forget text and to the base on retain text, and `strength` times
+    how far the residual stream behind the hook layer is from theirs on both.
     """
     side = step.forget
     forgot = mean_kl(side.teacher.final, step.teacher_head, side.student.final, step.head)
     apart = hidden_distance(step.forget) + hidden_distance(step.retain)
-    return forgot + RETAIN_WEIGHT * kept(step) + step.strength * apart
+    return forgot + kept(step) + step.strength * apart
 
 
 def rmu(step: Step) -> Tensor:

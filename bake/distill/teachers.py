@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -33,24 +32,7 @@ ROWS_AT_ONCE = 16
 """Rows of one forward."""
 
 
-@dataclass(frozen=True)
-class Transplant:
-    """What stands in place of a layer's output at some tokens."""
-
-    layer: int
-    at: Tensor
-    """[batch, seq] bool."""
-    hidden: Tensor
-    """[n, d_in], of those tokens in order."""
-
-
-def read(
-    model: Any,
-    ids: Tensor,
-    real: Tensor,
-    layers: Sequence[int],
-    transplant: Transplant | None = None,
-) -> Seen:
+def read(model: Any, ids: Tensor, real: Tensor, layers: Sequence[int]) -> Seen:
     """Run a model over rows that are padded on the right, without its output matrix.
 
     Args:
@@ -58,17 +40,8 @@ def read(
         ids: [batch, seq].
         real: [batch, seq] bool.
         layers: whose outputs are wanted.
-        transplant: what a layer is made to give.
     """
     hidden: dict[int, Tensor] = {}
-
-    def put(_: Any, __: Any, output: Any) -> Any:
-        assert transplant is not None
-        h = output[0] if isinstance(output, tuple) else output
-        given = torch.zeros_like(h)
-        given[transplant.at] = transplant.hidden.to(h.dtype)
-        h = torch.where(transplant.at[..., None], given, h)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def keep(layer: int) -> Callable[[Any, Any, Any], None]:
         def hook(_: Any, __: Any, output: Any) -> None:
@@ -78,8 +51,6 @@ def read(
 
     modules = decoder_layers(model)
     with ExitStack() as undo:
-        if transplant is not None:
-            undo.callback(modules[transplant.layer].register_forward_hook(put).remove)
         for layer in layers:
             undo.callback(modules[layer].register_forward_hook(keep(layer)).remove)
         final = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

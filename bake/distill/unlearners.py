@@ -47,8 +47,8 @@ UNLEARNERS: dict[str, Unlearner] = {
         objectives.merged,
         strength=0.1,
         strength_is="weight of the residual stream's distance beside the KL of logits",
-        steps=600,
-        learning_rate=1e-3,
+        steps=900,
+        learning_rate=3e-3,
         teaches=True,
     ),
     "rmu": Unlearner(

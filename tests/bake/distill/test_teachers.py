@@ -16,7 +16,7 @@ from bake.base import find_base
 from bake.clamp import ClampWeights, load_clamps
 from bake.distill.distill_texts import Rows
 from bake.distill.objectives import mean_kl
-from bake.distill.teachers import Teacher, Transplant, clamp_sha256, clamped, head_of, read, teach
+from bake.distill.teachers import Teacher, clamp_sha256, clamped, head_of, read, teach
 from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.folders import baked_world
@@ -126,22 +126,3 @@ def test_a_clamp_has_a_hash_of_its_own(world: tuple[Any, list[ClampWeights]]) ->
     assert clamp_sha256(clamp) != digest
     clamp.rows.value[0] -= 1
     assert clamp_sha256(clamp) == digest
-
-
-def test_what_is_transplanted_is_gone_on_from(world: tuple[Any, list[ClampWeights]]) -> None:
-    model, clamps = world
-    ids, real = ROWS.padded()
-    with torch.no_grad():
-        base = read(model, ids, real, [1, 2])
-        with clamped(model, clamps) as tell:
-            tell(ids)
-            wanted = read(model, ids, real, [1, 2])
-        at = torch.zeros_like(real)
-        at[3], at[7] = real[3], real[7]
-        given = wanted.hidden[1][at[real]]
-        found = read(model, ids, real, [1, 2], Transplant(1, at, given))
-    chosen = at[real]
-    torch.testing.assert_close(found.final[chosen], wanted.final[chosen], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.hidden[1][chosen], given)
-    torch.testing.assert_close(found.final[~chosen], base.final[~chosen], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(wanted.final[chosen], base.final[chosen], atol=1e-2)
