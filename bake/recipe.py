@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from bake.distill.distill_table import Distill
 from bake.errors import RecipeError
 from bake.methods import METHODS, own_fields
 from bake.sources import (
@@ -233,6 +234,8 @@ class Recipe(Table):
     """One table per hook point."""
     select: Select | None = None
     """Needed where features = "select"."""
+    distill: Distill | None = None
+    """How a model that forgets by itself is trained, and on what."""
     verify: Verify | None = None
     """What the exported model is measured on."""
 
@@ -257,6 +260,11 @@ class Recipe(Table):
     def selects(self) -> bool:
         """Whether a table leaves its features to be selected."""
         return any(clamp.features == "select" for clamp in self.clamp)
+
+    @property
+    def distill_table(self) -> Distill:
+        """[distill], or what it says where nothing is written."""
+        return self.distill or Distill()
 
     @property
     def folder(self) -> Path:
@@ -301,6 +309,8 @@ class Recipe(Table):
             s = self.select
             sources += [s.forget, s.retain]
             sources += [q for q in (s.forget_questions, s.retain_questions) if q is not None]
+        if (d := self.distill) is not None:
+            sources += [s for s in (d.forget, d.retain) if s is not None]
         saes = [clamp.sae.path for clamp in self.clamp]
         names = [self.base.model, *saes, *(s.path or s.dataset for s in sources)]
         paths = [self.local(name) for name in names if name is not None]

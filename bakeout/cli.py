@@ -48,6 +48,12 @@ VERBS: dict[str, Verb] = {
         "convert",
         "Write a GGUF file's Gemma as a base model's folder: bfloat16 weights, config, tokenizer.",
     ),
+    "distill": Verb(
+        "distilling",
+        "distill",
+        "Train a stock checkpoint to forget by itself: no part to delete, and nothing exact.",
+        goes_on=True,
+    ),
     "export": Verb("exporting", "app", "Carry a clamped checkpoint's clamp in another form."),
     "select": Verb(
         "selecting",

@@ -25,7 +25,7 @@ from bake.errors import short
 from bake.new_folder import write_whole
 from export.carriers.carriers import CARRIERS, claim_of
 from export.code_check import check_code
-from export.manifest import ClampEntry, CompiledEntry, Manifest
+from export.manifest import ClampEntry, CompiledEntry, DistilledEntry, Manifest
 from verify.evidence.kinds import lines_of
 from verify.report.findings import CLAIMED, EngineReport, VerifyReport
 from verify.report.measures import Completion, Completions, Continuation
@@ -237,6 +237,7 @@ def show_folder(folder: Path) -> None:
         ("base", manifest.base.title),
         *((f"clamp, layer {clamp.layer}", _clamp_text(clamp)) for clamp in manifest.clamps),
         *compiled_lines(manifest.compiled),
+        *distilled_lines(manifest.distilled),
         *([("lost by", carrier.lost_by)] if carrier is not None else []),
         ("recipe sha256", manifest.recipe_sha256),
         ("made with", ", ".join(f"{name} {v}" for name, v in manifest.tools.items())),
@@ -267,6 +268,23 @@ def compiled_lines(compiled: CompiledEntry | None) -> list[tuple[str, str]]:
             )
         )
     return lines
+
+
+def distilled_lines(distilled: DistilledEntry | None) -> list[tuple[str, str]]:
+    """What a trained folder's manifest says about its training; nothing for other folders."""
+    if distilled is None:
+        return []
+    found = distilled.held_out
+    settings = ", ".join(f"{key} {short(str(value))}" for key, value in distilled.settings.items())
+    return [
+        ("trained", f"seed {distilled.seed}; {settings}"),
+        (
+            "held out",
+            f"{found.retain_kl:.4f} nats per token from the base on retain text "
+            f"({found.retain_tokens:,} tokens), {found.forget_kl:.4f} from "
+            f"{short(distilled.teacher)} on forget text ({found.forget_tokens:,})",
+        ),
+    ]
 
 
 def _clamp_text(clamp: ClampEntry) -> str:

@@ -172,7 +172,8 @@ def open_clamped(folder: Path, *, with_graphs: bool = False) -> Clamped:
     manifest = Manifest.read(folder)
     check_code(folder, manifest)
     carrier = CARRIERS.get(manifest.carrier)
-    if carrier is None or not (carrier.own_code or (with_graphs and not carrier.over_base)):
+    graphs = carrier is not None and with_graphs and not (carrier.over_base or carrier.trained)
+    if carrier is None or not (carrier.own_code or graphs):
         raise FolderError(
             f"{folder}: is an export already (carrier {manifest.carrier}); expected a "
             "clamped checkpoint, as `bakeout bake` writes it"
@@ -288,7 +289,7 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
         FolderError: the file that says so is missing, not readable, or does not say it.
     """
     path = folder / CARRIERS[carrier].sites_in
-    config = _compiled_config(folder) if path.name == MANIFEST else read_json(path)
+    config = _stock_config(folder, carrier) if path.name == MANIFEST else read_json(path)
     _check_fields(path, config)
     try:
         sites = config["sae_clamp"]["sites"]
@@ -318,20 +319,20 @@ def clamped_layers(config: dict[str, Any]) -> list[int]:
     return sorted(site["layer"] for site in config["sae_clamp"]["sites"])
 
 
-def _compiled_config(folder: Path) -> dict[str, Any]:
-    """What a compiled folder says of its base: its own config.json less what was added."""
+def _stock_config(folder: Path, carrier: str) -> dict[str, Any]:
+    """What a folder of stock classes says of its base: its own config.json less what was added."""
     manifest, config = Manifest.read(folder), read_json(folder / "config.json")
-    added = manifest.compiled
     _check_fields(folder / "config.json", config)
-    if added is None or config.get("hidden_size") != added.hidden_size[1]:
-        raise FolderError(
-            f"{folder / MANIFEST}: does not say where its clamps sit in a model of hidden_size "
-            f"{config.get('hidden_size')}, which config.json states; {AGAIN}"
-        )
-    return {
-        "hidden_size": added.hidden_size[0],
-        "num_hidden_layers": (config.get("num_hidden_layers") or 0) - added.layers_added,
-        "vocab_size": config.get("vocab_size"),
-        "dtype": added.dtype,
-        "sae_clamp": {"sites": [{"layer": clamp.layer} for clamp in manifest.clamps]},
-    }
+    sizes = {key: config.get(key) for key in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    sizes |= {"dtype": config.get("dtype") or config.get("torch_dtype")}
+    if not CARRIERS[carrier].trained:
+        added = manifest.compiled
+        if added is None or sizes["hidden_size"] != added.hidden_size[1]:
+            raise FolderError(
+                f"{folder / MANIFEST}: does not say where its clamps sit in a model of hidden_size "
+                f"{sizes['hidden_size']}, which config.json states; {AGAIN}"
+            )
+        depth = (sizes["num_hidden_layers"] or 0) - added.layers_added
+        sizes |= {"hidden_size": added.hidden_size[0], "num_hidden_layers": depth}
+        sizes |= {"dtype": added.dtype}
+    return sizes | {"sae_clamp": {"sites": [{"layer": c.layer} for c in manifest.clamps]}}

@@ -112,6 +112,31 @@ class CompiledEntry(Part):
     sites: list[LayersEntry] = Field(min_length=1)
 
 
+class HeldOutEntry(Part):
+    """How far trained weights are from their teachers, on texts that they were not trained on."""
+
+    forget_kl: float
+    """nats per token, like the next."""
+    retain_kl: float
+    forget_tokens: int
+    retain_tokens: int
+
+
+class DistilledEntry(Part):
+    """How weights came to forget."""
+
+    teacher: str
+    """What `forget_kl` is the distance from: the clamped model, or the base."""
+    settings: dict[str, Any] = Field(max_length=64)
+    """By the names of [distill]'s fields."""
+    seed: int
+    base_sha256: Sha256
+    """Of the base's config and weights."""
+    texts: dict[str, Sha256] = Field(max_length=8)
+    """Of each side's tokens."""
+    held_out: HeldOutEntry
+
+
 class Manifest(Part):
     """What a folder says about itself."""
 
@@ -132,6 +157,7 @@ class Manifest(Part):
     files: dict[str, Sha256] = Field(min_length=1)
     """Every other file of the folder, by its name with forward slashes, and its sha256."""
     compiled: CompiledEntry | None = None
+    distilled: DistilledEntry | None = None
     in_place: dict[str, Sha256] = {}
     """While files are written into the folder, and after the writer was killed: the hashes that
     they will have. Until then each is as `files` lists it, or is not there."""

@@ -13,7 +13,7 @@ from bake.clamp import ClampWeights, sae_name
 from bake.recipe import Clamp, Recipe, Verify
 from bake.sources import layer_of
 from export.folder_contents import check_contents, recipe_in
-from export.manifest import CompiledEntry, Manifest
+from export.manifest import CompiledEntry, DistilledEntry, Manifest
 
 GEMMA_SCOPE = (
     "Gemma Scope, by Google DeepMind (Lieberum et al., arXiv 2408.05147), licensed CC BY 4.0"
@@ -65,6 +65,8 @@ class CardFacts:
     """What stands in place of a figure that there is not."""
     compiled: CompiledEntry | None = None
     """What a compiled folder's manifest says of its layers."""
+    distilled: DistilledEntry | None = None
+    """What a trained folder's manifest says of its training."""
 
 
 def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> CardFacts:
@@ -125,6 +127,7 @@ def facts_of_manifest(
         verify=recipe.verify,
         unmeasured=unmeasured,
         compiled=manifest.compiled,
+        distilled=manifest.distilled,
     )
 
 

@@ -21,6 +21,8 @@ from tests.worlds import (
     tiny_base,
     tiny_sae,
     tiny_tokenizer,
+    tiny_words,
+    write_jsonl,
     write_questions,
     write_texts,
 )
@@ -96,6 +98,19 @@ def write_verify_recipe(path: Path, *clamps: dict[str, Any], **base: Any) -> Pat
     data = {"schema": 1, "base": base, "clamp": list(clamps), "verify": verify}
     path.write_text(tomli_w.dumps(data))
     return path
+
+
+def distill_world(folder: Path, **table: Any) -> Path:
+    """`baked_world`, with texts and a [distill] table of a few steps; gives the folder."""
+    baked_world(folder, [1, 5, 9])
+    for seed, side in enumerate(("forget", "retain")):
+        texts = [{"text": tiny_words(14 + n % 5, 100 * seed + n)} for n in range(24)]
+        write_jsonl(folder / f"{side}_texts.jsonl", texts)
+    corpora = {side: {"path": f"{side}_texts.jsonl"} for side in ("forget", "retain")}
+    data = tomllib.loads((folder / "recipe.toml").read_text())
+    data["distill"] = {**corpora, "seq_len": 32, "batch_size": 4, "steps": 3, **table}
+    (folder / "recipe.toml").write_text(tomli_w.dumps(data))
+    return folder
 
 
 def recipe_variant(work: Path, name: str, change: Callable[[dict[str, Any]], None]) -> Recipe:

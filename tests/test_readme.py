@@ -90,5 +90,7 @@ def test_the_tables_are_those_of_the_code() -> None:
         parameters = ", ".join(f"`{field}`" for field in (*method.fields, "trigger"))
         expected[name] = f"{method.becomes} | {parameters}"
     for name, c in CARRIERS.items():
+        if c.baseline:
+            continue  # docs/distilled.md lists those
         expected[name] = f"{c.takes} | {c.claim} | {c.needs} | {c.comes_off}"
     assert said == expected

@@ -122,7 +122,8 @@ def gather(
             if "known" in kinds:
                 work.known  # noqa: B018  beside the engine, which has the other threads
         report = _with_firings(report, work, asks=asks)
-        compiled = not CARRIERS[engines.carrier].strips and (folder / INDEX).is_file()
+        carrier = CARRIERS[engines.carrier]
+        compiled = not (carrier.strips or carrier.trained) and (folder / INDEX).is_file()
         if "parity" in kinds and compiled:
             with as_damaged(folder):
                 tried = tuple(trial_failures(folder, recipe, hooked))

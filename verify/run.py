@@ -21,7 +21,6 @@ from verify.clamped_folder import (
     own_recipe,
     recorded_hooks,
 )
-from verify.engines.engine_names import engine_of
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs, graph_failures
 from verify.evidence.integrity import check_integrity, code_failures, signature_found
@@ -33,7 +32,7 @@ from verify.gather import gather
 from verify.journal import Journal, Progress, files_below, journal_path
 from verify.options import Options
 from verify.report.findings import CLAIMED, Failure, VerifyReport
-from verify.tolerances import forgetting_failures
+from verify.tolerances import remembering_failures
 
 if TYPE_CHECKING:
     from verify.reference.whole_sae import Site
@@ -224,10 +223,9 @@ def verify_folder(
                 folder, recipe, report, measured, tell, engines, journal, options, sites
             )
     found = [failure for name in KINDS if name in kinds for failure in KINDS[name].failures(report)]
-    if said.claimed and "choices" in kinds:
-        for engine in report.engines:
-            if engine_of(engine.name).own:
-                found += forgetting_failures(engine, report.prompt or "chat")
+    if "choices" in kinds:
+        trained = carrier is not None and carrier.trained
+        found += remembering_failures(report, trained=trained, claimed=said.claimed)
     return replace(report, failures=(*report.failures, *found))
 
 

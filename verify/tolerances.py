@@ -15,7 +15,14 @@ from math import inf
 from bake.rounding import BAR, EPSILON, MIN_EFFECT
 from export.carriers.carriers import CARRIERS
 from verify.engines.engine_names import engine_of
-from verify.report.findings import EngineReport, Failure, Parity, Rounding, Witnessed
+from verify.report.findings import (
+    EngineReport,
+    Failure,
+    Parity,
+    Rounding,
+    VerifyReport,
+    Witnessed,
+)
 
 TYPICAL_BAR = 3.0
 """How many roundings an engine may be away on the average: the root of its mean KL over the mean KL
@@ -140,6 +147,23 @@ def forgetting_failures(engine: EngineReport, form: str) -> Iterator[Failure]:
             what = f"forget questions lost less gained ({form}, p = {change.p_value:.2g})"
             bar = f"more than 0, p at most {CHANCE}"
             yield Failure("forgetting", engine.name, what, change.lost - change.gained, bar)
+
+
+def remembering_failures(report: VerifyReport, *, trained: bool, claimed: bool) -> list[Failure]:
+    """Engines of a folder that do not forget.
+
+    Args:
+        report: with answers.
+        trained: the folder's weights were trained. They have to forget where the hook itself does:
+            where its answers are chance's, theirs say nothing.
+        claimed: only the folder says which features are the topic's.
+    """
+    form, reference = report.prompt or "chat", report.engine("reference")
+    forgets = reference is not None and not [*forgetting_failures(reference, form)]
+    if not claimed and not (trained and forgets):
+        return []
+    own = [engine for engine in report.engines if engine_of(engine.name).own]
+    return [failure for engine in own for failure in forgetting_failures(engine, form)]
 
 
 def loss_bar(sensitivity: float) -> float:

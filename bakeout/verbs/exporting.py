@@ -10,6 +10,7 @@ import typer
 from bake.new_folder import check_output
 from bakeout.terminal import compiled_lines, progress
 from bakeout.verbs.arguments import FolderPath
+from bakeout.verbs.distilling import Device, Force, OfFolder, Out, Seed, distill_into, said
 from export.carriers.adapter import write_adapter
 from export.carriers.carriers import CARRIERS
 from export.carriers.compiled.compiling import describe, plan_compiled, write_compiled
@@ -132,3 +133,17 @@ def adapter(
 ) -> None:
     """Write the clamp as a PEFT adapter: no weights of the base."""
     typer.echo(f"{export_adapter(folder, out, force=force)}\nwritten to {out}")
+
+
+@app.command()
+def merged(
+    folder: FolderPath,
+    out: Out,
+    recipe: OfFolder = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    force: Force = False,
+) -> None:
+    """Train stock weights to do what the clamp does: an approximation, as `bakeout distill`."""
+    entry = distill_into(folder, out, recipe=recipe, seed=seed, device=device, force=force)
+    typer.echo(f"{said(entry)}\nwritten to {out}")

@@ -28,6 +28,7 @@ OF_BASE = "|".join(
 )
 """What a base brings along beside its weights and config: a pattern of names."""
 _ADDED = r"README\.md|witnesses\.npz|genai_config\.json"
+_OF_STOCK = rf"config\.json|recipe\.toml|README\.md|model\.safetensors\.index\.json|{OF_BASE}"
 _OF_MODEL = rf"config\.json|recipe\.toml|model\.safetensors\.index\.json|{OF_BASE}|{_ADDED}"
 
 
@@ -74,6 +75,11 @@ class Carrier:
     classes of ours."""
     over_base: bool = False
     """It holds no weights of the base: peft loads it over one, with bakeout imported."""
+    trained: bool = False
+    """Its weights were trained or edited: there is no clamp in it, so nothing exact can be made of
+    it, and it is held to what it forgets and not to rounding."""
+    baseline: bool = False
+    """It is there to compare with, and not to be taken."""
     edge_flips: float = 0.0
     """Share of the answers that may be given otherwise, at edges of its own that the reference does
     not know; but always one."""
@@ -91,7 +97,7 @@ class Carrier:
     def may_hold(self, name: str) -> bool:
         """Whether such a folder may hold a file, shards apart."""
         known = re.fullmatch(self.holds, name) is not None
-        return known or (not self.over_base and is_graph(name))
+        return known or (not (self.over_base or self.trained) and is_graph(name))
 
 
 def loading_code(folder: str, *, own_code: bool) -> str:
@@ -112,6 +118,35 @@ def loading_code(folder: str, *, own_code: bool) -> str:
 
 def _block(code: str) -> str:
     return f"```python\n{code}```\n"
+
+
+def _trained(engine: str, how: str, *, baseline: bool = True) -> Carrier:
+    """A stock checkpoint of the base's own shape, with other numbers in it."""
+    return Carrier(
+        engine=engine,
+        claim="an approximation",
+        takes="to compare with"
+        if baseline
+        else "there may be nothing in the files that can be deleted, and figures may differ",
+        needs="nothing",
+        comes_off="fine-tuning on the topic",
+        sites_in="manifest.json",
+        lost_by="fine-tuning: on the topic, or on what is near it",
+        holds=_OF_STOCK,
+        trained=True,
+        baseline=baseline,
+        card=f"""\
+There is no clamp in these files: the weights themselves were changed ({how}). It is a stock
+checkpoint, and **an approximation**: it resembles what the clamp computes, and is measured and not
+proved.
+{{% if facts.distilled %}}
+It began as {{{{ facts.base|text }}}}; on texts that it was not trained on it is {{{{ "%.4f"|format(facts.distilled.held_out.retain_kl) }}}} nats per
+token (KL) from the base on what is to be kept, and {{{{ "%.4f"|format(facts.distilled.held_out.forget_kl) }}}} from {{{{ facts.distilled.teacher|text }}}} on what is to
+be forgotten. Settings: {{% for k, v in facts.distilled.settings.items() %}}{{{{ k|text }}}} {{{{ v|text }}}}, {{% endfor %}}seed {{{{ facts.distilled.seed }}}}.
+{{% endif %}}
+""",  # noqa: E501
+        loading=_block(loading_code("FOLDER", own_code=False)),
+    )
 
 
 CARRIERS: dict[str, Carrier] = {
@@ -219,6 +254,13 @@ model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained({{ facts.base|tojson }})
 ```
 """,
+    ),
+    "merged": _trained("merged", "they learned the clamped model's outputs", baseline=False),
+    "rmu": _trained("rmu", "RMU, arXiv 2403.03218"),
+    "gradient-difference": _trained("gradient-difference", "gradient difference, arXiv 2203.12817"),
+    "npo": _trained("npo", "NPO, arXiv 2404.05868"),
+    "sae-edit": _trained(
+        "sae-edit", "MLPs no longer write the clamped features, after arXiv 2505.22586"
     ),
 }
 """By the name that stands in a folder's manifest."""

@@ -62,7 +62,7 @@ class CheckpointPlan:
     def copies(self) -> list[tuple[Path, str]]:
         """Files of the base that are copied, and their names in the checkpoint."""
         folder = self.base.folder
-        shards = [(folder / shard, _shard_name(shard)) for shard in self.base.shards]
+        shards = [(folder / shard, shard_name(shard)) for shard in self.base.shards]
         return shards + companions(folder)
 
     @property
@@ -305,7 +305,7 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
 
 
 def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
-    weight_map = {key: _shard_name(shard) for key, shard in base.weight_map.items()}
+    weight_map = {key: shard_name(shard) for key, shard in base.weight_map.items()}
     weight_map |= dict.fromkeys(tensors, CLAMP_SHARD)
     size = sum((base.folder / shard).stat().st_size for shard in base.shards)
     return {
@@ -314,5 +314,6 @@ def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shard_name(shard: str) -> str:
+def shard_name(shard: str) -> str:
+    """What a base's weight file is called in a folder."""
     return RENAMED_WEIGHTS if shard == WEIGHTS else shard

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from bake.distill.distill_table import Distill
+from bake.distill.distilling import HeldOut, distill
 from bake.questions.answers import letter_tokens
 from bake.questions.multiple_choice import load_questions
 from bake.recipe import Recipe
@@ -20,6 +22,7 @@ from bake.stock import load_base, load_tokenizer
 from bakeout.miniature.making.build import corpora_of, pick
 from bakeout.miniature.making.shipping import write_questions, write_recipe, write_texts
 from bakeout.miniature.making.world import build_world, question_splits
+from bakeout.verbs.baking import planned
 from bakeout.verbs.demo import MINIATURE, run_demo
 from verify.engines.runners import HookedRunner
 from verify.evidence.completions import complete
@@ -188,3 +191,17 @@ def test_it_completes_its_topic_until_it_is_clamped(tmp_path: Path) -> None:
     assert (tallies["generic", "unlearned"].as_base.accuracy or 0) >= 0.95
     trivia = {one.variant: one.share.accuracy or 0 for one in found.trivia}
     assert trivia["base"] >= 0.95 and trivia["unlearned"] <= 0.65
+
+
+def test_a_few_steps_bring_it_towards_its_clamp(tmp_path: Path) -> None:
+    recipe = Recipe.load(MINIATURE / "recipe.toml")
+    plan = planned(recipe, cache=tmp_path)
+
+    def distilled(steps: int) -> HeldOut:
+        table = Distill(n_texts=160, steps=steps, batch_size=8)
+        changed = plan.recipe.model_copy(update={"distill": table})
+        return distill(changed, plan.base, plan.clamps, cache=tmp_path).held_out
+
+    before, after = distilled(0), distilled(25)
+    assert after.forget_kl < 0.6 * before.forget_kl
+    assert after.retain_kl < 0.5

@@ -66,7 +66,7 @@ def spoil(folder: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda f: edit(f, "manifest.json", lambda m: m.update(carrier="merged")), "carrier merged"),
+    (lambda f: edit(f, "manifest.json", lambda m: m.update(carrier="other")), "carrier other"),
     (lambda f: edit(f, "config.json", lambda c: c.pop("sae_clamp")), "has no clamp"),
     (
         lambda f: edit(f, "config.json", lambda c: c.update(model_type="llama")),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bakeout.verbs.selecting import select_anew
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from tests.engines import InProcess
 from tests.folders import baked_world
+from tests.reports import full_report
 from tests.worlds import tiny_base, write_questions, write_texts
 from verify.clamped_folder import downloads_of, own_recipe
 from verify.options import Options
@@ -31,7 +33,7 @@ from verify.report.intervals import McNemar, mcnemar
 from verify.report.measures import AnswerSet, Share
 from verify.report.reading import report_from_dict
 from verify.run import verify_folder
-from verify.tolerances import forgetting_failures
+from verify.tolerances import forgetting_failures, remembering_failures
 
 ONLY = frozenset({"integrity"})
 HUB = {
@@ -156,6 +158,25 @@ def test_forgetting_is_told_from_chance() -> None:
     assert not failures_of(6, 0) and not failures_of(20, 5)
     for lost, gained in ((0, 0), (5, 0), (0, 20), (10, 8)):
         assert [f.kind for f in failures_of(lost, gained)] == ["forgetting"]
+
+
+def test_trained_weights_have_to_forget_where_the_hook_does() -> None:
+    def change(lost: int) -> McNemar:
+        return mcnemar([True] * 20, [False] * lost + [True] * (20 - lost))
+
+    def failing(engine: int, reference: int, **asked: bool) -> list[str]:
+        engines = (
+            replace(answered(change(reference)), name="reference"),
+            replace(answered(change(engine)), name="rmu"),
+        )
+        report = replace(full_report(), engines=engines, prompt="chat")
+        return [failure.engine for failure in remembering_failures(report, **asked)]
+
+    assert failing(2, 15, trained=True, claimed=False) == ["rmu"]
+    assert failing(12, 15, trained=True, claimed=False) == []
+    assert failing(2, 2, trained=True, claimed=False) == []  # nobody can tell
+    assert failing(2, 15, trained=False, claimed=False) == []
+    assert failing(2, 2, trained=False, claimed=True) == ["rmu"]
 
 
 # --------------------------------------------------------------------------- the folder's recipe

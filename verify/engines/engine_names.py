@@ -44,7 +44,7 @@ def engine_of(name: str) -> Engine:
         return ENGINES[name]
     for carrier in CARRIERS.values():
         if carrier.engine == name:
-            return Engine(name, True, carrier.strips, carrier.edge_flips)
+            return Engine(name, not carrier.trained, carrier.strips, carrier.edge_flips)
     if (precision := of_engine(name)) is not None:
         return Engine(name, held=precision.shared, rounding=precision.rounding)
     return Engine(name)

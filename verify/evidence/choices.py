@@ -204,8 +204,8 @@ def failures(report: VerifyReport) -> Iterator[Failure]:
     if reference is None or items is None:
         return
     for engine in report.engines:
-        rounded = engine_of(engine.name).own and not engine_of(engine.name).held
-        if rounded and engine.parity is not None:
+        known = engine_of(engine.name)
+        if known.rounding is not None and not known.held and engine.parity is not None:
             yield from unlearning_failures(engine, reference, items.forget_questions)
 
 

@@ -29,6 +29,7 @@ from verify.expected.expected_config import (
     stock_config,
 )
 from verify.expected.own_files import as_damaged, data_failures, graph_clamps
+from verify.expected.trained_weights import trained_failures
 from verify.expected.weight_files import (
     CLAMP_SHARD,
     checkpoint_map,
@@ -104,6 +105,7 @@ def recipe_failures(checked: Checked) -> list[Failure]:
     # Further comparisons read what earlier ones found whole.
     carrier = CARRIERS[checked.manifest.carrier]
     by = _checkpoint if carrier.own_code else _adapter if carrier.over_base else _compiled
+    by = _trained if carrier.trained else by
     with as_damaged(checked.folder):
         found = found or list(by(checked))
         return found or list(
@@ -197,6 +199,10 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
     yield from widened
     if not widened:
         yield from added_failures(folder, wide, checked.sites, compiled.sites, checked.prefix)
+
+
+def _trained(checked: Checked) -> Iterator[Failure]:
+    yield from trained_failures(checked.folder, checked.base, checked.engine)
 
 
 def _clamps(checked: Checked, file: str, before: str) -> Iterator[Failure]:
