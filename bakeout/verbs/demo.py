@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -17,15 +18,19 @@ from bake.families import GEMMA_BOS
 from bake.recipe import Recipe
 from bakeout.terminal import console, progress, show_forgetting, show_report, write_json
 from bakeout.verbs.baking import bake_recipe
+from bakeout.verbs.distilling import distill_into
 from bakeout.verbs.exporting import EXPORTS
 from export.carriers.carriers import CARRIERS, loading_code
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
 from export.manifest import Manifest
 from export.witness_file import WITNESSES
+from verify.audit.audit_words import sentences
+from verify.audit.run_audit import AuditOptions, audit_folders
 from verify.engines.runners import Runner
 from verify.evidence.kinds import KINDS, of_files
 from verify.options import Options
+from verify.page.audit_page import write_audit
 from verify.page.html import write_html
 from verify.report.findings import VerifyReport
 from verify.report.measures import Continued
@@ -55,14 +60,20 @@ class World:
     """Of the graphs."""
     apart: tuple[str, ...] = ()
     """Of graphs in folders of their own, of which files and witnesses are looked at."""
+    trained: tuple[str, ...] = ("merged", "rmu")
+    """Ways of training weights that forget by themselves."""
+    audited: tuple[str, ...] = ("checkpoint", "merged", "rmu")
+    """Folders that are attacked."""
+    quickly: bool = True
+    """Whether they are attacked in few ways only."""
 
 
 def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) -> int:
     """Select, bake, export, verify, print what was found.
 
     Args:
-        out: folder for a folder per carrier, `statistics/`, lm-evaluation-harness's results and the
-            report, as JSON and as a page.
+        out: folder for a folder per carrier, `statistics/`, lm-evaluation-harness's results, and
+            report and audit, each as JSON and as a page.
         budget: steps of the suffix search.
         gemma: on a real Gemma 3 270M, which is made into a folder first, instead of the miniature.
 
@@ -84,6 +95,10 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
     for name, export in EXPORTS.items():
         export(folder, out / name, force=True)
     recipe = plan.recipe  # with the numbers that were selected just now
+    for method in world.trained:
+        distill_into(
+            folder, out / method, recipe=world.recipe, method=method, force=True, cache=out
+        )
     n_features = sum(len(clamp.clamp.features) for clamp in plan.clamps)
     chosen = f"selected by {recipe.select.by}, " if recipe.select is not None else ""
     console().print(f"{n_features} features {chosen}baked, now compared\n")
@@ -93,11 +108,12 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
     with progress(f"verify {folder.name}") as advance:
         reports = [verify_folder(folder, recipe, world.kinds, advance, options)]
     options = replace(options, tasks=())
-    for carrier in (out / name for name in EXPORTS):
+    for carrier in (out / name for name in (*EXPORTS, *world.trained)):
         with progress(f"verify {carrier.name}") as advance:
             more = {"witnesses"} if (carrier / WITNESSES).is_file() else set()
             kinds = world.of_carriers | more
             reports.append(verify_folder(carrier, recipe, kinds, advance, options))
+        write_json(reports[-1].to_dict(), out / f"report-{carrier.name}.json")
     for precision in world.apart:
         with progress(f"verify {precision}") as advance:
             reports.append(verify_folder(out / precision, None, of_files(), advance, options))
@@ -112,6 +128,15 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
             "same files it is not measured again. Remove both to measure everything anew.",
             markup=False,
         )
+    if world.audited:
+        attacked = AuditOptions(quick=world.quickly, cache=out)
+        with progress("audit") as advance:
+            audit = audit_folders([out / name for name in world.audited], recipe, attacked, advance)
+        write_json(audit.to_dict(), out / "audit.json")
+        write_audit(audit, out / "audit.html")
+        for found in audit.folders:
+            said = " ".join(sentences(found))
+            console().print(f"audit      {found.folder}: {said}", markup=False)
     console().print(
         f"\n{folder}  ({time.monotonic() - start:.0f} s, report in {out / 'report.html'})\n\n"
         f"{indent(loading_code(str(folder), own_code=True), '    ')}",
@@ -135,8 +160,14 @@ def gemma_world(out: Path) -> World:
             shutil.copy2(path, out / path.name)
     kinds = frozenset({"integrity", "parity", "loss", "controls", "completions"})
     of_carriers = kinds - {"controls", "loss"}
+    audited = ("checkpoint", "compiled") if os.environ.get("GEMMA_AUDIT") == "1" else ()
     return World(
-        out / "recipe.toml", kinds, of_carriers, (), precisions=("shared", "int4"), apart=("int8",)
+        *(out / "recipe.toml", kinds, of_carriers, ()),
+        precisions=("shared", "int4"),
+        apart=("int8",),
+        trained=(),
+        audited=audited,
+        quickly=False,
     )
 
 
