@@ -49,7 +49,7 @@ VERBS: dict[str, Verb] = {
         "Write a GGUF file's Gemma as a base model's folder: bfloat16 weights, config, tokenizer.",
     ),
     "distill": Verb(
-        "distilling",
+        "training",
         "distill",
         "Train a stock checkpoint to forget by itself: no part to delete, and nothing exact.",
         goes_on=True,

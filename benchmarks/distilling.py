@@ -25,7 +25,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from bake.distill.unlearners import UNLEARNERS
 from bake.recipe import Recipe
 from bakeout.verbs.demo import MINIATURE
-from bakeout.verbs.distilling import distill_into
+from bakeout.verbs.training import distill_into
 from verify.report.findings import EngineReport, VerifyReport
 from verify.run import verify_folder
 

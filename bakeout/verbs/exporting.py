@@ -10,7 +10,7 @@ import typer
 from bake.new_folder import check_output
 from bakeout.terminal import compiled_lines, progress
 from bakeout.verbs.arguments import FolderPath
-from bakeout.verbs.distilling import Device, Force, OfFolder, Out, Seed, distill_into, said
+from bakeout.verbs.training import Device, Force, OfFolder, Out, Seed, distill_into, said
 from export.carriers.adapter import write_adapter
 from export.carriers.carriers import CARRIERS
 from export.carriers.compiled.compiling import describe, plan_compiled, write_compiled

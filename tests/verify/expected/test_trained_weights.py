@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bake.recipe import Recipe
-from bakeout.verbs.distilling import distill_into
+from bakeout.verbs.training import distill_into
 from tests.folders import distill_world, rehash
 from verify.report.findings import VerifyReport
 from verify.run import verify_folder
