@@ -18,8 +18,8 @@ from bake.families import GEMMA_BOS
 from bake.recipe import Recipe
 from bakeout.terminal import console, progress, show_forgetting, show_report, write_json
 from bakeout.verbs.baking import bake_recipe
-from bakeout.verbs.distilling import distill_into
 from bakeout.verbs.exporting import EXPORTS
+from bakeout.verbs.training import distill_into
 from export.carriers.carriers import CARRIERS, loading_code
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
