@@ -47,7 +47,7 @@ UNLEARNERS: dict[str, Unlearner] = {
         objectives.merged,
         strength=0.1,
         strength_is="weight of the residual stream's distance beside the KL of logits",
-        steps=900,
+        steps=600,
         learning_rate=3e-3,
         teaches=True,
     ),
