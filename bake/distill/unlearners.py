@@ -74,8 +74,8 @@ UNLEARNERS: dict[str, Unlearner] = {
         objectives.npo,
         strength=0.1,
         strength_is="beta: how soon a text counts as forgotten",
-        steps=150,
-        learning_rate=1e-4,
+        steps=200,
+        learning_rate=3e-3,
     ),
     "sae-edit": Unlearner(
         "neurons whose output vectors the SAE reads as clamped features get the opposite written "
