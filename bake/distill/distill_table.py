@@ -22,9 +22,9 @@ class Distill(Table):
     """Texts of each corpus, at most; a tenth of them is kept to judge by."""
     seq_len: int = Field(default=256, ge=8, le=1 << 20)
     """Longest piece of a text in tokens, BOS included."""
-    student: Literal["disturbed", "full", "lora"] = "disturbed"
-    """What learns the clamped model's outputs (method merged): the layers' weights after they were
-    disturbed, the same undisturbed, or a LoRA over them, which is merged in the end."""
+    student: Literal["full", "disturbed", "lora"] = "full"
+    """What learns the clamped model's outputs (method merged): the layers' weights, the same after
+    they were disturbed, or a LoRA over them, which is merged in the end."""
     start: Literal["base", "least-squares"] = "base"
     """What the student begins as: the base, or the base whose MLPs' output matrices were moved in
     closed form. With steps = 0 that is the whole result."""

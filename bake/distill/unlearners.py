@@ -47,7 +47,7 @@ UNLEARNERS: dict[str, Unlearner] = {
         objectives.merged,
         strength=0.1,
         strength_is="weight of the residual stream's distance beside the KL of logits",
-        steps=900,
+        steps=600,
         learning_rate=3e-3,
         teaches=True,
     ),
@@ -74,8 +74,8 @@ UNLEARNERS: dict[str, Unlearner] = {
         objectives.npo,
         strength=0.1,
         strength_is="beta: how soon a text counts as forgotten",
-        steps=150,
-        learning_rate=1e-4,
+        steps=200,
+        learning_rate=3e-3,
     ),
     "sae-edit": Unlearner(
         "neurons whose output vectors the SAE reads as clamped features get the opposite written "

@@ -24,7 +24,7 @@ CORPORA = {"forget": {"path": "a.jsonl"}, "retain": {"path": "b.jsonl"}}
         ({"layers": [1]}, r"expected \[first, last\]"),
         ({"forget": {"path": "a.jsonl"}}, "expected `forget` and `retain`, or neither"),
         ({"noise": 1.0}, "distill.noise: got 1.0, expected less than 1"),
-        ({"student": "small"}, "distill.student: got 'small', expected 'disturbed'"),
+        ({"student": "small"}, "distill.student: got 'small', expected 'full'"),
         ({"learning_rat": 1.0}, "unknown key; did you mean `learning_rate`?"),
     ],
 )

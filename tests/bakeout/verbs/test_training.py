@@ -59,7 +59,7 @@ def test_show(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["show", str(world / "merged")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "merged, an approximation" in shown and "lost by fine-tuning" in shown
-    assert "student disturbed" in shown and "from the base on retain text" in shown
+    assert "student full" in shown and "from the base on retain text" in shown
 
 
 def test_export_merged_takes_a_checkpoint_and_gives_the_same(
