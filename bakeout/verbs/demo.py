@@ -62,13 +62,15 @@ class World:
     """Of graphs in folders of their own, of which files and witnesses are looked at."""
     trained: tuple[str, ...] = ("merged", "rmu")
     """Ways of training weights that forget by themselves."""
-    audited: tuple[str, ...] = ("checkpoint", "merged", "rmu")
+    audited: tuple[str, ...] = ("checkpoint", "merged")
     """Folders that are attacked."""
     quickly: bool = True
     """Whether they are attacked in few ways only."""
 
 
-def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) -> int:
+def run_demo(
+    out: Path, budget: int = Options.budget, *, gemma: bool = False, attack: bool = True
+) -> int:
     """Select, bake, export, verify, print what was found.
 
     Args:
@@ -76,6 +78,7 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
             report and audit, each as JSON and as a page.
         budget: steps of the suffix search.
         gemma: on a real Gemma 3 270M, which is made into a folder first, instead of the miniature.
+        attack: whether weights that forget by themselves are trained too, and folders audited.
 
     Returns:
         The exit code.
@@ -83,6 +86,7 @@ def run_demo(out: Path, budget: int = Options.budget, *, gemma: bool = False) ->
     start = time.monotonic()
     folder = out / "checkpoint"
     world = gemma_world(out) if gemma else World(MINIATURE / "recipe.toml")
+    world = world if attack else replace(world, trained=(), audited=())
     plan = bake_recipe(world.recipe, folder, force=True, cache=out)
     for precision in world.precisions:
         with progress(f"export onnx {precision}") as advance:

@@ -78,7 +78,7 @@ def test_tokenizer_knows_gemmas_markers_and_encodes_anything() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_demo(tmp_path / "demo", budget=10) == 0
+    assert run_demo(tmp_path / "demo", budget=10, attack=False) == 0
     shown = capsys.readouterr().out
     assert "hooked reference" in shown and "trust_remote_code=True" in shown
     report = json.loads((tmp_path / "demo" / "report.json").read_text())

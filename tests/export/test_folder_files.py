@@ -503,10 +503,10 @@ def test_of_a_carrier_that_is_not_known_only_names_and_links_are_looked_at(
 ) -> None:
     folder = shutil.copytree(world / "adapter", tmp_path / "folder")
     data = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(data | {"carrier": "merged"}))
+    (folder / MANIFEST).write_text(json.dumps(data | {"carrier": "woven"}))
     (folder / "new.bin").write_text("x")
     rehash(folder, "new.bin")
-    assert "merged" not in CARRIERS
+    assert "woven" not in CARRIERS
     assert check_integrity(folder, Manifest.read(folder)) == ()
     (folder / "b").symlink_to("new.bin")
     assert [name for name, _ in odd_contents(folder, Manifest.read(folder))] == ["b"]

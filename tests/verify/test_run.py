@@ -311,13 +311,13 @@ def test_bad_requests_are_one_line(work: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     shutil.copytree(work / "checkpoint", merged)
     manifest = json.loads((merged / "manifest.json").read_text())
-    (merged / "manifest.json").write_text(json.dumps({**manifest, "carrier": "merged"}))
+    (merged / "manifest.json").write_text(json.dumps({**manifest, "carrier": "woven"}))
     cases: list[tuple[type[BakeoutError], str, Path, Recipe | None, set[str]]] = [
         (KindError, '"parties"; expected .* did you mean parity?', work, recipe, {"parties"}),
         (FolderError, "has no manifest.json", work, recipe, set()),
         (RecipeError, "the recipe has 2 clamps", work / "checkpoint", two, set()),
-        (FolderError, "carries the clamp as merged", merged, recipe, {"parity"}),
-        (FolderError, "carries the clamp as merged", merged, None, {"witnesses"}),
+        (FolderError, "carries the clamp as woven", merged, recipe, {"parity"}),
+        (FolderError, "carries the clamp as woven", merged, None, {"witnesses"}),
     ]
     for kind, message, folder, given, only in cases:
         with pytest.raises(kind, match=message) as caught:

@@ -276,8 +276,8 @@ def test_a_family_that_is_not_supported(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_another_carrier(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "carrier": "merged"}))
-    assert "is an export already (carrier merged)" in refused(capsys, folder)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "carrier": "woven"}))
+    assert "is an export already (carrier woven)" in refused(capsys, folder)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--precision", "int8"], ["--precision", "fp16"]])
