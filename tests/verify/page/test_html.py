@@ -342,7 +342,7 @@ def test_what_guessing_gives_stands_beside_accuracies() -> None:
     for said in (
         "Guessing, forget questions: at random 0.250, the longest choice 0.312, the base without "
         "the question 0.275.",
-        '<td data-label="guessing">at random 0.250, the longest choice 0.461</td>',
-        '<td data-label="guessing">–</td>',
+        '<td class="words" data-label="guessing">at random 0.250, the longest choice 0.461</td>',
+        '<td class="words" data-label="guessing">–</td>',
     ):
         assert said in page
