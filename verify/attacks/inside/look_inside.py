@@ -19,6 +19,7 @@ from verify.attacks.inside.probe import probe
 from verify.attacks.inside.residuals import Residuals, at_ends, everywhere
 from verify.attacks.weights.inserted_layers import wordless_channels
 from verify.audit.attempts import Attempt, Need, Scores, Settings
+from verify.audit.held_out import Held
 from verify.audit.target import Target
 from verify.audit.work_order import Work
 from verify.engines.scoring import token_ids
@@ -42,8 +43,12 @@ FOUND_BY: dict[str, tuple[tuple[Need, ...], str]] = {
 def inside(work: Work) -> Iterator[Attempt]:
     """Ablation, logit lens and probe."""
     numbers = DIRECTIONS[:1] if work.level.quick else DIRECTIONS
-    brief = work.level.quick
-    asked = [{"found by": by, "directions": n, "brief": brief} for by in FOUND_BY for n in numbers]
+    asked = [
+        {"found by": by, "directions": n, "brief": work.level.quick, "seed": seed}
+        for by in FOUND_BY
+        for n in numbers
+        for seed in work.seeds
+    ]
     for found in work.each(ablated, asked):
         yield from found
     for found in work.each(read_off, [{"seeds": list(work.seeds)}]):
@@ -54,9 +59,12 @@ def inside(work: Work) -> Iterator[Attempt]:
 
 
 def ablated(target: Target, settings: Settings) -> list[Attempt]:
-    """Without some directions, at every layer."""
+    """Without some directions, at every layer; asked for facts that no text states on which the
+    directions were found.
+    """
     model, by, n = target.subject.model(), settings["found by"], settings["directions"]
-    directions = _directions(target, model, by, n)
+    held = target.held(settings["seed"])
+    directions = _directions(target, model, by, n, held)
     if not directions:
         return []
     needs, what = FOUND_BY[by]
@@ -65,19 +73,19 @@ def ablated(target: Target, settings: Settings) -> list[Attempt]:
         Attempt(
             f"inside: ablation by {by}",
             f"takes the {each} out of the residual stream, at every layer, that {what}",
-            target.score(ablate(model, directions), brief=settings["brief"]),
+            target.score(ablate(model, directions), held, brief=settings["brief"]),
             needs=needs,
             settings={"directions": n},
+            seed=settings["seed"],
         )
     ]
 
 
-def _directions(target: Target, model: Any, by: str, n: int) -> list[Tensor]:
+def _directions(target: Target, model: Any, by: str, n: int, held: Held) -> list[Tensor]:
     """As `ablate` takes them; none where there are none."""
     if by == "clamp":
         found = clamp_directions(model)
         return [] if found is None else [found[:n]]
-    held = target.held(0)
     # Channels without words are what a compiled clamp lives by, and are cut out otherwise.
     words = (~wordless_channels(model.get_input_embeddings().weight)).float().cpu()
     topic = _behind_layers(_on(target, model, held.other)) * words

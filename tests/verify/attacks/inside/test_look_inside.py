@@ -37,8 +37,11 @@ def test_what_only_the_last_layer_hides(tmp_path: Path, knows: bool) -> None:
 
 def test_directions_are_what_the_folder_shows(tmp_path: Path) -> None:
     target = aimed_at(overwritten(), tmp_path / "folder")
-    assert ablated(target, {"found by": "clamp", "directions": 1, "brief": True}) == []
+    plain = {"directions": 1, "brief": True, "seed": 1}
+    assert ablated(target, {"found by": "clamp", **plain}) == []
+    held_out = len(target.held(1).questions)
     for by, needs in (("texts", ("other facts", "benign text")), ("base", ("base", "other facts"))):
-        (found,) = ablated(target, {"found by": by, "directions": 1, "brief": True})
+        (found,) = ablated(target, {"found by": by, **plain})
+        assert found.seed == 1 and found.scores.forget["chat"].n == held_out < 120
         assert found.attack == f"inside: ablation by {by}" and found.needs == needs
         assert found.scores.retain["chat"].n > 0
