@@ -19,7 +19,7 @@ from verify.audit.audit_words import (
 )
 from verify.audit.outcome import CHANCE, FolderAudit, Sweep
 from verify.page.html import environment, shown
-from verify.page.plots import SHARE_TICKS, Mark, Plot, Row
+from verify.page.plots import SHARE_TICKS, Mark, Plot, Row, Tone
 from verify.report.measures import Share
 
 WIDTH, HEIGHT = 640.0, 300.0
@@ -111,14 +111,14 @@ def worst_plot(audit: FolderAudit) -> Plot:
     for line in lines_of_audit(audit):
         if (point := line.sweep.worst) is None:
             continue
-        tone = "before" if line.sweep.apart else "after"
+        tone: Tone = "before" if line.sweep.apart else "after"
         note = f"{line.needs}; {line.effort}"
         rows.append(
             Row(
                 line.attack,
                 line.right,
                 point.right.accuracy or 0.0,
-                "before" if tone == "before" else "after",
+                tone,
                 point.interval.low,
                 point.interval.high,
                 before=before,
