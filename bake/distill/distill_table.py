@@ -33,8 +33,8 @@ class Distill(Table):
     rank: int = Field(default=16, ge=1, le=4096)
     """Of the LoRA."""
     noise: Share = 0.25
-    """alpha of a disturbed student: a weight w becomes (1 - alpha) w + alpha beta n, n drawn as new
-    weights are."""
+    """alpha of a disturbed student: a matrix W becomes (1 - alpha) W + alpha N, N normal and as
+    large as W."""
     steps: int | None = Field(default=None, ge=0, le=1 << 24)
     """Steps of training; without it, the method's own."""
     batch_size: int = Field(default=16, ge=1, le=1 << 16)

@@ -27,8 +27,6 @@ class Student:
     model: Any
     """A stock Gemma."""
     parameters: list[nn.Parameter]
-    layers: range
-    """Decoder layers whose weights change."""
     finished: Callable[[], None] = lambda: None
     """Makes it a stock model again."""
 
@@ -68,7 +66,7 @@ def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, see
     parameters = [parameter for module in wanted for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    return Student(model, parameters, layers)
+    return Student(model, parameters)
 
 
 def _trained(module: Any, method: Unlearner) -> list[nn.Module]:
@@ -117,4 +115,4 @@ def _lora(model: Any, layers: range, rank: int) -> Student:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft
         adapted = get_peft_model(model, config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    return Student(model, parameters, layers, finished=adapted.merge_and_unload)
+    return Student(model, parameters, finished=adapted.merge_and_unload)
