@@ -110,8 +110,8 @@ def compare(
 
 def _speed_of(recipe: Recipe) -> Callable[[Path], dict[str, float]]:
     """Tokens per second of a folder's engines, where it is what its manifest says."""
-    from bakeout.verbs.demo import speeds
     from verify.audit.subject import check_subject
+    from verify.speeds import speeds
 
     def measure(folder: Path) -> dict[str, float]:
         return {} if check_subject(folder) else speeds([folder], recipe, reference=False)

@@ -14,20 +14,16 @@ from typing import Annotated
 import typer
 
 import bakeout
-from bake.families import GEMMA_BOS
-from bake.recipe import Recipe
 from bakeout.terminal import console, progress, show_forgetting, show_report, write_json
 from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.exporting import EXPORTS
 from bakeout.verbs.training import distill_into
-from export.carriers.carriers import CARRIERS, loading_code
+from export.carriers.carriers import loading_code
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
-from export.manifest import Manifest
 from export.witness_file import WITNESSES
 from verify.audit.audit_words import sentences
 from verify.audit.run_audit import AuditOptions, audit_folders
-from verify.engines.runners import Runner
 from verify.evidence.kinds import KINDS, of_files
 from verify.options import Options
 from verify.page.audit_page import write_audit
@@ -35,12 +31,10 @@ from verify.page.html import write_html
 from verify.report.findings import VerifyReport
 from verify.report.measures import Continued
 from verify.run import verify_folder
+from verify.speeds import speeds
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
 GEMMA = Path(bakeout.__file__).parent / "gemma"
-SPEAKERS, SPOKEN = 8, 24
-"""How many prompts go on at once, and how many tokens each, where speed is measured."""
-
 OF_CARRIERS = frozenset(name for name, kind in KINDS.items() if kind.shows) | {"integrity"}
 """Kinds of evidence about the other carriers: what the forgetting is worth is the same for all."""
 
@@ -173,52 +167,6 @@ def gemma_world(out: Path) -> World:
         audited=audited,
         quickly=False,
     )
-
-
-def speeds(folders: Sequence[Path], recipe: Recipe, *, reference: bool = True) -> dict[str, float]:
-    """Tokens per second that engines go on with, greedily, from a cache, each alone: `SPOKEN` of
-    each of `SPEAKERS` prompts at once.
-
-    Args:
-        folders: whose engines are measured, beside the base.
-        recipe: names the base; its features are numbers where the reference is measured too.
-        reference: whether it is.
-    """
-    import torch
-
-    from bake.stock import load_base
-    from verify.engines.engines import open_engines
-    from verify.engines.onnx_files import find_graphs
-    from verify.engines.runners import HookedRunner
-    from verify.reference.oracle import Oracle
-    from verify.reference.whole_sae import load_sites
-
-    ids = (GEMMA_BOS + torch.arange(8)).expand(SPEAKERS, -1)
-    found = {}
-
-    def measure(runner: Runner) -> None:
-        runner.go_on(ids, torch.ones_like(ids), (), 2)
-        start = time.perf_counter()
-        runner.go_on(ids, torch.ones_like(ids), (), SPOKEN)
-        found[runner.name] = SPEAKERS * SPOKEN / (time.perf_counter() - start)
-
-    model = load_base(recipe)
-    dtype = str(model.dtype).removeprefix("torch.")
-    measure(HookedRunner("base", model))
-    if reference:
-        measure(HookedRunner("reference", model, Oracle(model, load_sites(recipe))))
-    del model
-    for folder in folders:
-        carrier = Manifest.read(folder).carrier
-        graphs = find_graphs(folder) if not CARRIERS[carrier].over_base else []
-        with open_engines(folder, carrier, graphs, "cpu") as engines:
-            if engines.torch is not None:
-                engines.load_torch(recipe, dtype, engines.threads)
-                measure(engines.torch)
-            for graph in graphs:
-                with engines.open(graph) as runner:
-                    measure(runner)
-    return found
 
 
 def side_by_side(reports: Sequence[VerifyReport]) -> VerifyReport:
