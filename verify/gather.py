@@ -101,6 +101,7 @@ def gather(
     with ExitStack() as stack:
         with _half_the_threads() as threads:
             elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
+            give_back()  # what opening them took
             comparison = Comparison(
                 hooked.material,
                 prompts,

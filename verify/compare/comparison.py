@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from verify.compare.distances import Distances
 from verify.compare.firing import FeatureWatch, FiredExamples, Firings
 from verify.compare.parity_sum import ParitySum, answer_flips
 from verify.compare.sensitivity import Nearby
-from verify.engines.runners import DecodingRunner, HookedRunner, Reading
+from verify.engines.runners import DecodingRunner, HookedRunner, Reading, Runner
 from verify.journal import Journal, Progress
 from verify.material import Material
 from verify.report.findings import Parity
@@ -106,31 +107,30 @@ class Comparison:
 
     def found(
         self,
+        name: str,
         batch: Batch,
         wanted: Tensor,
-        readings: Mapping[str, Reading],
+        reading: Reading,
+        reference: Reading,
         nearby: Mapping[str, Nearby],
     ) -> dict[str, Any]:
-        """What every engine's reading of a batch says, as JSON data; changes nothing."""
+        """What an engine's reading says beside its reference's, as JSON data; changes nothing."""
         ends = wanted.sum(dim=-1).cumsum(dim=-1) - 1  # among the wanted tokens
-        seen = {name: of.losses if batch.of_choices else of.logits for name, of in readings.items()}
-        found: dict[str, Any] = {}
-        for name in self.names:
-            read = readings[name]
-            at_ends = read.logits if batch.of_choices else read.logits[ends]
-            found[name] = {
-                "answers": self.answers[name].found(batch, at_ends, read.losses),
-                "losses": [] if batch.of_choices else read.losses.tolist(),
-                "parity": self.parity_found(name, batch, wanted, seen, nearby),
-            }
-        return found
+        at_ends = reading.logits if batch.of_choices else reading.logits[ends]
+        ours, theirs = (of.losses if batch.of_choices else of.logits for of in (reference, reading))
+        return {
+            "answers": self.answers[name].found(batch, at_ends, reading.losses),
+            "losses": [] if batch.of_choices else reading.losses.tolist(),
+            "parity": self.parity_found(name, batch, wanted, ours, theirs, nearby),
+        }
 
     def parity_found(
         self,
         name: str,
         batch: Batch,
         wanted: Tensor,
-        seen: Mapping[str, Tensor],
+        ours: Tensor,
+        theirs: Tensor,
         nearby: Mapping[str, Nearby],
     ) -> list[Any] | None:
         """One engine's logits, or losses of choices, against its reference's, as JSON data; None of
@@ -138,7 +138,6 @@ class Comparison:
         """
         if name not in self.parities:
             return None
-        ours, theirs = seen[self.reference_of(name)], seen[name]
         return self.parities[name].found(batch, wanted, ours, theirs, nearby.get(name))
 
     def take(self, batch: Batch, found: Mapping[str, Any]) -> None:
@@ -218,26 +217,23 @@ def compare(
         journal: holds the batches of a run that was interrupted.
         progress: told how far it is.
     """
-    prompts = comparison.prompts
-    total = sum(len(prompt.ids) for prompt in prompts)
-    done = 0
-    waiting: list[tuple[str, Batch, Future[Any]]] = []  # of the batch before, while one is run
+    total, done = sum(len(prompt.ids) for prompt in comparison.prompts), 0
+    waiting: list[tuple[str, Batch, Callable[[], Any]]] = []  # the batch before, while one is run
 
     def finish() -> None:
-        for name, batch, counting in waiting:
-            comparison.take(batch, journal.once(name, counting.result))
+        for name, batch, result in waiting:
+            comparison.take(batch, journal.once(name, result))
         waiting.clear()
 
-    with ThreadPoolExecutor(len(elsewhere) + 1) as pool:
-        for number, batch in enumerate(comparison.material.batches(prompts)):
+    with ThreadPoolExecutor(min(len(elsewhere) or 1, os.cpu_count() or 1)) as pool:
+        for number, batch in enumerate(comparison.material.batches(comparison.prompts)):
             name = f"batch {number}"
             if journal.has(name):
                 comparison.take(batch, journal.once(name, dict))
             else:
                 reading = _Reading(batch, here, oracles, comparison)
                 finish()
-                reading.go_on(elsewhere, pool)
-                waiting.append((name, batch, pool.submit(reading.result)))
+                waiting.append((name, batch, reading.go_on(elsewhere, pool)))
             done += sum(len(prompt.ids) for prompt in batch.prompts)
             progress("compare", done / total)
         finish()
@@ -246,9 +242,10 @@ def compare(
 
 
 class _Reading:
-    """All engines over one batch. The reference is first: where it fired decides what is looked at.
+    """All engines over one batch. The references are first: where they fired decides what is looked
+    at, and what every other engine read is compared at once and let go of, for logits are large.
 
-    While the other engines read the batch, the reference goes on with the next one.
+    While the other engines read the batch, the references go on with the next one.
     """
 
     def __init__(
@@ -262,25 +259,39 @@ class _Reading:
         firings = Firings(oracles, REFERENCE)
         choose = partial(comparison.wanted, batch, oracles[REFERENCE])
         inputs = (batch.input_ids, batch.attention_mask)
-        first = next(runner for runner in here if runner.name == REFERENCE)
-        self._found = {REFERENCE: first.read(*inputs, choose, batch.scored)}
-        self._wanted, self._firings = choose(), firings
-        self._others = [runner for runner in here if runner is not first]
-        self._pending: dict[str, Future[Reading]] = {}
+        references = {runner.name: runner for runner in here if runner.name in oracles}
+        first = references.pop(REFERENCE).read(*inputs, choose, batch.scored)
+        self._wanted = choose()
+        self._inputs = (*inputs, self._wanted, batch.scored)
+        others = {name: of.read(*self._inputs) for name, of in references.items()}
+        self._references = {REFERENCE: first, **others}
+        self._others = [runner for runner in here if runner.name not in oracles]
+        self._firing, self._nearby = firings.since(batch), comparison.nearby(batch)
 
-    def go_on(self, elsewhere: Sequence[DecodingRunner], pool: ThreadPoolExecutor) -> None:
-        """Let the other engines read it too; those that compute elsewhere are not waited for."""
-        batch = self._batch
-        inputs = (batch.input_ids, batch.attention_mask, self._wanted, batch.scored)
-        self._pending = {runner.name: pool.submit(runner.read, *inputs) for runner in elsewhere}
-        self._found |= {runner.name: runner.read(*inputs) for runner in self._others}
-        self._firing, self._nearby = self._firings.since(batch), self._comparison.nearby(batch)
+    def go_on(
+        self, elsewhere: Sequence[DecodingRunner], pool: ThreadPoolExecutor
+    ) -> Callable[[], dict[str, Any]]:
+        """Let the other engines read it too; those that compute elsewhere are not waited for.
 
-    def result(self) -> dict[str, Any]:
-        """What all of it says, as JSON data, once every engine has read."""
-        readings = self._found | {name: of.result() for name, of in self._pending.items()}
-        found = self._comparison.found(self._batch, self._wanted, readings, self._nearby)
-        return {"engines": found, **self._firing}
+        Returns:
+            What waits for them, and gives what all of it says as JSON data.
+        """
+        pending = {runner.name: pool.submit(self._look, runner) for runner in elsewhere}
+        found = {name: self._compare(name, of) for name, of in self._references.items()}
+        found |= {runner.name: self._look(runner) for runner in self._others}
+
+        def result() -> dict[str, Any]:
+            known = found | {name: of.result() for name, of in pending.items()}
+            return {"engines": {n: known[n] for n in self._comparison.names}, **self._firing}
+
+        return result
+
+    def _look(self, runner: Runner) -> dict[str, Any]:
+        return self._compare(runner.name, runner.read(*self._inputs))
+
+    def _compare(self, name: str, reading: Reading) -> dict[str, Any]:
+        ours = self._references[self._comparison.reference_of(name)]
+        return self._comparison.found(name, self._batch, self._wanted, reading, ours, self._nearby)
 
 
 def _compare_decoding(
@@ -325,8 +336,8 @@ def _compare_decoding(
         parities = {}
         for runner in elsewhere:
             decoded = runner.decoded(*inputs, n_last)[tail.wanted]
-            of = {**logits, runner.name: decoded}
-            found = comparison.parity_found(runner.name, tail, tail.wanted, of, nearby)
+            ours = logits[comparison.reference_of(runner.name)]
+            found = comparison.parity_found(runner.name, tail, tail.wanted, ours, decoded, nearby)
             parities[runner.name] = found
         return {"parities": parities, **firings.since(batch)}
 

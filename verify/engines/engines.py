@@ -10,6 +10,7 @@ from pathlib import Path
 from bake.base import INDEX, find_base
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
+from verify.engines.heap import keep_little
 from verify.engines.onnx_files import Graph
 from verify.engines.onnx_runner import OnnxRunner
 from verify.engines.runners import TorchRunner
@@ -53,6 +54,7 @@ class Engines:
 @contextmanager
 def open_engines(folder: Path, carrier: str, graphs: list[Graph], device: str) -> Iterator[Engines]:
     """Start what a folder can be run in; nothing is loaded yet."""
+    keep_little()
     with ExitStack() as stack:
         runner = None
         known = CARRIERS[carrier]

@@ -163,6 +163,7 @@ def serve(modeling: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocke
                 reason = f"it tried to import {', '.join(sorted(set(blocker.tried)))}: {reason}"
             answer = pack({"error": f"{type(error).__name__}: {reason}"})
         write_message(answers, answer)
+        answer = b""  # logits are large: not kept beside the next ones
 
 
 def main() -> None:
