@@ -35,6 +35,7 @@ from bake.new_folder import check_output, new_folder
 from bake.reading.model_config import without_paths
 from bake.tensors import DTYPES, index_of, n_bytes, write_tensors
 from export.carriers.carriers import OF_BASE
+from export.carriers.compiled.alarms import ALARMS, with_alarms
 from export.carriers.compiled.compiled_files import NewLayer, tensor_files
 from export.carriers.compiled.rule import Measured, choose_setting, error_bound, summary
 from export.carriers.compiled.stock_layers import (
@@ -144,6 +145,7 @@ def plan_compiled(
         else:
             reach = (seen.rms[0] / unnormed.REACH, seen.rms[1] * unnormed.REACH)
             layers = (unnormed.flag_layer(*arguments, reach), unnormed.action_layer(*arguments))
+        layers = (layers[0], with_alarms(layers[1], site, logic, stream, setting))
         distance = measure_distance(source, site, logic, layers, widening, stream, seen)
         bound = error_bound(site, logic, setting, stream, distance.tried, dtype)
         share = float((distance.error / bound).max())
@@ -297,7 +299,9 @@ def _stored_dtype(source: Clamped) -> str:
 def _neurons(logic: Logic, family: Family) -> int:
     """What the larger of a site's two layers needs, at most."""
     references = 1 if family.norms_after else unnormed.MOST_NODES
-    return max(references + len(logic.flags), len(logic.terms) + 1 + len(logic.counted))
+    flags = 1 + len(logic.flags)  # each taken off again, for every divisor
+    divisors = (1 + len(logic.counted)) * (1 + flags) if family.norms_after else 0
+    return max(references + len(logic.flags), len(logic.terms) + divisors + ALARMS)
 
 
 def _relative(distance: Distance) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.tensors import DTYPES, to_bits, to_float32
+from export.carriers.compiled.alarms import N_ALWAYS
 from export.carriers.compiled.rule import Measured
 from export.carriers.compiled.stock_layers import MLP, Array, Logic, Stream, wanted_change
 from export.carriers.compiled.widening import Widening, rounded
@@ -112,10 +113,11 @@ def measure_distance(
 
 
 def _widened(x: Array, constants: tuple[int, ...], plan: Widening) -> Array:
-    """[n, d] → [n, D]: κ in the given channels; an exempt token has it in none."""
+    """[n, d] → [n, D]: κ in the given channels, and where every token has it."""
     wide = np.zeros((len(x), plan.stream.width))
     wide[:, : plan.stream.d] = x
-    wide[:, list(constants)] = plan.stream.kappa
+    d = plan.stream.d
+    wide[:, [*range(d, d + N_ALWAYS), *constants]] = plan.stream.kappa
     return wide
 
 
@@ -165,7 +167,7 @@ def stock_block(source: Clamped, mlp: MLP, plan: Widening) -> tuple[Any, Any, An
     before = layer.post_attention_layernorm
     if mlp.gain is not None:
         before, after = layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
-    before.load_state_dict({"weight": weight(np.zeros(plan.stream.width))}, assign=True)
+    before.load_state_dict({"weight": weight(mlp.before - 1)}, assign=True)
     if mlp.gain is not None:
         after.load_state_dict({"weight": weight(mlp.gain - 1)}, assign=True)
     return before, layer.mlp, after

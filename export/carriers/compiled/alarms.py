@@ -1,0 +1,98 @@
+"""Neurons that break the model loudly where it is rounded coarser than the clamp can be.
+
+The clamp lives by constants that are small beside x, and by weights far apart in size. Whoever
+rounds weights or activations to 4 or 8 bits, integers or floats, may lose both without a word: no
+flag fires, and what is left is the base. So layer B has a few neurons more, each held below gelu's
+zero by one term of its gate against the others. In float32 and bfloat16 they are exactly 0,
+gradients included. Where rounding takes the term that holds one down, it writes many times |x| along
+a decoder row: not the base, and no language model either.
+
+Four channels hold κ at every token, exempt ones too. The norm before layer B multiplies `loud` by L,
+so that it is four times |x| at most, `mid` and `other` by L/32, `quiet` by 1: norms' weights are left
+alone by every quantiser. With g the largest weight of the matrix:
+
+    weights      g·quiet + g/2⁶·mid - g/2⁹·loud    held by the least weight, which 8 bits in one
+                 g·quiet + g/2²·mid - g/2⁵·loud    scale (4 in the second row) round to 0, be that by
+                                                   row, group or matrix; what fires them they keep,
+                                                   in activations of 8 bits too
+    activations  g/L·loud - 4g·quiet               held by the least activation
+    mantissa     g·mid + g/2⁶·other - (1+2⁻⁵)·g/2⁵·loud   with 3 bits the first number and the last
+                 (a second row has them elsewhere)        are one, in at least one of two rows
+    constants    ±g/2⁶·w·x - g·loud                an embedding rounded by row holds no κ; w is an
+                                                   encoder column, largest entry 1
+
+float16 overflows to NaN by itself: gates reach far beyond 65504.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from export.carriers.compiled.stock_layers import MLP, Array, Logic, Setting, Stream, Term
+from export.clamped import ClampSite
+
+MID = 2.0**5
+"""`loud` against `mid`."""
+BITS = ((2.0**-6, 2.0**-9), (2.0**-2, 2.0**-5))
+"""What fires `weights` and what holds it down, for 8 and for 4 bits."""
+MANTISSA = ((1.0, 1 + 2.0**-5), (1 + 2.0**-5, 1 + 2.0**-4))
+"""What fires `mantissa` and what holds it down: all within 6 %, and no two steps of 3 bits are."""
+LEAST = 2.0**-6
+"""What an alarm multiplies by, against the largest number of the matrix: 8 bits in one scale for
+all of it keep that, and the norm that follows does not overflow, which would give 0."""
+ALARMS = 7
+"""How many neurons they are."""
+N_ALWAYS = 4
+"""Channels that hold κ at every token, first of all that are added: loud, quiet, mid, other."""
+
+
+def with_alarms(
+    mlp: MLP, site: ClampSite, logic: Logic, stream: Stream, setting: Setting
+) -> MLP:
+    """Layer B with these neurons after its own."""
+    loud, quiet, mid, other = range(stream.d, stream.d + N_ALWAYS)
+    g, up = _power(mlp.gate), LEAST * _power(mlp.up)
+    strongest = max(logic.terms, key=lambda term: decoder_length(site, term))
+    written = site.W_dec[strongest.target].astype(np.float64)
+    column = np.zeros(stream.width)
+    column[: stream.d] = LEAST * _power(mlp.down) / _power(written) * written
+
+    def row(numbers: dict[int, float]) -> Array:
+        values = np.zeros(stream.width)
+        values[list(numbers)] = list(numbers.values())
+        return values
+
+    gates = [row({quiet: g, mid: g * fires, loud: -g * holds}) for fires, holds in BITS]
+    gates.append(row({loud: g / setting.loud, quiet: -4 * g}))
+    gates += [
+        row({mid: g * fires, other: g * 2.0**-6, loud: -g * holds / MID})
+        for fires, holds in MANTISSA
+    ]
+    ups = [row({mid: up})] * len(gates)
+    w = site.W_enc[:, strongest.target].astype(np.float64)
+    reads = np.zeros(stream.width)
+    reads[: stream.d] = stream.round(w / _power(w))
+    for sign in (1.0, -1.0):
+        gates.append(sign * g * 2.0**-6 * reads + row({loud: -g}))
+        ups.append(sign * up * reads)
+    before = mlp.before.copy()
+    before[[loud, mid, other]] = setting.loud, setting.loud / MID, setting.loud / MID
+    return replace(
+        mlp,
+        gate=np.concatenate([mlp.gate, gates]),
+        up=np.concatenate([mlp.up, ups]),
+        down=np.concatenate([mlp.down, np.stack([column] * len(gates), axis=1)], axis=1),
+        before=before,
+    )
+
+
+def _power(values: Array) -> float:
+    """The power of two that the largest of some numbers does not exceed."""
+    return float(2.0 ** np.ceil(np.log2(np.abs(values).max())))
+
+
+def decoder_length(site: ClampSite, term: Term) -> float:
+    """|W_dec| of what a term writes."""
+    return float(np.linalg.norm(site.W_dec[term.target]))
