@@ -109,6 +109,8 @@ class CompiledEntry(Part):
     layers_added: int
     kappa: float
     """The constant of the added channels."""
+    loads: dict[str, str] = Field(default_factory=dict, max_length=16)
+    """What becomes of the clamps in each way of loading the folder, as tried at export."""
     sites: list[LayersEntry] = Field(min_length=1)
 
 

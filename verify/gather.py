@@ -118,6 +118,7 @@ def gather(
             work = Work(
                 *(recipe, kinds, hooked, comparison, in_float32, elsewhere),
                 *(options, journal, progress),
+                lambda dtype, bits: engines.load_torch(recipe, dtype, threads, bits),
             )
             if "known" in kinds:
                 work.known  # noqa: B018  beside the engine, which has the other threads

@@ -4,22 +4,22 @@ The clamp lives by constants that are small beside x, and by weights far apart i
 rounds weights or activations to 4 or 8 bits, integers or floats, may lose both without a word: no
 flag fires, and what is left is the base. So layer B has a few neurons more, each held below gelu's
 zero by one term of its gate against the others. In float32 and bfloat16 they are exactly 0,
-gradients included. Where rounding takes the term that holds one down, it writes many times |x| along
-a decoder row: not the base, and no language model either.
+gradients included. Where rounding takes the term that holds one down, it writes many times |x|
+along a decoder row: not the base, and no language model either.
 
-Four channels hold κ at every token, exempt ones too. The norm before layer B multiplies `loud` by L,
-so that it is four times |x| at most, `mid` and `other` by L/32, `quiet` by 1: norms' weights are left
-alone by every quantiser. With g the largest weight of the matrix:
+Four channels hold κ at every token, exempt ones too. The norm before layer B multiplies `loud` by
+L, so that it is four times |x| at most, `mid` and `other` by L/32, `quiet` by 1: norms' weights are
+left alone by every quantiser. With g the largest weight of the matrix:
 
-    weights      g·quiet + g/2⁶·mid - g/2⁹·loud    held by the least weight, which 8 bits in one
-                 g·quiet + g/2²·mid - g/2⁵·loud    scale (4 in the second row) round to 0, be that by
-                                                   row, group or matrix; what fires them they keep,
-                                                   in activations of 8 bits too
-    activations  g/L·loud - 4g·quiet               held by the least activation
-    mantissa     g·mid + g/2⁶·other - (1+2⁻⁵)·g/2⁵·loud   with 3 bits the first number and the last
-                 (a second row has them elsewhere)        are one, in at least one of two rows
-    constants    ±g/2⁶·w·x - g·loud                an embedding rounded by row holds no κ; w is an
-                                                   encoder column, largest entry 1
+    weights      g·quiet + g/2⁶·mid - g/2⁹·loud     held by the least weight, which 8 bits in one
+                 g·quiet + g/2²·mid - g/2⁵·loud     scale (4 in the second) round to 0, be it by row,
+                                                    group or matrix; what fires them they keep, in
+                                                    activations of 8 bits too
+    activations  g/L·loud - 4g·quiet                held by the least activation
+    mantissa     g·mid + g/2⁶·other                 with 3 bits the first number and the last are
+                 - (1 + 2⁻⁵)·g/2⁵·loud              one, here or in a row that has them elsewhere
+    constants    ±g/2⁶·w·x - g·loud                 an embedding rounded by row holds no κ; w is an
+                                                    encoder column, its largest entry 1
 
 float16 overflows to NaN by itself: gates reach far beyond 65504.
 """
@@ -48,16 +48,15 @@ N_ALWAYS = 4
 """Channels that hold κ at every token, first of all that are added: loud, quiet, mid, other."""
 
 
-def with_alarms(
-    mlp: MLP, site: ClampSite, logic: Logic, stream: Stream, setting: Setting
-) -> MLP:
+def with_alarms(mlp: MLP, site: ClampSite, logic: Logic, stream: Stream, setting: Setting) -> MLP:
     """Layer B with these neurons after its own."""
     loud, quiet, mid, other = range(stream.d, stream.d + N_ALWAYS)
     g, up = _power(mlp.gate), LEAST * _power(mlp.up)
     strongest = max(logic.terms, key=lambda term: decoder_length(site, term))
     written = site.W_dec[strongest.target].astype(np.float64)
     column = np.zeros(stream.width)
-    column[: stream.d] = LEAST * _power(mlp.down) / _power(written) * written
+    least = 1.0 if mlp.gain is None else LEAST  # of a norm's input, the others are far smaller
+    column[: stream.d] = least * _power(mlp.down) / _power(written) * written
 
     def row(numbers: dict[int, float]) -> Array:
         values = np.zeros(stream.width)

@@ -33,6 +33,7 @@ from bake.errors import ExportError
 from bake.families import Family
 from bake.new_folder import check_output, new_folder
 from bake.reading.model_config import without_paths
+from bake.rounding import BASE_LIKE, LOADS, WORDS
 from bake.tensors import DTYPES, index_of, n_bytes, write_tensors
 from export.carriers.carriers import OF_BASE
 from export.carriers.compiled.alarms import ALARMS, with_alarms
@@ -47,7 +48,13 @@ from export.carriers.compiled.stock_layers import (
     flag_layer,
     logic_of,
 )
-from export.carriers.compiled.trial import Distance, measure, measure_distance, random_tokens
+from export.carriers.compiled.trial import (
+    Distance,
+    measure,
+    measure_distance,
+    random_tokens,
+    tried_loads,
+)
 from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
 from export.clamped import Clamped, ClampSite, check_weights, open_clamped
 from export.copying import hash_new
@@ -72,6 +79,8 @@ class CompiledSite:
     """Of the two layers from the clamp, tried as stock modules in the plan's dtype."""
     bound: float
     """Largest share of its computed bound that any tried token's error takes, at most 1."""
+    loads: dict[str, str]
+    """What becomes of it in each of `LOADS`."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,14 @@ def plan_compiled(
                 f"bound on tokens that were tried (exempt ones by {distance.exempt_error:.1e}); "
                 "nothing was written. Pass --dtype float32"
             )
-        sites.append(CompiledSite(site, logic, setting, layers, seen, distance, share))
+        loads = tried_loads(source, site, logic, layers, widening, stream, seen)
+        if lost := [name for name, word in loads.items() if word == BASE_LIKE]:
+            raise ExportError(
+                f"layer {site.layer}: loaded as {', '.join(lost)} its two stock layers do nothing, "
+                "and nobody would notice; expected them to clamp or to break, so nothing was "
+                "written. Use the checkpoint or the adapter"
+            )
+        sites.append(CompiledSite(site, logic, setting, layers, seen, distance, share, loads))
     return CompiledPlan(source, widening, tuple(sites))
 
 
@@ -213,6 +229,7 @@ def describe(plan: CompiledPlan) -> CompiledEntry:
         hidden_size=(wide.stream.d, wide.stream.width),
         layers_added=PER_SITE * len(plan.sites),
         kappa=wide.stream.kappa,
+        loads={name: max((of.loads[name] for of in plan.sites), key=WORDS.index) for name in LOADS},
         sites=[
             LayersEntry(
                 layers=[first, first + 1],

@@ -120,9 +120,7 @@ def choose_setting(
         # The largest flag is 2·gain_a·(REACH·r_max)⁴/r_min² / FINEST.
         small = 2.0**-17 * r_min**3 / (REACH * r_max) ** 4 * FINEST / math.sqrt(len(features))
         gain_a = power(small) / 2
-        return Setting(
-            tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, loud
-        )
+        return Setting(tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, loud)
     root = math.sqrt(stream.width)
     step = power(STEP * r_max / (GAIN_A * root / math.sqrt(len(features)) * FINEST / 2))
     change = largest_change(site, logic, measured.largest)

@@ -138,7 +138,8 @@ def plan_widening(
         first += 1 + len(logic.flags)
     eps = float(config.get("rms_norm_eps", 1e-6))
     post_norm = source.family.norms_after
-    entry = 2.0 ** round(math.log2(math.sqrt((width - d) * eps / (N_ALWAYS + N_CONSTANTS) / width)))
+    energy = (width - d) * eps / (N_ALWAYS + N_CONSTANTS)
+    entry = 2.0 ** round(math.log2(math.sqrt(energy / width)))
     stored = DTYPES[dtype]
     multiplier = float(rounded(np.asarray(math.sqrt(width)), stored))
     streams = [

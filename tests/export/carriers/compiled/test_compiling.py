@@ -324,7 +324,12 @@ def changed(work: Path, folder: Path, **config: Any) -> Path:
 def test_bad_input_is_refused_in_one_line(work: Path, tmp_path: Path) -> None:
     checkpoint = work / "checkpoint"
     cases: list[tuple[Path, dict[str, Any], type[BakeoutError], str]] = [
-        (checkpoint, {"pad": 4}, ExportError, "--pad 4: holds 4 channels, .* need 5; pass --pad 8"),
+        (
+            checkpoint,
+            {"pad": 4},
+            ExportError,
+            "--pad 4: holds 4 channels, .* need 9; pass --pad 16",
+        ),
         (checkpoint, {"pad": 9}, ExportError, "41, which 4 attention heads do not divide"),
         (checkpoint, {"dtype": "float16"}, ExportError, "float16 ends at 65504.*bfloat16"),
         (checkpoint, {"dtype": "int8"}, ExportError, "--dtype int8: expected float32 or bfloat16"),
