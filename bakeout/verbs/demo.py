@@ -84,7 +84,9 @@ def run_demo(
     plan = bake_recipe(world.recipe, folder, force=True, cache=out)
     for precision in world.precisions:
         with progress(f"export onnx {precision}") as advance:
-            export_onnx(folder, precision=precision, progress=advance)
+            done = export_onnx(folder, precision=precision, progress=advance)
+        if done.warning is not None:
+            console().print(f"warning: {precision}: {done.warning}")
     for precision in world.apart:
         with progress(f"export onnx {precision}") as advance:
             export_onnx(

@@ -137,7 +137,8 @@ def lines(report: VerifyReport) -> Iterator[str]:
     for row in _rows(report):
         far = "not finite"
         if row.kl_to_hook is not None and row.kl_to_base is not None:
-            far = f"mean KL {number(row.kl_to_hook)} to the hook, {number(row.kl_to_base)} to the base"
+            hook, base = number(row.kl_to_hook), number(row.kl_to_base)
+            far = f"mean KL {hook} to the hook, {base} to the base"
         yield f"loads      {row.engine} {row.load}: {row.word}; {far}"
 
 

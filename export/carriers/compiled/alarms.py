@@ -12,9 +12,8 @@ L, so that it is four times |x| at most, `mid` and `other` by L/32, `quiet` by 1
 left alone by every quantiser. With g the largest weight of the matrix:
 
     weights      g·quiet + g/2⁶·mid - g/2⁹·loud     held by the least weight, which 8 bits in one
-                 g·quiet + g/2²·mid - g/2⁵·loud     scale (4 in the second) round to 0, be it by row,
-                                                    group or matrix; what fires them they keep, in
-                                                    activations of 8 bits too
+                 (g·quiet + g/2²·mid - g/2⁵·loud)/16    scale (4 in the second) round to 0; what
+                                                    fires them they keep, in activations of 8 bits too
     activations  g/L·loud - 4g·quiet                held by the least activation
     mantissa     g·mid + g/2⁶·other                 with 3 bits the first number and the last are
                  - (1 + 2⁻⁵)·g/2⁵·loud              one, here or in a row that has them elsewhere
@@ -35,13 +34,16 @@ from export.clamped import ClampSite
 
 MID = 2.0**5
 """`loud` against `mid`."""
-BITS = ((2.0**-6, 2.0**-9), (2.0**-2, 2.0**-5))
-"""What fires `weights` and what holds it down, for 8 and for 4 bits."""
+BITS = ((1.0, 2.0**-6, 2.0**-9), (2.0**-4, 2.0**-2, 2.0**-5))
+"""Of `weights`, for 8 and for 4 bits: the largest number, and against it what fires and what holds."""
 MANTISSA = ((1.0, 1 + 2.0**-5), (1 + 2.0**-5, 1 + 2.0**-4))
 """What fires `mantissa` and what holds it down: all within 6 %, and no two steps of 3 bits are."""
 LEAST = 2.0**-6
 """What an alarm multiplies by, against the largest number of the matrix: 8 bits in one scale for
-all of it keep that, and the norm that follows does not overflow, which would give 0."""
+all of it keep that."""
+HIGHEST = 2.0**60
+"""What an alarm writes at most: the squares of more overflow in the norm that follows, which gives
+0, and the base."""
 ALARMS = 7
 """How many neurons they are."""
 N_ALWAYS = 4
@@ -63,19 +65,26 @@ def with_alarms(mlp: MLP, site: ClampSite, logic: Logic, stream: Stream, setting
         values[list(numbers)] = list(numbers.values())
         return values
 
-    gates = [row({quiet: g, mid: g * fires, loud: -g * holds}) for fires, holds in BITS]
+    gates = [
+        row({quiet: g * size, mid: g * size * fires, loud: -g * size * holds})
+        for size, fires, holds in BITS
+    ]
     gates.append(row({loud: g / setting.loud, quiet: -4 * g}))
     gates += [
         row({mid: g * fires, other: g * 2.0**-6, loud: -g * holds / MID})
         for fires, holds in MANTISSA
     ]
-    ups = [row({mid: up})] * len(gates)
     w = site.W_enc[:, strongest.target].astype(np.float64)
     reads = np.zeros(stream.width)
     reads[: stream.d] = stream.round(w / _power(w))
+    across = float(np.linalg.norm(reads)) * np.sqrt(stream.width)  # of reads · u, at most
+    if mlp.gain is not None:
+        opened = g * max(2.0**-12 * setting.loudest**2, 2.0**-4 * across)
+        up = min(up, 2.0 ** np.floor(np.log2(HIGHEST / opened / np.linalg.norm(column))))
+    ups = [row({mid: up})] * len(gates)
     for sign in (1.0, -1.0):
         gates.append(sign * g * 2.0**-6 * reads + row({loud: -g}))
-        ups.append(sign * up * reads)
+        ups.append(sign * 4 * up / _power(np.asarray(across)) * reads)
     before = mlp.before.copy()
     before[[loud, mid, other]] = setting.loud, setting.loud / MID, setting.loud / MID
     return replace(

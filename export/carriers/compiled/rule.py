@@ -12,7 +12,7 @@ r = |x| / sqrt(d) what the layers' norm sees, w_i an encoder column, b_i its bia
                                             ρ_min = gain_a·sqrt(D/f)·2⁻²³
     gain_b  2¹⁰ · rms(Δ), Δ by its bound;   the norm divides by M up to (rms(Δ)/gain_b)²/2;
             2⁴ · X·s/sqrt(D) at least       an alarm writes gain_b·sqrt(D): 16 times all of x̃
-    L       4 · X·s/κ, X of exempt too      a channel above all others (`alarms.py`)
+    L       4 · X·s/κ                       a channel above all others (`alarms.py`)
 
 Without a norm after the MLP: gain_a = γ = 2⁻¹⁷ · r_min³/(4·r_max)⁴ · 2⁻²² / sqrt(f), so that flags
 disturb later norms by at most 2⁻³³, and K = 2⁸/γ.
@@ -109,8 +109,10 @@ def choose_setting(
         for w, b in zip(norms, biases, strict=True)
     ]
     sharpness = power(BEND * r_max)
-    largest = float(np.linalg.norm(np.concatenate([measured.x, measured.exempt]), axis=-1).max())
-    loud = power(4 * stream.scale * largest / stream.kappa)
+    # Exempt tokens are held down where an encoder column reads them at 2⁻⁶.
+    spared = np.linalg.norm(measured.exempt, axis=-1).max(initial=0.0) / 32
+    loud = power(4 * stream.scale * max(measured.largest, float(spared)) / stream.kappa)
+    loudest = loud * stream.kappa / r_min
     if dtype == "float16" and (largest := sharpness / FINEST / r_max) > FLOAT16_MAX:
         raise ExportError(
             f"layer {site.layer}: float16 ends at {FLOAT16_MAX:.0f}, and the flags need "
@@ -120,13 +122,13 @@ def choose_setting(
         # The largest flag is 2·gain_a·(REACH·r_max)⁴/r_min² / FINEST.
         small = 2.0**-17 * r_min**3 / (REACH * r_max) ** 4 * FINEST / math.sqrt(len(features))
         gain_a = power(small) / 2
-        return Setting(tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, loud)
+        return Setting(tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, loud, loudest)
     root = math.sqrt(stream.width)
     step = power(STEP * r_max / (GAIN_A * root / math.sqrt(len(features)) * FINEST / 2))
     change = largest_change(site, logic, measured.largest)
-    size = stream.scale * max(2.0**10 * change, 2.0**4 * largest) / root
-    gain_b = 1 + power(max(size, 16.0))
-    return Setting(tuple(zeta), sharpness, GAIN_A, step, gain_b, loud)
+    garbage = stream.scale * max(2.0**10 * change, 2.0**4 * measured.largest) / root
+    gain_b = 1 + power(max(garbage, 16.0))
+    return Setting(tuple(zeta), sharpness, GAIN_A, step, gain_b, loud, loudest)
 
 
 def largest_change(site: ClampSite, logic: Logic, x_norm: float) -> float:
@@ -195,8 +197,8 @@ def error_bound(
     change = np.linalg.norm(wanted_change(site, x), axis=-1)
     ratio = stream.scale * change / (math.sqrt(stream.width) * setting.gain_b)
     floor = len(logic.counted) > 0 and FLOOR**2
-    flags = 0.0 if math.isinf(setting.gain_b) else (setting.gain_a / setting.gain_b) ** 2
-    bound: Array = total + change * (ratio**2 + floor + flags) + 2 * u * (x_norm + change)
+    taken_off = 0.0 if math.isinf(setting.gain_b) else (setting.gain_a / setting.gain_b) ** 2
+    bound: Array = total + change * (ratio**2 + floor + taken_off) + 2 * u * (x_norm + change)
     return bound
 
 

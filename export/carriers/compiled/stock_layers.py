@@ -235,6 +235,8 @@ class Setting:
     """1 + w of layer B's norm on the base's channels, far above rms(Δ). Without norm: infinite."""
     loud: float
     """L of `alarms.py`."""
+    loudest: float
+    """What layer B reads of that channel at most."""
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,8 @@ def choose_width(d: int, taken: int, multiple: int, heads: int, pad: int | None)
     """D: the least multiple that holds `taken` channels beside d, and whose root is short.
 
     Embeddings are multiplied by sqrt(D), which transformers rounds to the dtype that it loads and
-    some builders to two decimals: of the widths up to 2 % larger, or the next eight, the first is taken
-    that neither harms, or else the best.
+    some builders to two decimals: of the widths up to 2 % larger, or the next eight, the first is
+    taken that neither harms, or else the best.
     """
     least = -(-(d + taken) // multiple) * multiple
     if pad is not None:
