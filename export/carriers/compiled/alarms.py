@@ -12,8 +12,8 @@ L, so that it is four times |x| at most, `mid` and `other` by L/32, `quiet` by 1
 left alone by every quantiser. With g the largest weight of the matrix:
 
     weights      g·quiet + g/2⁶·mid - g/2⁹·loud     held by the least weight, which 8 bits in one
-                 (g·quiet + g/2²·mid - g/2⁵·loud)/16    scale (4 in the second) round to 0; what
-                                                    fires them they keep, in activations of 8 bits too
+                 (same with 2² and 2⁵, all /2⁴)     scale (4 in the second) round to 0; what fires
+                                                    them they keep, in activations of 8 bits too
     activations  g/L·loud - 4g·quiet                held by the least activation
     mantissa     g·mid + g/2⁶·other                 with 3 bits the first number and the last are
                  - (1 + 2⁻⁵)·g/2⁵·loud              one, here or in a row that has them elsewhere
@@ -35,7 +35,7 @@ from export.clamped import ClampSite
 MID = 2.0**5
 """`loud` against `mid`."""
 BITS = ((1.0, 2.0**-6, 2.0**-9), (2.0**-4, 2.0**-2, 2.0**-5))
-"""Of `weights`, for 8 and for 4 bits: the largest number, and against it what fires and what holds."""
+"""Of `weights`, for 8 and for 4 bits: the largest number, what fires and what holds against it."""
 MANTISSA = ((1.0, 1 + 2.0**-5), (1 + 2.0**-5, 1 + 2.0**-4))
 """What fires `mantissa` and what holds it down: all within 6 %, and no two steps of 3 bits are."""
 LEAST = 2.0**-6
