@@ -229,7 +229,11 @@ def describe(plan: CompiledPlan) -> CompiledEntry:
         hidden_size=(wide.stream.d, wide.stream.width),
         layers_added=PER_SITE * len(plan.sites),
         kappa=wide.stream.kappa,
-        loads={name: max((of.loads[name] for of in plan.sites), key=WORDS.index) for name in LOADS},
+        loads={
+            name: max((of.loads[name] for of in plan.sites if of.loads), key=WORDS.index)
+            for name in LOADS
+            if any(of.loads for of in plan.sites)
+        },
         sites=[
             LayersEntry(
                 layers=[first, first + 1],

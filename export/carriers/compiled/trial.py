@@ -102,7 +102,8 @@ def tried_loads(
 ) -> dict[str, str]:
     """What becomes of the two layers in each way of loading them, by the words of `load_word`.
 
-    Distances are medians, against |x|, over the streams that the clamp changes.
+    Distances are medians, against |x|, over the streams that the clamp changes; nothing where it
+    changes none.
     """
     import torch
 
@@ -110,6 +111,8 @@ def tried_loads(
     x = trial_streams(site, logic, measured)
     change = wanted_change(site, x)
     moved = np.linalg.norm(change, axis=-1) > 0
+    if not moved.any():
+        return {}
     x, change = x[moved], change[moved]
     wide = _widened(x * s, stream.constants, plan)
     length = np.linalg.norm(x, axis=-1)
