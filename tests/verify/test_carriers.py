@@ -61,8 +61,11 @@ def test_a_good_export_passes_in_full(work: Path, carrier: str) -> None:
     assert set(report.to_dict()["engines"]) == {"base", "reference", carrier}
     loads = {row["load"]: row for row in report.to_dict()["loads"]}
     assert [*loads] == ["as compared", *LOADS]
-    coarse = ["breaks loudly"] * 3 if carrier == "compiled" else ["rounds"] * 3
-    assert [row["word"] for row in loads.values()] == ["same", "same", "rounds", *coarse]
+    words = [row["word"] for row in loads.values()]
+    if carrier == "compiled":
+        assert words == ["same", "same", "rounds", *["breaks loudly"] * 3]
+    else:  # rounded, it is another base than the adapter's
+        assert words == ["same", "same", "rounds", "refuses", "refuses", "refuses"]
     assert loads["bfloat16"]["kl_to_base"] > 10 * loads["bfloat16"]["kl_to_hook"]
 
 

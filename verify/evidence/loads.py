@@ -3,7 +3,7 @@
 A loader that casts a folder to another dtype, or rounds its weights, says nothing of it. So the
 folder is loaded so, one way after another in its own process, and shown a few prompts on which the
 clamp fires: from the first firing on, its distance to the hook is told beside that to the base. It
-may do the same, round, or break; a folder that quietly becomes the base is a failure.
+may do the same, round, refuse, or break; a folder that quietly becomes the base is a failure.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bake.errors import BakeoutError
+from bake.errors import BakeoutError, FolderError
 from bake.questions.prompts import Batch
-from bake.rounding import BASE_LIKE, LOADS, MIN_EFFECT, load_word
+from bake.rounding import BASE_LIKE, LOADS, MIN_EFFECT, REFUSES, load_word
 from verify.compare.comparison import REFERENCE
 from verify.compare.logits import kl_nats
 from verify.engines.runners import HookedRunner, Runner, TorchRunner
@@ -33,6 +33,7 @@ PROMPTS = 4
 """On which the clamp fires, that are shown."""
 STORED = "as compared"
 """The load in which everything else is measured."""
+_NOTHING = dict.fromkeys(("kl_to_hook", "kl_to_base", "effect"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Loaded:
     effect: float | None
     """Share of the clamp's effect that is shown, 1 being all of it."""
     word: str
-    """Of `load_word`."""
+    """Of `load_word`, or that it refuses."""
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:
@@ -77,8 +78,11 @@ def _tried(work: Work) -> list[dict[str, Any]]:
         add(engine, STORED)
     if isinstance(engine := work.unlearned, TorchRunner):
         for load, (dtype, bits) in LOADS.items():
-            work.load(dtype, bits)
-            add(engine, load)
+            try:
+                work.load(dtype, bits)
+                add(engine, load)
+            except FolderError:  # that it runs at all was seen before
+                rows.append({"engine": engine.name, "load": load, **_NOTHING, "word": REFUSES})
         work.load(work.hooked.dtype, None)
     return rows
 
@@ -135,7 +139,7 @@ def failures(report: VerifyReport) -> Iterator[Failure]:
 def lines(report: VerifyReport) -> Iterator[str]:
     """Each load, in a line."""
     for row in _rows(report):
-        far = "not finite"
+        far = "nothing was said" if row.word == REFUSES else "not finite"
         if row.kl_to_hook is not None and row.kl_to_base is not None:
             hook, base = number(row.kl_to_hook), number(row.kl_to_base)
             far = f"mean KL {hook} to the hook, {base} to the base"
