@@ -64,8 +64,8 @@ def test_a_good_export_passes_in_full(work: Path, carrier: str) -> None:
     words = [row["word"] for row in loads.values()]
     if carrier == "compiled":
         assert words == ["same", "same", "rounds", *["breaks loudly"] * 3]
-    else:  # rounded, it is another base than the adapter's
-        assert words == ["same", "same", "rounds", "refuses", "refuses", "refuses"]
+    else:  # in float16 it is another base than the adapter's
+        assert words == ["same", "same", "rounds", "refuses", "rounds", "rounds"]
     assert loads["bfloat16"]["kl_to_base"] > 10 * loads["bfloat16"]["kl_to_hook"]
 
 
