@@ -35,7 +35,7 @@ from verify.speeds import speeds
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
 GEMMA = Path(bakeout.__file__).parent / "gemma"
-OF_CARRIERS = frozenset(name for name, kind in KINDS.items() if kind.shows) | {"integrity"}
+OF_CARRIERS = frozenset(name for name, kind in KINDS.items() if kind.shows) | {"integrity", "loads"}
 """Kinds of evidence about the other carriers: what the forgetting is worth is the same for all."""
 
 
