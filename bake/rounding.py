@@ -9,6 +9,8 @@ is the scale by which everything else is judged.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +33,64 @@ Sound ones were measured at up to 4, whatever the processor; faults are hundreds
 
 MIN_EFFECT = 0.5
 """How much of the clamp's effect on the witnesses an engine must show, 1 being all of it."""
+
+LOADS: dict[str, tuple[str, int | None]] = {
+    "float32": ("float32", None),
+    "bfloat16": ("bfloat16", None),
+    "float16": ("float16", None),
+    "8-bit weights": ("float32", 8),
+    "4-bit weights": ("float32", 4),
+}
+"""Ways in which loaders take a folder, whatever it is stored in: dtype, and to how many bits they
+round the matrices of decoder layers."""
+WORDS = SAME, ROUNDS, LOUD, BASE_LIKE = "same", "rounds", "breaks loudly", "silently base-like"
+REFUSES = "refuses"
+"""Of what does not load so, or does not run."""
+_SAME, _LOUD = 1e-5, 1.0
+"""How far from the hook is no distance, and how far from hook and base is neither; in nats per
+token, or of the length of a residual stream."""
+
+
+def load_word(to_hook: float, to_base: float, effect: float) -> str:
+    """What became of a clamp as a folder was loaded: one of the four words.
+
+    Args:
+        to_hook: distance to the hooked reference.
+        to_base: distance to the base.
+        effect: share of the clamp's effect that is shown, 1 being all of it.
+    """
+    if not (math.isfinite(to_hook) and math.isfinite(to_base)) or min(to_hook, to_base) >= _LOUD:
+        return LOUD
+    if to_base < to_hook and not effect >= MIN_EFFECT:
+        return BASE_LIKE
+    return SAME if to_hook <= _SAME else ROUNDS
+
+
+def rounded_to_integers(weight: Tensor, bits: int) -> Tensor:
+    """To the nearest of 2^bits - 1 evenly spaced numbers for each row: symmetric, round to nearest.
+
+    Args:
+        weight: [out, in].
+        bits: 2 at least.
+    """
+    import torch
+
+    most = 2 ** (bits - 1) - 1
+    wide = weight.float()
+    step = wide.abs().amax(dim=1, keepdim=True) / most
+    whole = (wide / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    rounded: Tensor = (whole * step).to(weight.dtype)
+    return rounded
+
+
+def coarsen(layers: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Change every matrix of some decoder layers in place; buffers, as a clamp's are, are none."""
+    import torch
+
+    with torch.no_grad():
+        for weight in layers.parameters():
+            if weight.ndim == 2:
+                weight.copy_(change(weight))
 
 
 def disturbed(h: Tensor, generator: Generator, epsilon: float) -> Tensor:

@@ -257,6 +257,9 @@ def compiled_lines(compiled: CompiledEntry | None) -> list[tuple[str, str]]:
         return []
     narrow, wide = compiled.hidden_size
     lines = [("compiled", f"hidden size {narrow} to {wide}, {compiled.dtype}")]
+    if compiled.loads:
+        said = (f"{name} {word}" for name, word in compiled.loads.items())
+        lines.append(("loaded as", ", ".join(said)))
     for site in compiled.sites:
         distance = site.distance
         lines.append(

@@ -78,6 +78,10 @@ class ClampEntry(Part):
     """`SAE` where the SAE says where it sits, `recipe` where that is the user's word alone."""
 
 
+COARSE = 0.5
+"""Share of the clamp's effect from which on a rounded graph's error is told."""
+
+
 class CompiledDistance(Part):
     """How far two compiled layers are from the clamp on tokens that were tried."""
 
@@ -109,7 +113,31 @@ class CompiledEntry(Part):
     layers_added: int
     kappa: float
     """The constant of the added channels."""
+    loads: dict[str, str] = Field(default_factory=dict, max_length=16)
+    """What becomes of the clamps in each way of loading the folder, as tried at export."""
     sites: list[LayersEntry] = Field(min_length=1)
+
+
+class RoundedEntry(Part):
+    """What a graph with rounded weights showed on the witnesses, in logits."""
+
+    error: float
+    """Largest distance to the checkpoint."""
+    effect: float
+    """Largest that the clamp makes in the checkpoint."""
+    shown: float
+    """Share of the clamp's effect that the graph shows, 1 being all of it."""
+
+    @property
+    def warning(self) -> str | None:
+        """Where rounding moves logits by half as much as the clamp, or more: that it does."""
+        if self.error < COARSE * self.effect:
+            return None
+        return (
+            f"rounding moves a logit by up to {self.error:.2g}, the clamp by up to "
+            f"{self.effect:.2g}, of which {self.shown:.0%} shows: what it forgets and keeps is "
+            "another model's, so measure it before it is used"
+        )
 
 
 class HeldOutEntry(Part):
@@ -158,6 +186,8 @@ class Manifest(Part):
     """Every other file of the folder, by its name with forward slashes, and its sha256."""
     compiled: CompiledEntry | None = None
     distilled: DistilledEntry | None = None
+    rounded: dict[str, RoundedEntry] = Field(default_factory=dict, max_length=16)
+    """Graphs whose weights are rounded copies, by file."""
     in_place: dict[str, Sha256] = {}
     """While files are written into the folder, and after the writer was killed: the hashes that
     they will have. Until then each is as `files` lists it, or is not there."""

@@ -67,6 +67,8 @@ class CardFacts:
     """What a compiled folder's manifest says of its layers."""
     distilled: DistilledEntry | None = None
     """What a trained folder's manifest says of its training."""
+    rounded: tuple[str, ...] = ()
+    """What the manifest warns of in graphs with rounded weights."""
 
 
 def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> CardFacts:
@@ -128,6 +130,9 @@ def facts_of_manifest(
         unmeasured=unmeasured,
         compiled=manifest.compiled,
         distilled=manifest.distilled,
+        rounded=tuple(
+            f"{name}: {entry.warning}" for name, entry in manifest.rounded.items() if entry.warning
+        ),
     )
 
 

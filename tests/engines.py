@@ -62,7 +62,7 @@ def reports_beside(
     hooked = Hooked(oracle.model, oracle.sites, {"reference": oracle}, found.material)
     work = Work(
         *(recipe, COMPARED_KINDS, hooked, found, None, [checkpoint]),
-        *(Options(), Journal(), lambda *_: None),
+        *(Options(), Journal(), lambda *_: None, lambda *_: None),
     )
     engines = tuple(EngineReport(name) for name in found.names)
     report = VerifyReport("checkpoint", "layer", True, "full", (), engines=engines)

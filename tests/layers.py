@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from export.carriers.compiled.alarms import N_ALWAYS, with_alarms
 from export.carriers.compiled.rule import Measured, choose_setting
 from export.carriers.compiled.stock_layers import (
     MLP,
@@ -51,18 +52,21 @@ def a_site(k: int, kind: str = "clamp", *, seed: int = 0, trigger: float = 0.2) 
 
 def a_stream(flags: int) -> tuple[Stream, Place]:
     """D = 32 and what the flags need, no dtype that rounds."""
-    width = D + 2 + 1 + flags
+    first = D + N_ALWAYS
+    width = first + 2 + 1 + flags
     kappa = 2.0**-8 * math.sqrt(width)
+    constants = (first, first + 1)
     stream = Stream(
-        D, width, math.sqrt(width / D), kappa, (D, D + 1), lambda x: np.asarray(x), np.zeros(D)
+        D, width, math.sqrt(width / D), kappa, constants, lambda x: np.asarray(x), np.zeros(D)
     )
-    return stream, Place(D + 2, tuple(range(D + 3, D + 3 + flags)))
+    return stream, Place(first + 2, tuple(range(first + 3, first + 3 + flags)))
 
 
 def widen(x: np.ndarray[Any, Any], stream: Stream, *, exempt: bool = False) -> Any:
     """Residual streams [n, D] as the wider model holds them: [n, width]."""
     wide = np.zeros((len(x), stream.width))
     wide[:, :D] = stream.scale * x
+    wide[:, D : D + N_ALWAYS] = stream.kappa
     if not exempt:
         wide[:, list(stream.constants)] = stream.kappa
     return wide
@@ -80,7 +84,8 @@ def both_layers(site: ClampSite, x: Any) -> tuple[Stream, Place, MLP, MLP]:
     stream, place = a_stream(len(logic.flags))
     setting = choose_setting(site, logic, stream, Measured(x, x[:0]), "float32")
     arguments = (site, logic, stream, place, setting)
-    return stream, place, flag_layer(*arguments), action_layer(*arguments)
+    action = with_alarms(action_layer(*arguments), site, logic, stream, setting)
+    return stream, place, flag_layer(*arguments), action
 
 
 def rms(x: Array) -> Array:
@@ -90,6 +95,6 @@ def rms(x: Array) -> Array:
 
 def run_mlp(x: Array, mlp: MLP, eps: float) -> Array:
     """A stock layer in float64: x̃ [..., D] → x̃ [..., D]."""
-    u = x / np.sqrt(rms(x) ** 2 + eps)
+    u = mlp.before * x / np.sqrt(rms(x) ** 2 + eps)
     m = (gelu(u @ mlp.gate.T) * (u @ mlp.up.T)) @ mlp.down.T
     return x + (m if mlp.gain is None else mlp.gain * m / np.sqrt(rms(m) ** 2 + eps))

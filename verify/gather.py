@@ -24,8 +24,8 @@ from verify.engines.engines import Engines
 from verify.engines.heap import give_back
 from verify.engines.runners import DecodingRunner, HookedRunner
 from verify.evidence.completions import open_prompts
-from verify.evidence.harness import check_harness, measure_harness
 from verify.evidence.kinds import KINDS, shown_for
+from verify.evidence.tasks.harness import check_harness, measure_harness
 from verify.expected.own_files import as_damaged
 from verify.hooked import Hooked, load_hooked, units_of
 from verify.journal import Journal, Progress
@@ -119,6 +119,7 @@ def gather(
             work = Work(
                 *(recipe, kinds, hooked, comparison, in_float32, elsewhere),
                 *(options, journal, progress),
+                lambda dtype, bits: engines.load_torch(recipe, dtype, threads, bits),
             )
             if "known" in kinds:
                 work.known  # noqa: B018  beside the engine, which has the other threads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -40,6 +40,8 @@ class Work:
     options: Options
     journal: Journal
     progress: Progress
+    load: Callable[[str, int | None], None]
+    """Loads the folder in torch once more: dtype, and to how many bits its matrices are rounded."""
 
     @property
     def unlearned(self) -> Runner:

@@ -35,7 +35,7 @@ from verify.speeds import speeds
 
 MINIATURE = Path(bakeout.__file__).parent / "miniature"
 GEMMA = Path(bakeout.__file__).parent / "gemma"
-OF_CARRIERS = frozenset(name for name, kind in KINDS.items() if kind.shows) | {"integrity"}
+OF_CARRIERS = frozenset(name for name, kind in KINDS.items() if kind.shows) | {"integrity", "loads"}
 """Kinds of evidence about the other carriers: what the forgetting is worth is the same for all."""
 
 
@@ -84,7 +84,9 @@ def run_demo(
     plan = bake_recipe(world.recipe, folder, force=True, cache=out)
     for precision in world.precisions:
         with progress(f"export onnx {precision}") as advance:
-            export_onnx(folder, precision=precision, progress=advance)
+            done = export_onnx(folder, precision=precision, progress=advance)
+        if done.warning is not None:
+            console().print(f"warning: {precision}: {done.warning}")
     for precision in world.apart:
         with progress(f"export onnx {precision}") as advance:
             export_onnx(

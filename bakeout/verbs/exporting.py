@@ -102,7 +102,9 @@ def onnx(
     typer.echo(
         f"clamps {done.n_clamps}\n"
         f"check  onnx.checker and ONNX Runtime in a fresh process: max |Δlogit| to the checkpoint "
-        f"{done.difference:.1e}, of which the clamp moves {done.effect:.1e}\n"
+        f"{done.found.error:.1e}; the clamp moves {done.found.effect:.1e}, of which "
+        f"{done.found.shown:.0%} shows\n"
+        f"{'' if done.warning is None else f'warning: {done.warning}' + chr(10)}"
         f"written to {done.graph}"
     )
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from bake.rounding import EPSILON, disturbed, epsilon_of
+from bake.rounding import EPSILON, disturbed, epsilon_of, load_word
 
 
 def draw(h: torch.Tensor, seed: int = 0, epsilon: float | None = None) -> torch.Tensor:
@@ -59,3 +61,22 @@ def test_sizes_are_those_of_the_formats() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert epsilon_of(dtype) == torch.finfo(dtype).eps / 2
     assert epsilon_of("float16") == EPSILON["float16"]
+
+
+@pytest.mark.parametrize(
+    ("to_hook", "to_base", "effect", "word"),
+    [
+        (1e-12, 0.9, 1.0, "same"),
+        (0.01, 0.9, 0.98, "rounds"),
+        (0.3, 0.3001, 0.9, "rounds"),  # a clamp that does little, beside coarse weights
+        (0.3, 0.2, 0.9, "rounds"),
+        (0.9, 0.01, 0.02, "silently base-like"),
+        (1.1, 0.4, -0.3, "silently base-like"),
+        (12.8, 13.1, 0.4, "breaks loudly"),
+        (13.1, 12.8, -2.0, "breaks loudly"),
+        (math.nan, math.nan, math.nan, "breaks loudly"),
+        (math.inf, 0.1, math.nan, "breaks loudly"),
+    ],
+)
+def test_the_word_for_a_load(to_hook: float, to_base: float, effect: float, word: str) -> None:
+    assert load_word(to_hook, to_base, effect) == word

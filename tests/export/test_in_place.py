@@ -20,7 +20,7 @@ from bake.errors import FolderError, OutputError
 from bake.files.locks import folder_lock
 from bakeout.cli import run
 from export.in_place import changing, put_files
-from export.manifest import Manifest
+from export.manifest import Manifest, RoundedEntry
 from tests.folders import baked_world, rehash
 from tests.reports import error_line
 from verify.engines.onnx_files import find_graphs, graph_failures
@@ -28,6 +28,7 @@ from verify.evidence.integrity import check_integrity
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 GRAPHS = {"shared": "model.onnx", "int8": "onnx/model_int8.onnx"}
+FOUND = RoundedEntry(error=0.0, effect=1.0, shown=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def ready_graphs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return kept[0] if kept else kept.append(find_witnesses(clamped, prompts)) or kept[0]
 
     monkeypatch.setattr(onnx_folder, "write_graph", write)
-    monkeypatch.setattr(onnx_folder, "check_graph", lambda *_, **__: (1, 0.0, 1.0))
+    monkeypatch.setattr(onnx_folder, "check_graph", lambda *_, **__: FOUND)
     monkeypatch.setattr(onnx_folder, "find_witnesses", witnesses)
 
 

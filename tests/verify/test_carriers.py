@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
+from bake.rounding import LOADS
 from bakeout.cli import run
 from bakeout.verbs.exporting import export_adapter, export_compiled
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
+from export.carriers.compiled.alarms import ALARMS, N_ALWAYS
 from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
@@ -27,7 +29,7 @@ from tests.folders import baked_world, compile_recipe, recipe_variant
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.engines import forward
 from verify.engines.runners import HookedRunner
-from verify.evidence.kinds import KINDS
+from verify.evidence.kinds import KINDS, lines_of
 from verify.run import verify_folder
 
 FEATURES = [1, 5, 9, 20, 33]
@@ -57,6 +59,29 @@ def test_a_good_export_passes_in_full(work: Path, carrier: str) -> None:
     assert engine.parity.tokens_fired > 0 and base.parity.mean_kl > 0.1
     assert engine.parity.mean_kl < 1e-9
     assert set(report.to_dict()["engines"]) == {"base", "reference", carrier}
+    loads = {row["load"]: row for row in report.to_dict()["loads"]}
+    assert [*loads] == ["as compared", *LOADS]
+    words = [row["word"] for row in loads.values()]
+    if carrier == "compiled":
+        assert words == ["same", "same", "rounds", *["breaks loudly"] * 3]
+    else:  # in float16 it is another base than the adapter's
+        assert words == ["same", "same", "rounds", "refuses", "rounds", "rounds"]
+    assert loads["bfloat16"]["kl_to_base"] > 10 * loads["bfloat16"]["kl_to_hook"]
+
+
+def test_a_folder_that_is_the_base_when_it_is_rounded_fails(work: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(work / "compiled", tmp_path / "compiled")
+    tensors = load_file(folder / LAYERS_SHARD)
+    name = "model.layers.3.mlp.down_proj.weight"
+    busy = tensors[name].any(dim=0).nonzero().flatten()
+    tensors[name][:, busy[-ALARMS:]] = 0.0
+    rewrite_file(folder, LAYERS_SHARD, save(tensors, {"format": "pt"}))
+    report = verify_folder(folder, Recipe.load(work / "recipe.toml"), frozenset({"loads"}))
+    assert report.verdict == "fail"
+    found = {(failure.kind, failure.what) for failure in report.failures}
+    what = "4-bit weights: silently base-like, share of the clamp's effect"
+    assert ("loads", what) in found, report.failures
+    assert any("4-bit weights: silently base-like" in line for line in lines_of(report))
 
 
 def test_onnx_takes_a_compiled_folder_as_it_is(work: Path, tmp_path: Path) -> None:
@@ -132,11 +157,11 @@ def drop_a_feature(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def weaken_a_value(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[UP.format(3)][0, 32] *= 0.9  # the first constant channel
+    tensors[UP.format(3)][0, 32 + N_ALWAYS] *= 0.9  # the first constant channel
 
 
 def move_a_threshold(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[GATE.format(2)][2, 32] *= 2
+    tensors[GATE.format(2)][2, 32 + N_ALWAYS] *= 2
 
 
 def swap_two_flags(tensors: dict[str, torch.Tensor]) -> None:
@@ -173,7 +198,7 @@ def test_a_defect_in_a_compiled_folder_fails(
     tensors = load_file(folder / shard)
     change(tensors)
     rewrite_file(folder, shard, save(tensors, metadata={"format": "pt"}))
-    run = frozenset(KINDS) - {"integrity", "witnesses"}  # the files alone show some
+    run = frozenset(KINDS) - {"integrity", "witnesses", "loads"}  # the files alone show some
     report = verify_folder(folder, Recipe.load(work / "recipe.toml"), run)
     assert report.verdict == "fail"
     assert {(f.kind, f.engine) for f in report.failures} == {("parity", "compiled")}

@@ -20,8 +20,8 @@ from tests.defects import rewrite_file
 from tests.engines import InProcess
 from tests.folders import N_FORGET, N_RETAIN, baked_world, recipe_variant
 from tests.worlds import save_sae_lens, tiny_sae
-from verify.evidence.harness_tasks import HarnessError
 from verify.evidence.kinds import KindError
+from verify.evidence.tasks.harness_tasks import HarnessError
 from verify.options import Options
 from verify.report.findings import VerifyReport
 from verify.report.reading import check_fresh, report_from_dict

@@ -19,7 +19,7 @@ from bake.recipe import Recipe
 from export.manifest import Manifest, read_json
 from verify.expected.clamp_rows import expected_tensors
 from verify.expected.weight_files import ADDED_SHARD
-from verify.expected.widened_base import CONSTANTS, Wide
+from verify.expected.widened_base import Wide
 from verify.report.findings import Failure
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class Block:
     gate: Tensor
     up: Tensor
     down: Tensor
+    before: Tensor
+    """w of the norm before it."""
     after: Tensor | None
     """w of the norm behind it."""
     eps: float
@@ -56,16 +58,16 @@ class Block:
         """[n, D] twice, in the weights' dtype."""
         from torch.nn.functional import gelu, linear
 
-        u = _normed(h, None, self.eps)
+        u = _normed(h, self.before, self.eps)
         m = linear(gelu(linear(u, self.gate), approximate="tanh") * linear(u, self.up), self.down)
         return h + (m if self.after is None else _normed(m, self.after, self.eps))
 
 
-def _normed(x: Tensor, w: Tensor | None, eps: float) -> Tensor:
+def _normed(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """Gemma's RMS norm, in float32."""
     wide = x.float()
     wide = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    normed: Tensor = wide if w is None else wide * (1 + w.float())
+    normed: Tensor = wide * (1 + w.float())
     return normed.to(x.dtype)
 
 
@@ -156,8 +158,9 @@ def _block(folder: Path, prefix: str, wide: Wide) -> Block:
             return found
 
         gate, up, down = (read(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
+        before = read(wide.norm_before)
         after = read("post_feedforward_layernorm") if wide.base.family.norms_after else None
-    return Block(gate, up, down, after, float(wide.config["rms_norm_eps"]))
+    return Block(gate, up, down, before, after, float(wide.config["rms_norm_eps"]))
 
 
 def _pushed(
@@ -209,7 +212,7 @@ def _disagreeing(
     for on, streams in pushed:
         h = torch.zeros(len(streams), D, dtype=torch.float64)
         h[:, :d] = streams * scale
-        h[:, d : d + CONSTANTS * len(wide.kinds)] = wide.constant * root
+        h[:, d : wide.flags] = wide.constant * root
         h = h.to(dtype)
         x = h[:, :d].double() / scale
         given = x[None].to(site.sae.W_enc.device)

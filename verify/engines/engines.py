@@ -35,11 +35,13 @@ class Engines:
 
         return torch.get_num_threads()
 
-    def load_torch(self, recipe: Recipe, dtype: str, threads: int) -> None:
-        """Load the folder in torch, an adapter over the recipe's base."""
+    def load_torch(self, recipe: Recipe, dtype: str, threads: int, bits: int | None = None) -> None:
+        """Load the folder in torch, an adapter over the recipe's base; its matrices rounded to so
+        many bits, if any.
+        """
         assert self.torch is not None
         base = find_base(recipe).folder if CARRIERS[self.carrier].over_base else None
-        self.torch.load(dtype, device=self.device, threads=threads, base=base)
+        self.torch.load(dtype, device=self.device, threads=threads, base=base, bits=bits)
 
     @contextmanager
     def open(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from bake.errors import FolderError
@@ -184,9 +183,8 @@ class HookedRunner(Runner):
 
 class TorchRunner(DecodingRunner):
     """A folder in a confined process that cannot import bakeout, unless it needs to. The process
-    runs bakeout's own modeling file, whatever the folder holds.
-
-    The process starts at once and imports what it needs; `load` loads the folder into it.
+    runs bakeout's own modeling file, whatever the folder holds. It starts at once and imports what
+    it needs; `load` loads the folder into it.
 
     Args:
         folder: the checkpoint.
@@ -210,18 +208,22 @@ class TorchRunner(DecodingRunner):
         )
 
     def load(
-        self, dtype: str, *, device: str = "cpu", threads: int = 1, base: Path | None = None
+        self,
+        dtype: str,
+        *,
+        device: str = "cpu",
+        threads: int = 1,
+        base: Path | None = None,
+        bits: int | None = None,
     ) -> str:
-        """Load the folder.
+        """Load the folder; returns the class that transformers made of it.
 
         Args:
             dtype: float32, bfloat16 or float16.
             device: as torch names it.
             threads: of the process.
             base: for an adapter: the base's folder.
-
-        Returns:
-            The class that transformers made of it.
+            bits: to which its layers' matrices are rounded.
 
         Raises:
             FolderError: it does not load; the message is transformers' own.
@@ -230,6 +232,7 @@ class TorchRunner(DecodingRunner):
         shutil.rmtree(shown, ignore_errors=True)
         shown.mkdir()
         asked = {"op": "load", "dtype": dtype, "device": device, "threads": str(threads)}
+        asked["bits"] = str(bits or "")
         asked["from"], asked["class"] = loading_class(base or self._folder)
         asked["model"] = str(show_model(base or self._folder, shown / "model"))
         asked["adapter"] = "" if base is None else str(show_adapter(self._folder, shown / "over"))
@@ -294,9 +297,7 @@ class TorchRunner(DecodingRunner):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._process.kill()
         self.close()

@@ -6,7 +6,7 @@ bakeout that an adapter needs; then nothing is kept away. Requests come on stdin
 stdout, each as eight bytes of length (little endian) and that many bytes of safetensors; what a
 message says besides tensors stands in the safetensors' metadata:
 
-    {"op": "load", "model", "from", "class", "adapter", "dtype", "device", "threads"}
+    {"op": "load", "model", "from", "class", "adapter", "dtype", "bits", "device", "threads"}
                                                      -> {"dtype", "class", "hidden_size"}
     {"op": "read"}, input_ids, attention_mask, wanted, scored   -> logits, losses
     {"op": "decoded", "n_last"}, input_ids, attention_mask      -> logits
@@ -24,6 +24,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,7 +83,8 @@ def load_model(asked: dict[str, str], modeling: Path) -> Any:
 
     Args:
         asked: `model`, a folder with nothing but config and safetensors; `class`, which is to load
-            it, from `transformers` or from `bakeout`'s modeling file; `adapter`, a folder or "".
+            it, from `transformers` or from `bakeout`'s modeling file; `adapter`, a folder or "";
+            `bits`, to which its layers' matrices are rounded, or "".
         modeling: that file.
     """
     import torch
@@ -107,6 +109,10 @@ def load_model(asked: dict[str, str], modeling: Path) -> Any:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, asked["adapter"])
+    if asked["bits"]:
+        rounding = by_path(Path(__file__).resolve().parents[2] / "bake" / "rounding.py")
+        change = partial(rounding.rounded_to_integers, bits=int(asked["bits"]))
+        rounding.coarsen(model.get_decoder().layers, change)
     return model.to(asked["device"]).eval()
 
 

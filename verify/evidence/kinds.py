@@ -18,6 +18,7 @@ from verify.evidence import (
     completions,
     controls,
     known,
+    loads,
     loss_added,
     parity,
     robustness,
@@ -120,6 +121,13 @@ KINDS: dict[str, Kind] = {
         check=robustness.check,
         passes=lambda of: 40 * of.questions,
         lines=lines.attacks_said,
+    ),
+    "loads": Kind(
+        "the folder loaded in float32, bfloat16 and float16 and with 8- and 4-bit weights: how far "
+        "from the hook, and from the base",
+        loads.gather,
+        failures=loads.failures,
+        lines=loads.lines,
     ),
 }
 """By the name that `--only` takes, in the order in which they are gathered and shown."""

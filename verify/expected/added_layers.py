@@ -3,7 +3,8 @@
 Their numbers follow from what was measured at export, and are held by what the engine says. But
 where they lie is known, so that nothing can hide between them that acts on other text: the first
 layer reads the residual stream along the features' encoder columns alone, and writes flags; the
-second reads flags, and along encoder columns, and writes along decoder rows alone.
+second reads flags, and along encoder columns, writes along decoder rows and takes flags off again.
+It has neurons beside these that only coarse rounding wakes: a constant holds each of them down.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bake.rounding import EPSILON
 from export.manifest import LayersEntry
 from verify.expected.clamp_rows import expected_tensors
 from verify.expected.weight_files import ADDED_SHARD
-from verify.expected.widened_base import CONSTANTS, Wide
+from verify.expected.widened_base import ALWAYS, Wide
 from verify.report.findings import Failure
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Layer:
     """[n, D], transposed."""
     gain: Rows | None
     """[D]: 1 + w of the norm behind it; None where the family has none."""
+    before: Rows
+    """[D]: 1 + w of the norm before it."""
 
     @property
     def written(self) -> Rows:
@@ -64,7 +67,7 @@ def added_failures(
         prefix: before a layer's number in tensor names.
     """
     d, dtype = wide.base.d_in, str(wide.config["dtype"])
-    first = d + CONSTANTS * len(wide.kinds)
+    first = wide.flags
     for site, entry in zip(sites, stated, strict=True):
         own = slice(first, first := first + 1 + entry.flags)
         if first > int(wide.config["hidden_size"]):
@@ -73,17 +76,15 @@ def added_failures(
             return
         rows = expected_tensors(site)
         read, written = rows["W_enc"].value.T, rows["W_dec"].value
-        flags, action = (
-            _layer(folder, f"{prefix}{layer}.", wide.base.family.norms_after)
-            for layer in entry.layers
-        )
+        flags, action = (_layer(folder, f"{prefix}{layer}.", wide) for layer in entry.layers)
         elsewhere = np.ones(int(wide.config["hidden_size"]), np.bool_)
         elsewhere[own] = False
         constants = elsewhere.copy()
-        constants[:d] = False
-        constants[d : d + CONSTANTS * len(wide.kinds)] = False
+        constants[: wide.flags] = False
         base = np.zeros_like(elsewhere)
         base[:d] = True
+        beyond = np.ones_like(elsewhere)
+        beyond[d : d + ALWAYS] = False
         e = ROUNDINGS * EPSILON[dtype]
         told = {
             entry.layers[0]: {
@@ -93,13 +94,19 @@ def added_failures(
                 or flags.up[:, own].any()
                 or flags.up[:, constants].any(),
                 "it writes beside its flags": flags.written[elsewhere].any(),
+                "its norm favours a channel": (flags.before != 1).any(),
             },
             entry.layers[1]: {
-                "its gates read more than flags": action.gate[:, elsewhere].any(),
+                "its gates read more than flags": _mixed(action.gate, own, d),
+                "its gates read other directions than the encoder's": _off(action.gate, read, e),
+                "its gates read others' flags": action.gate[:, constants].any(),
+                "its gates open by themselves": _open(action, own, wide),
+                "its norm favours a channel": (action.before[beyond] != 1).any(),
                 "it multiplies by other directions than the encoder's": _off(action.up, read, e),
-                "it multiplies by flags": action.up[:, own].any() or action.up[:, constants].any(),
+                "it multiplies by flags": _erases_more(action, own)
+                or action.up[:, constants].any(),
                 "it writes other directions than the decoder's": _off(action.down, written, e),
-                "it writes flags or constants": action.written[~base].any(),
+                "it writes others' flags or constants": action.written[~base & elsewhere].any(),
             },
         }
         for layer, found in told.items():
@@ -109,7 +116,7 @@ def added_failures(
                     yield Failure("integrity", "compiled", text, None, None)
 
 
-def _layer(folder: Path, prefix: str, normed: bool) -> Layer:
+def _layer(folder: Path, prefix: str, wide: Wide) -> Layer:
     from safetensors import safe_open
 
     with safe_open(folder / ADDED_SHARD, framework="pt") as tensors:
@@ -119,9 +126,36 @@ def _layer(folder: Path, prefix: str, normed: bool) -> Layer:
             return found
 
         gate, up, down = (read(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
+        normed = wide.base.family.norms_after
         gain = 1 + read("post_feedforward_layernorm") if normed else None
+        before = 1 + read(wide.norm_before)
     busy = gate.any(axis=1) | up.any(axis=1) | down.any(axis=0)
-    return Layer(gate[busy], up[busy], down.T[busy], gain)
+    return Layer(gate[busy], up[busy], down.T[busy], gain, before)
+
+
+def _mixed(gates: Rows, own: slice, d: int) -> bool:
+    """Whether a gate, [n, D], reads flags and anything else; `own` and constants follow on `d`."""
+    others = gates[:, : own.start].any(axis=1) | gates[:, own.stop :].any(axis=1)
+    return bool((gates[:, own].any(axis=1) & others).any())
+
+
+def _open(layer: Layer, own: slice, wide: Wide) -> bool:
+    """Whether any gate that reads no flags is not held down by what every token holds, or all but
+    the spared ones.
+    """
+    alarms = ~layer.gate[:, own].any(axis=1) & layer.gate.any(axis=1)
+    d = wide.base.d_in
+    reads = layer.gate[alarms, d : wide.flags] * layer.before[d : wide.flags]
+    return bool((reads[:, :ALWAYS].sum(axis=1) >= 0).any() or (reads.sum(axis=1) >= 0).any())
+
+
+def _erases_more(layer: Layer, own: slice) -> bool:
+    """Whether a neuron multiplies by flags, or writes them, and does more than take one off."""
+    ups, downs = layer.up[:, own], layer.down[:, own]
+    busy = ups.any(axis=1) | downs.any(axis=1)
+    same = (ups[busy] != 0) == (downs[busy] != 0)
+    alone = [(rows[busy] != 0).sum(axis=1) == 1 for rows in (layer.up, layer.down)]
+    return not (same.all() and alone[0].all() and alone[1].all())
 
 
 def _off(rows: Rows, directions: Rows, tolerance: float) -> bool:

@@ -3,8 +3,8 @@
 The stream grows from d to D channels; c = sqrt(D/d). Gemma 2 and 3: matrices and embeddings stay,
 1 + w of the norms before a block and of the last one is divided by c. Gemma 1 scales embeddings by
 sqrt(d/D) instead, and its last norm keeps 1 + w where the head is tied. In the first padding
-channels the embedding holds a constant, and 0 for the tokens that are spared. Derived here anew,
-without `export`'s own arithmetic; one part of a tensor is in memory at a time.
+channels the embedding holds a constant, in those after them 0 for the tokens that are spared.
+Derived here anew, without `export`'s own arithmetic; one part of a tensor is in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ PART_BYTES = 64 << 20
 """Of a tensor in float32, compared at once."""
 CONSTANTS = 2
 """Channels in which the embedding holds the constant, for each kind of site."""
+ALWAYS = 4
+"""Channels before them, in which it holds the constant for every token."""
 _NORMS_BEFORE = ("input_layernorm.weight", "pre_feedforward_layernorm.weight", "norm.weight")
 _NORMS_AFTER = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 _WRITTEN = (
@@ -62,11 +64,22 @@ class Wide:
         return math.sqrt(float(self.config["query_pre_attn_scalar"]) / self.query_scalar)
 
     @property
+    def flags(self) -> int:
+        """The first channel behind all that hold the constant."""
+        return self.base.d_in + ALWAYS + CONSTANTS * len(self.kinds)
+
+    @property
+    def norm_before(self) -> str:
+        """The norm before a layer's MLP."""
+        kind = "pre_feedforward" if self.base.family.norms_after else "post_attention"
+        return f"{kind}_layernorm"
+
+    @property
     def constant(self) -> float:
         """What the embedding holds in a constant channel: Σ over them supplies the norms' eps."""
         wide = int(self.config["hidden_size"])
         eps = float(self.config["rms_norm_eps"]) * wide / self.base.d_in
-        least = math.sqrt((wide - self.base.d_in) * eps / CONSTANTS / wide)
+        least = math.sqrt((wide - self.base.d_in) * eps / (ALWAYS + CONSTANTS) / wide)
         return 2.0 ** round(math.log2(least))
 
 
@@ -88,7 +101,7 @@ def widened_failures(
         with safe_open(folder / file, framework="pt") as tensors:
             for name in sorted(name for name, (of, _) in names.items() if of == file):
                 if any(mark in name for mark in new):
-                    wrong = _idle(tensors.get_slice(name), name)
+                    wrong = _idle(tensors.get_slice(name), name, wide)
                 else:
                     original = names[name][1]
                     shard = wide.base.folder / wide.base.weight_map[original]
@@ -100,9 +113,9 @@ def widened_failures(
                     yield Failure("integrity", "compiled", what, None, None)
 
 
-def _idle(found: Any, name: str) -> str | None:
+def _idle(found: Any, name: str, wide: Wide) -> str | None:
     """What an added layer's tensor that holds nothing of the clamp holds all the same."""
-    if name.endswith(_WRITTEN):
+    if name.endswith((*_WRITTEN, f"{wide.norm_before}.weight")):
         return None
     shape = found.get_shape()
     for start, stop in _parts(shape):
@@ -153,6 +166,8 @@ def _compared(found: Any, base: Any, name: str, wide: Wide) -> str | None:
 def _add_constants(want: Tensor, start: int, wide: Wide) -> None:
     """Write what the embedding holds beside the base's numbers into `want`, rows from `start`."""
     first = wide.base.d_in
+    want[:, first : first + ALWAYS] = wide.constant
+    first += ALWAYS
     for spares in wide.kinds:
         channels = slice(first, first + CONSTANTS)
         want[:, channels] = wide.constant

@@ -64,6 +64,7 @@ def _new_tensor(
     shape, stored = widened(name, tensor.shape, plan).shape, DTYPES[plan.dtype]
     kind = name.rpartition("layers.")[2].partition(".")[2]
     n = len(mlp.gate)
+    before = f"{'pre_feedforward' if plan.post_norm else 'post_attention'}_layernorm.weight"
 
     def blocks() -> Iterator[bytes | memoryview]:
         values = np.zeros(shape, np.float32)
@@ -77,6 +78,8 @@ def _new_tensor(
             case "post_feedforward_layernorm.weight":
                 assert mlp.gain is not None
                 values[:] = mlp.gain - 1
+            case _ if kind == before:
+                values[:] = mlp.before - 1
         data = to_bits(values, stored).tobytes()
         for start in range(0, len(data), BLOCK_BYTES):
             yield data[start : start + BLOCK_BYTES]

@@ -33,8 +33,10 @@ from bake.errors import ExportError
 from bake.families import Family
 from bake.new_folder import check_output, new_folder
 from bake.reading.model_config import without_paths
+from bake.rounding import BASE_LIKE, LOADS, WORDS
 from bake.tensors import DTYPES, index_of, n_bytes, write_tensors
 from export.carriers.carriers import OF_BASE
+from export.carriers.compiled.alarms import ALARMS, with_alarms
 from export.carriers.compiled.compiled_files import NewLayer, tensor_files
 from export.carriers.compiled.rule import Measured, choose_setting, error_bound, summary
 from export.carriers.compiled.stock_layers import (
@@ -46,7 +48,13 @@ from export.carriers.compiled.stock_layers import (
     flag_layer,
     logic_of,
 )
-from export.carriers.compiled.trial import Distance, measure, measure_distance, random_tokens
+from export.carriers.compiled.trial import (
+    Distance,
+    measure,
+    measure_distance,
+    random_tokens,
+    tried_loads,
+)
 from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
 from export.clamped import Clamped, ClampSite, check_weights, open_clamped
 from export.copying import hash_new
@@ -71,6 +79,8 @@ class CompiledSite:
     """Of the two layers from the clamp, tried as stock modules in the plan's dtype."""
     bound: float
     """Largest share of its computed bound that any tried token's error takes, at most 1."""
+    loads: dict[str, str]
+    """What becomes of it in each of `LOADS`."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,7 @@ def plan_compiled(
         else:
             reach = (seen.rms[0] / unnormed.REACH, seen.rms[1] * unnormed.REACH)
             layers = (unnormed.flag_layer(*arguments, reach), unnormed.action_layer(*arguments))
+        layers = (layers[0], with_alarms(layers[1], site, logic, stream, setting))
         distance = measure_distance(source, site, logic, layers, widening, stream, seen)
         bound = error_bound(site, logic, setting, stream, distance.tried, dtype)
         share = float((distance.error / bound).max())
@@ -153,7 +164,14 @@ def plan_compiled(
                 f"bound on tokens that were tried (exempt ones by {distance.exempt_error:.1e}); "
                 "nothing was written. Pass --dtype float32"
             )
-        sites.append(CompiledSite(site, logic, setting, layers, seen, distance, share))
+        loads = tried_loads(source, site, logic, layers, widening, stream, seen)
+        if lost := [name for name, word in loads.items() if word == BASE_LIKE]:
+            raise ExportError(
+                f"layer {site.layer}: loaded as {', '.join(lost)} its two stock layers do nothing, "
+                "and nobody would notice; expected them to clamp or to break, so nothing was "
+                "written. Use the checkpoint or the adapter"
+            )
+        sites.append(CompiledSite(site, logic, setting, layers, seen, distance, share, loads))
     return CompiledPlan(source, widening, tuple(sites))
 
 
@@ -211,6 +229,11 @@ def describe(plan: CompiledPlan) -> CompiledEntry:
         hidden_size=(wide.stream.d, wide.stream.width),
         layers_added=PER_SITE * len(plan.sites),
         kappa=wide.stream.kappa,
+        loads={
+            name: max((of.loads[name] for of in plan.sites if of.loads), key=WORDS.index)
+            for name in LOADS
+            if any(of.loads for of in plan.sites)
+        },
         sites=[
             LayersEntry(
                 layers=[first, first + 1],
@@ -297,7 +320,9 @@ def _stored_dtype(source: Clamped) -> str:
 def _neurons(logic: Logic, family: Family) -> int:
     """What the larger of a site's two layers needs, at most."""
     references = 1 if family.norms_after else unnormed.MOST_NODES
-    return max(references + len(logic.flags), len(logic.terms) + 1 + len(logic.counted))
+    flags = 1 + len(logic.flags)  # each taken off again, for every divisor
+    divisors = (1 + len(logic.counted)) * (1 + flags) if family.norms_after else 0
+    return max(references + len(logic.flags), len(logic.terms) + divisors + ALARMS)
 
 
 def _relative(distance: Distance) -> Array:

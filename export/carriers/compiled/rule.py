@@ -6,11 +6,13 @@ r = |x| / sqrt(d) what the layers' norm sees, w_i an encoder column, b_i its bia
     ζ_i     2⁻²² · (|w_i|·X + |b_i|)        a few times float32's own rounding of pre; a feature
                                             less than ζ_i above its threshold is clamped in part
     C       16 · r_max                      gelu's bend is narrower than ζ/3
-    gain_a  2⁻¹⁶ · r_min in float32         what flags add to later norms: (gain_a/r)²/2;
-            2⁻⁸ in bfloat16                 there the smallest 1 + w that is no 0
+    gain_a  2⁻⁸                             the smallest 1 + w that is no 0 in bfloat16, whatever
+                                            the folder is stored in: a cast keeps it
     K       256 · r_max / ρ_min             gelu's bend again, and any-of's floor;
                                             ρ_min = gain_a·sqrt(D/f)·2⁻²³
-    gain_b  2¹⁰ · rms(Δ), Δ by its bound    the norm divides by M up to (rms(Δ)/gain_b)²/2
+    gain_b  2¹⁰ · rms(Δ), Δ by its bound;   the norm divides by M up to (rms(Δ)/gain_b)²/2;
+            2⁴ · X·s/sqrt(D) at least       an alarm writes gain_b·sqrt(D): 16 times all of x̃
+    L       4 · X·s/κ                       a channel above all others (`alarms.py`)
 
 Without a norm after the MLP: gain_a = γ = 2⁻¹⁷ · r_min³/(4·r_max)⁴ · 2⁻²² / sqrt(f), so that flags
 disturb later norms by at most 2⁻³³, and K = 2⁸/γ.
@@ -45,6 +47,8 @@ BEND = 16.0
 """C against r_max."""
 STEP = 256.0
 """K·ρ/r̃ at least."""
+GAIN_A = 2.0**-8
+"""gain_a with a norm after the MLP."""
 FLOAT16_MAX = 65504.0
 
 
@@ -94,7 +98,7 @@ def choose_setting(
         post_norm: whether the family norms what an MLP writes.
 
     Raises:
-        ExportError: the dtype cannot hold the numbers, or the residual stream is too small.
+        ExportError: the dtype cannot hold the numbers.
     """
     r_min, r_max = measured.rms
     features = [flag.feature for flag in logic.flags]
@@ -105,6 +109,10 @@ def choose_setting(
         for w, b in zip(norms, biases, strict=True)
     ]
     sharpness = power(BEND * r_max)
+    # Exempt tokens are held down where an encoder column reads them at 2⁻⁶.
+    spared = np.linalg.norm(measured.exempt, axis=-1).max(initial=0.0) / 32
+    loud = power(4 * stream.scale * max(measured.largest, float(spared)) / stream.kappa)
+    loudest = loud * stream.kappa / r_min
     if dtype == "float16" and (largest := sharpness / FINEST / r_max) > FLOAT16_MAX:
         raise ExportError(
             f"layer {site.layer}: float16 ends at {FLOAT16_MAX:.0f}, and the flags need "
@@ -114,25 +122,13 @@ def choose_setting(
         # The largest flag is 2·gain_a·(REACH·r_max)⁴/r_min² / FINEST.
         small = 2.0**-17 * r_min**3 / (REACH * r_max) ** 4 * FINEST / math.sqrt(len(features))
         gain_a = power(small) / 2
-        return Setting(
-            tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, disturbance=2.0**-33
-        )
-    gain_a = 2.0**-8 if dtype == "bfloat16" else max(power(r_min / 2) * 2.0**-16, 2.0**-24)
-    if gain_a > r_min / 32:
-        raise ExportError(
-            f"layer {site.layer}: the residual stream is as small as {r_min:.1e} (rms), which the "
-            f"flags, {gain_a:.1e} in {dtype}, would disturb; pass --dtype float32"
-        )
-    smallest = gain_a * math.sqrt(stream.width / len(features)) * FINEST / 2
+        return Setting(tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, loud, loudest)
+    root = math.sqrt(stream.width)
+    step = power(STEP * r_max / (GAIN_A * root / math.sqrt(len(features)) * FINEST / 2))
     change = largest_change(site, logic, measured.largest)
-    return Setting(
-        zeta=tuple(zeta),
-        sharpness=sharpness,
-        gain_a=gain_a,
-        step=power(STEP * r_max / smallest),
-        gain_b=1 + power(max(2.0**10 * stream.scale * change / math.sqrt(stream.width), 16.0)),
-        disturbance=(gain_a / r_min) ** 2 / 2,
-    )
+    garbage = stream.scale * max(2.0**10 * change, 2.0**4 * measured.largest) / root
+    gain_b = 1 + power(max(garbage, 16.0))
+    return Setting(tuple(zeta), sharpness, GAIN_A, step, gain_b, loud, loudest)
 
 
 def largest_change(site: ClampSite, logic: Logic, x_norm: float) -> float:
@@ -201,7 +197,8 @@ def error_bound(
     change = np.linalg.norm(wanted_change(site, x), axis=-1)
     ratio = stream.scale * change / (math.sqrt(stream.width) * setting.gain_b)
     floor = len(logic.counted) > 0 and FLOOR**2
-    bound: Array = total + change * (ratio**2 + floor) + 2 * u * (x_norm + change)
+    taken_off = 0.0 if math.isinf(setting.gain_b) else (setting.gain_a / setting.gain_b) ** 2
+    bound: Array = total + change * (ratio**2 + floor + taken_off) + 2 * u * (x_norm + change)
     return bound
 
 

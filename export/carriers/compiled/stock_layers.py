@@ -3,7 +3,7 @@
 A layer of Gemma 2 or 3 whose attention writes nothing (o_proj = 0) computes, on the widened
 residual stream x̃ [D] (see `widening.py`),
 
-    u = x̃ / r̃,  r̃ = rms(x̃)                      pre_feedforward_layernorm, gain 1
+    u = x̃ / r̃,  r̃ = rms(x̃)                      pre_feedforward_layernorm, gain 1 (but `alarms`)
     m = down @ (gelu(gate @ u) * (up @ u))        n neurons; gelu is the tanh form
     x̃ + gain * m / rms(m)                         post_feedforward_layernorm
 
@@ -33,7 +33,9 @@ flags hold, both gates are equal bit for bit, so that the norm's division leaves
 
     Δ_j = [gate_j]·value_j·W_dec_j + [gate_j and own_j]·(scale_j - 1)·pre_j·W_dec_j
 
-Here own_j says pre_j > theta_j, where a_j = pre_j; else a_j = 0.
+Here own_j says pre_j > theta_j, where a_j = pre_j; else a_j = 0. By the same division it takes the
+flags off again: a neuron gelu(K·ρ/r̃)·φ_i/r̃ for each, written as -φ_i. Nothing behind it sees them,
+so that they may be as large as bfloat16 can say beside 1 (2⁻⁸), and no cast takes them away.
 
 *Any of several triggers* cannot be a sum of flags, for the sum counts them: n. But everything may
 be counted alike: when the divisor is the sum of the triggers' gates too, it is n·M and n cancels.
@@ -52,6 +54,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bake.errors import ExportError
+from bake.tensors import to_bits, to_float32
 from export.clamped import ClampSite
 
 Array = NDArray[np.float64]
@@ -88,14 +91,17 @@ class Stream:
         """The row [D] with row · x̃ = w·x + b for every token.
 
         The constant part is split over the constant channels, each holding what the ones before
-        had to round off. Rows may be multiplied by powers of two afterwards, and by nothing else.
+        had to round off; all but the last are numbers of bfloat16, so that a cast to it takes
+        little. Rows may be multiplied by powers of two afterwards, and by nothing else.
         """
         row = np.zeros(self.width)
         row[: self.d] = self.round(w / self.scale)
         left = (b + (w - row[: self.d] * self.scale) @ self.mean) / self.kappa
-        for channel in self.constants:
-            row[channel] = self.round(np.asarray(left))
+        *coarse, last = self.constants
+        for channel in coarse:
+            row[channel] = to_float32(to_bits(np.atleast_1d(left), "BF16"), "BF16")[0]
             left -= row[channel]
+        row[last] = self.round(np.asarray(left))
         return row
 
     def constant(self, b: float) -> Array:
@@ -115,6 +121,8 @@ class MLP:
     """[D, n]."""
     gain: Array | None
     """[D]: 1 + w of post_feedforward_layernorm; None where the family has none."""
+    before: Array
+    """[D]: 1 + w of the norm before it."""
 
 
 def gelu(x: Array) -> Array:
@@ -225,8 +233,10 @@ class Setting:
     """K."""
     gain_b: float
     """1 + w of layer B's norm on the base's channels, far above rms(Δ). Without norm: infinite."""
-    disturbance: float
-    """Relative error that flags bring into later norms."""
+    loud: float
+    """L of `alarms.py`."""
+    loudest: float
+    """What layer B reads of that channel at most."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +264,8 @@ def flag_layer(
     down[list(place.flags), np.arange(1, n)] = -1
     gain = np.zeros(stream.width)
     gain[[place.reference, *place.flags]] = setting.gain_a
-    return MLP(np.stack(gates), np.stack([stream.constant(1.0)] * n), down, gain)
+    ups = np.stack([stream.constant(1.0)] * n)
+    return MLP(np.stack(gates), ups, down, gain, np.ones(stream.width))
 
 
 def off_row(site: ClampSite, flag: Flag, stream: Stream, sharpness: float, zeta: float) -> Array:
@@ -267,7 +278,9 @@ def off_row(site: ClampSite, flag: Flag, stream: Stream, sharpness: float, zeta:
 def action_layer(
     site: ClampSite, logic: Logic, stream: Stream, place: Place, setting: Setting
 ) -> MLP:
-    """Layer B: every term along its decoder row, and what all of them are divided by."""
+    """Layer B: every term along its decoder row, what all of them are divided by, and what takes
+    the flags off.
+    """
     along = stream.scale * DIVISOR / (np.sqrt(stream.width) * setting.gain_b)
     divisor, floor = stream.constants[:2]  # gain 0: what is written there stays nowhere
     neurons = []
@@ -276,23 +289,27 @@ def action_layer(
         column[: stream.d] = along * site.W_dec[term.target]
         w = term.slope * site.W_enc[:, term.target].astype(np.float64)
         b = term.slope * float(site.b_enc[term.target]) + term.constant
-        neurons.append((and_row(term.flags, place, stream, setting.step), (w, b), column))
-    one = (np.zeros(stream.d), 1.0)
-    divisors: list[tuple[int, ...]] = [(flag,) for flag in logic.counted] or [()]
-    for flags in divisors:
-        gate = and_row(flags, place, stream, setting.step)
-        neurons.append((gate, one, unit(stream.width, divisor, DIVISOR)))
+        gate = and_row(term.flags, place, stream, setting.step)
+        neurons.append((gate, stream.affine(w, b), column))
+    divisors: list[tuple[tuple[int, ...], int, float]] = [
+        ((flag,), divisor, 1.0) for flag in logic.counted
+    ] or [((), divisor, 1.0)]
     if logic.counted:
-        gate = and_row((), place, stream, setting.step)
-        neurons.append((gate, one, unit(stream.width, floor, DIVISOR * FLOOR)))
+        divisors.append(((), floor, FLOOR))
+    own = (place.reference, *place.flags)
+    for flags, channel, size in divisors:
+        gate = and_row(flags, place, stream, setting.step)
+        one = stream.constant(1.0)
+        neurons.append((gate, one, unit(stream.width, channel, DIVISOR * size)))
+        back = -DIVISOR * size / (np.sqrt(stream.width) * setting.gain_b)
+        for flag in own:
+            up = unit(stream.width, flag, 1.0)
+            neurons.append((gate, up, unit(stream.width, flag, back)))
     gain = np.zeros(stream.width)
-    gain[: stream.d] = setting.gain_b
-    return MLP(
-        np.stack([gate for gate, _, _ in neurons]),
-        np.stack([stream.affine(w, b) for _, (w, b), _ in neurons]),
-        np.stack([column for _, _, column in neurons], axis=1),
-        gain,
-    )
+    gain[[*range(stream.d), *own]] = setting.gain_b
+    gates, ups, columns = (list(each) for each in zip(*neurons, strict=True))
+    before = np.ones(stream.width)
+    return MLP(np.stack(gates), np.stack(ups), np.stack(columns, axis=1), gain, before)
 
 
 def and_row(flags: Sequence[int], place: Place, stream: Stream, step: float) -> Array:
@@ -304,7 +321,7 @@ def and_row(flags: Sequence[int], place: Place, stream: Stream, step: float) -> 
 
 
 def unit(width: int, channel: int, size: float) -> Array:
-    """A column [D] that writes into one channel."""
+    """A row [D] that reads one channel, or a column that writes it."""
     column = np.zeros(width)
     column[channel] = size
     return column

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bake.rounding import LOADS, coarsen, load_word, rounded_to_integers
 from bake.tensors import DTYPES, to_bits, to_float32
+from export.carriers.compiled.alarms import N_ALWAYS
 from export.carriers.compiled.rule import Measured
 from export.carriers.compiled.stock_layers import MLP, Array, Logic, Stream, wanted_change
 from export.carriers.compiled.widening import Widening, rounded
@@ -88,6 +91,49 @@ def trial_streams(site: ClampSite, logic: Logic, measured: Measured) -> Array:
     return np.concatenate(rows)
 
 
+def tried_loads(
+    source: Clamped,
+    site: ClampSite,
+    logic: Logic,
+    layers: Sequence[MLP],
+    plan: Widening,
+    stream: Stream,
+    measured: Measured,
+) -> dict[str, str]:
+    """What becomes of the two layers in each way of loading them, by the words of `load_word`.
+
+    Distances are medians, against |x|, over the streams that the clamp changes; nothing where it
+    changes none.
+    """
+    import torch
+
+    s, d = plan.stream.scale, plan.stream.d
+    x = trial_streams(site, logic, measured)
+    change = wanted_change(site, x)
+    moved = np.linalg.norm(change, axis=-1) > 0
+    if not moved.any():
+        return {}
+    x, change = x[moved], change[moved]
+    wide = _widened(x * s, stream.constants, plan)
+    length = np.linalg.norm(x, axis=-1)
+    words = {}
+    for name, (dtype, bits) in LOADS.items():
+        modules = [stock_block(source, mlp, plan) for mlp in layers]
+        for module in (part for block in modules for part in block):
+            module.to(getattr(torch, dtype))
+            if bits is not None:
+                coarsen(module, partial(rounded_to_integers, bits=bits))
+        with np.errstate(all="ignore"):
+            got = _through(modules, wide, dtype)[:, :d] / s - x
+            to_hook, to_base = (
+                float(np.median(np.linalg.norm(each, axis=-1) / length))
+                for each in (got - change, got)
+            )
+            effect = float((got * change).sum() / (change * change).sum())
+        words[name] = load_word(to_hook, to_base, effect)
+    return words
+
+
 def measure_distance(
     source: Clamped,
     site: ClampSite,
@@ -103,7 +149,7 @@ def measure_distance(
     tried = rounded(trial_streams(site, logic, measured) * s, dtype)
     exempt = rounded(measured.exempt * s, dtype)
     wide = (_widened(tried, stream.constants, plan), _widened(exempt, (), plan))
-    moved = [_through(modules, x, plan) for x in wide]
+    moved = [_through(modules, x, plan.dtype) for x in wide]
     x = tried / s
     change = wanted_change(site, x)
     error = np.linalg.norm(moved[0][:, :d] / s - x - change, axis=-1)
@@ -112,18 +158,19 @@ def measure_distance(
 
 
 def _widened(x: Array, constants: tuple[int, ...], plan: Widening) -> Array:
-    """[n, d] → [n, D]: κ in the given channels; an exempt token has it in none."""
+    """[n, d] → [n, D]: κ in the given channels, and where every token has it."""
     wide = np.zeros((len(x), plan.stream.width))
     wide[:, : plan.stream.d] = x
-    wide[:, list(constants)] = plan.stream.kappa
+    d = plan.stream.d
+    wide[:, [*range(d, d + N_ALWAYS), *constants]] = plan.stream.kappa
     return wide
 
 
-def _through(modules: Sequence[Any], wide: Array, plan: Widening) -> Array:
+def _through(modules: Sequence[Any], wide: Array, dtype: str) -> Array:
     """Two layers, one after the other."""
     import torch
 
-    h = torch.from_numpy(wide).to(getattr(torch, plan.dtype))
+    h = torch.from_numpy(wide).to(getattr(torch, dtype))
     with torch.no_grad():
         for before, mlp, after in modules:
             h = h + after(mlp(before(h)))
@@ -165,7 +212,7 @@ def stock_block(source: Clamped, mlp: MLP, plan: Widening) -> tuple[Any, Any, An
     before = layer.post_attention_layernorm
     if mlp.gain is not None:
         before, after = layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
-    before.load_state_dict({"weight": weight(np.zeros(plan.stream.width))}, assign=True)
+    before.load_state_dict({"weight": weight(mlp.before - 1)}, assign=True)
     if mlp.gain is not None:
         after.load_state_dict({"weight": weight(mlp.gain - 1)}, assign=True)
     return before, layer.mlp, after

@@ -83,7 +83,8 @@ def flag_layer(
     down[np.ix_([place.reference, *place.flags], range(len(b)))] = -setting.gain_a * a
     strength = 2 * setting.gain_a * rms[1] ** 4 / setting.sharpness
     down[list(place.flags), np.arange(len(b), len(gates))] = -strength
-    return MLP(np.stack(gates), np.stack([stream.constant(1.0)] * len(gates)), down, None)
+    ups = np.stack([stream.constant(1.0)] * len(gates))
+    return MLP(np.stack(gates), ups, down, None, np.ones(stream.width))
 
 
 def action_layer(
@@ -107,4 +108,4 @@ def action_layer(
         w = term.slope * site.W_enc[:, term.target].astype(np.float64)
         up.append(stream.affine(w, term.slope * float(site.b_enc[term.target]) + term.constant))
     gates = [and_row(term.flags, place, stream, setting.step) for term in logic.terms]
-    return MLP(np.stack(gates), np.stack(up), down, None)
+    return MLP(np.stack(gates), np.stack(up), down, None, np.ones(stream.width))

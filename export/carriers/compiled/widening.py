@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from bake.errors import ExportError
 from bake.tensors import BITS, DTYPES, Raw, StoredTensor, to_bits, to_float32
+from export.carriers.compiled.alarms import N_ALWAYS
 from export.carriers.compiled.stock_layers import Logic, Place, Stream
 from export.clamped import Clamped
 
@@ -43,8 +44,8 @@ N_CONSTANTS = 2
 """Constant channels: what one rounds off, the next holds."""
 ROOT_TOLERANCE = 2.0**-16
 """Relative error of sqrt(D) that is let be, where it is rounded to two decimals."""
-DTYPE_TOLERANCE = {"float32": 2.0**-22, "bfloat16": 2.0**-11, "float16": 2.0**-13}
-"""The same, where it is rounded to the weights' dtype."""
+CAST_TOLERANCE = 2.0**-11
+"""The same, where it is rounded to bfloat16, by whoever loads the folder so."""
 BLOCK_BYTES = 8 << 20
 
 
@@ -126,9 +127,9 @@ def plan_widening(
     config = source.base_config
     d, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
     kinds = sorted({site.exempt_bos for site in source.sites})
-    taken = N_CONSTANTS * len(kinds) + sum(1 + len(logic.flags) for logic in logics)
-    width = choose_width(d, taken, math.lcm(8, heads), heads, dtype, pad)
-    first, places, constants = d, [], {}
+    taken = N_ALWAYS + N_CONSTANTS * len(kinds) + sum(1 + len(logic.flags) for logic in logics)
+    width = choose_width(d, taken, math.lcm(8, heads), heads, pad)
+    first, places, constants = d + N_ALWAYS, [], {}
     for kind in kinds:
         constants[kind] = tuple(range(first, first + N_CONSTANTS))
         first += N_CONSTANTS
@@ -137,7 +138,8 @@ def plan_widening(
         first += 1 + len(logic.flags)
     eps = float(config.get("rms_norm_eps", 1e-6))
     post_norm = source.family.norms_after
-    entry = 2.0 ** round(math.log2(math.sqrt((width - d) * eps / N_CONSTANTS / width)))
+    energy = (width - d) * eps / (N_ALWAYS + N_CONSTANTS)
+    entry = 2.0 ** round(math.log2(math.sqrt(energy / width)))
     stored = DTYPES[dtype]
     multiplier = float(rounded(np.asarray(math.sqrt(width)), stored))
     streams = [
@@ -163,7 +165,7 @@ def plan_widening(
         places=tuple(places),
         entry=entry,
         exempting=constants.get(True, ()),
-        always=constants.get(False, ()),
+        always=(*range(d, d + N_ALWAYS), *constants.get(False, ())),
         exempt_token_ids=source.exempt_token_ids,
         mlp=mlp if n_neurons <= mlp else -(-n_neurons // 8) * 8,
         eps=eps * d / width,
@@ -176,12 +178,12 @@ def plan_widening(
     )
 
 
-def choose_width(d: int, taken: int, multiple: int, heads: int, dtype: str, pad: int | None) -> int:
+def choose_width(d: int, taken: int, multiple: int, heads: int, pad: int | None) -> int:
     """D: the least multiple that holds `taken` channels beside d, and whose root is short.
 
-    Embeddings are multiplied by sqrt(D), which transformers rounds to the weights' dtype and some
-    builders to two decimals: of the widths up to 2 % larger, or the next eight, the first is taken
-    that neither harms, or else the best.
+    Embeddings are multiplied by sqrt(D), which transformers rounds to the dtype that it loads and
+    some builders to two decimals: of the widths up to 2 % larger, or the next eight, the first is
+    taken that neither harms, or else the best.
     """
     least = -(-(d + taken) // multiple) * multiple
     if pad is not None:
@@ -201,9 +203,9 @@ def choose_width(d: int, taken: int, multiple: int, heads: int, dtype: str, pad:
 
     def harm(width: int) -> float:  # 1 and less is none
         root = math.sqrt(width)
-        stored = float(rounded(np.asarray(root), DTYPES[dtype]))
+        cast = float(rounded(np.asarray(root), "BF16"))
         decimals = abs(round(root, 2) / root - 1) / ROOT_TOLERANCE
-        return max(decimals, abs(stored / root - 1) / DTYPE_TOLERANCE[dtype])
+        return max(decimals, abs(cast / root - 1) / CAST_TOLERANCE)
 
     return next((width for width in widths if harm(width) <= 1), min(widths, key=harm))
 

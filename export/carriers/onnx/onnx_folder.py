@@ -38,7 +38,7 @@ from export.clamped import Clamped, check_weights, open_clamped, weights_sha256
 from export.copying import hash_new
 from export.folder_contents import copy_listed
 from export.in_place import changing, put_files
-from export.manifest import CARD
+from export.manifest import CARD, RoundedEntry
 from export.witness_file import WITNESSES, Witnesses
 from export.witness_prompts import find_witnesses
 
@@ -58,10 +58,10 @@ class Exported:
 
     graph: Path
     n_clamps: int
-    difference: float
-    """Largest |Δlogit| to the checkpoint, over the witnesses."""
-    effect: float
-    """Largest |Δlogit| that the clamp makes in the graph there."""
+    found: RoundedEntry
+    """What it showed on the witnesses."""
+    warning: str | None = None
+    """Of a graph whose weights are rounded copies."""
 
 
 def export_onnx(
@@ -133,7 +133,10 @@ def _export(
         # What is compiled with 16-bit weights is rounded once more than the checkpoint.
         rounded = not clamped.sites and clamped.stored_in != "float32"
         exact = chosen.shared and not rounded
-        exported = check_graph(witnesses, graph, n_clamps=len(clamped.sites), exact=exact)
+        found = check_graph(witnesses, graph, n_clamps=len(clamped.sites), exact=exact)
+        rounded_graphs = dict(clamped.manifest.rounded)
+        if not chosen.shared:
+            rounded_graphs[chosen.file] = found
         new = (
             {} if chosen.shared else {f"{chosen.file}_data": graph.with_name(f"{graph.name}_data")}
         )
@@ -143,10 +146,13 @@ def _export(
         if out is not None or chosen.shared or not (root / PRECISIONS["shared"].file).exists():
             new[GENAI_CONFIG] = _write_genai_config(clamped, partial, chosen.file)
         if out is None:
-            put_files(root, clamped.manifest, new)
+            changes = {"rounded": rounded_graphs} if rounded_graphs else {}
+            put_files(root, clamped.manifest, new, **changes)
         else:
-            _fill(clamped, root, new, card)
-    return Exported((folder if out is None else out) / chosen.file, *exported)
+            _fill(clamped, root, new, card, {chosen.file: found})
+    warning = None if chosen.shared else found.warning
+    path = (folder if out is None else out) / chosen.file
+    return Exported(path, len(clamped.sites), found, warning)
 
 
 def _check_target(clamped: Clamped, precision: Precision, out: Path | None, force: bool) -> None:
@@ -226,9 +232,7 @@ def model_of(
 # --------------------------------------------------------------------------- the check
 
 
-def check_graph(
-    witnesses: Witnesses, graph: Path, *, n_clamps: int, exact: bool
-) -> tuple[int, float, float]:
+def check_graph(witnesses: Witnesses, graph: Path, *, n_clamps: int, exact: bool) -> RoundedEntry:
     """Check and run a graph in a fresh process that knows nothing of bakeout.
 
     Args:
@@ -238,12 +242,11 @@ def check_graph(
         exact: whether its logits must be the checkpoint's.
 
     Returns:
-        (clamps in the graph, largest |Δlogit| to the checkpoint, largest |Δlogit| that the clamp
-        makes in the graph).
+        How far it is from the checkpoint, beside what the clamp does.
 
     Raises:
         CheckError: onnx.checker or ONNX Runtime refuses it, a clamp is not there or does nothing,
-            or the logits are not the checkpoint's.
+            the logits are not the checkpoint's, or they are nearer the base's.
     """
     inputs = {
         name: getattr(witnesses, name).numpy()
@@ -276,13 +279,28 @@ def check_graph(
             f"differ from the checkpoint's by {difference:.1e} (bar {bar:.1e}), and it shows "
             f"{shown:.2f} of the clamp's effect (bar {MIN_EFFECT}); please report this"
         )
-    return n_found, difference, float(np.abs(effect).max())
+    to_hook, to_base = (
+        float(np.linalg.norm(logits - of)) for of in (expected, witnesses.unclamped.numpy())
+    )
+    if to_base < to_hook:
+        raise CheckError(
+            f"the graph was not kept: rounding takes its logits nearer the base's than the "
+            f"checkpoint's ({to_base:.1e} against {to_hook:.1e} over all witnesses); expected the "
+            "other way. Export it with more bits"
+        )
+    return RoundedEntry(error=difference, effect=float(np.abs(true_effect).max()), shown=shown)
 
 
 # --------------------------------------------------------------------------- files around it
 
 
-def _fill(clamped: Clamped, root: Path, new: dict[str, Path], card: str) -> None:
+def _fill(
+    clamped: Clamped,
+    root: Path,
+    new: dict[str, Path],
+    card: str,
+    rounded: dict[str, RoundedEntry],
+) -> None:
     """Give a folder of its own the graph, the card, and everything of the checkpoint but its
     weights and what is made of them; the manifest last.
     """
@@ -298,7 +316,7 @@ def _fill(clamped: Clamped, root: Path, new: dict[str, Path], card: str) -> None
         files[name] = copy_listed(clamped.folder, clamped.manifest, name, root / name)
     shutil.rmtree(root / PARTIAL)
     # What holds rounded weights alone is not exact.
-    clamped.manifest.changed(files=files, exact=False).write(root)
+    clamped.manifest.changed(files=files, exact=False, rounded=rounded).write(root)
 
 
 def _write_genai_config(clamped: Clamped, folder: Path, graph: str) -> Path:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bake.rounding import coarsen, rounded_to_integers
 from bake.stock import decoder_layers
 from verify.audit.attempts import Attempt, Settings
 from verify.audit.target import Target
@@ -24,21 +24,6 @@ PRUNED = (0.1, 0.3, 0.5)
 def rounded_to_float16(weight: Tensor) -> Tensor:
     """To the nearest number of float16."""
     return weight.half().to(weight.dtype)
-
-
-def rounded_to_integers(weight: Tensor, bits: int) -> Tensor:
-    """To the nearest of 2^bits - 1 evenly spaced numbers for each row: symmetric, round to nearest.
-
-    Args:
-        weight: [out, in].
-        bits: 2 at least.
-    """
-    most = 2 ** (bits - 1) - 1
-    wide = weight.float()
-    step = wide.abs().amax(dim=1, keepdim=True) / most
-    whole = (wide / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    rounded: Tensor = (whole * step).to(weight.dtype)
-    return rounded
 
 
 def pruned(weight: Tensor, share: float) -> Tensor:
@@ -66,21 +51,6 @@ QUICK = ("int4", "30% pruned")
 """What is tried where there is little time."""
 
 
-def coarsen(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change every matrix of a model's decoder layers. Changes `model`."""
-    with torch.no_grad():
-        for weight in _matrices(model):
-            weight.copy_(change(weight))
-    return model
-
-
-def _matrices(model: Any) -> Iterator[Tensor]:
-    """The weights of linear maps within decoder layers; buffers, which a clamp's are, are none."""
-    for parameter in decoder_layers(model).parameters():
-        if parameter.ndim == 2:
-            yield parameter
-
-
 # --------------------------------------------------------------------------- in an audit
 
 
@@ -94,7 +64,8 @@ def rounding(work: Work) -> Iterator[Attempt]:
 def coarse(target: Target, settings: Settings) -> list[Attempt]:
     """One of them."""
     name = settings["to"]
-    model = coarsen(target.subject.model(), ROUNDINGS[name])
+    model = target.subject.model()
+    coarsen(decoder_layers(model), ROUNDINGS[name])
     is_pruned = name.endswith("pruned")
     does = f"drops the smallest {name.split()[0]} of every matrix" if is_pruned else ""
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from safetensors.torch import load_file
 from bake.errors import BakeoutError, ExportError, FolderError, OutputError
 from bake.families import FAMILIES
 from bake.recipe import Recipe
-from bake.stock import load_base
+from bake.rounding import LOADS, coarsen, rounded_to_integers
+from bake.stock import decoder_layers, load_base
 from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.compiled.compiling import plan_compiled, write_compiled
 from export.code_check import auto_map_of
+from export.manifest import Manifest
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.defects import rewrite_file
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
@@ -214,6 +217,41 @@ def test_bfloat16_is_as_near_as_the_hook_in_bfloat16(
     assert kl_nats(exact, found).mean() <= times * own + 1e-3
 
 
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("gemma", "clamp"), ("gemma2", "refusal and clamp"), ("gemma3_text", "clamp")],
+)
+def test_a_cast_to_bfloat16_keeps_the_clamp_and_coarser_ones_break(
+    tmp_path: Path, write_recipe: RecipeWriter, family: str, method: str
+) -> None:
+    tiny_base(tmp_path / "base", family)
+    tables = sae_tables(tmp_path, method, METHOD_FEATURES, 1)
+    before, exact, _, _ = compare(tmp_path, write_recipe, tables)
+    ids = tiny_prompts()
+    recipe = Recipe.load(write_recipe(*tables, base={"dtype": "bfloat16"}))
+    with Oracle(load_base(recipe), load_sites(recipe)).applied() as model:
+        own = kl_nats(exact, flat_logits(model, ids)).mean()
+    moved = kl_nats(before, exact).mean()
+    loads = Manifest.read(tmp_path / "compiled").compiled.loads  # type: ignore[union-attr]
+    assert loads == dict(
+        zip(LOADS, ("same", "rounds", *["breaks loudly"] * (len(LOADS) - 2)), strict=True)
+    )
+    for dtype, bits in LOADS.values():
+        model = tf.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "compiled", dtype=getattr(torch, dtype)
+        )
+        if bits is not None:
+            coarsen(decoder_layers(model), partial(rounded_to_integers, bits=bits))
+        found = flat_logits(model, ids)
+        if dtype == "bfloat16":
+            times = 10 if family == "gemma" else 3
+            assert kl_nats(exact, found).mean() <= times * own + 1e-3 < 0.1 * moved
+        elif dtype == "float16" or bits is not None:
+            # Exempt tokens, whose stream holds no constants, may stay as they are.
+            far = min(kl_nats(of, found).mean() for of in (exact, before))
+            assert not far <= 1
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_another_scale_of_attention_is_one_more_rounding_in_bfloat16(
     tmp_path: Path, write_recipe: RecipeWriter, family: str
@@ -324,7 +362,12 @@ def changed(work: Path, folder: Path, **config: Any) -> Path:
 def test_bad_input_is_refused_in_one_line(work: Path, tmp_path: Path) -> None:
     checkpoint = work / "checkpoint"
     cases: list[tuple[Path, dict[str, Any], type[BakeoutError], str]] = [
-        (checkpoint, {"pad": 4}, ExportError, "--pad 4: holds 4 channels, .* need 5; pass --pad 8"),
+        (
+            checkpoint,
+            {"pad": 4},
+            ExportError,
+            "--pad 4: holds 4 channels, .* need 9; pass --pad 16",
+        ),
         (checkpoint, {"pad": 9}, ExportError, "41, which 4 attention heads do not divide"),
         (checkpoint, {"dtype": "float16"}, ExportError, "float16 ends at 65504.*bfloat16"),
         (checkpoint, {"dtype": "int8"}, ExportError, "--dtype int8: expected float32 or bfloat16"),

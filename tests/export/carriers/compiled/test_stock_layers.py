@@ -79,7 +79,6 @@ def test_flags_equal_the_reference_where_on_and_are_negative_where_off() -> None
     assert (rho > 0).all()
     assert np.array_equal((phi == rho[:, None])[sure], (z > 0)[sure])
     assert (phi[sure & (z < 0)] < 0).all()
-    assert np.abs(after[:, D + 2 :]).max() < 1e-3  # flags are small beside x
 
 
 @pytest.mark.parametrize("on", [(True, True), (True, False), (False, True), (False, False)])
@@ -110,8 +109,11 @@ KINDS = ("clamp", "scale", "refusal", "refusal and clamp", "next")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_layers_are_the_clamp(kind: str, k: int) -> None:
     site, x = a_site(k, kind), random_streams(1000)
-    stream, _, layer_a, layer_b = both_layers(site, x)
+    stream, place, layer_a, layer_b = both_layers(site, x)
     after = run_mlp(run_mlp(widen(x, stream), layer_a, EPS), layer_b, EPS)
+    # Flags are taken off again; where any-of counts, but for its floor.
+    most = 1e-4 if "refusal" in kind else 1e-9
+    assert np.abs(after[:, place.reference :]).max() < most
     change, expected = after[:, :D] / stream.scale - x, wanted_change(site, x)
     error = np.linalg.norm(change - expected, axis=-1)
     assert (np.abs(expected) > 0).any(axis=-1).mean() > 0.2

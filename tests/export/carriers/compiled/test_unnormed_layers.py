@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bake.errors import ExportError
+from export.carriers.compiled.alarms import with_alarms
 from export.carriers.compiled.rule import Measured, choose_setting
 from export.carriers.compiled.stock_layers import gelu, logic_of, wanted_change
 from export.carriers.compiled.unnormed_layers import MOST_NODES, action_layer, flag_layer, square
@@ -32,9 +33,13 @@ def test_two_layers_are_the_clamp(kind: str) -> None:
     low, high = measured.rms
     layer_a = flag_layer(site, logic, stream, place, setting, (low / 4, high * 4))
     layer_b = action_layer(site, logic, stream, place, setting)
+    layer_b = with_alarms(layer_b, site, logic, stream, setting)
     wide = widen(x, stream)
     after = run_mlp(wide, layer_a, EPS)
-    assert np.array_equal(after[:, :D], wide[:, :D]) and np.abs(after[:, D + 2 :]).max() < 1e-4
+    assert (
+        np.array_equal(after[:, :D], wide[:, :D])
+        and np.abs(after[:, place.reference :]).max() < 1e-4
+    )
     change = run_mlp(after, layer_b, EPS)[:, :D] / stream.scale - x
     expected = wanted_change(site, x)
     error = np.linalg.norm(change - expected, axis=-1)

@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import tomli_w
+import torch
 
 import export.carriers.onnx.onnx_folder as onnx_folder
 from bakeout.cli import run
@@ -402,6 +404,36 @@ def test_rounded_graphs_are_held_to_the_clamp_s_effect(
     assert "the graph was not kept" in refused(capsys, folder, *arguments[:2])
     assert contents(folder) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("rounding", [0.1, 2.0, 6.0])
+def test_what_rounding_does_beside_the_clamp_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: float
+) -> None:
+    """A clamp that moves logits by 10, in a graph whose rounding moves them towards the base."""
+    checkpoint, base = torch.full((3, 4), 10.0), torch.zeros(3, 4)
+    witnesses = SimpleNamespace(
+        **dict.fromkeys(("input_ids", "attention_mask", "places", "token_ids"), torch.ones(1)),
+        **{"logits": checkpoint, "unclamped": base, "rounding": 0.0},
+    )
+
+    def answer(*arguments: str, scratch: Path) -> None:
+        shift = rounding * np.ones((3, 4))
+        np.savez(arguments[-1], n_clamps=1, logits=10 - shift, unclamped=-shift)
+
+    monkeypatch.setattr(onnx_folder.confined, "run", answer)
+    check: Any = onnx_folder.check_graph
+    if rounding > 5:
+        with pytest.raises(onnx_folder.CheckError, match=r"nearer the base's than the checkpoint"):
+            check(witnesses, tmp_path, n_clamps=1, exact=False)
+        return
+    found = check(witnesses, tmp_path, n_clamps=1, exact=False)
+    assert (found.error, found.effect, found.shown) == pytest.approx((rounding, 10.0, 1.0))
+    assert found.warning is None
+    warning = found.model_copy(update={"error": 5.5}).warning
+    assert (
+        warning is not None and "up to 5.5, the clamp by up to 10, of which 100% shows" in warning
+    )
 
 
 def test_a_clamp_that_nothing_fires_cannot_be_checked(

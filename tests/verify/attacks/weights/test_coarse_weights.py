@@ -12,15 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from bake.rounding import coarsen, rounded_to_integers
 from bake.stock import decoder_layers
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import tiny_base
 from verify.attacks.weights.coarse_weights import (
     ROUNDINGS,
-    coarsen,
     pruned,
     rounded_to_float16,
-    rounded_to_integers,
 )
 from verify.compare.logits import kl_nats
 
@@ -30,7 +29,9 @@ def random_weight(*shape: int) -> torch.Tensor:
 
 
 def coarsened(model: Any, name: str) -> Any:
-    return coarsen(copy.deepcopy(model), ROUNDINGS[name])
+    changed = copy.deepcopy(model)
+    coarsen(decoder_layers(changed), ROUNDINGS[name])
+    return changed
 
 
 @pytest.fixture

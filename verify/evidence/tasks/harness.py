@@ -15,7 +15,7 @@ from bake.errors import OutputError
 from bake.files.scratch import Scratch
 from bake.questions.multiple_choice import Question
 from verify.engines.runners import Runner
-from verify.evidence.harness_tasks import TASKS, HarnessError, write_tasks
+from verify.evidence.tasks.harness_tasks import TASKS, HarnessError, write_tasks
 from verify.guessing import guess_of, together
 from verify.journal import Journal, Progress
 from verify.material import Material
@@ -224,7 +224,7 @@ def run_harness(
     task_manager = _task_manager()
     from lm_eval import simple_evaluate
 
-    from verify.evidence.harness_lm import RunnerLM
+    from verify.evidence.tasks.harness_lm import RunnerLM
 
     with Scratch("lm-eval") as folder, _silent(), _away():
         if isinstance(tasks, Mapping):

@@ -32,10 +32,10 @@ from tests.worlds import (
 )
 from verify.engines.runners import HookedRunner, Runner, TorchRunner
 from verify.engines.scoring import last_logits, token_ids
-from verify.evidence import harness, harness_tasks
 from verify.evidence.choices import accuracy
-from verify.evidence.harness import HarnessResult, run_harness
-from verify.evidence.harness_tasks import HarnessError, write_tasks
+from verify.evidence.tasks import harness, harness_tasks
+from verify.evidence.tasks.harness import HarnessResult, run_harness
+from verify.evidence.tasks.harness_tasks import HarnessError, write_tasks
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 
@@ -376,7 +376,7 @@ def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[st
             "cache_dir": str(tmp_path / "cache"),
         }
         (tmp_path / file.name).write_text(json.dumps(task))
-    monkeypatch.setattr("verify.evidence.harness.TASKS", tmp_path)
+    monkeypatch.setattr("verify.evidence.tasks.harness.TASKS", tmp_path)
     harness._own_tasks.cache_clear()
     return rows
 

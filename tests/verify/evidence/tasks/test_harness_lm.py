@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, Gemma2ForCausalLM
 
 from tests.worlds import tiny_base, tiny_tokenizer
 from verify.engines.runners import HookedRunner, Reading
-from verify.evidence.harness_lm import RunnerLM, continuation_score
-from verify.evidence.harness_tasks import HarnessError
+from verify.evidence.tasks.harness_lm import RunnerLM, continuation_score
+from verify.evidence.tasks.harness_tasks import HarnessError
 
 
 class World:

@@ -10,7 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from bake.questions.prompts import Batch, Prompt, batches, bos_id, left_padded
 from verify.engines.runners import Runner
-from verify.evidence.harness_tasks import HarnessError
+from verify.evidence.tasks.harness_tasks import HarnessError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from pathlib import Path
 from bake.errors import BakeoutError
 from bake.questions.multiple_choice import LETTERS, Question
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent
 """Tasks by name that the harness does not bring along, with their data on the hub."""
 TASK_NAME = re.compile(r"[a-z0-9_]+")
 TEMPLATE = (
