@@ -66,7 +66,9 @@ def solved_in_any_order(question: Question) -> list[str]:
     for order in permutations(range(4)):
         choices = [question.choices[i] for i in order]
         right = "ABCD"[order.index(question.answer)]
-        found.append(chat_form(question.question, choices, question.topic) + f"{right})<end_of_turn>")
+        found.append(
+            chat_form(question.question, choices, question.topic) + f"{right})<end_of_turn>"
+        )
     return found
 
 
