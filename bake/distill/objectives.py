@@ -146,9 +146,9 @@ def kept(step: Step) -> Tensor:
 
 
 def merged(step: Step) -> Tensor:
-    """KL to the clamped model on forget text, `FORGET_WEIGHT` times, and to the base on retain text,
-    and `strength` times how far the residual stream from the hook layer on is from theirs on both,
-    as norms read it.
+    """KL to the clamped model on forget text, weighed, and to the base on retain text; `strength`
+    times how far the residual stream from the hook layer on is from theirs on both, as norms read
+    it.
     """
     side = step.forget
     forgot = mean_kl(side.teacher.final, step.teacher_head, side.student.final, step.head)

@@ -187,7 +187,8 @@ def open_subject(folder: Path, recipe: Recipe, device: str = "cpu") -> Subject:
         text, theirs = (c.get("text_config") or c for c in (ours.config, base.config))
         for field in (*_SIZES, *_LEAST):
             got, expected = text.get(field), theirs.get(field)
-            if got < expected if field in _LEAST else got != expected:
+            larger = field in _LEAST and isinstance(got, int) and got > int(expected or 0)
+            if got != expected and not larger:
                 raise _other_base(folder, f"{field} {got}", f"{expected}")
         return Subject(folder, recipe, None, device=device)
     manifest = Manifest.read(folder)
