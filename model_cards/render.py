@@ -15,7 +15,8 @@ from bake.rounding import BAR
 from export.carriers.carriers import CARRIERS
 from model_cards.evaluation import SHOWN_TASKS, WAYS, Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
-from verify.audit.audit_words import LEVELS_SAID, lines_of_audit, relearned, sentences
+from verify.audit.audit_words import lines_of_audit, relearned, sentences
+from verify.audit.levels import tried
 from verify.audit.outcome import FolderAudit
 from verify.evidence.kinds import other_lines
 from verify.page.html import environment
@@ -82,7 +83,7 @@ def render(
         report=report,
         figures=figures,
         audit=None if audited is None else audited[0],
-        tried="" if audited is None else LEVELS_SAID.get(audited[1], audited[1]),
+        tried="" if audited is None else tried(audited[1]),
         unverified=unverified,
         others=() if report is None else other_lines(report),
         ways=list(WAYS.values()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -14,13 +14,19 @@ from torch import Tensor
 
 from bake.errors import DataError, RecipeError
 from bake.questions.corpora import MIN_CHARACTERS, corpus_texts, special_ids
+from bake.questions.forms import FORMS
+from bake.questions.multiple_choice import Question
+from bake.questions.orders import orders_in
 from bake.recipe import Recipe
+from bake.search.selection import split_questions
 from bake.sources import Corpus
 
 FEWEST_TEXTS = 10
 """Of fewer texts no tenth can be kept to judge by."""
 HELD_OUT = 10
 """One text in so many is not trained on."""
+ORDERS_ASKED = 8
+"""Orders of a question's choices in which it is a text, of 24."""
 LIKE_LENGTHS = 16
 """Batches among which texts of like length go together, so that little is padding."""
 SIDES = ("forget", "retain")
@@ -78,17 +84,40 @@ def load_sides(recipe: Recipe, tokenizer: Any, seed: int) -> dict[str, Texts]:
             "`retain`, or a [select] table"
         )
     corpora = {"forget": named.forget, "retain": named.retain}
-    return {side: load_texts(corpora[side], recipe, tokenizer, seed) for side in SIDES}
+    asked = _questions(recipe)
+    return {
+        side: load_texts(corpora[side], asked.get(side, ()), recipe, tokenizer, seed)
+        for side in SIDES
+    }
 
 
-def load_texts(source: Corpus, recipe: Recipe, tokenizer: Any, seed: int) -> Texts:
-    """Read, split and tokenise a corpus.
+def _questions(recipe: Recipe) -> dict[str, list[Question]]:
+    """By side, the questions that [select] names, which are none of [verify]'s; without them,
+    nothing. In texts a fact is stated; that it is not chosen either has to be learned of questions.
+
+    Raises:
+        DataError: they cannot be read, or [verify] has one of them.
+    """
+    select = recipe.select
+    if recipe.verify is None or select is None:
+        return {}
+    if select.forget_questions is None or select.retain_questions is None:
+        return {}
+    return split_questions(recipe).validation
+
+
+def load_texts(
+    source: Corpus, questions: Sequence[Question], recipe: Recipe, tokenizer: Any, seed: int
+) -> Texts:
+    """Read, split and tokenise a corpus, and questions on the same: those with their answers, each
+    in some orders of its choices, which stay together.
 
     Args:
         source: the corpus.
+        questions: written in the prompt form that leads the recipe's report.
         recipe: says how many texts, and how long a piece of one may be.
         tokenizer: the base model's.
-        seed: of which texts are kept to judge by.
+        seed: of which texts and questions are kept to judge by.
 
     Raises:
         DataError: it cannot be read, or is too small to split.
@@ -102,15 +131,35 @@ def load_texts(source: Corpus, recipe: Recipe, tokenizer: Any, seed: int) -> Tex
             f"{name}: has {len(texts)} texts over {MIN_CHARACTERS} characters; expected at least "
             f"{FEWEST_TEXTS}, of which a tenth is kept to judge by"
         )
-    random.Random(f"held out {seed}").shuffle(texts)
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    body = table.seq_len - 1
+    orders = random.Random(f"orders {seed}")
+    asked = [_asked(question, recipe, orders) for question in questions]
+    shuffled = random.Random(f"held out {seed}").shuffle
     parts: dict[bool, list[tuple[int, ...]]] = {False: [], True: []}
-    for number, ids in enumerate(encoded):
-        whole = [*ids, eos]
-        pieces = [(bos, *whole[at : at + body]) for at in range(0, len(whole), body)]
-        parts[number % HELD_OUT == 0] += pieces
+    for items in ([[text] for text in texts], asked):
+        shuffled(items)
+        for number, item in enumerate(items):
+            encoded = tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]
+            parts[number % HELD_OUT == 0] += _pieces(encoded, bos, eos, table.seq_len)
     return Texts(name, Rows(tuple(parts[False])), Rows(tuple(parts[True])))
+
+
+def _asked(question: Question, recipe: Recipe, rng: random.Random) -> list[str]:
+    """A question with its answer, in some orders of its choices."""
+    assert recipe.verify is not None
+    form = recipe.verify.prompt
+    orders = orders_in(question, form)
+    some = rng.sample(orders, min(ORDERS_ASKED, len(orders)))
+    return [FORMS[form].solved(of).strip() for of in some]
+
+
+def _pieces(
+    encoded: Sequence[Sequence[int]], bos: int, eos: int, seq_len: int
+) -> Iterator[tuple[int, ...]]:
+    """Texts in tokens, each ended by EOS, in pieces that BOS begins."""
+    body = seq_len - 1
+    for ids in encoded:
+        whole = [*ids, eos]
+        yield from ((bos, *whole[at : at + body]) for at in range(0, len(whole), body))
 
 
 def batches_of(rows: Rows, size: int, n_steps: int, seed: str) -> list[list[int]]:

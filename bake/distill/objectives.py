@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 BLOCK = 1 << 25
 """Logits that are formed at once, about."""
+FORGET_WEIGHT = 2.0
+"""Of the KL on forget text beside that on retain text: choosing right answers spreads from retained
+questions to forgotten ones more readily than not choosing them does."""
 RETAIN_WEIGHT_RMU = 24.0
 """alpha of RMU (Li et al., arXiv 2403.03218), here beside distances in the layer's own size."""
 
@@ -121,13 +124,19 @@ def token_losses(seen: Seen, head: Head, targets: Tensor) -> Tensor:
 
 
 def hidden_distance(side: Side) -> Tensor:
-    """Mean over layers of |h - teacher's h|² / |teacher's h|², means over tokens."""
+    """Mean over layers and tokens of |u - teacher's u|² / d_in, where u = h / rms(h) is what the
+    next block's norm makes of a residual stream. A clamp may make h larger than any weights can.
+    """
     found = [
-        (side.student.hidden[layer] - wanted).square().sum(-1).mean()
-        / wanted.square().sum(-1).mean()
+        (normed(side.student.hidden[layer]) - normed(wanted)).square().mean()
         for layer, wanted in side.teacher.hidden.items()
     ]
     return torch.stack(found).mean()
+
+
+def normed(h: Tensor) -> Tensor:
+    """[n, d_in], each row divided by its root mean square."""
+    return h * h.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
 
 
 def kept(step: Step) -> Tensor:
@@ -137,13 +146,14 @@ def kept(step: Step) -> Tensor:
 
 
 def merged(step: Step) -> Tensor:
-    """KL to the clamped model on forget text and to the base on retain text, and `strength` times
-    how far the residual stream behind the hook layer is from theirs on both.
+    """KL to the clamped model on forget text, weighed, and to the base on retain text; `strength`
+    times how far the residual stream from the hook layer on is from theirs on both, as norms read
+    it.
     """
     side = step.forget
     forgot = mean_kl(side.teacher.final, step.teacher_head, side.student.final, step.head)
     apart = hidden_distance(step.forget) + hidden_distance(step.retain)
-    return forgot + kept(step) + step.strength * apart
+    return FORGET_WEIGHT * forgot + kept(step) + step.strength * apart
 
 
 def rmu(step: Step) -> Tensor:

@@ -45,9 +45,9 @@ UNLEARNERS: dict[str, Unlearner] = {
         "the unhooked model learns the clamped model's outputs on forget text, the base's on "
         "retain text",
         objectives.merged,
-        strength=0.1,
+        strength=1.0,
         strength_is="weight of the residual stream's distance beside the KL of logits",
-        steps=600,
+        steps=500,
         learning_rate=3e-3,
         teaches=True,
     ),

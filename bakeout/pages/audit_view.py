@@ -8,12 +8,12 @@ from rich.table import Table
 from bakeout.terminal import console, printable, table_of
 from verify.audit.audit_report import AuditReport
 from verify.audit.audit_words import (
-    LEVELS_SAID,
     lines_of_audit,
     relearned,
     scores_texts,
     sentences,
 )
+from verify.audit.levels import tried
 from verify.audit.outcome import FolderAudit
 
 
@@ -31,7 +31,7 @@ def show_audit(report: AuditReport) -> None:
         for sentence in (*relearned(audit), *sentences(audit)):
             screen.print(f"\n{printable(sentence)}", markup=False)
     if report.folders:
-        screen.print(f"\ntried: {LEVELS_SAID.get(report.level, report.level)}", markup=False)
+        screen.print(f"\ntried: {tried(report.level)}", markup=False)
 
 
 def _table(audit: FolderAudit) -> Table:

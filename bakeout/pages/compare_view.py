@@ -41,7 +41,7 @@ def write_comparison(found: Comparison, file: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    made = environment("bakeout.pages")
+    made = environment("verify.page")
     made.filters["shown"] = shown
     page = made.get_template("compare.html.j2").render(
         found=found, rows=rows_of(found), unmeasured=UNMEASURED

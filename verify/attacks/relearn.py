@@ -26,8 +26,9 @@ from typing import Any
 
 from bake.questions.prompts import bos_id
 from verify.audit.attempts import Attempt, Need, Scores, Settings, keeps_utility
+from verify.audit.levels import Level
 from verify.audit.target import Target
-from verify.audit.work_order import Level, Work
+from verify.audit.work_order import Work
 
 RATES = (2.2e-3, 4.6e-4, 2e-4, 1e-4, 2.2e-5, 1e-5, 4.6e-6)
 """Learning rates of AdamW, constant."""

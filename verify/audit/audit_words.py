@@ -14,11 +14,6 @@ STRIP = "strip"
 """What the attacks that take a clamp out are called by."""
 MOSTLY = 0.8
 """Share of what was forgotten that has to be back for the topic to be back."""
-LEVELS_SAID = {
-    "full": "every setting, up to 500 steps",
-    "short": "every setting, up to 150 steps",
-    "quick": "a few settings, up to 50 steps",
-}
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from verify.attacks.audits import AUDITS
 from verify.attacks.relearn import relearning, trained
 from verify.audit.attempts import Attempt, Scores, Settings
 from verify.audit.audit_report import AuditReport
+from verify.audit.levels import LEVELS, Level
 from verify.audit.outcome import FolderAudit, sweeps_of
 from verify.audit.subject import Subject, check_subject, open_subject
 from verify.audit.target import Target
-from verify.audit.work_order import LEVELS, Level, Work
+from verify.audit.work_order import Work
 from verify.audit.workers import Workers, fitting_processes
 from verify.journal import Journal, Progress, files_below, journal_path
 

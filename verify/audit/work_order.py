@@ -10,26 +10,12 @@ from functools import partial
 from pydantic import TypeAdapter
 
 from verify.audit.attempts import Attempt, Scores, Settings
+from verify.audit.levels import Level
 from verify.audit.subject import Subject
 from verify.audit.workers import Job, Workers
 from verify.journal import Journal, Progress
 
 _ATTEMPTS = TypeAdapter(list[Attempt])
-
-
-@dataclass(frozen=True)
-class Level:
-    """How much is tried."""
-
-    name: str
-    quick: bool
-    """Fewer settings."""
-    most_steps: int
-    """Of training."""
-
-
-LEVELS = (Level("full", False, 500), Level("short", False, 150), Level("quick", True, 50))
-"""From the most to the least."""
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 from bake.new_folder import write_whole
 from verify.audit.audit_report import AuditReport
 from verify.audit.audit_words import (
-    LEVELS_SAID,
     Line,
     lines_of_audit,
     relearned,
     scores_texts,
     sentences,
 )
+from verify.audit.levels import tried
 from verify.audit.outcome import CHANCE, FolderAudit, Sweep
 from verify.page.html import environment, shown
 from verify.page.plots import SHARE_TICKS, Mark, Plot, Row, Tone
@@ -76,7 +76,7 @@ def render_audit(report: AuditReport) -> str:
     made.filters |= {"shown": shown, "pct": lambda share: f"{100 * share:.2f}%"}
     views = [view_of(audit) for audit in report.folders]
     template = made.get_template("audit.html.j2")
-    return template.render(report=report, views=views, tried=LEVELS_SAID.get(report.level, ""))
+    return template.render(report=report, views=views, tried=tried(report.level))
 
 
 def write_audit(report: AuditReport, file: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 
 from bake.distill.distill_texts import Rows, batches_of, load_sides
 from bake.errors import DataError, RecipeError
+from bake.questions.forms import chat_form
+from bake.questions.multiple_choice import Question, load_questions
 from bake.recipe import Recipe
 from bake.stock import load_tokenizer
 from tests.worlds import (
@@ -17,6 +21,7 @@ from tests.worlds import (
     tiny_tokenizer,
     tiny_words,
     write_jsonl,
+    write_questions,
 )
 
 CLAMP = {"sae": {"path": "sae"}, "method": "clamp", "features": [1], "value": -6.0}
@@ -53,6 +58,57 @@ def test_texts_are_split_whole_and_cut(world: Path, write_recipe: RecipeWriter) 
     assert again["forget"].trained.sha256 == sides["forget"].trained.sha256
     other = load_sides(recipe, tokenizer, seed=4)
     assert other["forget"].held_out != sides["forget"].held_out
+
+
+def solved_in_any_order(question: Question) -> list[str]:
+    """The question in chat form with its answer."""
+    found = []
+    for order in permutations(range(4)):
+        choices = [question.choices[i] for i in order]
+        right = "ABCD"[order.index(question.answer)]
+        found.append(
+            chat_form(question.question, choices, question.topic) + f"{right})<end_of_turn>"
+        )
+    return found
+
+
+def test_questions_to_select_by_are_texts_too(world: Path, write_recipe: RecipeWriter) -> None:
+    sides = ("forget", "retain")
+    for seed, side in enumerate(sides):
+        write_questions(world / f"{side}_picking.jsonl", 12, seed=seed)
+        write_questions(world / f"{side}_questions.jsonl", 12, seed=10 + seed)
+    verify = {f"{side}_questions": {"path": f"{side}_questions.jsonl"} for side in sides}
+    verify |= {"text": {"path": "retain.jsonl"}}
+    corpora = {side: TABLE[side] for side in sides}
+    picking = {f"{side}_questions": {"path": f"{side}_picking.jsonl"} for side in sides}
+    table = {"seq_len": 256}
+    alone = Recipe.load(write_recipe(CLAMP, distill=table, select=corpora, verify=verify))
+    asked = Recipe.load(write_recipe(CLAMP, distill=table, select=corpora | picking, verify=verify))
+    tokenizer = load_tokenizer(asked)
+    without = load_sides(alone, tokenizer, seed=0)["forget"]
+    texts = load_sides(asked, tokenizer, seed=0)["forget"]
+    # Those alone come first, and a tenth of the questions, in whatever order, is held out.
+    assert texts.trained.ids[: len(without.trained.ids)] == without.trained.ids
+    more = {
+        part: getattr(texts, part).ids[len(getattr(without, part).ids) :]
+        for part in ("trained", "held_out")
+    }
+    assert asked.select is not None and asked.select.forget_questions is not None
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    written = {
+        (bos, *tokenizer(of, add_special_tokens=False)["input_ids"], eos): question.row
+        for question in load_questions(asked.select.forget_questions, asked)
+        for of in solved_in_any_order(question)
+    }
+    of_part = {part: Counter(written[row] for row in rows) for part, rows in more.items()}
+    assert {part: (len(of), set(of.values())) for part, of in of_part.items()} == {
+        "trained": (10, {8}),
+        "held_out": (2, {8}),
+    }
+    assert not of_part["trained"].keys() & of_part["held_out"].keys()
+    write_questions(world / "forget_picking.jsonl", 12, seed=10)
+    with pytest.raises(DataError, match=r"\[select\] and \[verify\] share 12"):
+        load_sides(asked, tokenizer, seed=0)
 
 
 def test_a_corpus_too_small_to_split(world: Path, write_recipe: RecipeWriter) -> None:

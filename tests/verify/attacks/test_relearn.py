@@ -19,10 +19,11 @@ from tests.verify.audit.audited import audited, audited_world
 from verify.attacks import relearn as relearning
 from verify.attacks.relearn import fine_tune, relearn, trained
 from verify.audit.attempts import Attempt, Scores
+from verify.audit.levels import LEVELS
 from verify.audit.outcome import comes_back, interval_over, sweeps_of
 from verify.audit.subject import open_subject
 from verify.audit.target import Target
-from verify.audit.work_order import LEVELS, Work
+from verify.audit.work_order import Work
 from verify.audit.workers import Workers
 from verify.journal import Journal
 

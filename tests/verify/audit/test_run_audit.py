@@ -20,9 +20,9 @@ from verify.attacks.audits import AUDITS
 from verify.audit import run_audit
 from verify.audit.attempts import Attempt, Settings
 from verify.audit.audit_report import AuditReport
+from verify.audit.levels import LEVELS
 from verify.audit.run_audit import AuditOptions, audit_folders
 from verify.audit.target import Target
-from verify.audit.work_order import LEVELS
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,10 @@ def test_another_base_is_refused(world: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(world / "recipe.toml")
     with pytest.raises(RecipeError, match="has Gemma3ForCausalLM, the recipe's base Gemma2For"):
         open_subject(other, recipe)
+    shorter = without_layers(audited(world, "plain").model(), [1])
+    shorter.save_pretrained(tmp_path / "shorter")
+    with pytest.raises(RecipeError, match=r"has num_hidden_layers 3, the recipe's base 4; expec"):
+        open_subject(tiny_tokenizer(tmp_path / "shorter"), recipe)
     with pytest.raises(BakeoutError, match="no folder"):
         check_subject(tmp_path / "nothing")
     moved = recipe.model_copy(update={"base": recipe.base.model_copy(update={"model": "plain"})})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from bake.new_folder import MANIFEST
 from bake.recipe import Recipe
 from bakeout.verbs.demo import MINIATURE
 from tests.folders import compile_recipe
@@ -17,9 +19,10 @@ from verify.attacks.weights.strip import (
     subtracted,
 )
 from verify.audit.attempts import Attempt, Scores
+from verify.audit.levels import LEVELS
 from verify.audit.subject import open_subject
 from verify.audit.target import Target
-from verify.audit.work_order import LEVELS, Work
+from verify.audit.work_order import Work
 from verify.audit.workers import Workers
 from verify.journal import Journal
 
@@ -55,6 +58,17 @@ def test_a_compiled_clamp_is_found_blind_and_all_that_was_tried_is_told(tmp_path
     assert blind.scores == known.scores
     assert blind.note == "found layers 1, 2"
     assert not blind.needs
+    # Who has the files alone finds them too; the base's shape is another.
+    (folder / MANIFEST).unlink()
+    stranger = open_subject(folder, Recipe.load(MINIATURE / "recipe.toml"))
+    with Workers([stranger], N_PARTS, 1) as workers:
+        found = list(strip(replace(work, subject=stranger, workers=workers, journal=Journal())))
+    assert found[0] == blind
+    assert {attempt.attack for attempt in found[1:]} == {
+        "strip: difference",
+        "strip: interpolation",
+    }
+    assert all("expected folders of one base, of one shape" in a.note for a in found[1:])
 
 
 def test_who_never_knew_has_nothing_to_be_stripped(tmp_path: Path) -> None:
