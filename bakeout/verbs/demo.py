@@ -158,7 +158,7 @@ def gemma_world(out: Path) -> World:
             shutil.copytree(path, out / path.name, dirs_exist_ok=True)
         elif path.suffix in (".toml", ".jsonl"):
             shutil.copy2(path, out / path.name)
-    kinds = frozenset({"integrity", "parity", "loss", "controls", "completions"})
+    kinds = frozenset({"integrity", "parity", "loss", "controls", "completions", "loads"})
     of_carriers = kinds - {"controls", "loss"}
     audited = ("checkpoint", "compiled") if os.environ.get("GEMMA_AUDIT") == "1" else ()
     return World(

@@ -8,6 +8,7 @@ may do the same, round, refuse, or break; a folder that quietly becomes the base
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from bake.errors import BakeoutError, FolderError
 from bake.questions.prompts import Batch
 from bake.rounding import BASE_LIKE, LOADS, MIN_EFFECT, REFUSES, load_word
 from verify.compare.comparison import REFERENCE
-from verify.compare.logits import kl_nats
+from verify.compare.logits import compare_logits
 from verify.engines.runners import HookedRunner, Runner, TorchRunner
 from verify.report.findings import Failure, VerifyReport
 from verify.report.wording import number
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 PROMPTS = 4
 """On which the clamp fires, that are shown."""
+TOKENS = 24
+"""Of each, from the first firing on, that are looked at: a large vocabulary's take a megabyte."""
 STORED = "as compared"
 """The load in which everything else is measured."""
 _NOTHING = dict.fromkeys(("kl_to_hook", "kl_to_base", "effect"))
@@ -88,8 +91,8 @@ def _tried(work: Work) -> list[dict[str, Any]]:
 
 
 def _fired_on(work: Work, reference: Runner, oracle: Oracle) -> Iterator[tuple[Batch, Tensor]]:
-    """A few prompts one by one, forget questions first, and the tokens [1, seq] from the first
-    firing on.
+    """A few prompts one by one, forget questions first, and the first tokens [1, seq] from the
+    first firing on.
     """
     material = work.hooked.material
     prompts = [p for p in material.prompts({"questions"}, compared=True) if p.source == "forget"]
@@ -100,7 +103,7 @@ def _fired_on(work: Work, reference: Runner, oracle: Oracle) -> Iterator[tuple[B
         assert oracle.last_fired is not None
         after = oracle.last_fired.cpu().cumsum(dim=-1) > 0
         if after.any():
-            yield batch, after & batch.attention_mask.bool()
+            yield batch, after & (after.cumsum(dim=-1) <= TOKENS)
             left -= 1
         if not left:
             return
@@ -119,9 +122,13 @@ def _compared(said: Tensor, hook: Tensor, base: Tensor) -> dict[str, Any]:
     """Mean KL in nats per token to either, the share of the clamp's effect, and the word for it;
     distances are None where something is not finite.
     """
-    to_hook, to_base = (float(kl_nats(of, said).mean()) for of in (hook, base))
-    true, own = (of.double() - base.double() for of in (hook, said))
-    effect = float((own * true).sum() / (true * true).sum())
+    to_hook, to_base = (float(compare_logits(of, said).kl.mean()) for of in (hook, base))
+    shown = wanted = 0.0
+    for of_hook, of_base, own in zip(hook, base, said, strict=True):  # token by token: it is large
+        true = of_hook.double() - of_base.double()
+        shown += float((own.double() - of_base.double()) @ true)
+        wanted += float(true @ true)
+    effect = shown / wanted if wanted else math.nan
     word = load_word(to_hook, to_base, effect)
     numbers = {"kl_to_hook": to_hook, "kl_to_base": to_base, "effect": effect}
     finite = {name: value if abs(value) < float("inf") else None for name, value in numbers.items()}
