@@ -160,6 +160,6 @@ def _rows(report: VerifyReport) -> list[Loaded]:
     except ValidationError as error:
         first = error.errors()[0]
         raise BakeoutError(
-            f"report: loads.{'.'.join(map(str, first['loc']))}: {first['msg']}; run "
-            "`bakeout verify FOLDER --recipe RECIPE --json FILE` again"
+            f"report: loads.{'.'.join(map(str, first['loc']))}: {first['msg']}; write "
+            "it again with `bakeout verify FOLDER --recipe RECIPE --json FILE`"
         ) from error
