@@ -1,10 +1,15 @@
-"""How much memory there is."""
+"""How much memory there is, and how much of what was freed a process keeps."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+HEAP_KEPT = 8 << 20
+"""Most bytes that the C library's heap keeps at its end, and the least that lie outside of it."""
+HEAPS = 2
+"""How many heaps a process's threads share."""
 
 
 def available_memory() -> int:

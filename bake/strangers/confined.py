@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bake.files.memory import HEAP_KEPT, HEAPS
 from bake.strangers import start_confined
 
 SECONDS = 3600.0
@@ -42,7 +43,14 @@ def environment(scratch: Path) -> dict[str, str]:
     }
     folders = dict.fromkeys(("HOME", "TMPDIR", "HF_HOME", "HF_MODULES_CACHE"), str(scratch))
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"), "1")
-    return kept | folders | offline | {"USE_HUB_KERNELS": "NO", "TOKENIZERS_PARALLELISM": "false"}
+    return (
+        kept
+        | folders
+        | offline
+        | {"USE_HUB_KERNELS": "NO", "TOKENIZERS_PARALLELISM": "false"}
+        | {"MALLOC_ARENA_MAX": str(HEAPS)}
+        | dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(HEAP_KEPT))
+    )
 
 
 def command(program: str, *arguments: str, scratch: Path) -> list[str]:

@@ -18,6 +18,7 @@ from verify.compare.distances import Distances
 from verify.compare.firing import FeatureWatch, FiredExamples, Firings
 from verify.compare.parity_sum import ParitySum, answer_flips
 from verify.compare.sensitivity import Nearby
+from verify.engines.heap import trim
 from verify.engines.runners import DecodingRunner, HookedRunner, Reading, Runner
 from verify.journal import Journal, Progress
 from verify.material import Material
@@ -85,9 +86,7 @@ class Comparison:
         return name if self._refers(name) else self.against.get(name, REFERENCE)
 
     def nearby(self, batch: Batch) -> dict[str, Nearby]:
-        """What the references know of a batch, which was their last forward, for each engine that
-        is held to rounding.
-        """
+        """What the references know of a batch, their last forward, by engine held to rounding."""
         if not self.parity:
             return {}
         known = {of.name: of.nearby(batch) for of in self.sensitivities.values()}
@@ -224,6 +223,7 @@ def compare(
         for name, batch, result in waiting:
             comparison.take(batch, journal.once(name, result))
         waiting.clear()
+        trim()
 
     with ThreadPoolExecutor(min(len(elsewhere) or 1, os.cpu_count() or 1)) as pool:
         for number, batch in enumerate(comparison.material.batches(comparison.prompts)):

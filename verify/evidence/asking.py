@@ -14,6 +14,7 @@ from bake.questions.answers import LetterTokens, best_letters
 from bake.questions.open_prompts import instructed
 from bake.questions.prompts import Batch
 from verify.engines.continuing import go_on, mean_next, prompt_batches, stop_ids
+from verify.engines.heap import trim
 from verify.engines.runners import HookedRunner, Runner
 from verify.journal import Journal
 from verify.report.measures import TokenShift
@@ -138,6 +139,7 @@ class Asking:
             found: dict[str, dict[int, Any]] = {variant: {} for variant in variants}
             for done, (variant, batch, journal, name, find) in enumerate(asked, 1):
                 rows = journal.once(name, find)
+                trim()
                 found[variant] |= {p.item: row for p, row in zip(batch.prompts, rows, strict=True)}
                 progress(done / len(asked))
         return {name: [of[item] for item in range(len(texts))] for name, of in found.items()}
