@@ -60,6 +60,8 @@ class World:
     """Folders that are attacked."""
     quickly: bool = True
     """Whether they are attacked in few ways only."""
+    loaded: tuple[str, ...] = ()
+    """Carriers that are loaded otherwise too, where the others are not."""
 
 
 def run_demo(
@@ -111,6 +113,7 @@ def run_demo(
     for carrier in (out / name for name in (*EXPORTS, *world.trained)):
         with progress(f"verify {carrier.name}") as advance:
             more = {"witnesses"} if (carrier / WITNESSES).is_file() else set()
+            more |= {"loads"} if carrier.name in world.loaded else set()
             kinds = world.of_carriers | more
             reports.append(verify_folder(carrier, recipe, kinds, advance, options))
         write_json(reports[-1].to_dict(), out / f"report-{carrier.name}.json")
@@ -158,13 +161,14 @@ def gemma_world(out: Path) -> World:
             shutil.copytree(path, out / path.name, dirs_exist_ok=True)
         elif path.suffix in (".toml", ".jsonl"):
             shutil.copy2(path, out / path.name)
-    kinds = frozenset({"integrity", "parity", "loss", "controls", "completions", "loads"})
+    kinds = frozenset({"integrity", "parity", "loss", "controls", "completions"})
     of_carriers = kinds - {"controls", "loss"}
     audited = ("checkpoint", "compiled") if os.environ.get("GEMMA_AUDIT") == "1" else ()
     return World(
         *(out / "recipe.toml", kinds, of_carriers, ()),
         precisions=("shared", "int4"),
         apart=("int8",),
+        loaded=("compiled",),
         trained=(),
         audited=audited,
         quickly=False,

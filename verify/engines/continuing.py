@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 END_OF_TURN = "<end_of_turn>"
+AT_ONCE = 32
+"""Prompts of a batch at most: several engines hold keys, values and logits of one at a time."""
 
 
 def prompt_batches(texts: Sequence[str], tokenizer: Any) -> list[Batch]:
@@ -23,8 +25,13 @@ def prompt_batches(texts: Sequence[str], tokenizer: Any) -> list[Batch]:
         Prompt("prompts", "text", item + 1, ids, every_token=False, item=item)
         for item, ids in enumerate(token_ids(texts, tokenizer))
     ]
-    pad_id = tokenizer.pad_token_id or 0
-    return list(batches(prompts, pad_id=pad_id, vocab_size=len(tokenizer)))
+    prompts.sort(key=lambda prompt: -len(prompt.ids))
+    pad_id, vocab_size = tokenizer.pad_token_id or 0, len(tokenizer)
+    return [
+        batch
+        for start in range(0, len(prompts), AT_ONCE)
+        for batch in batches(prompts[start : start + AT_ONCE], pad_id=pad_id, vocab_size=vocab_size)
+    ]
 
 
 def stop_ids(tokenizer: Any) -> frozenset[int]:
