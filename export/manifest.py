@@ -78,10 +78,6 @@ class ClampEntry(Part):
     """`SAE` where the SAE says where it sits, `recipe` where that is the user's word alone."""
 
 
-COARSE = 0.5
-"""Share of the clamp's effect from which on a rounded graph's error is told."""
-
-
 class CompiledDistance(Part):
     """How far two compiled layers are from the clamp on tokens that were tried."""
 
@@ -116,6 +112,10 @@ class CompiledEntry(Part):
     loads: dict[str, str] = Field(default_factory=dict, max_length=16)
     """What becomes of the clamps in each way of loading the folder, as tried at export."""
     sites: list[LayersEntry] = Field(min_length=1)
+
+
+COARSE = 0.5
+"""Share of the clamp's effect from which on a rounded graph's error is told."""
 
 
 class RoundedEntry(Part):

@@ -84,16 +84,18 @@ def run_demo(
     world = gemma_world(out) if gemma else World(MINIATURE / "recipe.toml")
     world = world if attack else replace(world, trained=(), audited=())
     plan = bake_recipe(world.recipe, folder, force=True, cache=out)
-    for precision in world.precisions:
+    for precision in (*world.precisions, *world.apart):
+        alone = out / precision if precision in world.apart else None
         with progress(f"export onnx {precision}") as advance:
-            done = export_onnx(folder, precision=precision, progress=advance)
-        if done.warning is not None:
-            console().print(f"warning: {precision}: {done.warning}")
-    for precision in world.apart:
-        with progress(f"export onnx {precision}") as advance:
-            export_onnx(
-                folder, precision=precision, out=out / precision, force=True, progress=advance
+            done = export_onnx(
+                folder,
+                precision=precision,
+                out=alone,
+                force=alone is not None,
+                progress=advance,
             )
+        if done.warning is not None:
+            console().print(f"warning: {precision}: {done.warning}", markup=False)
     for name, export in EXPORTS.items():
         export(folder, out / name, force=True)
     recipe = plan.recipe  # with the numbers that were selected just now

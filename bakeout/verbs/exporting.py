@@ -104,8 +104,8 @@ def onnx(
         f"check  onnx.checker and ONNX Runtime in a fresh process: max |Δlogit| to the checkpoint "
         f"{done.found.error:.1e}; the clamp moves {done.found.effect:.1e}, of which "
         f"{done.found.shown:.0%} shows\n"
-        f"{'' if done.warning is None else f'warning: {done.warning}' + chr(10)}"
-        f"written to {done.graph}"
+        + ("" if done.warning is None else f"warning: {done.warning}\n")
+        + f"written to {done.graph}"
     )
 
 
