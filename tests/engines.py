@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -16,7 +17,8 @@ from bake.rounding import epsilon_of
 from bake.sources import QuestionSource, TextSource
 from bake.stock import load_tokenizer
 from tests.worlds import write_questions, write_texts
-from verify.compare.comparison import Comparison, compare
+from verify.compare.comparing import compare
+from verify.compare.comparison import Comparison
 from verify.compare.firing import FeatureWatch, FiredExamples
 from verify.compare.sensitivity import Sensitivity
 from verify.engines import forward
@@ -62,7 +64,7 @@ def reports_beside(
     hooked = Hooked(oracle.model, oracle.sites, {"reference": oracle}, found.material)
     work = Work(
         *(recipe, COMPARED_KINDS, hooked, found, None, [checkpoint]),
-        *(Options(), Journal(), lambda *_: None, lambda *_: None),
+        *(Options(), Journal(), lambda *_: None, lambda *_: nullcontext(checkpoint)),
     )
     engines = tuple(EngineReport(name) for name in found.names)
     report = VerifyReport("checkpoint", "layer", True, "full", (), engines=engines)
@@ -124,6 +126,15 @@ class InProcess(HookedRunner):
             dtype=getattr(torch, dtype),
             attn_implementation="eager",
         )
+
+    def drop(self) -> None:
+        self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
 
     def decoded(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_last: int

@@ -16,13 +16,14 @@ from bake.questions.multiple_choice import load_texts
 from bake.questions.prompts import TEXT_TOKENS, Batch, text_prompts
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
-from verify.compare.comparison import REFERENCE, Comparison, compare
+from verify.compare.comparing import compare
+from verify.compare.comparison import REFERENCE, Comparison
 from verify.compare.feature_trial import trial_failures
 from verify.compare.firing import FeatureWatch, FiredExamples, fired_on
 from verify.compare.upcast import compare_in_float32
-from verify.engines.engines import Engines
+from verify.engines.engines import Engines, Room
 from verify.engines.heap import give_back
-from verify.engines.runners import DecodingRunner, HookedRunner
+from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.completions import open_prompts
 from verify.evidence.kinds import KINDS, shown_for
 from verify.evidence.tasks.harness import check_harness, measure_harness
@@ -100,8 +101,8 @@ def gather(
         in_float32 = compare_in_float32(recipe, hooked, engines, prompts, journal)
     with ExitStack() as stack:
         with _half_the_threads() as threads:
-            elsewhere = _opened(recipe, engines, hooked.dtype, threads, stack)
-            give_back()  # what opening them took
+            room, elsewhere = engines.in_turn(recipe, hooked.dtype, threads, hooked.weight)
+            stack.callback(room.empty)
             comparison = Comparison(
                 hooked.material,
                 prompts,
@@ -112,14 +113,14 @@ def gather(
                 FeatureWatch({site.layer: site.features for site in hooked.sites}),
                 sensitivities,
             )
-            compare(here, elsewhere, hooked.oracles, comparison, journal, progress)
+            compare(here, elsewhere, hooked.oracles, comparison, journal, progress, options.cache)
             give_back()  # what its threads' heaps keep
             if asks and recipe.select is not None and any(comparison.watch.never_active()):
                 _watch_corpus(recipe, comparison, hooked.oracles[REFERENCE], journal)
             work = Work(
                 *(recipe, kinds, hooked, comparison, in_float32, elsewhere),
                 *(options, journal, progress),
-                lambda dtype, bits: engines.load_torch(recipe, dtype, threads, bits),
+                partial(_otherwise, engines, room, recipe, threads),
             )
             if "known" in kinds:
                 work.known  # noqa: B018  beside the engine, which has the other threads
@@ -239,17 +240,14 @@ def _silent_features(never_active: Iterable[tuple[int, int]], *, corpus: bool) -
     )
 
 
-def _opened(
-    recipe: Recipe, engines: Engines, dtype: str, threads: int, stack: ExitStack
-) -> list[DecodingRunner]:
-    """The folder's own engines, loaded."""
-    opened: list[DecodingRunner] = []
-    if engines.torch is not None:
-        engines.load_torch(recipe, dtype, threads)
-        opened.append(engines.torch)
-    for graph in engines.graphs:
-        opened.append(stack.enter_context(engines.open(graph, threads=threads)))
-    return opened
+@contextmanager
+def _otherwise(
+    engines: Engines, room: Room, recipe: Recipe, threads: int, dtype: str, bits: int | None
+) -> Iterator[Runner]:
+    """The folder in torch, loaded in another way than that in which it is compared."""
+    room.empty()
+    with engines.loaded(recipe, dtype, threads, bits) as runner:
+        yield runner
 
 
 @contextmanager

@@ -48,6 +48,11 @@ class Hooked:
         """float32, bfloat16 or float16."""
         return str(self.model.dtype).removeprefix("torch.")
 
+    @property
+    def weight(self) -> int:
+        """Of the model, in bytes."""
+        return sum(of.numel() * of.element_size() for of in self.model.parameters())
+
     @cached_property
     def base(self) -> HookedRunner:
         """The base itself."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,6 +53,7 @@ class Journal:
         self._found: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
         self._lock: FileLock | None = None
+        self._writing = threading.Lock()
         self._path = path
         if path is not None:
             self._open(path)
@@ -61,7 +63,8 @@ class Journal:
         return name in self._found
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A piece of work: from the journal, or computed and written there.
+        """A piece of work: from the journal, or computed and written there. Threads may do pieces
+        of different names at the same time.
 
         Args:
             name: of the piece; the same name always means the same work.
@@ -74,8 +77,9 @@ class Journal:
             line = json.dumps({"name": name, "found": compute()})
             if self._file is not None:
                 try:
-                    self._file.write(line.encode() + b"\n")
-                    self._file.flush()
+                    with self._writing:
+                        self._file.write(line.encode() + b"\n")
+                        self._file.flush()
                 except OSError as error:
                     raise self._unwritable(error) from error
             self._found[name] = json.loads(line)["found"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -40,8 +41,9 @@ class Work:
     options: Options
     journal: Journal
     progress: Progress
-    load: Callable[[str, int | None], None]
-    """Loads the folder in torch once more: dtype, and to how many bits its matrices are rounded."""
+    otherwise: Callable[[str, int | None], AbstractContextManager[Runner]]
+    """The folder in torch, loaded otherwise: dtype, and to how many bits its matrices are
+    rounded."""
 
     @property
     def unlearned(self) -> Runner:

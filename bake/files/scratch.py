@@ -27,10 +27,12 @@ class Scratch:
 
     Args:
         purpose: a word for its name.
+        where: the folder that it lies in instead, which need not exist.
     """
 
-    def __init__(self, purpose: str) -> None:
-        everyone = Path(tempfile.gettempdir())
+    def __init__(self, purpose: str, where: Path | None = None) -> None:
+        everyone = Path(tempfile.gettempdir()) if where is None else where
+        everyone.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(everyone)
         new = Path(tempfile.mkdtemp(prefix=_NEW, dir=everyone))
         lock = os.open(new / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,26 +1,21 @@
-"""All engines over the same prompts, batch by batch, and what that shows about each."""
+"""What engines show over the same prompts, collected batch by batch."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from bake.questions.answers import Answers
-from bake.questions.forms import FORMS
 from bake.questions.loss import LossSum
-from bake.questions.prompts import TEXT, Batch, Prompt, left_padded
+from bake.questions.prompts import TEXT, Batch, Prompt
 from verify.compare.chosen import choose, share_compared
 from verify.compare.distances import Distances
-from verify.compare.firing import FeatureWatch, FiredExamples, Firings
+from verify.compare.firing import FeatureWatch, FiredExamples
 from verify.compare.parity_sum import ParitySum, answer_flips
 from verify.compare.sensitivity import Nearby
-from verify.engines.heap import trim
-from verify.engines.runners import DecodingRunner, HookedRunner, Reading, Runner
-from verify.journal import Journal, Progress
+from verify.engines.runners import Reading
 from verify.material import Material
 from verify.report.findings import Parity
 
@@ -31,11 +26,6 @@ if TYPE_CHECKING:
     from verify.reference.oracle import Oracle
 
 BASE, REFERENCE = "base", "reference"
-DECODED_PROMPTS, DECODED_TOKENS = 4, 64
-"""How many forget prompts of each form, the shortest, are read token by token, and how many of
-their last tokens, at most."""
-DECODED_LOGITS, FEWEST_DECODED = 1 << 25, 16
-"""How many logits that may form, and how many tokens it is at least."""
 
 
 @dataclass
@@ -146,15 +136,19 @@ class Comparison:
             self.losses[name].losses += of["losses"]
             if of["parity"] is not None:
                 self.parities[name].take(batch, of["parity"])
-        for name, n in found["tokens"].items():
-            self.fired[name] = self.fired.get(name, 0) + n
-        for layer, n in found["by_layer"].items():
-            self.fired_by_layer[int(layer)] = self.fired_by_layer.get(int(layer), 0) + n
+        self.add_firings(found)
         self.after += found["after"]
         texts = [prompt for prompt in batch.prompts if prompt.source == TEXT]
         self.windows += [(prompt.form, len(prompt.ids) - 1) for prompt in texts]
         self.examples.add(batch.prompts, found["positions"])
         self.watch.add(batch.prompts, found["active"])
+
+    def add_firings(self, found: Mapping[str, Any]) -> None:
+        """Count on how many tokens the clamps fired."""
+        for name, n in found["tokens"].items():
+            self.fired[name] = self.fired.get(name, 0) + n
+        for layer, n in found["by_layer"].items():
+            self.fired_by_layer[int(layer)] = self.fired_by_layer.get(int(layer), 0) + n
 
     def parity_of(self, name: str) -> Parity:
         """One engine against its reference."""
@@ -193,158 +187,3 @@ class Comparison:
             if of.item >= 0:
                 asked.setdefault((of.source, of.form, of.row), []).append(of)
         return asked
-
-
-# --------------------------------------------------------------------------- the way through
-
-
-def compare(
-    here: Sequence[HookedRunner],
-    elsewhere: Sequence[DecodingRunner],
-    oracles: Mapping[str, Oracle],
-    comparison: Comparison,
-    journal: Journal,
-    progress: Progress,
-) -> None:
-    """Show every engine the same batches. Changes `comparison`.
-
-    Args:
-        here: engines that share this process's models, run one after another.
-        elsewhere: engines that compute meanwhile, one thread each.
-        oracles: by name, those of the references among `here`; the first is `REFERENCE`'s.
-        comparison: what is collected.
-        journal: holds the batches of a run that was interrupted.
-        progress: told how far it is.
-    """
-    total, done = sum(len(prompt.ids) for prompt in comparison.prompts), 0
-    waiting: list[tuple[str, Batch, Callable[[], Any]]] = []  # the batch before, while one is run
-
-    def finish() -> None:
-        for name, batch, result in waiting:
-            comparison.take(batch, journal.once(name, result))
-        waiting.clear()
-        trim()
-
-    with ThreadPoolExecutor(min(len(elsewhere) or 1, os.cpu_count() or 1)) as pool:
-        for number, batch in enumerate(comparison.material.batches(comparison.prompts)):
-            name = f"batch {number}"
-            if journal.has(name):
-                comparison.take(batch, journal.once(name, dict))
-            else:
-                reading = _Reading(batch, here, oracles, comparison)
-                finish()
-                waiting.append((name, batch, reading.go_on(elsewhere, pool)))
-            done += sum(len(prompt.ids) for prompt in batch.prompts)
-            progress("compare", done / total)
-        finish()
-    if comparison.parity:
-        _compare_decoding(here, elsewhere, oracles, comparison, journal)
-
-
-class _Reading:
-    """All engines over one batch. The references are first: where they fired decides what is looked
-    at, and what every other engine read is compared at once and let go of, for logits are large.
-
-    While the other engines read the batch, the references go on with the next one.
-    """
-
-    def __init__(
-        self,
-        batch: Batch,
-        here: Sequence[HookedRunner],
-        oracles: Mapping[str, Oracle],
-        comparison: Comparison,
-    ) -> None:
-        self._batch, self._comparison = batch, comparison
-        firings = Firings(oracles, REFERENCE)
-        choose = partial(comparison.wanted, batch, oracles[REFERENCE])
-        inputs = (batch.input_ids, batch.attention_mask)
-        references = {runner.name: runner for runner in here if runner.name in oracles}
-        first = references.pop(REFERENCE).read(*inputs, choose, batch.scored)
-        self._wanted = choose()
-        self._inputs = (*inputs, self._wanted, batch.scored)
-        others = {name: of.read(*self._inputs) for name, of in references.items()}
-        self._references = {REFERENCE: first, **others}
-        self._others = [runner for runner in here if runner.name not in oracles]
-        self._firing, self._nearby = firings.since(batch), comparison.nearby(batch)
-
-    def go_on(
-        self, elsewhere: Sequence[DecodingRunner], pool: ThreadPoolExecutor
-    ) -> Callable[[], dict[str, Any]]:
-        """Let the other engines read it too; those that compute elsewhere are not waited for.
-
-        Returns:
-            What waits for them, and gives what all of it says as JSON data.
-        """
-        pending = {runner.name: pool.submit(self._look, runner) for runner in elsewhere}
-        found = {name: self._compare(name, of) for name, of in self._references.items()}
-        found |= {runner.name: self._look(runner) for runner in self._others}
-
-        def result() -> dict[str, Any]:
-            known = found | {name: of.result() for name, of in pending.items()}
-            return {"engines": {n: known[n] for n in self._comparison.names}, **self._firing}
-
-        return result
-
-    def _look(self, runner: Runner) -> dict[str, Any]:
-        return self._compare(runner.name, runner.read(*self._inputs))
-
-    def _compare(self, name: str, reading: Reading) -> dict[str, Any]:
-        ours = self._references[self._comparison.reference_of(name)]
-        return self._comparison.found(name, self._batch, self._wanted, reading, ours, self._nearby)
-
-
-def _compare_decoding(
-    here: Sequence[HookedRunner],
-    elsewhere: Sequence[DecodingRunner],
-    oracles: Mapping[str, Oracle],
-    comparison: Comparison,
-    journal: Journal,
-) -> None:
-    """Let the folder's engines read some forget prompts token by token, from a cache.
-
-    The references read them at once: what a token's logits are does not depend on that. Changes
-    `comparison`.
-    """
-    asked = [p for p in comparison.prompts if p.source == "forget" and p.every_token]
-    asked.sort(key=lambda prompt: len(prompt.ids))
-    chosen = [
-        prompt
-        for form in FORMS
-        for prompt in [p for p in asked if p.form == form][:DECODED_PROMPTS]
-    ]
-    if not chosen:
-        return
-    batch = left_padded(chosen, pad_id=comparison.material.pad_id, last_only=False)
-    affordable = DECODED_LOGITS // (len(chosen) * len(comparison.material.tokenizer))
-    n_last = min(max(FEWEST_DECODED, affordable), DECODED_TOKENS, batch.input_ids.shape[1] - 1)
-    tail = replace(
-        batch,
-        input_ids=batch.input_ids[:, -n_last:],
-        attention_mask=batch.attention_mask[:, -n_last:],
-    )
-    wanted = batch.wanted
-    wanted[:, :-n_last] = False
-
-    def decode() -> dict[str, Any]:
-        firings = Firings(oracles, REFERENCE)
-        inputs = (batch.input_ids, batch.attention_mask)
-        logits = {
-            runner.name: runner.logits(*inputs, wanted) for runner in here if runner.name != BASE
-        }
-        nearby = {name: of.last(n_last) for name, of in comparison.nearby(batch).items()}
-        parities = {}
-        for runner in elsewhere:
-            decoded = runner.decoded(*inputs, n_last)[tail.wanted]
-            ours = logits[comparison.reference_of(runner.name)]
-            found = comparison.parity_found(runner.name, tail, tail.wanted, ours, decoded, nearby)
-            parities[runner.name] = found
-        return {"parities": parities, **firings.since(batch)}
-
-    found = journal.once("decoded", decode)
-    for name, parity in found["parities"].items():
-        comparison.parities[name].take(tail, parity)
-    for name, n in found["tokens"].items():
-        comparison.fired[name] += n
-    for layer, n in found["by_layer"].items():
-        comparison.fired_by_layer[int(layer)] += n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,20 @@ class Graph:
     def properties(self) -> dict[str, str]:
         """What its metadata says of its origin."""
         return {entry.key: entry.value for entry in self.model.metadata_props}
+
+    @property
+    def weight(self) -> int:
+        """About how many bytes its weights take once it runs: floats are computed with in 32
+        bits, whatever they are stored in.
+        """
+        import onnx
+
+        total = 0
+        for tensor in self.model.graph.initializer:
+            stored = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            size = max(stored.itemsize, 4) if stored.kind not in "iu" else stored.itemsize
+            total += size * math.prod(tensor.dims)
+        return total
 
 
 def find_graphs(folder: Path, files: Mapping[str, str] | None = None) -> list[Graph]:

@@ -88,9 +88,6 @@ class Runner(ABC):
             wanted[:, -1] = True
         return self.read(input_ids, attention_mask, wanted, nothing).logits
 
-    def close(self) -> None:  # noqa: B027  an engine may hold nothing
-        """Let go of the model."""
-
 
 class DecodingRunner(Runner):
     """An engine that is used to generate, and so is looked at while it does."""
@@ -170,16 +167,6 @@ class HookedRunner(Runner):
             logits: Tensor = forward.tree_logits(self._model, tree.tensors(width))
         return logits
 
-    def close(self) -> None:
-        """Let go of the model."""
-        self._model = self._oracle = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class TorchRunner(DecodingRunner):
     """A folder in a confined process that cannot import bakeout, unless it needs to. The process
@@ -243,6 +230,11 @@ class TorchRunner(DecodingRunner):
             )
         self._hidden_size = int(found["hidden_size"])
         return found["class"]
+
+    def drop(self) -> None:
+        """Let go of what is loaded; the process stays."""
+        if self._process.poll() is None:
+            self._ask({"op": "drop"})
 
     def read(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, scored: Tensor

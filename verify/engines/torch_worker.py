@@ -8,6 +8,7 @@ message says besides tensors stands in the safetensors' metadata:
 
     {"op": "load", "model", "from", "class", "adapter", "dtype", "bits", "device", "threads"}
                                                      -> {"dtype", "class", "hidden_size"}
+    {"op": "drop"} -> nothing is loaded any more
     {"op": "read"}, input_ids, attention_mask, wanted, scored   -> logits, losses
     {"op": "decoded", "n_last"}, input_ids, attention_mask      -> logits
     {"op": "go on", "most"}, input_ids, attention_mask, stops   -> tokens
@@ -157,6 +158,9 @@ def serve(modeling: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocke
                 answer = pack(
                     {}, dict(zip(("logits", "losses"), forward.read(model, tensors), strict=True))
                 )
+            elif asked["op"] == "drop":
+                model = loaded = None
+                answer = pack({"op": "drop"})
             elif asked["op"] == "decoded":
                 answer = pack({}, {"logits": forward.decoded(model, tensors, int(asked["n_last"]))})
             elif asked["op"] == "tree":

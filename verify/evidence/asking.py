@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from bake.questions.answers import LetterTokens, best_letters
 from bake.questions.open_prompts import instructed
 from bake.questions.prompts import Batch
+from verify.compare.lanes import side_by_side
 from verify.engines.continuing import go_on, mean_next, prompt_batches, stop_ids
 from verify.engines.heap import trim
 from verify.engines.runners import HookedRunner, Runner
@@ -21,8 +22,6 @@ from verify.report.measures import TokenShift
 
 VARIANTS = ("base", "reconstruction", "unlearned", "prompted")
 """`prompted` is the base's runner, told something first."""
-HERE = "here"
-"""What the engines have in common that share this process's model: they compute in turn."""
 MAX_NEW_TOKENS = 10
 SHIFTED_TOKENS = 35
 """How many of the tokens whose probability falls most, and of those where it rises most."""
@@ -115,33 +114,35 @@ class Asking:
         """Per variant, what `compute` finds of every text, batch by batch. Engines that have models
         of their own compute side by side.
         """
-        asked: list[tuple[str, Batch, Journal, str, Callable[[], Any]]] = []
-        with ExitStack() as stack:
-            lanes: dict[str, ThreadPoolExecutor] = {}
-            for variant in variants:
-                runner, put = self.runners["base"], self._bare(texts)
-                if variant == "prompted":
-                    put = [instructed(text, self.instruction) for text in put]
-                else:
-                    runner = self.runners[variant]
-                here = isinstance(runner, HookedRunner)
-                journal = self.journal.shared if here else self.journal
-                lane = HERE if here else runner.name
-                if lane not in lanes:
-                    lanes[lane] = ThreadPoolExecutor(1)
-                    stack.callback(lanes[lane].shutdown, cancel_futures=True)
-                for batch in prompt_batches(put, self.tokenizer):
-                    name = f"completions {what} {variant} {runner.name} {batch.digest}"
-                    find: Callable[[], Any] = list  # nobody looks at it
-                    if not journal.has(name):
-                        find = lanes[lane].submit(compute, runner, batch).result
-                    asked.append((variant, batch, journal, name, find))
-            found: dict[str, dict[int, Any]] = {variant: {} for variant in variants}
-            for done, (variant, batch, journal, name, find) in enumerate(asked, 1):
-                rows = journal.once(name, find)
-                trim()
-                found[variant] |= {p.item: row for p, row in zip(batch.prompts, rows, strict=True)}
+        pieces: list[tuple[str, Batch, Journal, str, Runner]] = []
+        for variant in variants:
+            runner, put = self.runners["base"], self._bare(texts)
+            if variant == "prompted":
+                put = [instructed(text, self.instruction) for text in put]
+            else:
+                runner = self.runners[variant]
+            journal = self.journal.shared if isinstance(runner, HookedRunner) else self.journal
+            for batch in prompt_batches(put, self.tokenizer):
+                name = f"completions {what} {variant} {runner.name} {batch.digest}"
+                pieces.append((variant, batch, journal, name, runner))
+
+        def once(journal: Journal, name: str, runner: Runner, batch: Batch) -> None:
+            journal.once(name, partial(compute, runner, batch))
+            trim()
+
+        asked = [
+            (runner, partial(once, journal, name, runner, batch))
+            for _, batch, journal, name, runner in pieces
+            if not journal.has(name)
+        ]
+        with side_by_side(asked) as futures:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
                 progress(done / len(asked))
+        found: dict[str, dict[int, Any]] = {variant: {} for variant in variants}
+        for variant, batch, journal, name, _ in pieces:
+            rows = journal.once(name, list)
+            found[variant] |= {p.item: row for p, row in zip(batch.prompts, rows, strict=True)}
         return {name: [of[item] for item in range(len(texts))] for name, of in found.items()}
 
 

@@ -20,7 +20,8 @@ from bake.questions.prompts import Batch
 from bake.rounding import BASE_LIKE, LOADS, MIN_EFFECT, REFUSES, load_word
 from verify.compare.comparison import REFERENCE
 from verify.compare.logits import compare_logits
-from verify.engines.runners import HookedRunner, Runner, TorchRunner
+from verify.engines.engines import TreeTurn
+from verify.engines.runners import HookedRunner, Runner
 from verify.report.findings import Failure, VerifyReport
 from verify.report.wording import number
 from verify.work import Work
@@ -79,14 +80,13 @@ def _tried(work: Work) -> list[dict[str, Any]]:
 
     for engine in work.engines:
         add(engine, STORED)
-    if isinstance(engine := work.unlearned, TorchRunner):
+    if isinstance(engine := work.unlearned, TreeTurn):  # in torch
         for load, (dtype, bits) in LOADS.items():
             try:
-                work.load(dtype, bits)
-                add(engine, load)
+                with work.otherwise(dtype, bits) as otherwise:
+                    add(otherwise, load)
             except FolderError:  # that it runs at all was seen before
                 rows.append({"engine": engine.name, "load": load, **_NOTHING, "word": REFUSES})
-        work.load(work.hooked.dtype, None)
     return rows
 
 

@@ -15,9 +15,10 @@ from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from tests.clamps import recipe_on_layers
 from tests.engines import InProcess, compared_with, material_of
 from tests.worlds import tiny_base, tiny_tokenizer
-from verify.compare import comparison
+from verify.compare import comparing, comparison
 from verify.compare.chosen import choose
-from verify.compare.comparison import FEWEST_DECODED, Comparison
+from verify.compare.comparing import FEWEST_DECODED
+from verify.compare.comparison import Comparison
 from verify.engines.runners import HookedRunner
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
@@ -108,14 +109,14 @@ def test_few_tokens_are_decoded_where_a_vocabulary_is_large(
 ) -> None:
     whole = world.compared().parity_of("checkpoint")
     n_prompts = 2 * 3  # forget questions, in both forms
-    assert world.engine.decoded_tokens == n_prompts * comparison.DECODED_TOKENS
+    assert world.engine.decoded_tokens == n_prompts * comparing.DECODED_TOKENS
     vocab_size = len(material_of(world.recipe).tokenizer)
     for logits, n_last in ((1, FEWEST_DECODED), (30 * n_prompts * vocab_size, 30)):
-        monkeypatch.setattr(comparison, "DECODED_LOGITS", logits)
+        monkeypatch.setattr(comparing, "DECODED_LOGITS", logits)
         world.engine.decoded_tokens = 0
         found = world.compared().parity_of("checkpoint")
         assert world.engine.decoded_tokens == n_prompts * n_last
-        apart = n_prompts * (comparison.DECODED_TOKENS - n_last)
+        apart = n_prompts * (comparing.DECODED_TOKENS - n_last)
         assert found.tokens_compared == whole.tokens_compared - apart
         assert list(parity_failures("checkpoint", found, 12)) == []
 

@@ -138,7 +138,7 @@ def test_a_subtle_defect_is_caught_where_few_tokens_are_compared(
 ) -> None:
     """As of a large vocabulary: the fewest tokens of every prompt, and few from a cache."""
     monkeypatch.setattr("verify.compare.chosen.COMPARED_LOGITS", 1)
-    monkeypatch.setattr("verify.compare.comparison.DECODED_LOGITS", 1)
+    monkeypatch.setattr("verify.compare.comparing.DECODED_LOGITS", 1)
     report = verified(work, f"few {defect}", "sound", DEFECTS[defect])
     checkpoint = report.engine("checkpoint")
     assert checkpoint is not None and checkpoint.parity is not None
