@@ -24,11 +24,10 @@ from export.carriers.compiled.alarms import ALARMS, N_ALWAYS
 from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
+from tests import engines
 from tests.defects import rewrite_file
 from tests.folders import baked_world, compile_recipe, recipe_variant
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
-from verify.engines import forward
-from verify.engines.runners import HookedRunner
 from verify.evidence.kinds import KINDS, lines_of
 from verify.run import verify_folder
 
@@ -113,24 +112,13 @@ def test_onnx_takes_a_compiled_folder_as_it_is(work: Path, tmp_path: Path) -> No
         export_onnx(work / "compiled")
 
 
-class InProcess(HookedRunner):
+class InProcess(engines.InProcess):
     """A compiled folder in this process."""
-
-    def __init__(self, folder: Path, name: str, needs: str | None) -> None:
-        super().__init__(name, None)
-        self.folder = folder
 
     def load(self, dtype: str, **_: Any) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
-
-    def decoded(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_last: int
-    ) -> torch.Tensor:
-        tensors = {"input_ids": input_ids, "attention_mask": attention_mask}
-        found: torch.Tensor = forward.decoded(self._model, tensors, n_last)
-        return found
 
 
 @pytest.fixture

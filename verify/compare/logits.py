@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 2 << 20
 """How much of the logits is looked at at once: so much that every step finds it in the processor's
 cache, which is worth more than all else."""
-_CLOSE = 0.05
-"""Logits of which none differs by more, but for what all of them share, are compared in float32."""
+_CLOSE, _FAR = 0.05, 60.0
+"""Centred differences below the one are put into a series, those from the other on need float64:
+their exponential may be more than float32 holds."""
 
 
 def kl_nats(reference: Tensor, engine: Tensor) -> Tensor:
     """KL(reference ‖ engine) of next-token distributions.
 
-    Where the two are close, by the series of what it is, the mean of exp(c) - 1 - c for the centred
-    differences c: exact to some digits however small it is, and several times as fast as the
-    difference of two logarithms in float64, which is taken elsewhere.
+    It is the logarithm of the mean of exp(c) under the reference, for the differences c less their
+    own mean; so log1p of the mean of exp(c) - 1 - c, which has digits however small it is, and is
+    several times as fast in float32 as the difference of two logarithms in float64.
 
     Args:
         reference: [n, vocab] logits.
@@ -30,27 +31,40 @@ def kl_nats(reference: Tensor, engine: Tensor) -> Tensor:
     Returns:
         [n] float64, nats.
     """
+    c = engine.float() - reference.float()
+    return _kl_nats(reference, engine, c, c.amax(dim=-1), c.amin(dim=-1))
+
+
+def _kl_nats(reference: Tensor, engine: Tensor, c: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    """The same, given their difference and its extremes, [n]. Changes `c`."""
     import torch
 
     p = reference.float().softmax(dim=-1)
-    c = engine.float() - reference.float()
-    c -= (p * c).sum(dim=-1, keepdim=True)
-    close = torch.maximum(c.amax(dim=-1), -c.amin(dim=-1)) < _CLOSE  # false where one is NaN
-    c = c if bool(close.all()) else c.masked_fill(~close[:, None], 0.0)
-    terms = c * (1 / 24) + 1 / 6
-    terms = terms.mul_(c).add_(1 / 2).mul_(c).mul_(c)
-    kl = terms.mul_(p).sum(dim=-1).double().log1p()
-    if not bool(close.all()):
-        log_p = reference[~close].double().log_softmax(dim=-1)
-        log_q = engine[~close].double().log_softmax(dim=-1)
-        kl[~close] = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    return kl
+    total = p.sum(dim=-1)
+    mean = (p * c).sum(dim=-1) / total
+    c -= mean[:, None]
+    apart = torch.maximum(high - mean, mean - low)
+    if not bool((apart < _FAR).all()):  # so where one is NaN
+        log_p, log_q = (of.double().log_softmax(dim=-1) for of in (reference, engine))
+        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    terms = c * (1 / 24)
+    terms.add_(1 / 6).mul_(c).add_(1 / 2).mul_(c).mul_(c)
+    if not bool((apart < _CLOSE).all()):
+        terms = torch.where(c.abs() < _CLOSE, terms, c.expm1().sub_(c))
+    return (terms.mul_(p).sum(dim=-1) / total).double().log1p()
 
 
 def max_abs_difference(reference: Tensor, engine: Tensor) -> Tensor:
     """Largest |Δlogit| of every token: [n, vocab] twice → [n]; infinite where not finite."""
-    largest = (engine - reference).abs_().amax(dim=-1)
-    return largest.nan_to_num(nan=math.inf, posinf=math.inf)
+    c = engine - reference
+    return _largest(c.amax(dim=-1), c.amin(dim=-1))
+
+
+def _largest(high: Tensor, low: Tensor) -> Tensor:
+    """The larger distance from 0 of two extremes; infinite where not finite."""
+    import torch
+
+    return torch.maximum(high, -low).nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,10 @@ def compare_logits(reference: Tensor, engine: Tensor) -> Compared:
     for ours, theirs in zip(
         torch.split(reference, at_once), torch.split(engine, at_once), strict=True
     ):
-        same = ours.argmax(-1) == theirs.argmax(-1)
-        distance = max_abs_difference(ours, theirs)
-        parts.append((kl_nats(ours, theirs), distance, same, ours.abs().amax(-1)))
+        c = theirs.float() - ours.float()
+        high, low = c.amax(dim=-1), c.amin(dim=-1)
+        first, second = ours.max(dim=-1), theirs.max(dim=-1)
+        largest = torch.maximum(first.values, -ours.amin(dim=-1))
+        kl = _kl_nats(ours, theirs, c, high, low)
+        parts.append((kl, _largest(high, low), first.indices == second.indices, largest))
     return Compared(*(torch.cat(part) for part in zip(*parts, strict=True)))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LITTLE = 1 << 30
 """Engines that weigh no more together, in bytes, all stay loaded."""
-BESIDE = 1.25
+BESIDE = 1.5
 """How much those loaded side by side may weigh otherwise, as a multiple of the heaviest."""
 
 

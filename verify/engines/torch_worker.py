@@ -20,6 +20,8 @@ process ends when stdin does.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -160,6 +162,9 @@ def serve(modeling: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocke
                 )
             elif asked["op"] == "drop":
                 model = loaded = None
+                gc.collect()
+                if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+                    trim(0)
                 answer = pack({"op": "drop"})
             elif asked["op"] == "decoded":
                 answer = pack({}, {"logits": forward.decoded(model, tensors, int(asked["n_last"]))})
