@@ -14,7 +14,7 @@ from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs
 from verify.engines.runners import HookedRunner, Runner
 
-SPEAKERS, SPOKEN = 8, 24
+SPEAKERS, SPOKEN = 8, 16
 """How many prompts go on at once, and how many tokens each."""
 
 

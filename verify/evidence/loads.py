@@ -82,6 +82,9 @@ def _tried(work: Work) -> list[dict[str, Any]]:
         add(engine, STORED)
     if isinstance(engine := work.unlearned, TreeTurn):  # in torch
         for load, (dtype, bits) in LOADS.items():
+            if (dtype, bits) == (work.hooked.dtype, None):
+                rows.append({**rows[0], "load": load})
+                continue
             try:
                 with work.otherwise(dtype, bits) as otherwise:
                     add(otherwise, load)
