@@ -36,8 +36,9 @@ class Blocker(MetaPathFinder):
 
 def words_of(error: BaseException, known: Sequence[str]) -> str:
     """A refusal in one line, without paths of this machine."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    text = lines[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # OpenVINO says first where in its source it stands, and what is wrong after that.
+    text = " ".join(line for line in lines if not line.startswith(("Exception from", "Check '")))
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, "FOLDER")
     text = re.sub(r"(?<![\w/])/(?:[\w.+-]+/)+", "…/", text)

@@ -58,6 +58,8 @@ class Client:
     missing; whatever else it raises is the client's refusal. None: it cannot be run, see `why`."""
     why: str = ""
     """Of a client that cannot be run: the reason."""
+    note: str = ""
+    """What else is to be known, for the page."""
     knows_bakeout: bool = False
     """Whether its process may import bakeout."""
 

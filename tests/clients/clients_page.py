@@ -10,6 +10,7 @@ from typing import Any
 
 from bake.rounding import BASE_LIKE, LOUD, REFUSES, ROUNDS, SAME
 from tests.clients.cells import NOT_RUN, Cell
+from tests.clients.client_table import clients
 
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 MEASURED = Path(__file__).parent / "measured.json"
@@ -96,6 +97,7 @@ def _world(world: dict[str, Any]) -> str:
     lines.append(f"The hook itself, against itself in float32: {'; '.join(hooks)}.\n")
     lines += ["| client | carrier | as | what becomes of it | KL to hook | to base |"]
     lines += ["|---|---|---|---|---|---|"]
+    notes = {name: client.note for name, (client, _, _) in clients().items()}
     by_client: dict[str, list[Cell]] = {}
     for cell in cells_of(world):
         by_client.setdefault(cell.client, []).append(cell)
@@ -103,6 +105,8 @@ def _world(world: dict[str, Any]) -> str:
         told = next((cell.versions for cell in cells if cell.versions), "")
         for n, group in enumerate(_groups(cells)):
             first = (f"**{name}** ({told})" if told else f"**{name}**") if n == 0 else ""
+            if n == 0 and notes.get(name):
+                first += f": {notes[name]}"
             lines.append(_row(first, group))
     return "\n".join([*lines, ""])
 

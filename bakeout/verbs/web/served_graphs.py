@@ -1,4 +1,4 @@
-"""A folder's graph as a page runs it: logits where they are asked for, and where the clamp fired."""
+"""A folder's graph as a page runs it: logits where they are asked for, where the clamp fired."""
 
 from __future__ import annotations
 

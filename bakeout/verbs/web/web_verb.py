@@ -18,10 +18,10 @@ from bakeout.verbs.streaming import Language
 from bakeout.verbs.web.loopback import HOST, Loopback, Resource
 from bakeout.verbs.web.served_graphs import base_graph, clamped_graph
 from export.carriers.onnx.precisions import PRECISIONS, precision_of
+from export.clamped import clamped_layers, read_config
 from export.code_check import check_code
 from export.folder_contents import check_contents, check_files
 from export.manifest import Manifest
-from export.clamped import clamped_layers, read_config
 from verify.engines.onnx_files import Graph, data_of, graph_failures, open_graph
 
 PACKAGES = {

@@ -100,6 +100,6 @@ def hosts_asked(log: Path) -> set[str]:
     """
     found = json.loads(log.read_text())
     begun = found["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
-    asked = [event["params"] for event in found["events"] if event["type"] == begun]
+    asked = [event.get("params", {}) for event in found["events"] if event["type"] == begun]
     urls = [of["url"] for of in asked if str(of.get("initiator")).startswith("http")]
     return {urlsplit(url).hostname or url for url in urls}

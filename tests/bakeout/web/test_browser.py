@@ -20,6 +20,8 @@ from tests.bakeout.web.chromium import Page, chromium, hosts_asked, missing
 from tests.clients.onnx_clients.npm_client import node_modules
 from verify.engines.onnx_runner import open_runner
 
+N = 7
+"""Prompts on the topic, and as many others."""
 LEAST = 64
 """Tokens that are compared, over all prompts."""
 MOST = 24
@@ -55,7 +57,7 @@ def prompts() -> list[str]:
     rows = [
         json.loads(line)
         for name in ("completions.jsonl", "generic.jsonl")
-        for line in (MINIATURE / name).read_text().splitlines()[:5]
+        for line in (MINIATURE / name).read_text().splitlines()[:N]
     ]
     return [row["prompt"] for row in rows]
 
@@ -116,14 +118,14 @@ def test_the_page_says_what_pytorch_says(
                     continue
                 # The last token is said, and not read any more; BOS is spared.
                 assert len(fired) == len(answer["ids"]) + len(answer["tokens"]) - 1
-                assert not fired[0] and any(fired) == (prompt in prompts[:5])
+                assert not fired[0] and any(fired) == (prompt in prompts[:N])
         shown = page.run("return document.querySelector('[data-model=clamped] .said').textContent")
     assert said["clamped"] == [expected(own, language, prompt) for prompt in prompts]
     assert sum(map(len, said["clamped"])) >= LEAST
     if exact:
         assert said["base"] == [expected(base, language, prompt) for prompt in prompts]
     changed = [one != two for one, two in zip(*said.values(), strict=True)]
-    assert any(changed[:5]) and not any(changed[5:])
+    assert any(changed[:N]) and not any(changed[N:])
     ids = [token for token in said["clamped"][-1] if token not in language.ends]
     assert shown == language.tokenizer.decode(ids, skip_special_tokens=True)
 

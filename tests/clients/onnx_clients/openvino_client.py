@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.clients.cells import Client, Said, Way, rows
 from tests.clients.onnx_clients.onnxruntime_client import GRAPHS, feed, graph_of
@@ -16,20 +18,11 @@ def say(way: Way, folders: Mapping[str, Path], prompts: Sequence[list[int]]) -> 
     import openvino as ov
 
     path = graph_of(way, folders)
-    inlined = path.with_name(f"{path.stem}.inlined.onnx")
-    try:
+    with TemporaryDirectory() as scratch:
         if _INLINED in way.dtype:
-            import onnx
-            from onnx.inliner import inline_local_functions
-
-            model = onnx.load(path, load_external_data=False)
-            inlined.write_bytes(inline_local_functions(model).SerializeToString())
-            path = inlined
-        compiled = ov.Core().compile_model(
-            ov.Core().read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-        )
-    finally:
-        inlined.unlink(missing_ok=True)
+            path = _inlined(path, Path(scratch))
+        model = ov.Core().read_model(path)
+        compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     past = {
         one.any_name: (
             [0, one.partial_shape[1].get_length(), 0, one.partial_shape[3].get_length()],
@@ -47,6 +40,23 @@ def say(way: Way, folders: Mapping[str, Path], prompts: Sequence[list[int]]) -> 
             for ids in prompts
         ]
     )
+
+
+def _inlined(graph: Path, scratch: Path) -> Path:
+    """The graph without functions, beside its data: OpenVINO follows no symbolic link."""
+    import onnx
+    from onnx.inliner import inline_local_functions
+
+    for data in graph.parent.iterdir():
+        if data.suffix == ".safetensors" or data.name == f"{graph.name}_data":
+            try:
+                (scratch / data.name).hardlink_to(data)
+            except OSError:  # another disk
+                shutil.copy(data, scratch / data.name)
+    model = onnx.load(graph, load_external_data=False)
+    path = scratch / "inlined.onnx"
+    path.write_bytes(inline_local_functions(model).SerializeToString())
+    return path
 
 
 CLIENT = Client(
