@@ -181,8 +181,9 @@ class PackedWeights:
         codes = g.cast(g.op("Gather", table, ids), TensorProto.FLOAT)
         centred = g.op("Sub", codes, g.float(float(1 << (TABLE_BITS - 1))))
         blocks = g.op("Reshape", centred, g.ints(-1, width // BLOCK, BLOCK))
-        factors = g.op("Unsqueeze", g.op("Gather", scales, ids), g.ints(-1))
-        return g.op("Reshape", g.op("Mul", blocks, factors), g.ints(-1, width))
+        factors = g.op("Reshape", g.op("Gather", scales, ids), g.ints(-1, width // BLOCK, 1))
+        shape = g.op("Concat", g.op("Shape", ids), g.ints(width), axis=0)
+        return g.op("Reshape", g.op("Mul", blocks, factors), shape)
 
     def exact(self, g: Builder, name: str) -> str:
         """See `Weights`."""
