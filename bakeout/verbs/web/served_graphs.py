@@ -9,10 +9,15 @@ from verify.engines.onnx_head import with_rows
 from verify.engines.onnx_runner import without_clamp
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto
 
 FIRED = "fired"
 """The output that says where any clamp fired: [batch, seq] float32, 1 or 0."""
+
+
+def clamps_of(model: ModelProto) -> list[NodeProto]:
+    """The nodes that clamp; none where the clamp is compiled into layers."""
+    return [node for node in model.graph.node if (node.domain, node.op_type) == CLAMP_OP]
 
 
 def clamped_graph(model: ModelProto) -> ModelProto:
@@ -28,7 +33,7 @@ def clamped_graph(model: ModelProto) -> ModelProto:
 
     found = ModelProto()
     found.CopyFrom(with_rows(model) or model)
-    clamps = [n for n in found.graph.node if (n.domain, n.op_type) == CLAMP_OP]
+    clamps = clamps_of(found)
     if not clamps:
         return found
     import numpy as np

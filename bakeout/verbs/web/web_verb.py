@@ -16,7 +16,7 @@ from bake.reading.capped import read_json
 from bakeout.verbs.arguments import FolderPath
 from bakeout.verbs.streaming import Language
 from bakeout.verbs.web.loopback import HOST, Loopback, Resource
-from bakeout.verbs.web.served_graphs import base_graph, clamped_graph
+from bakeout.verbs.web.served_graphs import base_graph, clamped_graph, clamps_of
 from export.carriers.onnx.precisions import PRECISIONS, precision_of
 from export.clamped import clamped_layers, read_config
 from export.code_check import check_code
@@ -29,7 +29,7 @@ PACKAGES = {
     "@huggingface/tokenizers": ("dist/tokenizers.mjs", ""),
 }
 """npm's packages that the page needs: the module, and a pattern of what lies beside it."""
-_SENTINEL = "PROMPT"
+_SENTINEL = "bakeout0prompt"
 """Stands for a prompt while the chat template is rendered."""
 
 
@@ -89,7 +89,7 @@ def site_of(folder: Path, served: Served, modules: Path, *, beside: bool) -> dic
         beside: whether the base answers too: the same graph, its clamps taken out.
 
     Raises:
-        WebError: a package is missing.
+        WebError: a package is missing, or there is no clamp to take out.
         FolderError: the folder's tokenizer or chat template cannot be used.
     """
     found = {
@@ -110,6 +110,11 @@ def site_of(folder: Path, served: Served, modules: Path, *, beside: bool) -> dic
         for path in module.parent.glob(beside_it) if beside_it else ():
             found[f"/modules/{path.name}"] = Resource.of_file(path)
     models = {"clamped": clamped_graph(served.graph.model)}
+    if beside and not clamps_of(served.graph.model):
+        raise WebError(
+            f"--beside: the clamp of {folder} is compiled into its layers and cannot be taken out; "
+            "expected a clamped checkpoint. Leave it out"
+        )
     if beside:
         models = {"base": base_graph(served.graph.model), **models}
     for name, model in models.items():

@@ -6,6 +6,7 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from bakeout.cli import run
 from bakeout.verbs.web.loopback import Loopback
 from bakeout.verbs.web.served_graphs import FIRED, base_graph, clamped_graph
-from bakeout.verbs.web.web_verb import PACKAGES, open_site
+from bakeout.verbs.web.web_verb import PACKAGES, WebError, open_served, open_site, site_of
 from tests.reports import error_line
 from tests.worlds import talkative, tiny_tokenizer
 from verify.engines.onnx_files import open_graph
 from verify.engines.onnx_head import ROWS
+from verify.engines.onnx_runner import without_clamp
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,18 @@ def test_what_is_missing_is_said(
     options = ["--node-modules", str(root / "node_modules"), *change]
     assert run(["web", str(root / "baked"), "--port", "0", *options]) == 2
     assert said in error_line(capsys)
+
+
+def test_a_compiled_clamp_cannot_be_taken_out(root: Path) -> None:
+    folder = root / "baked"
+    served = open_served(folder, "shared")
+    compiled = replace(served.graph, model=without_clamp(served.graph.model))
+    served, modules = replace(served, graph=compiled), root / "node_modules"
+    found = clamped_graph(compiled.model)
+    assert FIRED not in {value.name for value in found.graph.output}
+    assert "/graphs/clamped.onnx" in site_of(folder, served, modules, beside=False)
+    with pytest.raises(WebError, match="compiled into its layers"):
+        site_of(folder, served, modules, beside=True)
 
 
 def test_a_port_that_is_taken(

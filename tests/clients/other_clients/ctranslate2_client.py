@@ -39,5 +39,5 @@ CLIENT = Client(
         for kind in _KINDS
     ),
     say,
-    note="4.8.5 reads neither soft caps nor window of a Gemma 2: the base is another model there, too",
+    note="reads neither soft caps nor window of a Gemma 2: there the base is another model, too",
 )
