@@ -23,21 +23,25 @@ from tests.clients.onnx_clients.npm_client import node_modules
 ROOT = Path(__file__).parents[2]
 
 
+def version_of(package: str) -> str | None:
+    """Of a package as `Client.packages` names it; None where it is not installed."""
+    name = package.removeprefix("npm:")
+    if package != name:
+        stated = node_modules() / name / "package.json"
+        if not stated.is_file():
+            return None
+        found: str = json.loads(stated.read_text())["version"]
+        return found
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
 def versions_of(client: Client) -> str:
     """Of the packages that are installed, `name version, …`."""
-    found = []
-    for package in client.packages:
-        name = package.removeprefix("npm:")
-        if package != name:
-            stated = node_modules() / name / "package.json"
-            if stated.is_file():
-                found.append(f"{name} {json.loads(stated.read_text())['version']}")
-            continue
-        try:
-            found.append(f"{name} {version(name).partition('+')[0]}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    found = {package.removeprefix("npm:"): version_of(package) for package in client.packages}
+    return ", ".join(f"{name} {of}" for name, of in found.items() if of is not None)
 
 
 def ask(world: ClientWorld, names: Iterable[str] = (), *, slowly: bool) -> Iterator[Cell]:
