@@ -2,7 +2,8 @@
 
     python -m tests.clients.asking MODULE NUMBER REQUEST_DIR
 
-`request.json` holds `ways` (their numbers), `folders` and `prompts`; way n is answered by `n.json`
+`request.json` holds `ways` (their numbers), `folders`, `prompts` and the `places` in each at which
+logits are wanted; way n is answered by `n.json`
 and, where something was said, `n.npz`. Whoever dies leaves the rest unanswered.
 """
 
@@ -48,7 +49,7 @@ def words_of(error: BaseException, known: Sequence[str]) -> str:
     return said if len(said) <= _WORDS else f"{said[: _WORDS - 1]}…"
 
 
-def main(module: str, number: str, at: str) -> None:
+def main(module: str, which: str, at: str) -> None:
     """Answer a request."""
     here = Path(at)
     request = json.loads((here / "request.json").read_text())
@@ -57,18 +58,18 @@ def main(module: str, number: str, at: str) -> None:
     warnings.simplefilter("ignore")
     found = importlib.import_module(module)
     client = getattr(found, "CLIENTS", None) or (found.CLIENT,)
-    client = client[int(number)]
+    client = client[int(which)]
     folders = {name: Path(path) for name, path in request["folders"].items()}
     for index in request["ways"]:
         answer: dict[str, Any] = {}
         try:
             said = client.say(client.ways[index], folders, request["prompts"])
             arrays = {}
-            for place, one in enumerate(said):
+            for number, (one, places) in enumerate(zip(said, request["places"], strict=True)):
                 made = isinstance(one, Generated)
-                arrays[f"logits_{place}"] = one.logits if made else one
+                arrays[f"logits_{number}"] = one.logits if made else one[places]
                 if made:
-                    arrays[f"ids_{place}"] = np.array(one.ids)
+                    arrays[f"ids_{number}"] = np.array(one.ids)
             np.savez(here / f"{index}.npz", **arrays)
         except NotHereError as error:
             answer = {"not_here": str(error)}

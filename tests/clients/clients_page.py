@@ -89,7 +89,8 @@ def page(worlds: Iterable[dict[str, Any]]) -> str:
 
 
 def _world(world: dict[str, Any]) -> str:
-    lines = [f"## {world['world']}\n"]
+    name = world["world"]
+    lines = [f"## {name[0].upper()}{name[1:]}\n"]
     hooks = [
         f"{dtype} {_number(found['kl_to_hook'])} (to the base {_number(found['kl_to_base'])})"
         for dtype, found in world["hooks"].items()

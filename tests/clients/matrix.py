@@ -98,6 +98,7 @@ def _answers(
             "ways": left,
             "folders": {name: str(path.resolve()) for name, path in world.folders.items()},
             "prompts": world.prompts,
+            "places": world.places,
             "knows_bakeout": client.knows_bakeout,
         }
         (scratch / "request.json").write_text(json.dumps(request))

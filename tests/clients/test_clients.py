@@ -48,8 +48,10 @@ def tried(world: ClientWorld, name: str) -> list[Cell]:
     for cell in cells:
         assert cell.word in WORDS, cell
         old = known[cell.key]
-        if NOT_RUN not in (cell.word, old.word) and cell.versions == old.versions:
-            assert cell.word == old.word, (cell, old)
+        words = {cell.word, old.word}
+        if NOT_RUN not in words and cell.versions == old.versions:
+            # Between these two lies a bar, and machines round otherwise.
+            assert len(words) == 1 or words == {SAME, ROUNDS}, (cell, old)
     return cells
 
 
@@ -66,8 +68,8 @@ def test_what_the_default_extras_install(world: ClientWorld) -> None:
             assert rounded.word == ROUNDS and rounded.kl_to_hook is not None
             assert rounded.kl_to_hook <= BF16_BAR * own, (rounded, own)
             # Everything but the clamp is stock, and its clamp has no number for float16.
-            broken = cells[client, carrier, "float16"].word
-            assert broken == (ROUNDS if carrier == "layer" else LOUD)
+            narrow = cells[client, carrier, "float16"].word
+            assert narrow in ((SAME, ROUNDS) if carrier == "layer" else (LOUD,))
     assert cells["peft, bakeout imported", "adapter", "float32"].word == SAME
     unknown = cells["peft", "adapter", "float32"]
     assert unknown.word == REFUSES and "…" not in unknown.why
@@ -90,12 +92,14 @@ def test_what_else_is_installed(name: str, request: pytest.FixtureRequest) -> No
 def test_the_base_the_hook_and_noise_are_told_apart(tmp_path: Path) -> None:
     tiny = baked_world(tmp_path, [1, 5, 9])
     world = ClientWorld("tiny", {}, Recipe.load(tiny / "recipe.toml"))
+
     def judged(said: list[Any]) -> str:
         word: str = world.judged(said, [None] * len(said))["word"]
         return word
 
-    hook = [world.hook(ids).numpy() for ids in world.prompts]
-    base = [world.base(ids).numpy() for ids in world.prompts]
+    asked = list(zip(world.prompts, world.places, strict=True))
+    hook = [world.hook(ids)[at].numpy() for ids, at in asked]
+    base = [world.base(ids)[at].numpy() for ids, at in asked]
     assert judged(hook) == SAME and judged(base) == BASE_LIKE
     assert judged([0.9 * one + 0.1 * two for one, two in zip(base, hook, strict=True)]) == BASE_LIKE
     assert (
@@ -103,9 +107,10 @@ def test_the_base_the_hook_and_noise_are_told_apart(tmp_path: Path) -> None:
         == ROUNDS
     )
     assert judged([np.full_like(one, np.nan) for one in hook]) == LOUD
-    own = [[*ids, int(said[-1].argmax())] for ids, said in zip(world.prompts, base, strict=True)]
-    at_end = [one[-1:] for one in base]
-    assert world.judged(at_end, own)["word"] == BASE_LIKE
+    # What the base goes on to say by itself is the base, wherever that leads.
+    own = [[*ids, int(world.base(ids)[-1].argmax())] for ids in world.prompts]
+    ends = [world.base(ids)[-1:].numpy() for ids in world.prompts]
+    assert world.judged(ends, own)["word"] == BASE_LIKE
 
 
 def test_the_page_is_what_was_measured() -> None:
