@@ -1,10 +1,10 @@
-"""One client's process: it is asked in ways, one after another, and writes what became of each.
+"""A process of clients: they are asked in ways, one after another; what became of each is written.
 
-    python -m tests.clients.asking MODULE NUMBER REQUEST_DIR
+    python -m tests.clients.asking REQUEST_DIR FIRST
 
-`request.json` holds `ways` (their numbers), `folders`, `prompts` and the `places` in each at which
-logits are wanted; way n is answered by `n.json`
-and, where something was said, `n.npz`. Whoever dies leaves the rest unanswered.
+`request.json` holds `ways` (module, number of the client in it, number of its way), `folders`,
+`prompts` and the `places` in each at which logits are wanted. From the FIRST on, way n is answered
+by `n.json` and, where something was said, `n.npz`. Whoever dies leaves the rest unanswered.
 """
 
 from __future__ import annotations
@@ -49,21 +49,20 @@ def words_of(error: BaseException, known: Sequence[str]) -> str:
     return said if len(said) <= _WORDS else f"{said[: _WORDS - 1]}…"
 
 
-def main(module: str, which: str, at: str) -> None:
+def main(at: str, first: str) -> None:
     """Answer a request."""
     here = Path(at)
     request = json.loads((here / "request.json").read_text())
     if not request["knows_bakeout"]:
         sys.meta_path.insert(0, Blocker())
     warnings.simplefilter("ignore")
-    found = importlib.import_module(module)
-    client = getattr(found, "CLIENTS", None) or (found.CLIENT,)
-    client = client[int(which)]
     folders = {name: Path(path) for name, path in request["folders"].items()}
-    for index in request["ways"]:
+    for index, (module, which, way) in list(enumerate(request["ways"]))[int(first) :]:
+        found = importlib.import_module(module)
+        client = (getattr(found, "CLIENTS", None) or (found.CLIENT,))[which]
         answer: dict[str, Any] = {}
         try:
-            said = client.say(client.ways[index], folders, request["prompts"])
+            said = client.say(client.ways[way], folders, request["prompts"])
             arrays = {}
             for number, (one, places) in enumerate(zip(said, request["places"], strict=True)):
                 made = isinstance(one, Generated)

@@ -42,9 +42,9 @@ def measured() -> dict[tuple[str, str, str], Cell]:
     return {cell.key: cell for cell in cells_of(mini)}
 
 
-def tried(world: ClientWorld, name: str) -> list[Cell]:
-    """A client's cells; none of them may be the base, or another than the page has for it."""
-    cells, known = list(ask(world, [name], slowly=False)), measured()
+def tried(world: ClientWorld, *names: str) -> list[Cell]:
+    """Clients' cells; none of them may be the base, or another than the page has for it."""
+    cells, known = list(ask(world, names, slowly=False, together=True)), measured()
     for cell in cells:
         assert cell.word in WORDS, cell
         old = known[cell.key]
@@ -57,7 +57,7 @@ def tried(world: ClientWorld, name: str) -> list[Cell]:
 
 @pytest.mark.long
 def test_what_the_default_extras_install(world: ClientWorld) -> None:
-    cells = {cell.key: cell for name in DEFAULT for cell in tried(world, name)}
+    cells = {cell.key: cell for cell in tried(world, *DEFAULT)}
     assert not [cell for cell in cells.values() if cell.word == NOT_RUN]
     own = world.hook_in("bfloat16")["kl_to_hook"]
     for client in ("transformers", "lm-eval"):
