@@ -85,6 +85,11 @@ VERBS: dict[str, Verb] = {
         "Type a prompt, see the answer as it comes. Each prompt stands alone: nothing is "
         "remembered.",
     ),
+    "web": Verb(
+        "web.web_verb",
+        "web",
+        "Serve a page on this machine that runs the folder in the browser: chat, and what fired.",
+    ),
     "verify": Verb(
         "verifying",
         "verify",

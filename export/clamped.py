@@ -31,6 +31,8 @@ _HELD = (*DTYPES.values(), "BOOL")
 """Formats of the tensors of a folder."""
 CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
 """What a clamp's tensors are called, in the order of the operator's inputs."""
+_OWN = ("auto_map", "sae_clamp", "transformers.js_config")
+"""Fields of a clamped config that its base's has not."""
 GUARD = "clamped, load with trust_remote_code=True: "
 """What stands before the activation's name in a checkpoint's config: no stock class knows it."""
 
@@ -117,7 +119,7 @@ class Clamped:
         fields of `_AS_RUN` what transformers makes of it.
         """
         stored = read_json(self.folder / "config.json")
-        config = {key: stored[key] for key in stored if key not in ("auto_map", "sae_clamp")}
+        config = {key: stored[key] for key in stored if key not in _OWN}
         config |= {"model_type": self.model_type, "architectures": [self.family.architecture]}
         text = config.get("text_config") or config
         for name in ("hidden_activation", "hidden_act"):

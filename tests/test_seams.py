@@ -205,7 +205,7 @@ def test_a_precision(
     assert "onnx-dummy" in found["engines"]
     capsys.readouterr()
     assert run(["export", "onnx", str(folder), "--precision", "none"]) == 2
-    assert "expected one of shared, fp16, int8, int4, dummy" in error_line(capsys)
+    assert "expected one of shared, fp32, fp16, int8, int4, dummy" in error_line(capsys)
 
 
 def test_a_format_of_saes(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

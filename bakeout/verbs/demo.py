@@ -50,7 +50,7 @@ class World:
     """Of evidence about the other carriers."""
     tasks: tuple[str, ...] = ("local",)
     """Of lm-evaluation-harness."""
-    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    precisions: tuple[str, ...] = tuple(name for name in PRECISIONS if name != "fp32")
     """Of the graphs."""
     apart: tuple[str, ...] = ()
     """Of graphs in folders of their own, of which files and witnesses are looked at."""

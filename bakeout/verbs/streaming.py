@@ -144,18 +144,22 @@ class Language:
         ends = [*ends, self.tokenizer.get_vocab().get(END_OF_TURN)]
         return frozenset(end for end in ends if isinstance(end, int))
 
+    def prompt_text(self, prompt: str) -> str:
+        """A prompt in the folder's chat template; as it is where there is none."""
+        if not self.tokenizer.chat_template:
+            return prompt
+        chat = [{"role": "user", "content": prompt}]
+        (said,) = rendered(self.tokenizer, [chat], add_generation_prompt=True)
+        if isinstance(said, NotRendered):
+            raise FolderError(
+                f"{self.folder}: its chat template refuses a prompt ({said.reason}); check the "
+                "folder with `bakeout verify`"
+            )
+        return said
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """A prompt in the folder's chat template, or after BOS as it is where there is none."""
-        text = prompt
-        if self.tokenizer.chat_template:
-            chat = [{"role": "user", "content": prompt}]
-            (said,) = rendered(self.tokenizer, [chat], add_generation_prompt=True)
-            if isinstance(said, NotRendered):
-                raise FolderError(
-                    f"{self.folder}: its chat template refuses a prompt ({said.reason}); check the "
-                    "folder with `bakeout verify`"
-                )
-            text = said
+        text = self.prompt_text(prompt)
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         bos = self.tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

@@ -44,6 +44,8 @@ from export.manifest import (
 CLAMP_SHARD = "model-sae-clamp.safetensors"
 RENAMED_WEIGHTS = "model-00001-of-00001.safetensors"
 """transformers prefers a file called model.safetensors over any index, so ours has another name."""
+TRANSFORMERS_JS = {"use_external_data_format": True}
+"""What transformers.js reads of config.json: a graph's weights lie in a file beside it."""
 GEMMA_NOTICE = (
     "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms\n"
@@ -301,6 +303,7 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
         "architectures": [family.clamped],
         "auto_map": auto_map_of(family),
         "sae_clamp": clamp_section(clamps, base.bos_token_id),
+        "transformers.js_config": TRANSFORMERS_JS,
     }
 
 

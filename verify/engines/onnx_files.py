@@ -65,7 +65,7 @@ def find_graphs(folder: Path, files: Mapping[str, str] | None = None) -> list[Gr
     paths = {of.engine: folder / of.file for of in PRECISIONS.values()}
     graphs = [open_graph(name, path) for name, path in paths.items() if path.is_file()]
     for graph in graphs if files is not None else ():
-        for data in _data_of(graph, graph.path.parent.relative_to(folder)):
+        for data in data_of(graph, graph.path.parent.relative_to(folder)):
             if data not in (files or {}):
                 raise FolderError(
                     f"{graph.path}: points into {data}, which the manifest does not list; expected "
@@ -168,7 +168,7 @@ def graph_failures(
             what = f"{file}: does not hold the body of its clamp"
             failures.append(Failure("integrity", graph.name, what, None, "SAEClamp"))
         stated = graph.properties.get("bakeout.weights_sha256")
-        for data in _data_of(graph, folder=Path(file).parent):
+        for data in data_of(graph, folder=Path(file).parent):
             if files and data not in files:
                 what = f"{file}: points into {data}, which the manifest does not list"
                 failures.append(Failure("integrity", graph.name, what, data, None))
@@ -179,7 +179,7 @@ def graph_failures(
     return tuple(failures)
 
 
-def _data_of(graph: Graph, folder: Path) -> list[str]:
+def data_of(graph: Graph, folder: Path) -> list[str]:
     """The files that a graph's weights lie in, by their names in the folder."""
     entries = (entry for tensor in _tensors(graph.model) for entry in tensor.external_data)
     return sorted(

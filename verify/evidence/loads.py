@@ -75,8 +75,8 @@ def _tried(work: Work) -> list[dict[str, Any]]:
     rows = []
 
     def add(engine: Runner, load: str) -> None:
-        compared = _compared(_said(engine, shown), hook, base)
-        rows.append({"engine": engine.name, "load": load, **compared})
+        found = compared(_said(engine, shown), hook, base)
+        rows.append({"engine": engine.name, "load": load, **found})
 
     for engine in work.engines:
         add(engine, STORED)
@@ -121,9 +121,17 @@ def _said(runner: Runner, shown: list[tuple[Batch, Tensor]]) -> Tensor:
     )
 
 
-def _compared(said: Tensor, hook: Tensor, base: Tensor) -> dict[str, Any]:
-    """Mean KL in nats per token to either, the share of the clamp's effect, and the word for it;
-    distances are None where something is not finite.
+def compared(said: Tensor, hook: Tensor, base: Tensor) -> dict[str, Any]:
+    """How far from hook and base something is, and the word for it.
+
+    Args:
+        said: [tokens, vocab] logits, or log-probabilities.
+        hook: what the hooked reference says there.
+        base: what the base says there.
+
+    Returns:
+        `kl_to_hook` and `kl_to_base`, mean, in nats per token, `effect`, the share of the clamp's
+        effect that is shown, each None where it is not finite; and `word`.
     """
     to_hook, to_base = (float(compare_logits(of, said).kl.mean()) for of in (hook, base))
     shown = wanted = 0.0

@@ -56,6 +56,7 @@ def checkpoint_config(base: BaseModel, recipe: Recipe, places: Sequence[Placed])
     config["architectures"] = [family.clamped]
     config["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in classes.items()}
     config["sae_clamp"] = clamp_section(base, places)
+    config["transformers.js_config"] = {"use_external_data_format": True}
     return config
 
 

@@ -123,10 +123,10 @@ def location(file: str, offset: int, length: int) -> list[StringStringEntryProto
 class PackedWeights:
     """Rounded copies in one data file, written tensor by tensor, a few rows in memory at a time.
 
-    fp16: matrices as float16. int8, int4: matrices in blocks of 32 along a row with one float32
-    scale each (`com.microsoft::MatMulNBits`), a tied embedding table in 8 bits in both. Vectors
-    and the clamp's tensors stay float32, and so do the matrices of a compiled clamp: they compare
-    numbers.
+    fp32: all as float32. fp16: matrices as float16. int8, int4: matrices in blocks of 32 along a
+    row with one float32 scale each (`com.microsoft::MatMulNBits`), a tied embedding table in 8 bits
+    in both. Vectors and the clamp's tensors stay float32, and so do the matrices of a compiled
+    clamp: they compare numbers.
 
     Args:
         tensors: of the checkpoint.
@@ -145,7 +145,8 @@ class PackedWeights:
         unrounded: tuple[str, ...] = (),
     ) -> None:
         self.tensors = tensors
-        self._unrounded = unrounded
+        # Every name begins with nothing.
+        self._unrounded = unrounded if precision.bits < 32 else ("",)
         self._bits = precision.bits if precision.blocks else None
         self._data = data
         self._file = name
@@ -164,6 +165,8 @@ class PackedWeights:
     def lookup(self, g: Builder, name: str, ids: str) -> str:
         """See `Weights`."""
         self._tables.add(name)
+        if name.startswith(self._unrounded):
+            return g.op("Gather", self.exact(g, name), ids)
         width = self.tensors[name].shape[1]
         if self._bits is None or width % BLOCK:
             return g.cast(g.op("Gather", self._halves(g, name), ids), TensorProto.FLOAT)
@@ -174,17 +177,13 @@ class PackedWeights:
             self.tensors[name].shape,
             g.initializers[packed].external_data,
         )
-        return g.op(
-            "GatherBlockQuantized",
-            table,
-            ids,
-            scales,
-            domain="com.microsoft",
-            bits=TABLE_BITS,
-            block_size=BLOCK,
-            gather_axis=0,
-            quantize_axis=1,
-        )
+        # Of the rows only, and by standard operators, which runtimes for the web have too.
+        codes = g.cast(g.op("Gather", table, ids), TensorProto.FLOAT)
+        centred = g.op("Sub", codes, g.float(float(1 << (TABLE_BITS - 1))))
+        blocks = g.op("Reshape", centred, g.ints(-1, width // BLOCK, BLOCK))
+        factors = g.op("Reshape", g.op("Gather", scales, ids), g.ints(-1, width // BLOCK, 1))
+        shape = g.op("Concat", g.op("Shape", ids), g.ints(width), axis=0)
+        return g.op("Reshape", g.op("Mul", blocks, factors), shape)
 
     def exact(self, g: Builder, name: str) -> str:
         """See `Weights`."""
@@ -276,6 +275,9 @@ def packed_size(tensors: Mapping[str, StoredTensor], precision: Precision) -> in
     for name, tensor in tensors.items():
         n = int(np.prod(tensor.shape))
         if len(tensor.shape) != 2 or ".sae_clamp." in name:
+            size += 4 * n + ALIGNMENT
+            continue
+        if precision.bits == 32:
             size += 4 * n + ALIGNMENT
             continue
         table, width = name.endswith("embed_tokens.weight"), tensor.shape[1]

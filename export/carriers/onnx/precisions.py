@@ -38,6 +38,12 @@ class Precision:
 
 PRECISIONS: dict[str, Precision] = {
     "shared": Precision("model.onnx", "onnx", "the checkpoint's own weights, in place"),
+    "fp32": Precision(
+        "onnx/model.onnx",
+        "onnx-fp32",
+        "copies in float32, in one file, where transformers.js looks",
+        rounding="float32",
+    ),
     "fp16": Precision(
         "onnx/model_fp16.onnx", "onnx-fp16", "copies in float16", bits=16, rounding="float16"
     ),

@@ -289,7 +289,7 @@ def test_bfloat16_is_read_as_what_it_stands_for(tmp_path: Path, precision: str) 
     zeros = np.zeros((24, 64), np.float32)
     np.testing.assert_array_equal(run(built(exact), tmp_path, zeros), values)
     found = run(built(linear), tmp_path, np.eye(64, dtype=np.float32)).T
-    bound = {"shared": 0.0, "fp16": 1e-3, "int8": 1 / 127, "int4": 1 / 7}[precision]
+    bound = {"shared": 0.0, "fp32": 0.0, "fp16": 1e-3, "int8": 1 / 127, "int4": 1 / 7}[precision]
     assert np.abs(found - values).max() <= bound * np.abs(values).max()
 
 
@@ -318,7 +318,7 @@ def write_all(g: Builder, w: Weights) -> str:
     return w.exact(g, "model.norm.weight")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_data_is_aligned_within_the_file_and_without_overlap(
     tmp_path: Path, precision: str
 ) -> None:
@@ -340,7 +340,7 @@ def test_data_is_aligned_within_the_file_and_without_overlap(
     assert ordered[-1][1] == size
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("factor", [1, 8])
 def test_packed_size_is_an_upper_bound_and_not_far_above(
     tmp_path: Path, precision: str, factor: int
@@ -384,9 +384,9 @@ def test_shared_weights_write_nothing_and_store_each_tensor_once(tmp_path: Path)
 
 
 def test_precisions_by_name() -> None:
-    assert list(PRECISIONS) == ["shared", "fp16", "int8", "int4"]
+    assert list(PRECISIONS) == ["shared", "fp32", "fp16", "int8", "int4"]
     assert [precision_of(name) for name in PRECISIONS] == list(PRECISIONS.values())
-    expected = re.escape('precision "int5"; expected one of shared, fp16, int8, int4')
+    expected = re.escape('precision "int5"; expected one of shared, fp32, fp16, int8, int4')
     with pytest.raises(OutputError, match=expected):
         precision_of("int5")
     assert BLOCK == 32

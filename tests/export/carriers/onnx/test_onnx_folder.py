@@ -31,8 +31,13 @@ from verify.engines.onnx_files import find_graphs, graph_failures
 from verify.evidence.integrity import check_integrity
 
 TABLE = {"sae": {"path": "sae"}, "method": "clamp", "features": [1, 2, 5, 9, 20], "value": -6.0}
-ROUNDED = {"fp16": "model_fp16.onnx", "int8": "model_int8.onnx", "int4": "model_q4.onnx"}
-ENGINES = {"shared": "onnx", "fp16": "onnx-fp16", "int8": "onnx-int8", "int4": "onnx-int4"}
+ROUNDED = {
+    "fp32": "model.onnx",
+    "fp16": "model_fp16.onnx",
+    "int8": "model_int8.onnx",
+    "int4": "model_q4.onnx",
+}
+ENGINES = {"shared": "onnx", **{name: f"onnx-{name}" for name in ROUNDED}}
 
 
 def baked(folder: Path, family: str) -> Path:
@@ -169,6 +174,10 @@ def test_rounded_graph_beside_the_checkpoint(folder: Path, precision: str) -> No
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert properties["bakeout.exact"] == "false"
     assert properties["bakeout.precision"] == precision
+    # What runtimes for the web lack.
+    casts = [a.i for n in model.graph.node if n.op_type == "Cast" for a in n.attribute]
+    assert casts and onnx.TensorProto.DOUBLE not in casts
+    assert "GatherBlockQuantized" not in {node.op_type for node in model.graph.node}
     clamps = {i.name: i for i in model.graph.initializer if ".sae_clamp." in i.name}
     assert {i.data_type for i in clamps.values()} == {
         onnx.TensorProto.FLOAT,
@@ -240,8 +249,8 @@ def test_bad_requests(
         (original.parent / "base", [], "has no manifest.json"),
         (tmp_path / "absent", [], "is no folder"),
         (folder / "config.json", [], "is no folder"),
-        (folder, ["--precision", "int5"], '"int5"; expected one of shared, fp16, int8, int4'),
-        (folder, ["--out", str(tmp_path / "out")], "expected --out with fp16, int8, int4"),
+        (folder, ["--precision", "int5"], '"int5"; expected one of shared, fp32, fp16, int8, int4'),
+        (folder, ["--out", str(tmp_path / "out")], "expected --out with fp32, fp16, int8, int4"),
         (folder, [*out, str(folder / "inside")], "overlaps the input"),
         (folder, [*out, str(tmp_path / "full")], "exists; choose another folder"),
         (folder, [*out, str(tmp_path / "full"), "--force"], "bakeout did not write it"),
