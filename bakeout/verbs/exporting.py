@@ -14,6 +14,8 @@ from bakeout.verbs.training import Device, Force, OfFolder, Out, Seed, distill_i
 from export.carriers.adapter import write_adapter
 from export.carriers.carriers import CARRIERS
 from export.carriers.compiled.compiling import describe, plan_compiled, write_compiled
+from export.carriers.gguf.gguf_file import export_gguf
+from export.carriers.gguf.gguf_types import OUTTYPES
 from export.carriers.onnx.onnx_folder import export_onnx as write
 from export.carriers.onnx.precisions import PRECISIONS
 from export.clamped import open_clamped
@@ -149,3 +151,20 @@ def merged(
     """Train stock weights to do what the clamp does: an approximation, as `bakeout distill`."""
     entry = distill_into(folder, out, recipe=recipe, seed=seed, device=device, force=force)
     typer.echo(f"{said(entry)}\nwritten to {out}")
+
+
+@app.command()
+def gguf(
+    folder: FolderPath,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    outtype: Annotated[
+        str, typer.Option(help="; ".join(f"{name}: {of.what}" for name, of in OUTTYPES.items()))
+    ] = "bf16",
+    force: Annotated[bool, typer.Option("--force", help="Replace a GGUF file.")] = False,
+) -> None:
+    """Write a compiled or a trained folder as a GGUF file for llama.cpp, and check it."""
+    with progress("export gguf") as advance:
+        found = export_gguf(folder, out, outtype=outtype, force=force, progress=advance)
+    lines = [f"check  {found.lines[0]}", *(f"       {line}" for line in found.lines[1:])]
+    lines += [f"warning: {text}" for text in found.warnings]
+    typer.echo("\n".join([*lines, f"written to {out} ({out.stat().st_size / 1e6:,.1f} MB)"]))

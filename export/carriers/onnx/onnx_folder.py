@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx.helper import make_model, make_opsetid, set_model_props
 
-from bake.errors import BakeoutError, FolderError, OutputError
+from bake.errors import CheckError, FolderError, OutputError
 from bake.files.folder_files import PARTIAL
 from bake.files.scratch import Scratch
 from bake.new_folder import check_output, check_space, new_folder
@@ -46,10 +46,6 @@ IR_VERSION = 10
 """Of the file format; ONNX Runtime reads it since 1.18."""
 GRAPH_BYTES = 4 << 20
 """What a graph without its weights takes on the disk, at most."""
-
-
-class CheckError(BakeoutError):
-    """A graph that does not hold; it was not kept."""
 
 
 @dataclass(frozen=True)
