@@ -89,6 +89,9 @@ def onnx(
     out: Annotated[
         Path | None, typer.Option(help="A folder of its own for a rounded graph.")
     ] = None,
+    inline: Annotated[
+        bool, typer.Option("--inline", help="No ONNX function: the clamp's body in its place.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a graph that is there.")] = False,
 ) -> None:
     """Write a graph for ONNX Runtime that holds the clamp as a custom operator, and check it."""
@@ -97,6 +100,7 @@ def onnx(
             folder,
             precision=precision,
             out=out,
+            inline=inline,
             force=force,
             card="" if out is None else rounded_card(folder),
             progress=advance,
