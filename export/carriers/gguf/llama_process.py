@@ -11,6 +11,7 @@ llama.cpp as its tokens are.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,9 +25,16 @@ MARGIN = 8
 
 
 class Server:
-    """llama.cpp's server within this process, on the CPU, with float32 keys and values."""
+    """llama.cpp's server within this process, on the CPU, with float32 keys and values.
 
-    def __init__(self, file: str, n_tokens: int) -> None:
+    Args:
+        file: a GGUF file.
+        n_tokens: of the longest prompt.
+        text: a token that is a piece of text.
+    """
+
+    def __init__(self, file: str, n_tokens: int, text: int) -> None:
+        self._text = text
         wanted = xllamacpp.CommonParams()
         wanted.model.path = file
         wanted.n_ctx = n_tokens + MARGIN
@@ -51,13 +59,16 @@ class Server:
                 "logprobs": n,
                 "temperature": 0.0,
                 "cache_prompt": False,
+                # What is taken has to be text, or nothing is told; probabilities are before that.
+                "logit_bias": [[self._text, 1e6]],
                 "post_sampling_probs": False,
             }
         )
         if "choices" not in said:
             raise ValueError(str(said)[:500])
         (place,) = said["choices"][0]["logprobs"]["content"]
-        return [(int(top["id"]), float(top["logprob"])) for top in place["top_logprobs"]]
+        found = [(int(top["id"]), top["logprob"]) for top in place["top_logprobs"]]
+        return [(token, math.nan if said is None else float(said)) for token, said in found]
 
 
 def run(file: str, request: str, answer: str) -> None:
@@ -66,9 +77,8 @@ def run(file: str, request: str, answer: str) -> None:
         given: dict[str, Any] = dict(asked)
     ids, mask, wanted = given["input_ids"], given["attention_mask"], given["token_ids"]
     texts, splits = (json.loads(bytes(given[name])) for name in ("texts", "splits"))
-    server = Server(
-        file, max(ids.shape[1], *map(len, splits)) + max(len(t.encode()) for t in texts)
-    )
+    longest = max(ids.shape[1], *(len(text.encode()) for text in texts))
+    server = Server(file, longest, splits[0][-1])
     logprobs = np.full(wanted.shape, np.nan, np.float32)
     best = np.zeros(len(wanted), np.int64)
     for i, (row, column) in enumerate(given["places"].tolist()):
