@@ -133,7 +133,7 @@ def guessed_by_counting(config: Any) -> int:
         ("gemma2", 44, 1, 8),  # a smaller one that arrives at it
         ("gemma2", 42, 2, 8),  # a 9B with two clamps
         ("gemma3_text", 4, 1, 11),
-        ("gemma3_text", 56, 1, 8),  # with four that do nothing
+        ("gemma3_text", 60, 1, 8),
         ("gemma3_text", 62, 1, 10),
         ("gemma2", 4, 1, 8),  # nothing to do
     ],
