@@ -44,6 +44,10 @@ class ExportError(BakeoutError):
     """A clamp that cannot be carried in the form that was asked for."""
 
 
+class CheckError(BakeoutError):
+    """What was written and does not say what it was made from."""
+
+
 def printable(text: str) -> str:
     """A text on one line, with nothing in it that a terminal would obey."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -5,6 +5,7 @@ To add one: an entry here, and its classes in `bake/modeling_clamped_gemma.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,9 @@ class Family:
     sliding: Literal["never", "alternating", "by pattern"] = "by pattern"
     """Which layers see a window only, where the config does not list them: none, every other one
     beginning with the first, or all but each `sliding_window_pattern`-th."""
+    period: int | None = None
+    """Every how many-th layer sees all, in runtimes that count layers: llama.cpp, MLX and others.
+    None: every one does."""
     activation_field: str = "hidden_activation"
     """The config's name for the MLP's activation."""
     norms_after: bool = True
@@ -72,6 +76,7 @@ FAMILIES: dict[str, Family] = {
         model_type="clamped_gemma2",
         rope="Gemma2RotaryEmbedding",
         sliding="alternating",
+        period=2,
         head_norms=False,
         layers_27b=46,
     ),
@@ -82,6 +87,7 @@ FAMILIES: dict[str, Family] = {
         config="ClampedGemma3TextConfig",
         model_type="clamped_gemma3_text",
         rope="Gemma3RotaryEmbedding",
+        period=6,
         layers_27b=62,
     ),
     "gemma3": Family(
@@ -105,6 +111,21 @@ def family_of(model_type: str) -> Family:
         KeyError: there is none.
     """
     return FAMILIES[model_type.removeprefix("clamped_")]
+
+
+def layer_period(types: Sequence[str], family: Family) -> int | None:
+    """The p where the p-th, 2p-th, … layers see all and no others do: the family's own where that
+    is one, else the least; None where there is none.
+
+    Args:
+        types: of the layers, as config.json lists them.
+        family: of the model.
+    """
+    sees_all = [kind == "full_attention" for kind in types]
+    for period in (family.period, *range(1, len(sees_all) + 1)):
+        if period and all(sees == (i % period == period - 1) for i, sees in enumerate(sees_all)):
+            return period
+    return None
 
 
 def text_families() -> str:

@@ -107,6 +107,8 @@ class CompiledEntry(Part):
     hidden_size: tuple[int, int]
     """Before and after."""
     layers_added: int
+    idle: list[int] = Field(default_factory=list, max_length=4096)
+    """Of those, the ones that do nothing, so that runtimes that count layers count right."""
     kappa: float
     """The constant of the added channels."""
     loads: dict[str, str] = Field(default_factory=dict, max_length=16)

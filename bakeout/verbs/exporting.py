@@ -11,14 +11,16 @@ from bake.new_folder import check_output
 from bakeout.terminal import compiled_lines, progress
 from bakeout.verbs.arguments import FolderPath
 from bakeout.verbs.training import Device, Force, OfFolder, Out, Seed, distill_into, said
-from export.carriers.adapter import write_adapter
+from export.carriers.adapter import other_base, write_adapter
 from export.carriers.carriers import CARRIERS
 from export.carriers.compiled.compiling import describe, plan_compiled, write_compiled
+from export.carriers.gguf.gguf_file import export_gguf
+from export.carriers.gguf.gguf_types import OUTTYPES
 from export.carriers.onnx.onnx_folder import export_onnx as write
 from export.carriers.onnx.precisions import PRECISIONS
 from export.clamped import open_clamped
 from export.folder_contents import recipe_in
-from export.manifest import Manifest
+from export.manifest import BaseEntry, Manifest
 from model_cards.facts import facts_of_manifest
 from model_cards.render import render
 
@@ -57,13 +59,19 @@ def rounded_card(folder: Path) -> str:
     return _card(folder, clamped.manifest, clamped.manifest.carrier, exact=False)
 
 
-def export_adapter(folder: Path, out: Path, *, force: bool = False) -> str:
+def export_adapter(
+    folder: Path, out: Path, *, rebase: Path | None = None, force: bool = False
+) -> str:
     """Write a clamped checkpoint's adapter; returns what was written, in a line."""
     source = open_clamped(folder)
-    card = _card(folder, source.manifest, "adapter")
-    write_adapter(source, out, card=card, force=force)
+    base = None if rebase is None else other_base(source, rebase)
+    manifest = source.manifest
+    if base is not None:
+        manifest = manifest.changed(base=BaseEntry(model=base.name, revision=None))
+    card = _card(folder, manifest, "adapter")
+    write_adapter(source, out, card=card, base=base, force=force)
     size = sum(path.stat().st_size for path in out.iterdir())
-    return f"adapter      {size / 1e3:,.1f} kB, for {source.manifest.base.model}"
+    return f"adapter      {size / 1e3:,.1f} kB, for {manifest.base.model}"
 
 
 EXPORTS = {"compiled": export_compiled, "adapter": export_adapter}
@@ -87,6 +95,9 @@ def onnx(
     out: Annotated[
         Path | None, typer.Option(help="A folder of its own for a rounded graph.")
     ] = None,
+    inline: Annotated[
+        bool, typer.Option("--inline", help="No ONNX function: the clamp's body in its place.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a graph that is there.")] = False,
 ) -> None:
     """Write a graph for ONNX Runtime that holds the clamp as a custom operator, and check it."""
@@ -95,6 +106,7 @@ def onnx(
             folder,
             precision=precision,
             out=out,
+            inline=inline,
             force=force,
             card="" if out is None else rounded_card(folder),
             progress=advance,
@@ -131,10 +143,14 @@ def compiled(
 def adapter(
     folder: FolderPath,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    rebase: Annotated[
+        Path | None,
+        typer.Option(help="A base that was fine-tuned from the checkpoint's, to bind it to."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what bakeout wrote.")] = False,
 ) -> None:
     """Write the clamp as a PEFT adapter: no weights of the base."""
-    typer.echo(f"{export_adapter(folder, out, force=force)}\nwritten to {out}")
+    typer.echo(f"{export_adapter(folder, out, rebase=rebase, force=force)}\nwritten to {out}")
 
 
 @app.command()
@@ -149,3 +165,20 @@ def merged(
     """Train stock weights to do what the clamp does: an approximation, as `bakeout distill`."""
     entry = distill_into(folder, out, recipe=recipe, seed=seed, device=device, force=force)
     typer.echo(f"{said(entry)}\nwritten to {out}")
+
+
+@app.command()
+def gguf(
+    folder: FolderPath,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    outtype: Annotated[
+        str, typer.Option(help="; ".join(f"{name}: {of.what}" for name, of in OUTTYPES.items()))
+    ] = "bf16",
+    force: Annotated[bool, typer.Option("--force", help="Replace a GGUF file.")] = False,
+) -> None:
+    """Write a compiled or a trained folder as a GGUF file for llama.cpp, and check it."""
+    with progress("export gguf") as advance:
+        found = export_gguf(folder, out, outtype=outtype, force=force, progress=advance)
+    lines = [f"check  {found.lines[0]}", *(f"       {line}" for line in found.lines[1:])]
+    lines += [f"warning: {text}" for text in found.warnings]
+    typer.echo("\n".join([*lines, f"written to {out} ({out.stat().st_size / 1e6:,.1f} MB)"]))

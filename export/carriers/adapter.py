@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from bake.base import open_base
 from bake.errors import ExportError
+from bake.files.folder_files import sha256_in
 from bake.new_folder import check_output, new_folder
+from bake.recipe import Recipe
+from bake.tensors import StoredTensor, indexed_tensors
 from export.carriers.carriers import LICENCES
 from export.clamped import CLAMP_TENSORS, Clamped, check_weights
 from export.copying import hash_new
-from export.folder_contents import copy_listed
-from export.manifest import json_text
+from export.folder_contents import RECIPE, copy_listed, recipe_in
+from export.manifest import BaseEntry, json_text
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +33,58 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def write_adapter(source: Clamped, out: Path, *, card: str, force: bool = False) -> Path:
+@dataclass(frozen=True)
+class OtherBase:
+    """A base of the same shape that an adapter is bound to in place of the checkpoint's."""
+
+    name: str
+    sha256: list[str]
+    """Of its weight files."""
+    fingerprint: str
+
+
+def other_base(source: Clamped, folder: Path) -> OtherBase:
+    """Read a fine-tuned base that a checkpoint's clamp is to act on.
+
+    Args:
+        source: the clamped checkpoint.
+        folder: of the other base.
+
+    Raises:
+        ModelError: it is no base model's folder.
+        ExportError: its tensors are others than the checkpoint's base's.
+    """
+    base = open_base(folder, name=folder.resolve().name, revision=None)
+    tensors = indexed_tensors(folder, base.weight_map)
+    own = {name: tensor.shape for name, tensor in source.base_tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    odd = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
+    if odd or base.family is not source.family:
+        first = odd[0] if odd else "its family"
+        raise ExportError(
+            f"--rebase {folder}: {first} is {shapes.get(first, 'not there')}; expected "
+            f"{own.get(first, 'none')}, as the base of {source.name} has it. Take a model that was "
+            "fine-tuned from that base"
+        )
+    hashes = sorted(sha256_in(folder, shard) for shard in base.shards)
+    return OtherBase(base.name, hashes, _fingerprint(tensors.values()))
+
+
+def write_adapter(
+    source: Clamped,
+    out: Path,
+    *,
+    card: str,
+    base: OtherBase | None = None,
+    force: bool = False,
+) -> Path:
     """Write an adapter folder, whole or not at all.
 
     Args:
         source: the clamped checkpoint.
         out: the folder; it may exist only with `force`.
         card: text of the folder's README.md.
+        base: what it is bound to; None means the checkpoint's own.
         force: replace a folder that bakeout wrote.
 
     Raises:
@@ -53,18 +103,37 @@ def write_adapter(source: Clamped, out: Path, *, card: str, force: bool = False)
     check_output(out, inputs=[source.folder], size=size, force=force)
     with new_folder(out, force=force) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        texts = {CONFIG: json_text(adapter_config(source)), "README.md": card}
+        texts = {CONFIG: json_text(adapter_config(source, base)), "README.md": card}
+        if base is not None:
+            texts[RECIPE] = rebased_recipe(source, base).to_toml()
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         files = {name: hash_new(folder / name) for name in (WEIGHTS, *texts)}
-        kept = rf"{LICENCES}|recipe\.toml"
-        for name in (name for name in source.manifest.files if re.fullmatch(kept, name)):
+        kept = rf"{LICENCES}|{re.escape(RECIPE)}"
+        own = (name for name in source.manifest.files if re.fullmatch(kept, name))
+        for name in (name for name in own if name not in files):
             files[name] = copy_listed(source.folder, source.manifest, name, folder / name)
-        source.manifest.derived(files, carrier="adapter").write(folder)
+        source.manifest.derived(files, carrier="adapter", **changed_base(files, base)).write(folder)
     return out
 
 
-def adapter_config(source: Clamped) -> dict[str, Any]:
+def rebased_recipe(source: Clamped, base: OtherBase) -> Recipe:
+    """The checkpoint's recipe with another base in it."""
+    data = recipe_in(source.folder, source.manifest).to_dict()
+    data["base"] = {**data["base"], "model": base.name}
+    data["base"].pop("revision", None)
+    return Recipe.parse(data, name=RECIPE, folder=Path())
+
+
+def changed_base(files: Mapping[str, str], base: OtherBase | None) -> dict[str, Any]:
+    """What the manifest says otherwise where an adapter is bound to another base."""
+    if base is None:
+        return {}
+    entry = BaseEntry(model=base.name, revision=None)
+    return {"base": entry, "recipe_sha256": files[RECIPE]}
+
+
+def adapter_config(source: Clamped, base: OtherBase | None = None) -> dict[str, Any]:
     """`adapter_config.json`."""
     text = {**source.base_config, **(source.base_config.get("text_config") or {})}
     files = source.manifest.files
@@ -77,8 +146,8 @@ def adapter_config(source: Clamped) -> dict[str, Any]:
         "peft_type": "SAE_CLAMP",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "base_model_name_or_path": source.manifest.base.model,
-        "revision": source.manifest.base.revision,
+        "base_model_name_or_path": base.name if base else source.manifest.base.model,
+        "revision": None if base else source.manifest.base.revision,
         "sae_clamp": {
             "schema": 1,
             "sites": [
@@ -87,8 +156,10 @@ def adapter_config(source: Clamped) -> dict[str, Any]:
             ],
             "exempt_token_ids": list(source.exempt_token_ids),
         },
-        "base_fingerprint": _fingerprint(source),
-        "base_sha256": sorted(files[name] for name in source.base_files),
+        "base_fingerprint": base.fingerprint
+        if base
+        else _fingerprint(source.base_tensors.values()),
+        "base_sha256": base.sha256 if base else sorted(files[name] for name in source.base_files),
         **{key: text[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")},
     }
 
@@ -115,11 +186,10 @@ def first_row(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.ndim < 2 else tensor[0]
 
 
-def _fingerprint(source: Clamped) -> str:
-    """Of the base's tensors as they lie on disk; only first rows are read."""
+def _fingerprint(tensors: Iterable[StoredTensor]) -> str:
+    """Of a base's tensors as they lie on disk; only first rows are read."""
     import torch
 
-    tensors = source.base_tensors.values()
     rows = (t.array() if len(t.shape) < 2 else t.rows(0, 1)[0] for t in tensors)
     return fingerprint(torch.from_numpy(row) for row in rows)
 

@@ -23,6 +23,8 @@ from export.carriers.adapter import fingerprint, first_row
 
 NAME = "SAE_CLAMP"
 PREFIX = "sae_clamp_"
+LORA = ".lora_"
+"""In the names of what a LoRA adds, which may lie beside a clamp."""
 SITE = f"{PREFIX}site"
 """Child of a clamped decoder layer: its clamp."""
 
@@ -98,7 +100,9 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         sizes = {"n_layers": len(model.get_decoder().layers), "vocab_size": text.vocab_size}
         if (wrong := wrong_clamp(config.sae_clamp, **sizes)) is not None:
             raise ValueError(f"adapter_config.json: {wrong}; this adapter is damaged")
-        rows = [first_row(parameter) for parameter in model.parameters()]
+        # What another adapter of peft's adds beside the base's weights is not the base's.
+        own = (p for name, p in model.named_parameters() if LORA not in name)
+        rows = [first_row(parameter) for parameter in own]
         if not all(row.is_floating_point() and not row.is_meta for row in rows):
             raise ValueError(
                 "the base is quantised or not loaded; a clamp adapter needs it as it is"
@@ -136,8 +140,10 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         for name, buffer in self.model.named_buffers():
             if f".{SITE}." in name and (buffer.is_meta or not buffer.isfinite().all()):
                 raise ValueError(
-                    f"clamp tensor {name} was not loaded, or is not finite; this adapter is "
-                    "damaged, do not use it"
+                    f"clamp tensor {name} was not loaded, or is not finite; expected it from "
+                    "adapter_model.safetensors. Load the adapter with peft "
+                    "(PeftModel.from_pretrained(base, folder)): transformers' model.load_adapter "
+                    "does not fill it. If peft did load it, the adapter is damaged"
                 )
         self.checked = True
 

@@ -20,13 +20,13 @@ from export.manifest import AGAIN, Manifest, read_json
 from verify.clamped_folder import RECIPE, base_failures, stored_recipe
 from verify.expected.added_layers import added_failures
 from verify.expected.clamp_rows import Expected, expected_tensors, tensor_failures
+from verify.expected.compiled_places import compiled_places, stock_config
 from verify.expected.expected_config import (
     Placed,
     adapter_config,
     checkpoint_config,
     compiled_config,
     differences,
-    stock_config,
 )
 from verify.expected.own_files import as_damaged, data_failures, graph_clamps
 from verify.expected.trained_weights import trained_failures
@@ -168,10 +168,11 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
     mlp, own = config.get("intermediate_size"), base.config.get("intermediate_size")
     # As wide as the two layers need, and never narrower than the base.
     wider = mlp if type(mlp) is int and type(own) is int and mlp > own and mlp % 8 == 0 else own
-    expected = compiled_config(base, compiled, checked.layers, int(wider or 0))
+    places = compiled_places(base, checked.layers)
+    expected = compiled_config(base, compiled, places, int(wider or 0))
     changed = list(differences(engine, "config.json", config, expected))
     yield from changed
-    names = compiled_map(base, checked.layers)
+    names = compiled_map(base, places)
     where = {name: file for name, (file, _) in names.items()}
     size = sum(
         entry["data_offsets"][1] - entry["data_offsets"][0]
@@ -187,15 +188,18 @@ def _compiled(checked: Checked) -> Iterator[Failure]:
     if scalar is None and base.family.layers_27b is not None:
         scalar = stock_config(base).query_pre_attn_scalar
     wide = Wide(base, config, (base.bos_token_id,), tuple(spares), scalar)
-    added = [
-        layer + 1 + 2 * i + more for i, layer in enumerate(checked.layers) for more in range(2)
-    ]
     stated = [layer for site in compiled.sites for layer in site.layers]
-    if stated != added or compiled.layers_added != len(added):
-        what = f"manifest.json: its clamps are layers {stated}, expected {added}"
-        yield Failure("integrity", engine, what, str(stated), str(added))
+    added = len(places.clamping) + len(places.idle)
+    told = (stated, compiled.idle, compiled.layers_added)
+    if told != (places.clamping, places.idle, added):
+        what = (
+            f"manifest.json: its clamps are layers {stated}, expected {places.clamping}; layers "
+            f"{compiled.idle} of {compiled.layers_added} more are idle, expected {places.idle} of "
+            f"{added}"
+        )
+        yield Failure("integrity", engine, what, str(stated), str(places.clamping))
         return
-    widened = list(widened_failures(folder, wide, names, added))
+    widened = list(widened_failures(folder, wide, names, places))
     yield from widened
     if not widened:
         yield from added_failures(folder, wide, checked.sites, compiled.sites, checked.prefix)

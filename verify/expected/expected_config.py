@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bake.base import BaseModel
-from bake.families import Family
 from bake.reading.model_config import without_paths
 from bake.recipe import Recipe
 from export.clamped import GUARD
 from export.manifest import CompiledEntry
+from verify.expected.compiled_places import Places, stock_config
 from verify.report.findings import Failure
 
 MODULE = "modeling_clamped_gemma"
@@ -71,14 +71,14 @@ def clamp_section(base: BaseModel, places: Sequence[Placed]) -> dict[str, Any]:
 
 
 def compiled_config(
-    base: BaseModel, compiled: CompiledEntry, layers: Sequence[int], mlp: int
+    base: BaseModel, compiled: CompiledEntry, places: Places, mlp: int
 ) -> dict[str, Any]:
     """config.json of a compiled folder: a stock one, wider and deeper.
 
     Args:
         base: what was compiled.
         compiled: what the manifest says: the new width, the dtype.
-        layers: of the base, that are clamped, ascending.
+        places: where its layers stand.
         mlp: width of its MLPs, as its tensors have it.
     """
     family, config = base.family, without_paths(deepcopy(base.config))
@@ -90,14 +90,14 @@ def compiled_config(
         if (value := getattr(stock, name, None)) is not None:
             config[name] = value
     narrow, wide = int(stock.hidden_size), compiled.hidden_size[1]
-    n_layers = int(stock.num_hidden_layers) + 2 * len(layers)
-    for name in ("sliding_window_pattern", "torch_dtype"):
-        config.pop(name, None)
-    if types := config.get("layer_types"):
-        config["layer_types"] = _layer_types(list(types), layers, family)
+    config.pop("torch_dtype", None)
+    if places.types:
+        config["layer_types"] = list(places.types)
+    if places.period is None:  # else whoever counts layers counts on
+        config.pop("sliding_window_pattern", None)
     if family.layers_27b is not None:
         # Source: llama.cpp, src/models/gemma2.cpp and gemma3.cpp: it is read from the sizes.
-        largest = n_layers == family.layers_27b
+        largest = places.n_layers == family.layers_27b
         per_head = wide // int(stock.num_attention_heads)
         config["query_pre_attn_scalar"] = per_head if largest else int(stock.head_dim)
     return config | {
@@ -105,31 +105,11 @@ def compiled_config(
         "architectures": [family.architecture],
         "hidden_size": wide,
         "intermediate_size": mlp,
-        "num_hidden_layers": n_layers,
+        "num_hidden_layers": places.n_layers,
         **dict.fromkeys(_ACTIVATIONS, "gelu_pytorch_tanh"),
         "rms_norm_eps": float(stock.rms_norm_eps) * narrow / wide,
         "dtype": compiled.dtype,
     }
-
-
-def stock_config(base: BaseModel) -> Any:
-    """A base's config as stock transformers reads it, whatever code it names."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
-
-
-def _layer_types(types: list[str], layers: Sequence[int], family: Family) -> list[str]:
-    """Kinds of attention, two more behind each clamped layer: Gemma 2 goes on alternating."""
-    found: list[str] = []
-    for layer, kind in enumerate(types):
-        found.append(kind)
-        if layer in layers:
-            other = "sliding_attention" if kind == "full_attention" else "full_attention"
-            before = types[layer - 1] if layer else other
-            new = [before, kind] if family.sliding == "alternating" else ["sliding_attention"] * 2
-            found += new
-    return found
 
 
 def adapter_config(

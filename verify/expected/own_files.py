@@ -86,7 +86,7 @@ def _graph_failures(folder: Path, manifest: Manifest, graphs: Sequence[Graph]) -
     names = [tensor.name for tensor in graphs[0].model.graph.initializer]
     source = open_source(folder, manifest, names)
     for graph in graphs:
-        expected = expected_graph(source, _precision(graph))
+        expected = expected_graph(source, _precision(graph), inline=graph.inlined)
         file = PRECISIONS[_precision(graph)].file
         origin = INDEX in manifest.files
         for failure in graph_differences(graph.name, file, graph.model, expected, origin=origin):

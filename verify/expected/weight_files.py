@@ -12,6 +12,7 @@ from bake.errors import FolderError
 from bake.files.folder_files import open_in
 from bake.reading.capped import HEADER_BYTES, parse_json
 from export.manifest import AGAIN, read_json
+from verify.expected.compiled_places import Places
 from verify.expected.expected_config import differences
 from verify.report.findings import Failure
 
@@ -92,13 +93,13 @@ def checkpoint_map(base: BaseModel, clamps: Mapping[str, Any]) -> dict[str, str]
     return found | dict.fromkeys(clamps, CLAMP_SHARD)
 
 
-def compiled_map(base: BaseModel, layers: list[int]) -> dict[str, tuple[str, str]]:
+def compiled_map(base: BaseModel, places: Places) -> dict[str, tuple[str, str]]:
     """(file, name in the base) of every tensor of a compiled folder, by its name there; those of
-    the new layers have the names of the layer that they follow.
+    the new layers have the names of the first layer's.
 
     Args:
         base: what was compiled.
-        layers: of it that are clamped, ascending.
+        places: where its layers stand.
     """
     found: dict[str, tuple[str, str]] = {}
     for name, shard in base.weight_map.items():
@@ -108,10 +109,9 @@ def compiled_map(base: BaseModel, layers: list[int]) -> dict[str, tuple[str, str
         if not mark:
             found[name] = (file, name)
             continue
-        moved = int(number) + 2 * sum(layer < int(number) for layer in layers)
-        found[f"{before}layers.{moved}.{part}"] = (file, name)
-        if int(number) in layers:
-            for new in (moved + 1, moved + 2):
+        found[f"{before}layers.{places.base[int(number)]}.{part}"] = (file, name)
+        if number == "0":
+            for new in (*places.clamping, *places.idle):
                 found[f"{before}layers.{new}.{part}"] = (ADDED_SHARD, name)
     return found
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.base import BaseModel
 from bake.rounding import EPSILON
+from verify.expected.compiled_places import Places
 from verify.report.findings import Failure
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Wide:
 
 
 def widened_failures(
-    folder: Path, wide: Wide, names: Mapping[str, tuple[str, str]], added: Sequence[int]
+    folder: Path, wide: Wide, names: Mapping[str, tuple[str, str]], places: Places
 ) -> Iterator[Failure]:
     """What of a compiled folder's tensors is not the base's, but for what computes the clamp.
 
@@ -92,15 +93,18 @@ def widened_failures(
         folder: of which every tensor lies where it must.
         wide: how it was widened.
         names: file and name in the base of every tensor, by its name in the folder.
-        added: the layers that compute the clamp.
+        places: where its layers stand.
     """
     from safetensors import safe_open
 
-    new = tuple(f"layers.{layer}." for layer in added)
+    clamps = tuple(f"layers.{layer}." for layer in places.clamping)
+    idle = tuple(f"layers.{layer}." for layer in places.idle)
     for file in sorted({file for file, _ in names.values()}):
         with safe_open(folder / file, framework="pt") as tensors:
             for name in sorted(name for name, (of, _) in names.items() if of == file):
-                if any(mark in name for mark in new):
+                if any(mark in name for mark in idle):
+                    wrong = _zeros(tensors.get_slice(name), "an idle layer", "it does nothing")
+                elif any(mark in name for mark in clamps):
                     wrong = _idle(tensors.get_slice(name), name, wide)
                 else:
                     original = names[name][1]
@@ -117,10 +121,14 @@ def _idle(found: Any, name: str, wide: Wide) -> str | None:
     """What an added layer's tensor that holds nothing of the clamp holds all the same."""
     if name.endswith((*_WRITTEN, f"{wide.norm_before}.weight")):
         return None
-    shape = found.get_shape()
-    for start, stop in _parts(shape):
+    return _zeros(found, "an added layer", "only the MLP computes the clamp")
+
+
+def _zeros(found: Any, what: str, where: str) -> str | None:
+    """That a tensor is not all 0, in words; None where it is."""
+    for start, stop in _parts(found.get_shape()):
         if bool(found[start:stop].count_nonzero()):
-            return "of an added layer is not 0, where only the MLP computes the clamp"
+            return f"of {what} is not 0, where {where}"
     return None
 
 

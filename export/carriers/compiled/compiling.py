@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ from bake.families import Family
 from bake.new_folder import check_output, new_folder
 from bake.reading.model_config import without_paths
 from bake.rounding import BASE_LIKE, LOADS, WORDS
-from bake.tensors import DTYPES, index_of, n_bytes, write_tensors
+from bake.tensors import DTYPES, Tensors, index_of, n_bytes, write_tensors
 from export.carriers.carriers import OF_BASE
 from export.carriers.compiled.alarms import ALARMS, with_alarms
 from export.carriers.compiled.compiled_files import NewLayer, tensor_files
+from export.carriers.compiled.placing import Layout, layout_of
 from export.carriers.compiled.rule import Measured, choose_setting, error_bound, summary
 from export.carriers.compiled.stock_layers import (
     MLP,
@@ -55,7 +57,7 @@ from export.carriers.compiled.trial import (
     random_tokens,
     tried_loads,
 )
-from export.carriers.compiled.widening import PER_SITE, Widening, plan_widening
+from export.carriers.compiled.widening import Widening, plan_widening
 from export.clamped import Clamped, ClampSite, check_weights, open_clamped
 from export.copying import hash_new
 from export.folder_contents import copy_listed
@@ -94,16 +96,27 @@ class CompiledPlan:
     @property
     def layers(self) -> list[NewLayer]:
         """The layers that are added."""
-        return [
-            NewLayer(first + i, compiled.site.layer, mlp)
-            for compiled, first in zip(self.sites, added_layers(self.source), strict=True)
-            for i, mlp in enumerate(compiled.layers)
+        clamps = [
+            NewLayer(number, compiled.site.layer, mlp)
+            for compiled, numbers in zip(self.sites, self.layout.sites, strict=True)
+            for number, mlp in zip(numbers, compiled.layers, strict=True)
         ]
+        return clamps + [NewLayer(number, 0, None) for number in self.layout.idle]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where layers stand."""
+        return layout_of(self.source)
+
+    @property
+    def files(self) -> dict[str, Tensors]:
+        """Every weight file."""
+        return tensor_files(self.source, self.widening, self.layers, self.layout.base)
 
     @property
     def config(self) -> dict[str, Any]:
         """config.json of the compiled folder."""
-        return compiled_config(self.source, self.widening)
+        return compiled_config(self.source, self.widening, self.layout)
 
     @property
     def kept(self) -> list[str]:
@@ -114,7 +127,7 @@ class CompiledPlan:
     @property
     def size(self) -> int:
         """Bytes that the folder will take, within a few kilobytes."""
-        files = [*tensor_files(self.source, self.widening, self.layers).values()]
+        files = [*self.files.values()]
         stay = sum((self.source.folder / name).stat().st_size for name in self.kept)
         return stay + sum(n_bytes(shape, dtype) for f in files for dtype, shape, _ in f.values())
 
@@ -198,7 +211,7 @@ def write_compiled(
     source = plan.source
     check_output(out, inputs=[source.folder], size=plan.size, force=force)
     with new_folder(out, force=force) as folder:
-        files = tensor_files(plan.source, plan.widening, plan.layers)
+        files = plan.files
         with ThreadPoolExecutor(2) as pool:
             jobs = {
                 name: pool.submit(write_tensors, folder / name, tensors, advance)
@@ -227,7 +240,8 @@ def describe(plan: CompiledPlan) -> CompiledEntry:
     return CompiledEntry(
         dtype=wide.dtype,
         hidden_size=(wide.stream.d, wide.stream.width),
-        layers_added=PER_SITE * len(plan.sites),
+        layers_added=plan.layout.added,
+        **({"idle": list(plan.layout.idle)} if plan.layout.idle else {}),
         kappa=wide.stream.kappa,
         loads={
             name: max((of.loads[name] for of in plan.sites if of.loads), key=WORDS.index)
@@ -236,7 +250,7 @@ def describe(plan: CompiledPlan) -> CompiledEntry:
         },
         sites=[
             LayersEntry(
-                layers=[first, first + 1],
+                layers=list(numbers),
                 flags=len(compiled.logic.flags),
                 neurons=[len(mlp.gate) for mlp in compiled.layers],
                 parameters=summary(compiled.setting, compiled.measured),
@@ -249,45 +263,27 @@ def describe(plan: CompiledPlan) -> CompiledEntry:
                     largest_share_of_bound=float(compiled.bound),
                 ),
             )
-            for compiled, first in zip(plan.sites, added_layers(plan.source), strict=True)
+            for compiled, numbers in zip(plan.sites, plan.layout.sites, strict=True)
         ],
     )
 
 
-def added_layers(source: Clamped) -> list[int]:
-    """The first of the two layers of every site, by its number in the compiled folder."""
-    return [site.layer + 1 + PER_SITE * i for i, site in enumerate(source.sites)]
-
-
-def compiled_config(source: Clamped, plan: Widening) -> dict[str, Any]:
+def compiled_config(source: Clamped, plan: Widening, layout: Layout) -> dict[str, Any]:
     """The base's config.json, wider and deeper, with every size spelled out."""
     config = without_paths(source.base_config)
-    n = int(config["num_hidden_layers"])
-    types = list(config.get("layer_types") or ())
-    for site in reversed(source.sites) if types else ():
-        # Gemma 2 goes on alternating, also for runtimes that count layers instead of reading this.
-        after = site.layer + 1
-        types[after:after] = (
-            [types[site.layer - 1] if site.layer else _other(types[0]), types[site.layer]]
-            if source.family.sliding == "alternating"
-            else ["sliding_attention"] * PER_SITE
-        )
-    config.pop("sliding_window_pattern", None)
+    if layout.period is None:
+        config.pop("sliding_window_pattern", None)
     config.pop("torch_dtype", None)
     return config | {
         "hidden_size": plan.stream.width,
         "intermediate_size": plan.mlp,
-        "num_hidden_layers": n + PER_SITE * len(source.sites),
-        **({"layer_types": types} if types else {}),
+        "num_hidden_layers": layout.n_layers,
+        **({"layer_types": list(layout.types)} if layout.types else {}),
         **dict.fromkeys(ACTIVATION_FIELDS, ACTIVATION),  # as runtimes ask for it that check both
         **({} if plan.query_scalar is None else {"query_pre_attn_scalar": plan.query_scalar}),
         "rms_norm_eps": plan.eps,
         "dtype": plan.dtype,
     }
-
-
-def _other(kind: str) -> str:
-    return "sliding_attention" if kind == "full_attention" else "full_attention"
 
 
 # --------------------------------------------------------------------------- checks

@@ -35,11 +35,10 @@ from numpy.typing import NDArray
 from bake.errors import ExportError
 from bake.tensors import BITS, DTYPES, Raw, StoredTensor, to_bits, to_float32
 from export.carriers.compiled.alarms import N_ALWAYS
+from export.carriers.compiled.placing import layout_of
 from export.carriers.compiled.stock_layers import Logic, Place, Stream
 from export.clamped import Clamped
 
-PER_SITE = 2
-"""Decoder layers that a clamp becomes."""
 N_CONSTANTS = 2
 """Constant channels: what one rounds off, the next holds."""
 ROOT_TOLERANCE = 2.0**-16
@@ -157,7 +156,7 @@ def plan_widening(
     mlp = int(config["intermediate_size"])
     scalar = None
     if (largest := source.family.layers_27b) is not None:
-        n_layers = int(config["num_hidden_layers"]) + PER_SITE * len(source.sites)
+        n_layers = layout_of(source).n_layers
         # Source: llama.cpp, src/models/gemma2.cpp and gemma3.cpp, f_attention_scale.
         scalar = width // heads if n_layers == largest else int(config["head_dim"])
     return Widening(

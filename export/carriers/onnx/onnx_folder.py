@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx.helper import make_model, make_opsetid, set_model_props
 
-from bake.errors import BakeoutError, FolderError, OutputError
+from bake.errors import CheckError, FolderError, OutputError
 from bake.files.folder_files import PARTIAL
 from bake.files.scratch import Scratch
 from bake.new_folder import check_output, check_space, new_folder
@@ -31,6 +31,7 @@ from export.carriers.onnx.graph_weights import (
     Weights,
     packed_size,
 )
+from export.carriers.onnx.inlining import inline_file
 from export.carriers.onnx.operator import function, opset_imports
 from export.carriers.onnx.precisions import PRECISIONS, Precision, precision_of
 from export.carriers.onnx.wiring import Architecture
@@ -46,10 +47,6 @@ IR_VERSION = 10
 """Of the file format; ONNX Runtime reads it since 1.18."""
 GRAPH_BYTES = 4 << 20
 """What a graph without its weights takes on the disk, at most."""
-
-
-class CheckError(BakeoutError):
-    """A graph that does not hold; it was not kept."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,7 @@ def export_onnx(
     *,
     precision: str = "shared",
     out: Path | None = None,
+    inline: bool = False,
     force: bool = False,
     card: str = "",
     progress: Callable[[str, float], None] = lambda _what, _share: None,
@@ -80,6 +78,7 @@ def export_onnx(
         precision: of `PRECISIONS`; shared points into the checkpoint's own files, the others write
             rounded copies.
         out: a folder of its own for a rounded graph; default: beside the checkpoint.
+        inline: put the clamp's body in place of its nodes, for tools that know no ONNX functions.
         force: replace a graph that is there.
         card: text of README.md, in a folder of its own.
         progress: told what is being done, and the share of it that is done, 0 to 1.
@@ -92,7 +91,7 @@ def export_onnx(
     """
     chosen = precision_of(precision)
     with nullcontext() if out is not None else changing(folder):
-        return _export(folder, precision, chosen, out, force, card, progress)
+        return _export(folder, precision, chosen, out, inline, force, card, progress)
 
 
 def _export(
@@ -100,6 +99,7 @@ def _export(
     name: str,
     chosen: Precision,
     out: Path | None,
+    inline: bool,
     force: bool,
     card: str,
     progress: Callable[[str, float], None],
@@ -134,6 +134,9 @@ def _export(
         rounded = not clamped.sites and clamped.stored_in != "float32"
         exact = chosen.shared and not rounded
         found = check_graph(witnesses, graph, n_clamps=len(clamped.sites), exact=exact)
+        if inline and clamped.sites:  # what is taken out to see what it does is a node before
+            inline_file(graph)
+            found = check_graph(witnesses, graph, n_clamps=0, exact=exact)
         rounded_graphs = dict(clamped.manifest.rounded)
         if not chosen.shared:
             rounded_graphs[chosen.file] = found

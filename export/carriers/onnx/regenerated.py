@@ -26,6 +26,7 @@ from export.carriers.onnx.graph_weights import (
     Weights,
     location,
 )
+from export.carriers.onnx.inlining import inlined
 from export.carriers.onnx.onnx_folder import model_of
 from export.carriers.onnx.precisions import PRECISIONS
 from export.carriers.onnx.wiring import Architecture
@@ -185,7 +186,7 @@ def clamps_in(graph: onnx.ModelProto, folder: Path) -> dict[str, StoredTensor]:
 
 
 def expected_graph(
-    source: Clamped, name: str, compared: Comparison | None = None
+    source: Clamped, name: str, compared: Comparison | None = None, *, inline: bool = False
 ) -> onnx.ModelProto:
     """A graph as the exporter writes it.
 
@@ -193,6 +194,7 @@ def expected_graph(
         source: what it is made from.
         name: its precision, of `PRECISIONS`.
         compared: of rounded weights, what lies in the data file; None compares only places.
+        inline: with the clamp's body in place of its nodes.
     """
     precision = PRECISIONS[name]
     file = f"{Path(precision.file).name}_data"
@@ -204,7 +206,8 @@ def expected_graph(
         weights = SizedWeights(source, name, file, logic)
     else:
         weights = PackedWeights(source.tensors, precision, compared, file, logic)
-    return model_of(source, Architecture.from_config(source.config), name, weights)
+    model = model_of(source, Architecture.from_config(source.config), name, weights)
+    return inlined(model) if inline else model
 
 
 def expected_genai(source: Clamped, graphs: Sequence[str]) -> list[dict[str, Any]]:

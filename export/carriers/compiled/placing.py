@@ -1,0 +1,87 @@
+"""Where the base's layers and the new ones stand in a compiled folder.
+
+Two layers follow every clamped one. Some runtimes do not read `layer_types` but count: every p-th
+layer sees all, the others a window, with another rotary base in Gemma 3. So each of the base's
+layers has to stand where a layer of its kind is counted, and layers that do nothing are put in
+before it until it does: none for Gemma 2 (p = 2), four a clamp for Gemma 3 (p = 6), fewer where two
+clamps have no layer between them that sees all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bake.families import layer_period
+from export.clamped import Clamped
+
+PER_SITE = 2
+"""Decoder layers that a clamp becomes."""
+WINDOW, ALL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Numbers in the compiled folder."""
+
+    base: tuple[int, ...]
+    """Of the base's layers."""
+    sites: tuple[tuple[int, int], ...]
+    """Of the two layers of every clamp, by layer."""
+    idle: tuple[int, ...]
+    """Of those that do nothing."""
+    types: tuple[str, ...]
+    """Kinds of attention, by number; none where the family has one kind."""
+    period: int | None
+    """p, which the kinds follow; None where they follow none."""
+
+    @property
+    def n_layers(self) -> int:
+        """All of them."""
+        return len(self.base) + PER_SITE * len(self.sites) + len(self.idle)
+
+    @property
+    def added(self) -> int:
+        """How many the base does not have."""
+        return self.n_layers - len(self.base)
+
+
+def layout_of(source: Clamped) -> Layout:
+    """The layout of what a checkpoint is compiled into."""
+    config = source.base_config
+    types = list(config.get("layer_types") or ())
+    period = layer_period(types, source.family) if types else None
+    sites = [site.layer for site in source.sites]
+    return place_layers(int(config["num_hidden_layers"]), sites, types, period)
+
+
+def place_layers(
+    n_layers: int, clamped: Sequence[int], types: Sequence[str], period: int | None
+) -> Layout:
+    """Place layers one after another.
+
+    Args:
+        n_layers: of the base.
+        clamped: those with a clamp, ascending.
+        types: kinds of the base's layers; empty where it has one kind.
+        period: p; None where the kinds follow none, and are kept as they are listed.
+    """
+
+    def counted(place: int) -> str:
+        return ALL if period is not None and place % period == period - 1 else WINDOW
+
+    base: list[int] = []
+    sites: list[tuple[int, int]] = []
+    idle: list[int] = []
+    kinds: list[str] = []
+    for layer in range(n_layers):
+        kind = types[layer] if types else WINDOW
+        while period is not None and counted(len(kinds)) != kind:
+            idle.append(len(kinds))
+            kinds.append(counted(len(kinds)))
+        base.append(len(kinds))
+        kinds.append(kind)
+        if layer in clamped:
+            sites.append((len(kinds), len(kinds) + 1))
+            kinds += [counted(len(kinds)), counted(len(kinds) + 1)]
+    return Layout(tuple(base), tuple(sites), tuple(idle), tuple(kinds if types else ()), period)

@@ -1,0 +1,1 @@
+"""Stock folders as GGUF files, which llama.cpp runs."""
