@@ -16,6 +16,8 @@ from bake.stock import load_base, load_tokenizer
 from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.demo import MINIATURE
 from bakeout.verbs.exporting import export_adapter, export_compiled
+from export.carriers.gguf.gguf_file import export_gguf
+from export.carriers.gguf.gguf_types import OUTTYPES
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
 from verify.evidence.loads import PROMPTS, TOKENS, compared
@@ -120,6 +122,9 @@ def build(out: Path, recipe: Path = MINIATURE / "recipe.toml") -> ClientWorld:
     for name, dtype in (("compiled", "float32"), ("compiled bfloat16", "bfloat16")):
         export_compiled(folder, out / name, dtype=dtype)
     export_adapter(folder, out / "adapter")
+    (out / "gguf").mkdir()
+    for outtype in OUTTYPES:
+        export_gguf(out / "compiled", out / "gguf" / f"{outtype}.gguf", outtype=outtype)
     loaded = plan.recipe
     shutil.copytree(recipe.parent / loaded.base.model, out / "base")
     return ClientWorld("the miniature", _folders(out), loaded)

@@ -69,7 +69,16 @@ def cells_of(world: dict[str, Any]) -> list[Cell]:
 
 
 def write(worlds: list[dict[str, Any]]) -> None:
-    """Keep what was measured, and write the page."""
+    """Keep what was measured in ways that there still are, and write the page."""
+    table = clients()
+    for world in worlds:
+        world["cells"] = [
+            _plain(cell)
+            for cell in cells_of(world)
+            if cell.client in table
+            and (cell.carrier, cell.dtype)
+            in {(way.carrier, way.dtype) for way in table[cell.client][0].ways}
+        ]
     MEASURED.write_text(json.dumps(worlds, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(page(worlds), encoding="utf-8")
 

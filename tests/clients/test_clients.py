@@ -10,6 +10,7 @@ import pytest
 
 from bake.recipe import Recipe
 from bake.rounding import BASE_LIKE, LOUD, REFUSES, ROUNDS, SAME
+from export.carriers.gguf.gguf_types import OUTTYPES
 from tests.clients.cells import NOT_RUN, Cell
 from tests.clients.client_table import clients
 from tests.clients.client_world import ClientWorld, build
@@ -19,6 +20,7 @@ from tests.folders import baked_world
 
 WORDS = {SAME, ROUNDS, LOUD, REFUSES, NOT_RUN}
 DEFAULT = (
+    "llama.cpp",
     "transformers",
     "lm-eval",
     "peft, bakeout imported",
@@ -75,6 +77,7 @@ def test_what_the_default_extras_install(world: ClientWorld) -> None:
     assert unknown.word == REFUSES and "…" not in unknown.why
     assert cells["ONNX Runtime (Python)", "onnx", "float32"].word == SAME
     assert cells["onnxruntime-genai", "onnx", "float32"].word == SAME
+    assert {cells["llama.cpp", "gguf", of].word for of in OUTTYPES} <= {SAME, ROUNDS}
 
 
 @pytest.mark.parametrize("name", [name for name in clients() if name not in DEFAULT])

@@ -16,7 +16,7 @@ FIRED = "fired"
 
 
 def clamps_of(model: ModelProto) -> list[NodeProto]:
-    """The nodes that clamp; none where the clamp is compiled into layers."""
+    """The nodes that clamp; none where the clamp is compiled or inlined."""
     return [node for node in model.graph.node if (node.domain, node.op_type) == CLAMP_OP]
 
 

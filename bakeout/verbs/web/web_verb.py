@@ -112,8 +112,8 @@ def site_of(folder: Path, served: Served, modules: Path, *, beside: bool) -> dic
     models = {"clamped": clamped_graph(served.graph.model)}
     if beside and not clamps_of(served.graph.model):
         raise WebError(
-            f"--beside: the clamp of {folder} is compiled into its layers and cannot be taken out; "
-            "expected a clamped checkpoint. Leave it out"
+            f"--beside: the graph of {folder} has no SAEClamp to take out, since its clamp is "
+            "compiled or inlined; expected one with the operator. Leave it out"
         )
     if beside:
         models = {"base": base_graph(served.graph.model), **models}
