@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bake.rounding import BASE_LIKE
+from tests.clients.cells import Cell
 from tests.clients.client_table import clients
 from tests.clients.client_world import build, of_runs
 from tests.clients.clients_page import merged, read, write
@@ -33,22 +34,27 @@ def main() -> int:
         parser.error(
             f"client {', '.join(sorted(unknown))}: expected some of {', '.join(clients())}"
         )
-    cells = []
+    base_like = False
     with TemporaryDirectory() as scratch:
         world = of_runs(asked.runs) if asked.runs else build(Path(scratch))
         start = time.monotonic()
-        for cell in ask(world, asked.client, slowly=not asked.quick):
-            far = f"{cell.kl_to_hook} {cell.kl_to_base}"
-            print(
-                f"{time.monotonic() - start:6.1f} s  {cell.client} | {cell.carrier} | {cell.dtype}"
-                f" | {cell.word} | {cell.why or far}",
-                flush=True,
-            )
-            cells.append(cell)
         if asked.write:
             hooks = {dtype: world.hook_in(dtype) for dtype in ("bfloat16", "float16")}
-            write(merged(read(), world.name, hooks, cells))
-    return int(any(cell.word == BASE_LIKE for cell in cells))
+        for name in asked.client or clients():
+            cells = []
+            for cell in ask(world, [name], slowly=not asked.quick):
+                cells.append(cell)
+                print(f"{time.monotonic() - start:6.1f} s  {said(cell)}", flush=True)
+            base_like |= any(cell.word == BASE_LIKE for cell in cells)
+            if asked.write:  # client by client: some take long
+                write(merged(read(), world.name, hooks, cells))
+    return int(base_like)
+
+
+def said(cell: Cell) -> str:
+    """A cell in a line."""
+    far = f"{cell.kl_to_hook} to the hook, {cell.kl_to_base} to the base"
+    return " | ".join([*cell.key, cell.word, cell.why or far])
 
 
 if __name__ == "__main__":
