@@ -122,8 +122,9 @@ def layer_period(types: Sequence[str], family: Family) -> int | None:
         family: of the model.
     """
     sees_all = [kind == "full_attention" for kind in types]
-    for period in (family.period, *range(1, len(sees_all) + 1)):
-        if period and all(sees == (i % period == period - 1) for i, sees in enumerate(sees_all)):
+    own = [] if family.period is None else [family.period]
+    for period in [*own, *range(1, len(sees_all) + 1)]:
+        if all(sees == (i % period == period - 1) for i, sees in enumerate(sees_all)):
             return period
     return None
 
