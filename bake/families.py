@@ -122,8 +122,10 @@ def layer_period(types: Sequence[str], family: Family) -> int | None:
         family: of the model.
     """
     sees_all = [kind == "full_attention" for kind in types]
-    own = [] if family.period is None else [family.period]
-    for period in [*own, *range(1, len(sees_all) + 1)]:
+    tried: list[int] = list(range(1, len(sees_all) + 1))
+    if family.period is not None:
+        tried.insert(0, family.period)
+    for period in tried:
         if all(sees == (i % period == period - 1) for i, sees in enumerate(sees_all)):
             return period
     return None

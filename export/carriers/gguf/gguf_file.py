@@ -276,7 +276,8 @@ def write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        (stream,) = writer.fout or ()
+        assert writer.fout is not None  # since the header is written
+        (stream,) = writer.fout
         writer.write_padding(stream, stream.tell())
         total, done = sum(of.tensor.length for of in plan), 0
         for of in plan:
