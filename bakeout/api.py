@@ -97,7 +97,7 @@ def to_adapter(folder: str | Path, out: str | Path, *, force: bool = False) -> P
 
 
 def to_gguf(
-    folder: str | Path, out: str | Path, *, outtype: str = "bf16", force: bool = False
+    folder: str | Path, out: str | Path, *, outtype: str = "f16", force: bool = False
 ) -> Path:
     """Write a compiled, a trained or a stock folder as a GGUF file, and check it.
 

@@ -174,7 +174,7 @@ def gguf(
     out: Annotated[Path, typer.Option(help="File to write.")],
     outtype: Annotated[
         str, typer.Option(help="; ".join(f"{name}: {of.what}" for name, of in OUTTYPES.items()))
-    ] = "bf16",
+    ] = "f16",
     force: Annotated[bool, typer.Option("--force", help="Replace a GGUF file.")] = False,
 ) -> None:
     """Write a compiled or a trained folder as a GGUF file for llama.cpp, and check it."""

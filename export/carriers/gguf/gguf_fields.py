@@ -65,7 +65,8 @@ def _unsayable(config: Any, family: Family) -> Iterator[tuple[str, Any, str]]:
         yield "rope_type of sliding_attention", local["rope_type"], "default"
     if family.period is not None and layer_period(config.layer_types, family) is None:
         types = ["W" if kind == "sliding_attention" else "A" for kind in config.layer_types]
-        yield "layer_types (W windowed, A all)", "".join(types), "every n-th layer seeing all"
+        wanted = "every n-th layer seeing all (a compiled folder: compile it again)"
+        yield "layer_types (W windowed, A all)", "".join(types), wanted
 
 
 def ropes(config: Any) -> dict[str, dict[str, Any]]:

@@ -112,7 +112,7 @@ def export_gguf(
     folder: Path,
     out: Path,
     *,
-    outtype: str = "bf16",
+    outtype: str = "f16",
     force: bool = False,
     progress: Callable[[str, float], None] = lambda _what, _share: None,
 ) -> Checked:
