@@ -122,8 +122,11 @@ def layer_period(types: Sequence[str], family: Family) -> int | None:
         family: of the model.
     """
     sees_all = [kind == "full_attention" for kind in types]
-    for period in (family.period, *range(1, len(sees_all) + 1)):
-        if period and all(sees == (i % period == period - 1) for i, sees in enumerate(sees_all)):
+    tried: list[int] = list(range(1, len(sees_all) + 1))
+    if family.period is not None:
+        tried.insert(0, family.period)
+    for period in tried:
+        if all(sees == (i % period == period - 1) for i, sees in enumerate(sees_all)):
             return period
     return None
 

@@ -9,6 +9,7 @@ from bake.recipe import Recipe
 from bakeout.verbs.baking import bake_recipe
 from bakeout.verbs.exporting import export_adapter, export_compiled, rounded_card
 from bakeout.verbs.selecting import select_anew
+from export.carriers.gguf.gguf_file import export_gguf
 from export.carriers.onnx.onnx_folder import export_onnx
 from verify.options import Options
 from verify.report.findings import VerifyReport
@@ -39,6 +40,7 @@ def to_onnx(
     *,
     precision: str = "shared",
     out: str | Path | None = None,
+    inline: bool = False,
     force: bool = False,
 ) -> Path:
     """Write an ONNX graph of a clamped or compiled folder, and check it.
@@ -47,6 +49,7 @@ def to_onnx(
         folder: what to export.
         precision: one of `export.PRECISIONS`.
         out: a folder of its own for a rounded graph; else the graph lies in `folder`.
+        inline: without ONNX functions.
         force: replace what is there.
 
     Returns:
@@ -59,6 +62,7 @@ def to_onnx(
         Path(folder),
         precision=precision,
         out=None if out is None else Path(out),
+        inline=inline,
         card="" if out is None else rounded_card(Path(folder)),
         force=force,
     )
@@ -89,6 +93,24 @@ def to_adapter(folder: str | Path, out: str | Path, *, force: bool = False) -> P
         BakeoutError: the folder is no clamped checkpoint, or `out` cannot be written.
     """
     export_adapter(Path(folder), Path(out), force=force)
+    return Path(out)
+
+
+def to_gguf(
+    folder: str | Path, out: str | Path, *, outtype: str = "bf16", force: bool = False
+) -> Path:
+    """Write a compiled, a trained or a stock folder as a GGUF file, and check it.
+
+    Args:
+        folder: what to export.
+        out: the file.
+        outtype: how matrices are stored, as `bakeout export gguf` takes it.
+        force: replace a GGUF file that is there.
+
+    Raises:
+        BakeoutError: llama.cpp knows no such model, or the file does not say what the folder says.
+    """
+    export_gguf(Path(folder), Path(out), outtype=outtype, force=force)
     return Path(out)
 
 

@@ -270,6 +270,9 @@ def compiled_lines(compiled: CompiledEntry | None) -> list[tuple[str, str]]:
                 f"the bound) on {distance.tokens} random tokens",
             )
         )
+    if compiled.idle:
+        numbers = ", ".join(map(str, compiled.idle))
+        lines.append(("idle", f"layers {numbers} do nothing, for runtimes that count layers"))
     return lines
 
 

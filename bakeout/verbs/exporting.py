@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,7 @@ def export_adapter(
     return f"adapter      {size / 1e3:,.1f} kB, for {manifest.base.model}"
 
 
-EXPORTS = {"compiled": export_compiled, "adapter": export_adapter}
+EXPORTS: dict[str, Callable[..., str]] = {"compiled": export_compiled, "adapter": export_adapter}
 """The carriers that are exported into a folder of their own, by name."""
 
 

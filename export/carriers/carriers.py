@@ -222,6 +222,9 @@ threshold, the residual stream behind the new layers is off by
 {% for site in facts.compiled.sites %}{{ "%.1e"|format(site.distance.median) }} (median, relative; at most {{ "%.2g"|format(site.distance.largest_share_of_bound) }} of the computed bound) at layer {{ site.layers[0] }}{{ ", " if not loop.last else "" }}{% endfor %}.
 A quantiser should leave the MLPs of layers {% for site in facts.compiled.sites %}{{ site.layers|join(" and ") }}{{ ", " if not loop.last else "" }}{% endfor %} in the dtype they are in: they compare
 numbers.
+{% if facts.compiled.idle %}
+Layers {{ facts.compiled.idle|join(", ") }} do nothing: they keep the count of runtimes that take every so many-th layer for one that sees all.
+{% endif %}
 {% else %}
 The clamp is compiled into further stock decoder layers. It computes the clamp up to rounding.
 {% endif %}

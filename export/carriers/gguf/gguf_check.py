@@ -173,7 +173,8 @@ def ask(file: Path, asked: Values, splits: Sequence[Sequence[int]]) -> Values:
     )
     with Scratch("gguf") as scratch:
         request, answer = scratch / "request.npz", scratch / "answer.npz"
-        np.savez(request, texts=texts, splits=tokens, **asked)
+        given: dict[str, Any] = {**asked, "texts": texts, "splits": tokens}
+        np.savez(request, **given)
         program = (str(PROGRAM), str(file.resolve()), str(request), str(answer))
         if (why := confined.run(*program, scratch=scratch)) is not None:
             raise CheckError(

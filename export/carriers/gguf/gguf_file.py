@@ -143,10 +143,10 @@ def export_gguf(
     chosen = outtype_of(outtype)
     _check_place(folder, out, force)
     stock = open_stock(folder, lambda share: progress("hash", share))
-    if stock.family.images:
+    if _model_type(stock) not in ARCHITECTURES:
         raise ExportError(
-            f"{folder}: takes images; expected a text model. Use the clamped checkpoint, or its "
-            "text model alone"
+            f"{folder}: model_type is {_model_type(stock)}; expected a text model of "
+            f"{', '.join(ARCHITECTURES)}. Use the folder itself, or its text model alone"
         )
     check_sayable(stock.name, stock.config, stock.family)
     progress("tokenizer", 0.0)
@@ -276,6 +276,7 @@ def write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        assert writer.fout is not None  # since the header is written
         (stream,) = writer.fout
         writer.write_padding(stream, stream.tell())
         total, done = sum(of.tensor.length for of in plan), 0

@@ -60,7 +60,13 @@ def vocabulary_of(tokenizer: Any, n_tokens: int) -> Vocabulary:
     Raises:
         ExportError: it is of another kind than Gemma's.
     """
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.bos_token_id is None:
+        what = "is none of `tokenizers`' own" if backend is None else "has no BOS"
+        raise ExportError(
+            f"tokenizer.json: {what}; expected Gemma's tokenizer. Take Gemma's own tokenizer files"
+        )
+    data = json.loads(backend.to_str())
     model = data["model"]
     known = model.get("type") == "BPE" and model.get("byte_fallback") is True
     if not known or not _spaces_are_marked(data.get("normalizer")):

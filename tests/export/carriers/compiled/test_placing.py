@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bake.families import FAMILIES, layer_period
 from bake.recipe import Recipe
+from bakeout.terminal import compiled_lines
 from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.compiled.placing import ALL, WINDOW, place_layers
 from export.manifest import Manifest
@@ -95,6 +96,7 @@ def test_who_counts_layers_instead_of_reading_their_kinds_computes_the_same(coun
     compiled = Manifest.read(folder).compiled
     assert compiled is not None
     assert (compiled.layers_added, compiled.idle) == (6, [5, 8, 9, 10])
+    assert compiled_lines(compiled)[-1][1].startswith("layers 5, 8, 9, 10 do nothing")
     ids = tiny_prompts()
     read = tf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     guessing = tf.AutoConfig.for_model(**said | {"layer_types": None})

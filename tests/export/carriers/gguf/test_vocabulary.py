@@ -85,5 +85,8 @@ def test_a_list_of_words_becomes_byte_level() -> None:
 def test_another_kind_is_refused() -> None:
     backend = Tokenizer(WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    with pytest.raises(ExportError, match="has no BOS; expected Gemma's"):
+        vocabulary_of(tokenizer, 2)
+    tokenizer.bos_token = "a"
     with pytest.raises(ExportError, match=r"is of kind WordLevel.*expected BPE that falls back"):
         vocabulary_of(tokenizer, 2)
