@@ -108,22 +108,30 @@ class ClientWorld:
         return self.judged(said, [None] * len(said))
 
 
-def build(out: Path, recipe: Path = MINIATURE / "recipe.toml") -> ClientWorld:
-    """Bake a recipe and export it in every way. The miniature takes seconds.
+def build(
+    out: Path,
+    recipe: Path = MINIATURE / "recipe.toml",
+    *,
+    precisions: Sequence[str] = tuple(PRECISIONS),
+    outtypes: Sequence[str] = tuple(OUTTYPES),
+) -> ClientWorld:
+    """Bake a recipe and export it. The miniature takes seconds.
 
     Args:
         out: an empty folder.
         recipe: what to bake.
+        precisions: of ONNX graphs, the shared one among them.
+        outtypes: of GGUF files.
     """
     folder = out / "layer"
     plan = bake_recipe(recipe, folder, force=False, cache=out)
-    for precision in PRECISIONS:
+    for precision in precisions:
         export_onnx(folder, precision=precision)
     for name, dtype in (("compiled", "float32"), ("compiled bfloat16", "bfloat16")):
         export_compiled(folder, out / name, dtype=dtype)
     export_adapter(folder, out / "adapter")
     (out / "gguf").mkdir()
-    for outtype in OUTTYPES:
+    for outtype in outtypes:
         export_gguf(out / "compiled", out / "gguf" / f"{outtype}.gguf", outtype=outtype)
     loaded = plan.recipe
     shutil.copytree(recipe.parent / loaded.base.model, out / "base")

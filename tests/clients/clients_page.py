@@ -104,7 +104,8 @@ def _world(world: dict[str, Any]) -> str:
         f"{dtype} {_number(found['kl_to_hook'])} (to the base {_number(found['kl_to_base'])})"
         for dtype, found in world["hooks"].items()
     ]
-    lines.append(f"The hook itself, against itself in float32: {'; '.join(hooks)}.\n")
+    if hooks:
+        lines.append(f"The hook itself, against itself in float32: {'; '.join(hooks)}.\n")
     lines += ["| client | carrier | as | what becomes of it | KL to hook | to base |"]
     lines += ["|---|---|---|---|---|---|"]
     notes = {name: client.note for name, (client, _, _) in clients().items()}
