@@ -47,7 +47,7 @@ UNLEARNERS: dict[str, Unlearner] = {
         objectives.merged,
         strength=1.0,
         strength_is="weight of the residual stream's distance beside the KL of logits",
-        steps=500,
+        steps=600,
         learning_rate=3e-3,
         teaches=True,
     ),
