@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +34,22 @@ def needs(*packages: str) -> None:
         raise NotHereError(f"not installed: npm install {' '.join(missing)}")
 
 
-def runs(script: str, package: str) -> Callable[..., Sequence[Said]]:
-    """A `Client.say` that a script in `js/` answers for."""
+def runs(script: str, package: str, exact: str | None = None) -> Callable[..., Sequence[Said]]:
+    """A `Client.say` that a script in `js/` answers for.
+
+    Args:
+        script: its name.
+        package: of npm, that it needs.
+        exact: the float32 graph that it takes, where that is not the shared one.
+    """
 
     def say(way: Way, folders: Mapping[str, Path], prompts: Sequence[list[int]]) -> Sequence[Said]:
         needs(package)
         graph = graph_of(way, folders)
+        if way.dtype == "float32" and exact is not None:
+            graph = folders["onnx"] / exact
+            if not graph.is_file():
+                raise NotHereError(f"the folder has no {exact}")
         with TemporaryDirectory() as scratch:
             request = {
                 "folder": str(folders["onnx"]),
@@ -56,7 +67,7 @@ def runs(script: str, package: str) -> Callable[..., Sequence[Said]]:
                 check=False,
             )
             if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if "Error" in line]
+                lines = [one for one in done.stderr.splitlines() if re.match(r"\w*Error", one)]
                 raise RuntimeError((lines or done.stderr.strip().splitlines() or ["?"])[0])
             flat = np.fromfile(f"{scratch}/logits", dtype=np.float32)
         vocab = len(flat) // sum(map(len, prompts))
@@ -83,6 +94,6 @@ CLIENTS = (
         "transformers.js",
         ("npm:@huggingface/transformers",),
         tuple(Way("onnx", name) for name in GRAPHS),
-        runs("transformers_js.mjs", "@huggingface/transformers"),
+        runs("transformers_js.mjs", "@huggingface/transformers", "onnx/model.onnx"),
     ),
 )
