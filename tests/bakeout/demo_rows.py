@@ -1,7 +1,7 @@
-"""What `make demo` says of trained weights, held to what they are for. It is run by `make demo`: to
-train them once more would take too long for a test.
+"""What `make demo` left, held to what the README says of it. It is run by `make demo`: to bake,
+train and measure all of it once more would take too long for a test.
 
-Students of one setting differ (37 and 47 of 120 questions were seen), so there is
+Trained weights differ by seed and machine (34 to 40 of 120 questions over four seeds), so there is
 room above what is aimed at (0.05, 0.97 and 0.02 for merged weights, 0.35 and 0.95 for RMU).
 """
 
@@ -13,18 +13,74 @@ from typing import Any
 
 import pytest
 
+from bake.rounding import BAR
+
 RUN = Path(__file__).parents[2] / "runs" / "demo"
 
 
 @pytest.fixture(scope="module")
-def engines() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RUN / "report.json").read_text())["engines"]
+def report() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RUN / "report.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def engines(report: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = report["engines"]
     return found
 
 
 def kept(engines: dict[str, Any], name: str) -> float:
     """The share of what the base knows of everything else."""
     return float(engines[name]["retain"]["chat"] / engines["base"]["retain"]["chat"])
+
+
+def test_it_forgets_keeps_the_rest_and_is_the_hook(
+    report: dict[str, Any], engines: dict[str, Any]
+) -> None:
+    assert report["verdict"] == "pass" and report["scope"] == "full"
+    base, reference, checkpoint = (engines[of] for of in ("base", "reference", "checkpoint"))
+    assert base["forget"]["chat"] >= 0.97 and base["retain"]["chat"] >= 0.97
+    assert checkpoint["forget"] == reference["forget"]
+    assert checkpoint["forget"]["chat"] <= 0.30 and checkpoint["forget"]["plain"] <= 0.35
+    assert checkpoint["retain"]["chat"] >= 0.985 * base["retain"]["chat"]
+    assert 0 <= checkpoint["loss_added"] <= 0.05
+    assert checkpoint["parity"]["answer_flips"] == 0
+    assert checkpoint["parity"]["tokens_fired"] > 0
+    compiled, adapter = (engines[name] for name in ("compiled", "adapter"))
+    assert compiled["parity"]["mean_kl"] <= 1e-5 and compiled["parity"]["answer_flips"] == 0
+    assert compiled["forget"] == adapter["forget"] == reference["forget"]
+    for name in ("checkpoint", "onnx", "compiled", "adapter"):
+        assert engines[name]["parity"]["rounding"]["worst"] <= BAR
+    sizes = [path.stat().st_size for path in (RUN / "adapter").iterdir()]
+    assert sum(sizes) <= 1_000_000
+
+
+def test_what_it_forgot_is_counted(report: dict[str, Any], engines: dict[str, Any]) -> None:
+    forget, retain = report["known"]
+    assert forget["known"] >= 100 and forget["still_known"]["right"] <= 0.2 * forget["known"]
+    assert retain["still_known"] == {"right": retain["known"], "n": retain["known"]}
+    loss = engines["checkpoint"]["loss_detail"]
+    assert loss["split"]["before"]["max_abs"] <= loss["rounding"] < 1e-2
+    assert loss["split"]["before"]["n_tokens"] > 10_000
+    assert [control["name"] for control in report["controls"]] == [
+        "reconstruction",
+        "zero",
+        "random_decoder",
+        "random_features",
+    ]
+    tallies = report["completions"]["tallies"]
+    said = {(tally["source"], tally["variant"]): tally for tally in tallies}
+    assert said["topic", "base"]["right"]["right"] >= 38
+    assert said["topic", "unlearned"]["right"]["right"] <= 10
+    assert said["generic", "unlearned"]["as_base"] == {"right": 42, "n": 42}
+    attacks = {attack["name"]: attack for attack in report["robustness"]["attacks"]}
+    assert {"as asked", "reworded: training", "hints", "padding", "suffix"} <= set(attacks)
+    assert all(attack["unlearned"] is not None for attack in attacks.values())
+    plain = {score["task"]: score["accuracy"] for score in engines["checkpoint"]["harness"]}
+    assert plain["forget"] == engines["checkpoint"]["forget"]["plain"]
+    kept = json.loads((RUN / "lm-eval" / "checkpoint-local.json").read_text())
+    assert kept["results"]["forget"]["acc,none"] == plain["forget"]
 
 
 def test_merged_weights_do_what_the_clamp_does(engines: dict[str, Any]) -> None:

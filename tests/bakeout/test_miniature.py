@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
 from transformers import AutoTokenizer
 
 from bake.distill.distill_table import Distill
@@ -15,7 +14,6 @@ from bake.distill.distilling import HeldOut, distill
 from bake.questions.answers import letter_tokens
 from bake.questions.multiple_choice import load_questions
 from bake.recipe import Recipe
-from bake.rounding import BAR
 from bake.search.selection import selected_recipe
 from bake.search.sweep import Sweep
 from bake.stock import load_base, load_tokenizer
@@ -23,7 +21,7 @@ from bakeout.miniature.making.build import corpora_of, pick
 from bakeout.miniature.making.shipping import write_questions, write_recipe, write_texts
 from bakeout.miniature.making.world import build_world, question_splits
 from bakeout.verbs.baking import planned
-from bakeout.verbs.demo import MINIATURE, run_demo
+from bakeout.verbs.demo import MINIATURE
 from verify.engines.runners import HookedRunner
 from verify.evidence.completions import complete
 from verify.journal import Journal
@@ -73,59 +71,6 @@ def test_tokenizer_knows_gemmas_markers_and_encodes_anything() -> None:
     )
     expected = "<bos><start_of_turn>user\nHello<end_of_turn>\n<start_of_turn>model\n"
     assert chat == expected
-
-
-@pytest.mark.long
-@pytest.mark.timeout(900)
-def test_demo_from_recipe_to_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_demo(tmp_path / "demo", budget=10, attack=False) == 0
-    shown = capsys.readouterr().out
-    assert "hooked reference" in shown and "trust_remote_code=True" in shown
-    report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert report["verdict"] == "pass" and report["scope"] == "full"
-    base, reference, checkpoint = (
-        report["engines"][name] for name in ("base", "reference", "checkpoint")
-    )
-    assert base["forget"]["chat"] >= 0.97 and base["retain"]["chat"] >= 0.97
-    assert checkpoint["forget"] == reference["forget"]
-    assert checkpoint["forget"]["chat"] <= 0.30 and checkpoint["forget"]["plain"] <= 0.35
-    assert checkpoint["retain"]["chat"] >= 0.985 * base["retain"]["chat"]
-    assert 0 <= checkpoint["loss_added"] <= 0.05
-    assert checkpoint["parity"]["answer_flips"] == 0
-    assert checkpoint["parity"]["tokens_fired"] > 0
-    compiled, adapter = (report["engines"][name] for name in ("compiled", "adapter"))
-    assert compiled["parity"]["mean_kl"] <= 1e-5 and compiled["parity"]["answer_flips"] == 0
-    assert compiled["forget"] == adapter["forget"] == reference["forget"]
-    for name in ("checkpoint", "onnx", "compiled", "adapter"):
-        assert report["engines"][name]["parity"]["rounding"]["worst"] <= BAR
-    # What it forgot, beside what it knew: counted, never assumed.
-    forget, retain = report["known"]
-    assert forget["known"] >= 100 and forget["still_known"]["right"] <= 0.2 * forget["known"]
-    assert retain["still_known"] == {"right": retain["known"], "n": retain["known"]}
-    split = checkpoint["loss_detail"]["split"]
-    assert split["before"]["max_abs"] <= checkpoint["loss_detail"]["rounding"] < 1e-2
-    assert split["before"]["n_tokens"] > 10_000
-    assert [control["name"] for control in report["controls"]] == [
-        "reconstruction",
-        "zero",
-        "random_decoder",
-        "random_features",
-    ]
-    said = {
-        (tally["source"], tally["variant"]): tally for tally in report["completions"]["tallies"]
-    }
-    assert said["topic", "base"]["right"]["right"] >= 38
-    assert said["topic", "unlearned"]["right"]["right"] <= 10
-    assert said["generic", "unlearned"]["as_base"] == {"right": 42, "n": 42}
-    attacks = {attack["name"]: attack for attack in report["robustness"]["attacks"]}
-    assert {"as asked", "reworded: training", "hints", "padding", "suffix"} <= set(attacks)
-    assert all(attack["unlearned"] is not None for attack in attacks.values())
-    plain = {score["task"]: score["accuracy"] for score in checkpoint["harness"]}
-    assert plain["forget"] == checkpoint["forget"]["plain"]
-    kept = tmp_path / "demo" / "lm-eval" / "checkpoint-local.json"
-    assert json.loads(kept.read_text())["results"]["forget"]["acc,none"] == plain["forget"]
-    sizes = [path.stat().st_size for path in (tmp_path / "demo" / "adapter").iterdir()]
-    assert sum(sizes) <= 1_000_000
 
 
 def test_recipe_is_what_the_folder_next_to_it_holds() -> None:

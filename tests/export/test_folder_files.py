@@ -428,7 +428,7 @@ STRANGE: dict[str, list[str]] = {
     "layer": [
         *("custom_generate/generate.py", "configuration_clamped.py", "tokenizer_more.py"),
         *("pytorch_model.bin", "model.safetensors", "adapter_config.json", "preprocessor.py"),
-        *("adapter_model.safetensors", "more.safetensors", "onnx/model.onnx", "model.onnx_data"),
+        *("adapter_model.safetensors", "more.safetensors", "onnx/model_q8.onnx", "model.onnx_data"),
         *("additional_chat_templates/a.py", "additional_chat_templates/b/a.jinja", "a.gguf"),
         *("onnx/genai_config.json", "LICENSE.py", "LICENSE.json", "notes.txt", "a/README.md"),
         *(
