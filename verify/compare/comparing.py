@@ -17,7 +17,7 @@ from verify.compare.firing import Firings
 from verify.compare.lanes import side_by_side
 from verify.compare.shelf import Seen, Shelf
 from verify.engines.heap import trim
-from verify.engines.runners import DecodingRunner, HookedRunner, Reading
+from verify.engines.runners import DecodingRunner, HookedRunner, Reading, Runner
 from verify.journal import Journal, Progress
 
 if TYPE_CHECKING:
@@ -52,15 +52,17 @@ def compare(
         progress: told how far it is.
         cache: the folder in which is kept what the references read; else a temporary one.
     """
-    steps = [
+    batches = [
         _Step(f"batch {n}", batch, comparison, here, oracles)
         for n, batch in enumerate(comparison.material.batches(comparison.prompts))
     ]
-    steps += _decoding(comparison, here, oracles) if comparison.parity else []
-    todo = [(of, step) for of in elsewhere for step in steps if not journal.has(step.named(of))]
-    waited_for = Counter(step.name for _, step in todo)
-    total = sum(step.n_tokens for step in steps) * (1 + len(elsewhere))
-    done = total - sum(step.n_tokens for step in (*steps, *(step for _, step in todo)))
+    steps = batches + (_decoding(comparison, here, oracles) if comparison.parity else [])
+    others = [runner for runner in here if runner.name not in oracles]
+    todo = _missing(elsewhere, steps, journal)
+    afterwards = _missing(others, batches, journal)
+    waited_for = Counter(step.name for _, step in (*todo, *afterwards))
+    left = (*steps, *(step for _, step in (*todo, *afterwards)))
+    total, done = sum(step.n_tokens for step in left), 0
 
     def advance(step: _Step) -> None:
         nonlocal done
@@ -69,14 +71,14 @@ def compare(
 
     with Shelf(waited_for, cache) as shelf:
 
-        def follow(runner: DecodingRunner, step: _Step) -> None:
+        def follow(runner: Runner, step: _Step) -> None:
             seen, reading = shelf.take(step.name, comparison.reference_of(runner.name))
             found = step.follow(runner, seen, reading)
             journal.once(step.named(runner), lambda: found)
             trim()
 
-        asked = [(runner, partial(follow, runner, step)) for runner, step in todo]
-        with side_by_side(asked) as futures, shelf.failing():
+        work = [(runner, partial(follow, runner, step)) for runner, step in todo]
+        with side_by_side(work) as futures, shelf.failing():
             for step in steps:
                 for future in filter(Future.done, futures):
                     future.result()  # what went wrong in it
@@ -88,13 +90,24 @@ def compare(
                     del led
                     trim()
                 advance(step)
+            for runner, step in afterwards:  # on the references' model, so not meanwhile
+                follow(runner, step)
+                advance(step)
             steps_of = dict(zip(futures, (step for _, step in todo), strict=True))
             for future in as_completed(futures):
                 future.result()
                 advance(steps_of[future])
     for step in steps:
-        engines = {of.name: journal.once(step.named(of), dict) for of in elsewhere}
+        asked = elsewhere if isinstance(step, _Decoding) else (*others, *elsewhere)
+        engines = {of.name: journal.once(step.named(of), dict) for of in asked}
         step.take(journal.once(step.name, dict), engines)
+
+
+def _missing(
+    runners: Sequence[Runner], steps: Sequence[_Step], journal: Journal
+) -> list[tuple[Runner, _Step]]:
+    """What each engine has still to do, its steps in order."""
+    return [(of, step) for of in runners for step in steps if not journal.has(step.named(of))]
 
 
 @dataclass(frozen=True)
@@ -124,12 +137,12 @@ class _Step:
         """Padding left out."""
         return sum(len(prompt.ids) for prompt in self.batch.prompts)
 
-    def named(self, runner: DecodingRunner) -> str:
+    def named(self, runner: Runner) -> str:
         """The piece of work of one engine."""
         return f"{self.name} {runner.name}"
 
     def lead(self) -> _Led:
-        """Let the engines of this process read it, the references first."""
+        """Let the references read it."""
         batch, comparison = self.batch, self.comparison
         firings = Firings(self.oracles, REFERENCE)
         choose = partial(comparison.wanted, batch, self.oracles[REFERENCE])
@@ -143,15 +156,10 @@ class _Step:
         seen = Seen(wanted, comparison.nearby(batch), losses)
         since = firings.since(batch)
         engines = {name: self._compared(name, of, seen, of) for name, of in readings.items()}
-        for runner in self.here:
-            if runner.name not in self.oracles:
-                reference = readings[comparison.reference_of(runner.name)]
-                read = runner.read(*asked)
-                engines[runner.name] = self._compared(runner.name, read, seen, reference)
         logits = {name: of.logits for name, of in readings.items()}
         return _Led({"engines": engines, **since}, seen, logits)
 
-    def follow(self, runner: DecodingRunner, seen: Seen, reference: Reading) -> Any:
+    def follow(self, runner: Runner, seen: Seen, reference: Reading) -> Any:
         """Let one engine read it: what that says beside its reference's, as JSON data."""
         batch = self.batch
         read = runner.read(batch.input_ids, batch.attention_mask, seen.wanted, batch.scored)
@@ -200,7 +208,7 @@ class _Decoding(_Step):
         )
         return _Led(firings.since(batch), seen, logits)
 
-    def follow(self, runner: DecodingRunner, seen: Seen, reference: Reading) -> Any:
+    def follow(self, runner: Any, seen: Seen, reference: Reading) -> Any:
         """See `_Step.follow`."""
         batch, tail = self.batch, self._tail
         read = runner.decoded(batch.input_ids, batch.attention_mask, self.n_last)[seen.wanted]
