@@ -44,14 +44,16 @@ def _kl_nats(reference: Tensor, engine: Tensor, c: Tensor, high: Tensor, low: Te
     mean = (p * c).sum(dim=-1) / total
     c -= mean[:, None]
     apart = torch.maximum(high - mean, mean - low)
-    if not bool((apart < _FAR).all()):  # so where one is NaN
-        log_p, log_q = (of.double().log_softmax(dim=-1) for of in (reference, engine))
-        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     terms = c * (1 / 24)
     terms.add_(1 / 6).mul_(c).add_(1 / 2).mul_(c).mul_(c)
     if not bool((apart < _CLOSE).all()):
         terms = torch.where(c.abs() < _CLOSE, terms, c.expm1().sub_(c))
-    return (terms.mul_(p).sum(dim=-1) / total).double().log1p()
+    kl = (terms.mul_(p).sum(dim=-1) / total).double().log1p()
+    far = ~(apart < _FAR)  # so where one is NaN
+    if bool(far.any()):
+        log_p, log_q = (of[far].double().log_softmax(dim=-1) for of in (reference, engine))
+        kl[far] = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return kl
 
 
 def max_abs_difference(reference: Tensor, engine: Tensor) -> Tensor:
