@@ -11,6 +11,8 @@ from typing import Literal
 
 GEMMA_BOS = 2
 """BOS id of every Gemma, and transformers' default where a config does not state it."""
+END_OF_TURN = "<end_of_turn>"
+"""What ends a turn in every Gemma that chats: of some, an end that no config names."""
 
 
 @dataclass(frozen=True)

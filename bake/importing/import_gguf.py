@@ -20,7 +20,7 @@ import numpy as np
 
 from bake.base import INDEX, WEIGHTS
 from bake.errors import ModelError
-from bake.families import FAMILIES, GEMMA_BOS
+from bake.families import END_OF_TURN, FAMILIES, GEMMA_BOS
 from bake.files.scratch import Scratch
 from bake.importing.gguf_header import check_header
 from bake.new_folder import check_output, check_space, new_folder
@@ -31,7 +31,6 @@ SHARD_BYTES = 4 << 30
 """Most bytes of a weight file, about."""
 ROW_BYTES = 16 << 20
 """Bytes of float32 that are dequantised at once, about."""
-END_OF_TURN = "<end_of_turn>"
 _READABLE = {"gemma2": "gemma2", "gemma3": "gemma3_text"}
 """Architectures, as GGUF names them, and our families: those that transformers reads."""
 _AGAIN = "download it again"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
+from bake.families import END_OF_TURN
 from bake.stock import load_model, open_tokenizer, reason_of
 from bake.strangers.chat_template import NotRendered, rendered
 from bakeout.terminal import printable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENGINES = ("torch", "onnx")
-END_OF_TURN = "<end_of_turn>"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from bake.families import END_OF_TURN
 from bake.questions.prompts import Batch, Prompt, batches
 from verify.engines.runners import Runner
 from verify.engines.scoring import token_ids
@@ -12,7 +13,6 @@ from verify.engines.scoring import token_ids
 if TYPE_CHECKING:
     from torch import Tensor
 
-END_OF_TURN = "<end_of_turn>"
 AT_ONCE = 32
 """Prompts of a batch at most: several engines hold keys, values and logits of one at a time."""
 

@@ -129,7 +129,7 @@ def check_file(file: Path, stock: StockModel, tokenizer: Any, plan: Sequence[Pla
     else:
         asked, logits = _in_torch(stock, wanted)
         said = ask(file, asked, wanted)
-        kl = float(_kl(logits, said["logprobs"]).mean())
+        kl = _kl(logits, said["logprobs"])
         if not kl <= MOST_KL:
             raise CheckError(
                 f"the file was not kept: in llama.cpp it is {kl:.2g} nats per token from what "
@@ -239,17 +239,12 @@ def _in_torch(
     return dict(zip(_ASKED, values, strict=True)), said
 
 
-def _kl(of: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
-    """[m] KL(of || other) in nats, from logits [m, vocab]."""
-    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (of, other))
-    total: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
-    return total
+def _kl(of: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Mean KL(of || other) in nats, from logits [m, vocab]."""
+    import torch
 
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(-1, keepdims=True)
-    found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return found
+    p, q = (torch.from_numpy(logits).double().log_softmax(dim=-1) for logits in (of, other))
+    return float(torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True))
 
 
 def _read_back(file: Path, plan: Sequence[Planned]) -> None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bake.errors import ExportError
+from bake.families import END_OF_TURN
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of token, by llama.cpp's numbers."""
 SPACE = "\u2581"
-END_OF_TURN = "<end_of_turn>"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _LEAST = -1e6
 """Score of what no merge makes: below every rank of a vocabulary."""
@@ -121,7 +121,9 @@ def _template(tokenizer: Any) -> str | None:
 
 def _as_bytes(tokens: list[str], kinds: list[int]) -> list[str]:
     """Tokens of the byte-level kind: text as the characters that stand for its bytes."""
-    characters = byte_characters()
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    characters = bytes_to_unicode()
     text = {
         "".join(characters[byte] for byte in token.replace(SPACE, " ").encode())
         for token, kind in zip(tokens, kinds, strict=True)
@@ -138,10 +140,3 @@ def _as_bytes(tokens: list[str], kinds: list[int]) -> list[str]:
         else:
             named.append(token)
     return named
-
-
-def byte_characters() -> list[str]:
-    """The character that stands for each byte in GPT-2's vocabulary."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in own else next(others)) for byte in range(256)]

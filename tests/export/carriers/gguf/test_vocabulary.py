@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer, normalizers
 from tokenizers.models import BPE, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bake.errors import ExportError
 from bakeout.verbs.demo import MINIATURE
@@ -18,7 +19,6 @@ from export.carriers.gguf.vocabulary import (
     NORMAL,
     UNUSED,
     Vocabulary,
-    byte_characters,
     vocabulary_of,
 )
 
@@ -66,8 +66,7 @@ def test_scores_join_what_merges_join(text: str) -> None:
 def test_a_list_of_words_becomes_byte_level() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MINIATURE / "model")
     found = vocabulary_of(tokenizer, len(tokenizer))
-    characters = byte_characters()
-    back = {character: byte for byte, character in enumerate(characters)}
+    back = {character: byte for byte, character in bytes_to_unicode().items()}
     assert (found.model, found.pre, found.scores) == ("gpt2", "llama-bpe", [])
     assert len(set(found.tokens)) == len(found.tokens)
     for token, own, kind in zip(
@@ -79,7 +78,7 @@ def test_a_list_of_words_becomes_byte_level() -> None:
             wanted = bytes([int(byte[1], 16)]) if byte else own.replace("\u2581", " ").encode()
             assert bytes(back[character] for character in token) == wanted
     # Every byte can be written: by the character of its own, or by the byte.
-    assert all(character in found.tokens for character in characters)
+    assert all(character in found.tokens for character in back)
 
 
 def test_another_kind_is_refused() -> None:
