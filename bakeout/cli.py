@@ -13,6 +13,7 @@ from types import FrameType
 import typer
 
 from bake.errors import BakeoutError, printable
+from bake.files.memory import LARGE_PAGES
 from bake.new_folder import is_disk_full
 
 BAD_INPUT, UNEXPECTED, INTERRUPTED = 2, 3, 130
@@ -159,7 +160,8 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     debug = "--debug" in arguments
     arguments = _spread_kinds([argument for argument in arguments if argument != "--debug"])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", **LARGE_PAGES}.items():
+        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         asked = next((argument for argument in arguments if argument in VERBS), None)

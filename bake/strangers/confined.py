@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bake.files.memory import HEAP_KEPT, HEAPS
+from bake.files.memory import HEAP_KEPT, HEAPS, LARGE_PAGES
 from bake.strangers import start_confined
 
 SECONDS = 3600.0
@@ -49,6 +49,7 @@ def environment(scratch: Path) -> dict[str, str]:
         | offline
         | {"USE_HUB_KERNELS": "NO", "TOKENIZERS_PARALLELISM": "false"}
         | {"MALLOC_ARENA_MAX": str(HEAPS)}
+        | LARGE_PAGES
         | dict.fromkeys(("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(HEAP_KEPT))
     )
 
