@@ -6,7 +6,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import torch
 if TYPE_CHECKING:
     from tests.worlds import RecipeWriter
 
-torch.set_num_threads(1)  # tiny models gain nothing from more, and tests run side by side
+torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.defects", "tests.reports")
 
 
@@ -42,3 +44,9 @@ def write_recipe(tmp_path: Path) -> RecipeWriter:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that no worker is left with it alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is not looked through at every collection of garbage."""
+    gc.collect()
+    gc.freeze()
