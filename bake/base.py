@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bake.errors import ModelError, shown
-from bake.families import FAMILIES, GEMMA_BOS, Family
+from bake.families import FAMILIES, GEMMA_BOS, Family, own_heads
 from bake.reading.capped import read_json
 from bake.reading.model_config import MOST_LAYERS, wrong_field
 from bake.recipe import Recipe
@@ -93,7 +93,7 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
             f"base model {name}: its weights cannot be read ({error}); download it again"
         ) from error
     for key, tensor in sorted(tensors.items()):
-        part = re.fullmatch(r"(?:.*\.)?layers\.\d+\.mlp\.gate_proj\.(.+)", key)
+        part = re.fullmatch(r"(?!.*_tower\.)(?:.*\.)?layers\.\d+\.mlp\.gate_proj\.(.+)", key)
         other = tensor.dtype not in _FLOATS and key.endswith(".weight")
         if other or (part and part[1] != "weight"):
             raise _quantised(name, f"{key} as {tensor.dtype}")
@@ -144,6 +144,7 @@ def wrong_size(
     gate = tensors[f"{prefix}0.mlp.gate_proj.weight"].shape
     queries = tensors.get(f"{prefix}0.self_attn.q_proj.weight")
     text = config.get("text_config") or config
+    text = {**text, **own_heads(text, 0)}
     if len(gate) != 2:
         return f"{prefix}0.mlp.gate_proj.weight has shape {list(gate)}; expected a matrix"
     sizes = {"hidden_size": gate[1], "intermediate_size": gate[0], "num_hidden_layers": n_layers}

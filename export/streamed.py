@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bake.modeling_clamped_gemma as modeling
+from bake.families import unread_tensors
 from bake.rounding import DRAWS, EPSILON, disturbed, rounding_parts
 from bake.tensors import StoredTensor
 from export.clamped import Clamped
@@ -44,6 +45,7 @@ class StreamedModel:
 
     def __init__(self, clamped: Clamped) -> None:
         self._clamped = clamped
+        self._unread = unread_tensors(clamped.base_config)
         config = clamped.config
         config._attn_implementation = "eager"
         with torch.device("meta"):
@@ -53,6 +55,8 @@ class StreamedModel:
         text.rotary_emb = type(text.rotary_emb)(text.config)
         table = clamped.tensors[f"{clamped.backbone_prefix}embed_tokens.weight"]
         text.embed_tokens = _Table(table, text.config.hidden_size**0.5)
+        if width := getattr(text.config, "hidden_size_per_layer_input", 0):
+            self._fill_per_layer(width)
         text.norm.load_state_dict(self._tensors(f"{clamped.backbone_prefix}norm."), assign=True)
         self._model.lm_head = self._head = _Head(clamped.tensors[clamped.head])
         self._layers = text.layers
@@ -114,12 +118,10 @@ class StreamedModel:
         """The same up to the last clamped layer, without logits: [0, vocab]."""
         last = self._clamped.sites[-1].layer
         self._text.layers = self._layers[: last + 1]
-        self._text.config.num_hidden_layers = last + 1
         try:
             self._forward(self._text, input_ids, attention_mask)
         finally:
             self._text.layers = self._layers
-            self._text.config.num_hidden_layers = len(self._layers)
         nothing = torch.empty(0, self._head.vocab)
         return Run(nothing, self._read, self._moved, self._active, self._margins, self._edges)
 
@@ -141,6 +143,15 @@ class StreamedModel:
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=False,
             )
+
+    def _fill_per_layer(self, width: int) -> None:
+        """What a Gemma 4 gives each layer of each token."""
+        text, prefix = self._text, self._clamped.backbone_prefix
+        table = self._clamped.tensors[f"{prefix}embed_tokens_per_layer.weight"]
+        text.embed_tokens_per_layer = _Table(table, width**0.5)
+        for part in ("per_layer_model_projection", "per_layer_projection_norm"):
+            loaded = self._tensors(f"{prefix}{part}.")
+            getattr(text, part).load_state_dict(loaded, assign=True)
 
     def _fill(self, index: int) -> Any:
         prefix = f"{self._clamped.layer_prefix}{index}."
@@ -178,7 +189,7 @@ class StreamedModel:
         return {
             name.removeprefix(prefix): torch.from_numpy(tensor.array())
             for name, tensor in self._clamped.tensors.items()
-            if name.startswith(prefix)
+            if name.startswith(prefix) and not self._unread.fullmatch(name)
         }
 
 
@@ -195,6 +206,16 @@ class _Table(nn.Module):
         ids, places = torch.unique(input_ids, return_inverse=True)
         rows = [torch.from_numpy(self._table.rows(i, i + 1)) for i in ids.tolist()]
         return torch.cat(rows)[places] * self._scale
+
+    @property
+    def weight(self) -> _Table:
+        """Itself: of the table one row is asked for, the padding's."""
+        return self
+
+    def __getitem__(self, place: tuple[int, slice]) -> Tensor:
+        """A row, unscaled: [d_in]."""
+        row, columns = place
+        return torch.from_numpy(self._table.rows(row, row + 1))[0, columns]
 
 
 class _Head(nn.Module):

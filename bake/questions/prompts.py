@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from bake.errors import DataError, ModelError, shown
+from bake.families import LATER_TURNS
 from bake.questions.forms import FORMS, forms_beside
 from bake.questions.multiple_choice import LETTERS, Question, Text
 from bake.recipe import PromptForm
@@ -194,12 +195,12 @@ def asking(text: str, question: Question, tokenizer: Any, at: Prompt) -> list[Pr
         DataError: a choice is empty, and its text is the answer.
     """
     bos, form = bos_id(tokenizer), FORMS[cast(PromptForm, at.form)]
-    ids = _encode(tokenizer, text)
+    (ids,) = encoded([text], tokenizer)
     if form.letters:
         return [replace(at, ids=(bos, *ids))]
     found = []
     for index, choice in enumerate(question.choices):
-        own = _encode(tokenizer, f"{text}{form.opens}{choice}")[len(ids) :]
+        own = encoded([f"{text}{form.opens}{choice}"], tokenizer)[0][len(ids) :]
         if not choice or not own:
             raise DataError(
                 f"{at.source} questions, row {question.row}: choice {LETTERS[index]} is "
@@ -216,7 +217,7 @@ def text_prompts(texts: Iterable[Text], tokenizer: Any) -> list[Prompt]:
     prompts: list[Prompt] = []
     n_tokens = 0
     for text in texts:
-        ids = _encode(tokenizer, text.text)
+        (ids,) = encoded([text.text], tokenizer)
         for start in range(0, len(ids), width):
             if n_tokens >= TEXT_TOKENS:
                 return prompts
@@ -237,8 +238,19 @@ def bos_id(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def encoded(texts: Iterable[str], tokenizer: Any) -> list[list[int]]:
+    """Texts as tokens, without BOS. Marks of turns that a tokenizer does not know are written as
+    Gemma 4 has them, where it knows those.
+    """
+
+    def known(token: str) -> bool:
+        return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
+
+    said = list(texts)
+    for mark, later in LATER_TURNS.items():
+        if any(mark in text for text in said) and known(later) and not known(mark):
+            said = [text.replace(mark, later) for text in said]
+    return [list(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"]]
 
 
 # --------------------------------------------------------------------------- batches

@@ -74,7 +74,7 @@ def export_onnx(
     """Write a clamped checkpoint's graph, whole or not at all.
 
     Args:
-        folder: a clamped checkpoint of Gemma, Gemma 2 or Gemma 3 (text), or one compiled from it.
+        folder: a clamped checkpoint of a text model, or one compiled from it.
         precision: of `PRECISIONS`; shared points into the checkpoint's own files, the others write
             rounded copies.
         out: a folder of its own for a rounded graph; default: beside the checkpoint.
@@ -146,7 +146,10 @@ def _export(
         new[chosen.file] = graph
         if not stored:
             new[WITNESSES] = witnesses.save(partial)
-        if out is not None or chosen.shared or not (root / PRECISIONS["shared"].file).exists():
+        genai = clamped.family.genai
+        if genai and (
+            out is not None or chosen.shared or not (root / PRECISIONS["shared"].file).exists()
+        ):
             new[GENAI_CONFIG] = _write_genai_config(clamped, partial, chosen.file)
         if out is None:
             changes = {"rounded": rounded_graphs} if rounded_graphs else {}
