@@ -117,13 +117,10 @@ def _tiny_gemma_4(kind: str, text: dict[str, Any]) -> Any:
     return tf.Gemma4Config(**parts, **tokens)
 
 
-def tiny_base(
-    folder: Path, family: str = "gemma2", *, seed: int = 0, shards: int = 1, dtype: str = "float32"
-) -> Path:
-    """A random model of a family, saved as transformers saves it."""
+def tiny_model(family: str, config: Any, *, seed: int = 0) -> Any:
+    """A random model of a family or kind, with a config of it."""
     import transformers as tf
 
-    torch.manual_seed(seed)
     heads = {
         "gemma": tf.GemmaForCausalLM,
         "gemma2": tf.Gemma2ForCausalLM,
@@ -134,12 +131,21 @@ def tiny_base(
         "gemma4_unified_text": tf.Gemma4UnifiedForCausalLM,
         "gemma4_unified": tf.Gemma4UnifiedForConditionalGeneration,
     }
-    model = heads[family.partition(",")[0]](tiny_config(family)).to(getattr(torch, dtype))
+    torch.manual_seed(seed)
+    model = heads[family.partition(",")[0]](config)
+    if family == "gemma3":  # starts as zeros, which would hide the images
+        model.model.multi_modal_projector.mm_input_projection_weight.data.normal_()
     for name, tensor in model.state_dict().items():  # ones, which would hide what multiplies
         if family.startswith("gemma4") and name.endswith(("norm.weight", "_scalar", "_scale")):
             tensor.uniform_(0.6, 1.2)
-    if family == "gemma3":  # starts as zeros, which would hide the images
-        model.model.multi_modal_projector.mm_input_projection_weight.data.normal_()
+    return model
+
+
+def tiny_base(
+    folder: Path, family: str = "gemma2", *, seed: int = 0, shards: int = 1, dtype: str = "float32"
+) -> Path:
+    """A random model of a family or kind, saved as transformers saves it."""
+    model = tiny_model(family, tiny_config(family), seed=seed).to(getattr(torch, dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, max_shard_size=size if shards == 1 else size // shards)
     return folder

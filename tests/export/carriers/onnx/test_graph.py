@@ -14,10 +14,10 @@ import onnx
 import pytest
 import tomli_w
 import torch
-import transformers as tf
 from onnx import TensorProto
 
 from bake.errors import ModelError
+from bake.families import FAMILIES as KNOWN
 from bake.recipe import Recipe
 from bake.stock import load_base
 from bake.tensors import StoredTensor
@@ -31,12 +31,14 @@ from export.clamped import CLAMP_TENSORS, Clamped, open_clamped
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.worlds import (
     D_IN,
+    KINDS,
     N_LAYERS,
     VOCAB,
     sae_table,
     save_gemma_scope,
     save_sae_lens,
     tiny_config,
+    tiny_model,
     tiny_sae,
 )
 from verify.engines.onnx_files import open_graph
@@ -44,13 +46,11 @@ from verify.engines.onnx_runner import open_session
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 
-FAMILIES = ("gemma", "gemma2", "gemma3_text")
+FAMILIES = [
+    kind for kind in KINDS if not (KNOWN[kind.partition(",")[0]].images or kind.endswith("experts"))
+]
+"""Every kind that has graphs."""
 WINDOW = 8
-CLASSES = {
-    "gemma": tf.GemmaForCausalLM,
-    "gemma2": tf.Gemma2ForCausalLM,
-    "gemma3_text": tf.Gemma3ForCausalLM,
-}
 Change = Callable[[Any], None]
 
 
@@ -77,10 +77,9 @@ class Workshop:
     def base(self, name: str, family: str, change: Change, dtype: str = "float32") -> Path:
         path = self.folder / name
         if not path.exists():
-            torch.manual_seed(0)
             config = tiny_config(family)
             change(config)
-            model = CLASSES[family](config)
+            model = tiny_model(family, config)
             for key, parameter in model.named_parameters():
                 if key.endswith(".bias"):  # they start as zeros, which would hide them
                     parameter.data.normal_()
@@ -300,6 +299,12 @@ VARIANTS: dict[str, tuple[str, Change]] = {
     ),
     "one key head": ("gemma", set_fields(num_key_value_heads=1)),
     "a head for every query": ("gemma2", set_fields(num_key_value_heads=4)),
+    "untied head, gemma4": ("gemma4_text", set_fields(tie_word_embeddings=False)),
+    "biases, gemma4": ("gemma4_text", set_fields(attention_bias=True)),
+    "biases, shared keys": ("gemma4_text, shared keys", set_fields(attention_bias=True)),
+    "softcap, gemma4": ("gemma4_text", set_fields(final_logit_softcapping=5.0)),
+    "images seen both ways": ("gemma4_text", set_fields(use_bidirectional_attention="vision")),
+    "heads of one size": ("gemma4_text", lambda config: setattr(config, "per_layer_config", {})),
     "wide heads": ("gemma3_text", set_fields(head_dim=16, query_pre_attn_scalar=24)),
 }
 
@@ -372,6 +377,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
             "gemma2": modeling.ClampedGemma2Config,
             "gemma3_text": modeling.ClampedGemma3TextConfig,
             "gemma3": modeling.ClampedGemma3Config,
+            "gemma4_text": modeling.ClampedGemma4TextConfig,
+            "gemma4_text, experts": modeling.ClampedGemma4TextConfig,
         }
         sites = [{"layer": 1, "k": 2, "exempt_bos": True}]
         data = tiny_config(family)
@@ -388,6 +395,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
             "family gemma3: cannot be exported to ONNX; expected one of gemma, gemma2",
         ),
         ("gemma3_text", set_fields(use_bidirectional_attention=True), "bidirectional_attention"),
+        ("gemma4_text", set_fields(use_bidirectional_attention="all"), "bidirectional_attention"),
+        ("gemma4_text, experts", unchanged, "enable_moe_block: a mixture of experts cannot be"),
         ("gemma2", set_fields(rope_parameters=dynamic), "rope type dynamic"),
         ("gemma3_text", global_rope(rope_type="dynamic", factor=2.0), "rope type dynamic"),
         ("gemma2", set_fields(hidden_activation="mish"), "activation mish"),
