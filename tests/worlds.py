@@ -136,7 +136,9 @@ def tiny_model(family: str, config: Any, *, seed: int = 0) -> Any:
     if family == "gemma3":  # starts as zeros, which would hide the images
         model.model.multi_modal_projector.mm_input_projection_weight.data.normal_()
     for name, tensor in model.state_dict().items():  # ones, which would hide what multiplies
-        if family.startswith("gemma4") and name.endswith(("norm.weight", "_scalar", "_scale")):
+        if name.endswith(("q_norm.weight", "k_norm.weight")) and family.startswith("gemma4"):
+            tensor.uniform_(0.2, 0.5)  # scores are not divided by anything else
+        elif family.startswith("gemma4") and name.endswith(("norm.weight", "_scalar", "_scale")):
             tensor.uniform_(0.6, 1.2)
     return model
 

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file, save_file
 from bake.base import find_base, open_base
 from bake.errors import ModelError
 from bake.recipe import Recipe
-from tests.worlds import D_IN, FAMILIES, N_LAYERS, RecipeWriter, cut, tiny_base
+from tests.worlds import D_IN, KINDS, N_LAYERS, RecipeWriter, cut, tiny_base
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_facts_come_from_the_tensors(tmp_path: Path, family: str) -> None:
     folder = tiny_base(tmp_path / "base", family, shards=3)
     base = open_base(folder, name="base", revision=None)

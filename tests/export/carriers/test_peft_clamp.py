@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import bakeout
 from export.carriers.peft_clamp import NAME, SITE, register
 from tests.folders import make_adapter
-from tests.worlds import FAMILIES
+from tests.worlds import KINDS
 
 HOLDS_FOR = ("0.21",)
 """Versions of peft whose enum can be extended, and that call what a method here overrides."""
@@ -59,7 +59,7 @@ def test_peft_is_a_version_that_holds() -> None:
     assert [member.value for member in PeftType].count(NAME) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_logits_are_the_checkpoints_and_disabled_the_bases(tmp_path: Path, family: str) -> None:
     folder = make_adapter(tmp_path, family)
     base, inputs = base_of(folder), prompts()

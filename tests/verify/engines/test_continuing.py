@@ -16,7 +16,7 @@ from bake.stock import load_base, load_tokenizer
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from tests.logits import every_logit, one_after_another
 from tests.worlds import (
-    FAMILIES,
+    KINDS,
     VOCAB,
     save_sae_lens,
     talkative,
@@ -66,7 +66,7 @@ class Tiny:
         return [found[item] for item in range(len(TEXTS))]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def tiny(tmp_path: Path, write_recipe: Any, request: pytest.FixtureRequest) -> Tiny:
     return Tiny(tmp_path, write_recipe, request.param)
 
