@@ -266,7 +266,9 @@ def sae_table(path: str) -> dict[str, Any]:
     return {"sae": {"path": path}, **word}
 
 
-def tiny_tokenizer(folder: Path) -> Path:
+def tiny_tokenizer(
+    folder: Path, turns: tuple[str, str] = ("<start_of_turn>", "<end_of_turn>")
+) -> Path:
     """A tokenizer by characters with Gemma's special tokens, where " A" to " D" are one token.
 
     Its ids stay below those that the tiny Gemma 3 keeps for images.
@@ -275,7 +277,7 @@ def tiny_tokenizer(folder: Path) -> Path:
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", *turns)
     characters = string.ascii_letters + string.digits + "\n\u2581.,:;?!()'-"
     pairs = [f"\u2581{letter}" for letter in "ABCD"]
     vocab = {token: i for i, token in enumerate([*special, *characters, *pairs])}

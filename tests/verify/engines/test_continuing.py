@@ -189,6 +189,13 @@ def test_what_ends_a_continuation(tiny: Tiny) -> None:
     assert stop_ids(Plain()) == {7}
 
 
+def test_gemma_4_ends_its_turns_otherwise(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    turns = tiny_tokenizer(tmp_path, ("<|turn>", "<turn|>"))
+    assert stop_ids(AutoTokenizer.from_pretrained(turns)) == {1, 5}
+
+
 def test_prompts_have_bos_once_and_stand_to_the_right(tiny: Tiny) -> None:
     (batch,) = prompt_batches(["abc", "<start_of_turn>user\nabcd"], tiny.tokenizer)
     assert [prompt.item for prompt in batch.prompts] == [1, 0]

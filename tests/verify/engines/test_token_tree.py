@@ -129,7 +129,7 @@ def test_the_tree_gives_the_logits_of_every_sequence_alone(oracle: Oracle) -> No
     assert oracle.tokens_fired > 0
     assert not torch.allclose(found["base"], found["reference"], atol=1e-2)
     # The sequences differ from one another, and the tree left nothing on the model.
-    assert len({row.argmax().item() for row in found["base"]} | {-1}) > 2
+    assert float(found["base"].std(dim=0).max()) > 0.1
     assert not oracle.model._forward_pre_hooks
 
 
