@@ -194,7 +194,10 @@ def borrowing_layers(config: Mapping[str, Any]) -> dict[int, int]:
     """
     text = config.get("text_config") or config
     n, shared = text.get("num_hidden_layers") or 0, text.get("num_kv_shared_layers") or 0
-    kinds = text.get("layer_types") or []
+    kinds = list(text.get("layer_types") or [])
+    if not kinds:  # as transformers fills it
+        kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(n)]
+    kinds[-1:] = ["full_attention"]
     own = kinds[: n - shared] if 0 < shared < n == len(kinds) else []
     lenders = {kind: layer for layer, kind in enumerate(own)}
     behind = kinds[len(own) :] if own else []

@@ -20,7 +20,10 @@ def passing_by(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
     text = config.get("text_config") or config
     lent = borrowing_layers(config)
     old_keys = [behind for behind, lender in lent.items() if lender <= layer < behind]
-    fed = (text.get("hidden_size_per_layer_input") or 0) and layer + 1 < text["num_hidden_layers"]
+    # transformers gives a Gemma 4 such embeddings where its config does not say whether it has.
+    unsaid = 256 if str(text.get("model_type")).endswith("gemma4_text") else 0
+    width = text.get("hidden_size_per_layer_input", unsaid)
+    fed = width and layer + 1 != text.get("num_hidden_layers")
     return {
         **({"old_keys": old_keys} if old_keys else {}),
         **({"embedded_again": True} if fed else {}),

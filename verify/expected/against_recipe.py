@@ -17,7 +17,6 @@ from bake.errors import FolderError, short
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.manifest import AGAIN, Manifest, read_json
-from export.passing_by import passing_by
 from verify.clamped_folder import RECIPE, base_failures, stored_recipe
 from verify.expected.added_layers import added_failures
 from verify.expected.clamp_rows import Expected, expected_tensors, tensor_failures
@@ -28,6 +27,7 @@ from verify.expected.expected_config import (
     checkpoint_config,
     compiled_config,
     differences,
+    past_the_clamp,
 )
 from verify.expected.own_files import as_damaged, data_failures, graph_clamps
 from verify.expected.trained_weights import trained_failures
@@ -248,9 +248,7 @@ def _origin(checked: Checked) -> Iterator[Failure]:
             "features": list(site.features),
             "parameters": site.clamp.parameters,
             "k": place.k,
-            "old_keys": [],
-            "embedded_again": False,
-            **passing_by(checked.base.config, site.layer),
+            **past_the_clamp(checked.base, site.layer),
         }
         at = f"manifest.json, clamp at layer {site.layer}"
         found: Mapping[str, Any] = {}
