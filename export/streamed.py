@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import bake.modeling_clamped_gemma as modeling
 from bake.families import unread_tensors
-from bake.rounding import DRAWS, EPSILON, disturbed, rounding_parts
+from bake.rounding import DRAWS, EPSILON, disturbed_part, rounding_parts
 from bake.tensors import StoredTensor
 from export.clamped import Clamped
 
@@ -71,10 +71,10 @@ class StreamedModel:
             layer.register_forward_pre_hook(self._fill(index))
             layer.register_forward_hook(lambda module, _, __: module.to("meta") and None)
             for part in rounding_parts(layer):
-                part.register_forward_hook(lambda _, __, output: self._disturb(output))
+                part.register_forward_hook(self._disturb_part)
             if layer.sae_clamp is not None:
                 layer.sae_clamp.register_forward_pre_hook(
-                    lambda _, inputs: (self._disturb(inputs[0]), *inputs[1:])
+                    lambda clamp, given: (self._disturb_part(clamp, given, given[0]), *given[1:])
                 )
                 layer.sae_clamp.register_forward_hook(self._watch(index))
 
@@ -178,12 +178,13 @@ class StreamedModel:
 
         return watch
 
-    def _disturb(self, h: Tensor) -> Tensor:
-        """[batch, seq, d_in] -> the same, with one rounding more in the copies of the prompts."""
+    def _disturb_part(self, part: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """What a part gives, [batch, seq, d], with one rounding more in the prompts' copies."""
         if self._noise is None:
-            return h
+            return y
         n, generator = self._noise
-        return torch.cat([h[:n], disturbed(h[n:], generator, EPSILON["float32"])])
+        copies = disturbed_part(part, given[0][n:], y[n:], generator, EPSILON["float32"])
+        return torch.cat([y[:n], copies])
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         return {
