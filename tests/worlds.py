@@ -102,8 +102,8 @@ def _tiny_gemma_4(kind: str, text: dict[str, Any]) -> Any:
         return tf.Gemma4UnifiedTextConfig(**text)
     if kind in GEMMA_4_TEXT:
         return tf.Gemma4TextConfig(**text, **none | GEMMA_4_TEXT[kind])
-    tokens = dict(zip(("video_token_id", "audio_token_id"), (94, 95), strict=True))
-    tokens |= {"boi_token_id": 96, "eoi_token_id": 97, "image_token_id": 98}
+    tokens = {"boi_token_id": 95, "eoi_token_id": 95}
+    tokens |= {"image_token_id": 98, "video_token_id": 97, "audio_token_id": 96}
     if kind == "gemma4_unified":
         vision = {"patch_size": 2, "pooling_kernel_size": 1, "mm_embed_dim": 16}
         vision |= {"mm_posemb_size": 8, "output_proj_dims": 16}
