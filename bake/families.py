@@ -213,8 +213,9 @@ def own_heads(config: Mapping[str, Any], layer: int) -> dict[str, int]:
         layer: which.
     """
     text = config.get("text_config") or config
-    if (stated := text.get("per_layer_config")) is not None:
-        return next((dict(own) for number, own in stated.items() if int(number) == layer), {})
+    if "per_layer_config" in text:  # where it is null there is none, and nothing is filled in
+        each = (text["per_layer_config"] or {}).items()
+        return next((dict(own) for number, own in each if int(number) == layer), {})
     kinds = text.get("layer_types") or []
     if not str(text.get("model_type")).removeprefix("clamped_").startswith("gemma4"):
         return {}

@@ -169,6 +169,9 @@ def wrong_field(config: Mapping[str, Any]) -> str | None:
         later = str(part.get("model_type")).removeprefix("clamped_").startswith("gemma4")
         if (own := part.get("per_layer_config")) and not later:
             return f"{where}per_layer_config is {shown(own)}; expected none but in Gemma 4"
+        shared = part.get("num_kv_shared_layers") or 0
+        if n_layers is not None and shared >= n_layers:
+            return f"{where}num_kv_shared_layers is {shared}; expected fewer than {n_layers} layers"
         heads, groups = part.get("num_attention_heads"), part.get("num_key_value_heads")
         if heads is not None and groups is not None and heads % groups:
             return (

@@ -181,8 +181,8 @@ nothing else. Without it, loading fails on purpose. One way past that is left, s
 weights keep their names: whoever gives `from_pretrained` a stock config (`config=…`) loads the base
 without the clamp, and transformers only warns that some weights were not used.
 
-Where `model.onnx` lies here, ONNX Runtime runs it; where `genai_config.json` does, onnxruntime-genai
-runs the folder as it is:
+Where `model.onnx` lies here, ONNX Runtime runs it; where `genai_config.json` does,
+onnxruntime-genai runs the folder as it is:
 
 ```python
 import onnxruntime
