@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx.helper import make_model, make_opsetid, set_model_props
 
-from bake.errors import CheckError, FolderError, OutputError
+from bake.errors import CheckError, FolderError, ModelError, OutputError, shown
 from bake.files.folder_files import PARTIAL
 from bake.files.scratch import Scratch
 from bake.new_folder import check_output, check_space, new_folder
@@ -214,9 +214,14 @@ def model_of(
     if precision.blocks:
         imports.append(make_opsetid("com.microsoft", 1))
     functions = [function()] if architecture.sites else []
-    model = make_model(
-        writer.write(), functions=functions, opset_imports=imports, ir_version=IR_VERSION
-    )
+    try:
+        graph = writer.write()
+    except KeyError as error:
+        raise ModelError(
+            f"{clamped.name}: config.json asks for {shown(error.args[0])}, which its weights have "
+            "not; expected the config that they came with. Bake it again"
+        ) from error
+    model = make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION)
     model.producer_name, model.producer_version = "bakeout", version("bakeout")
     provenance = {
         "bakeout.version": version("bakeout"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.errors import ModelError
+from bake.errors import ModelError, short
 from bake.families import Family, borrowing_layers, family_of, text_families
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu", "silu", "relu")
@@ -123,7 +123,14 @@ def _inv_freqs(config: Any, family: Family) -> dict[str, tuple[NDArray[np.float3
     import transformers
 
     stock = getattr(transformers, family.architecture)
-    rope = getattr(import_module(stock.__module__), family.rope)(config)
+    try:
+        rope = getattr(import_module(stock.__module__), family.rope)(config)
+    except Exception as error:  # each of its checks raises another kind
+        reason = short(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelError(
+            f"rotary embeddings: cannot be made of config.json ({reason}); expected a model that "
+            "transformers runs. Bake it again"
+        ) from error
     kinds = {"all": ("", rope.rope_type)}
     if family.head_norms:
         kinds = {name: (f"{name}_", rope.rope_type[name]) for name in rope.rope_type}

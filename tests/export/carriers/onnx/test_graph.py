@@ -388,6 +388,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
         return kinds[family](**fields, sae_clamp=section)
 
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    no_theta = {"full_attention": {"rope_type": "default"}, "sliding_attention": dynamic}
     cases: list[tuple[str, Change, str]] = [
         (
             "gemma3",
@@ -397,6 +398,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
         ("gemma3_text", set_fields(use_bidirectional_attention=True), "bidirectional_attention"),
         ("gemma4_text", set_fields(use_bidirectional_attention="all"), "bidirectional_attention"),
         ("gemma4_text, experts", unchanged, "enable_moe_block: a mixture of experts cannot be"),
+        ("gemma4_text", set_fields(rope_parameters=no_theta), "rotary embeddings: cannot be made"),
         ("gemma2", set_fields(rope_parameters=dynamic), "rope type dynamic"),
         ("gemma3_text", global_rope(rope_type="dynamic", factor=2.0), "rope type dynamic"),
         ("gemma2", set_fields(hidden_activation="mish"), "activation mish"),
@@ -406,6 +408,17 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
             Architecture.from_config(config(family, change))
         assert "\n" not in str(caught.value)
         assert "expected" in str(caught.value)
+
+
+def test_a_config_that_asks_for_other_tensors_is_refused_by_name(workshop: Workshop) -> None:
+    kind = "gemma4_text, shared keys"
+    export = workshop.export(workshop.base(kind, kind, unchanged), METHOD_TABLES["clamp"])
+    arch = Architecture.from_config(export.clamped.config)
+    assert arch.borrows == {2: 0, 3: 1}
+    names = {value.name for value in export.proto.graph.input}
+    assert "past_key_values.1.key" in names and "past_key_values.2.key" not in names
+    with pytest.raises(ModelError, match=r"asks for 'model\.layers\.2\.self_attn\.k_proj\.weight'"):
+        write_graph(export.clamped, replace(arch, borrows={}), "shared", export.path)
 
 
 # --------------------------------------------------------------------------- what the file holds
@@ -537,8 +550,8 @@ def big_graph() -> tuple[onnx.GraphProto, int]:
         d_in=d_in,
         vocab=vocab,
         n_heads=8,
-        n_kv_heads=4,
-        head_dim=256,
+        n_kv_heads=(4,) * n_layers,
+        head_dim=(256,) * n_layers,
         norm_eps=1e-6,
         activation="gelu_pytorch_tanh",
         attention_scale=1 / 16,
@@ -549,6 +562,10 @@ def big_graph() -> tuple[onnx.GraphProto, int]:
         inv_freqs={"all": (inv_freq, 1.0)},
         norms_after=True,
         head_norms=False,
+        scaled=False,
+        keys_are_values=(False,) * n_layers,
+        borrows={},
+        per_layer=0,
         exempt_token_ids=(2,),
         sites={7: True},
     )
