@@ -84,13 +84,15 @@ def rounded_to_integers(weight: Tensor, bits: int) -> Tensor:
 
 
 def coarsen(layers: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Change every matrix of some decoder layers in place; buffers, as a clamp's are, are none."""
+    """Change every matrix of some decoder layers in place, those of experts among them; buffers, as
+    a clamp's are, are none.
+    """
     import torch
 
     with torch.no_grad():
         for weight in layers.parameters():
-            if weight.ndim == 2:
-                weight.copy_(change(weight))
+            if weight.ndim >= 2:
+                weight.copy_(change(weight.flatten(0, -2)).view_as(weight))
 
 
 def disturbed(h: Tensor, generator: Generator, epsilon: float) -> Tensor:
