@@ -98,7 +98,7 @@ class Oracle:
     Within `applied()` the model is the reference, outside it is the base.
 
     Args:
-        model: a stock Gemma, Gemma 2 or Gemma 3.
+        model: a stock Gemma, as `bake.stock.load_model` gives it: all its layers see all tokens.
         sites: one per clamp.
         edit: what the hooks make of the residual stream; `reconstruct_residual` is a control.
 

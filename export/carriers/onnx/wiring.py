@@ -39,7 +39,7 @@ class Architecture:
     inv_freqs: dict[str, tuple[NDArray[np.float32], float]]
     """Rotary frequencies [head_dim / 2] and the factor on sine and cosine, by name."""
     norms_after: bool
-    """Gemma 2 and 3: a block's output has a norm of its own before it is added."""
+    """Gemma 2 and later: a block's output has a norm of its own before it is added."""
     head_norms: bool
     """Gemma 3 and 4: queries and keys have a norm of their own."""
     scaled: bool
