@@ -25,7 +25,7 @@ FAMILIES = (
     *("gemma", "gemma2", "gemma3_text", "gemma3"),
     *("gemma4_text", "gemma4", "gemma4_unified_text", "gemma4_unified"),
 )
-_PER_LAYER = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": VOCAB}
+_PER_LAYER = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB}
 _SHARED = _PER_LAYER | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
 GEMMA_4_TEXT: dict[str, dict[str, Any]] = {
     "gemma4_text": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},

@@ -205,7 +205,7 @@ def test_names_that_lead_nowhere(tmp_path: Path, write_recipe: RecipeWriter) -> 
 @pytest.mark.parametrize(
     ("kind", "stated", "match"),
     [
-        ("gemma4_text, per-layer embeddings", {"hidden_size_per_layer_input": 7}, "expected 6"),
+        ("gemma4_text, per-layer embeddings", {"hidden_size_per_layer_input": 7}, "expected 16"),
         ("gemma4_text, per-layer embeddings", {"vocab_size_per_layer_input": 98}, "expected 99"),
         ("gemma4_text", {"hidden_size_per_layer_input": 1 << 20}, "expected 0, as its tensors"),
         ("gemma4_text, experts", {"num_experts": 1 << 20}, "expected 4"),
