@@ -195,12 +195,12 @@ def asking(text: str, question: Question, tokenizer: Any, at: Prompt) -> list[Pr
         DataError: a choice is empty, and its text is the answer.
     """
     bos, form = bos_id(tokenizer), FORMS[cast(PromptForm, at.form)]
-    (ids,) = encoded([text], tokenizer)
+    ids = _encode(tokenizer, text)
     if form.letters:
         return [replace(at, ids=(bos, *ids))]
     found = []
     for index, choice in enumerate(question.choices):
-        own = encoded([f"{text}{form.opens}{choice}"], tokenizer)[0][len(ids) :]
+        own = _encode(tokenizer, f"{text}{form.opens}{choice}")[len(ids) :]
         if not choice or not own:
             raise DataError(
                 f"{at.source} questions, row {question.row}: choice {LETTERS[index]} is "
@@ -217,7 +217,7 @@ def text_prompts(texts: Iterable[Text], tokenizer: Any) -> list[Prompt]:
     prompts: list[Prompt] = []
     n_tokens = 0
     for text in texts:
-        (ids,) = encoded([text.text], tokenizer)
+        ids = _encode(tokenizer, text.text)
         for start in range(0, len(ids), width):
             if n_tokens >= TEXT_TOKENS:
                 return prompts
@@ -238,9 +238,20 @@ def bos_id(tokenizer: Any) -> int:
     return int(tokenizer.bos_token_id)
 
 
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    (said,) = _turned([text], tokenizer)
+    return list(tokenizer(said, add_special_tokens=False)["input_ids"])
+
+
 def encoded(texts: Iterable[str], tokenizer: Any) -> list[list[int]]:
-    """Texts as tokens, without BOS. Marks of turns that a tokenizer does not know are written as
-    Gemma 4 has them, where it knows those.
+    """Texts as tokens, without BOS, their turns marked as the tokenizer knows them."""
+    said = _turned(texts, tokenizer)
+    return [list(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"]]
+
+
+def _turned(texts: Iterable[str], tokenizer: Any) -> list[str]:
+    """Texts in which marks of turns that a tokenizer does not know are as Gemma 4 has them, where
+    it knows those.
     """
 
     def known(token: str) -> bool:
@@ -250,7 +261,7 @@ def encoded(texts: Iterable[str], tokenizer: Any) -> list[list[int]]:
     for mark, later in LATER_TURNS.items():
         if any(mark in text for text in said) and known(later) and not known(mark):
             said = [text.replace(mark, later) for text in said]
-    return [list(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"]]
+    return said
 
 
 # --------------------------------------------------------------------------- batches
