@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bake.errors import ModelError, shown
-from bake.families import FAMILIES, GEMMA_BOS, Family
+from bake.families import FAMILIES, GEMMA_BOS, Family, own_heads
 from bake.reading.capped import read_json
 from bake.reading.model_config import MOST_LAYERS, wrong_field
 from bake.recipe import Recipe
@@ -93,7 +93,7 @@ def open_base(folder: Path, *, name: str, revision: str | None) -> BaseModel:
             f"base model {name}: its weights cannot be read ({error}); download it again"
         ) from error
     for key, tensor in sorted(tensors.items()):
-        part = re.fullmatch(r"(?:.*\.)?layers\.\d+\.mlp\.gate_proj\.(.+)", key)
+        part = re.fullmatch(r"(?!.*_tower\.)(?:.*\.)?layers\.\d+\.mlp\.gate_proj\.(.+)", key)
         other = tensor.dtype not in _FLOATS and key.endswith(".weight")
         if other or (part and part[1] != "weight"):
             raise _quantised(name, f"{key} as {tensor.dtype}")
@@ -144,6 +144,7 @@ def wrong_size(
     gate = tensors[f"{prefix}0.mlp.gate_proj.weight"].shape
     queries = tensors.get(f"{prefix}0.self_attn.q_proj.weight")
     text = config.get("text_config") or config
+    text = {**text, **own_heads(text, 0)}
     if len(gate) != 2:
         return f"{prefix}0.mlp.gate_proj.weight has shape {list(gate)}; expected a matrix"
     sizes = {"hidden_size": gate[1], "intermediate_size": gate[0], "num_hidden_layers": n_layers}
@@ -155,13 +156,42 @@ def wrong_size(
     table = tensors.get(f"{prefix.removesuffix('layers.')}embed_tokens.weight")
     if table is not None and table.shape:
         sizes["vocab_size"] = table.shape[0]
+    sizes |= _gemma_4_sizes(text, tensors, prefix, n_layers)
     for key, size in sizes.items():
         if (text.get(key) or size) != size:
             return (
                 f"{key} is {shown(text[key])} in config.json; expected {size}, as its tensors "
                 "have it"
             )
+    for layer in range(n_layers):
+        stated = own_heads(text, layer).get("head_dim")
+        queries = tensors.get(f"{prefix}{layer}.self_attn.q_proj.weight")
+        heads = text.get("num_attention_heads")
+        if stated and heads and queries is not None and queries.shape[:1] != (stated * heads,):
+            return (
+                f"head_dim of layer {layer} is {stated} in config.json; expected another, as its "
+                "tensors have it"
+            )
     return None
+
+
+def _gemma_4_sizes(
+    text: Mapping[str, Any], tensors: Mapping[str, StoredTensor], prefix: str, n_layers: int
+) -> dict[str, int]:
+    """Sizes of what a Gemma 4 may have besides; 0 of what is stated and has no tensor."""
+    table = tensors.get(f"{prefix.removesuffix('layers.')}embed_tokens_per_layer.weight")
+    experts = tensors.get(f"{prefix}0.experts.gate_up_proj")
+    sizes: dict[str, int] = {}
+    if table is not None and len(table.shape) == 2:
+        sizes["vocab_size_per_layer_input"] = table.shape[0]
+        sizes["hidden_size_per_layer_input"] = table.shape[1] // n_layers
+    elif text.get("hidden_size_per_layer_input"):
+        sizes["hidden_size_per_layer_input"] = 0
+    if experts is not None and len(experts.shape) == 3:
+        sizes |= {"num_experts": experts.shape[0], "moe_intermediate_size": experts.shape[1] // 2}
+    elif text.get("enable_moe_block"):
+        sizes["num_experts"] = 0
+    return sizes
 
 
 def check_plain(folder: Path, name: str) -> None:

@@ -5,14 +5,18 @@ To add one: an entry here, and its classes in `bake/modeling_clamped_gemma.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 GEMMA_BOS = 2
 """BOS id of every Gemma, and transformers' default where a config does not state it."""
-END_OF_TURN = "<end_of_turn>"
-"""What ends a turn in every Gemma that chats: of some, an end that no config names."""
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
+"""What begins and ends a turn in every Gemma before 4 that chats: the second is, of some, an end
+that no config names."""
+LATER_TURNS = {START_OF_TURN: "<|turn>", END_OF_TURN: "<turn|>"}
+"""What Gemma 4 has in their place. Source: Google's prompt formatting of Gemma 4."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Family:
     root of the hidden size per head; at any other count by the head size's. None: it never does."""
     images: bool = False
     """It takes images too: clamped and as an adapter only, neither compiled nor in ONNX."""
+    scaled: bool = False
+    """A norm multiplies by w and not 1 + w, and a layer's output by a scalar of its own; layers may
+    differ in their heads. Neither compiled, trained to forget, nor written as GGUF."""
+    genai: bool = True
+    """onnxruntime-genai runs its graph: it takes heads of one size alone."""
     auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)
     """Auto classes of transformers that load it, besides AutoModel."""
 
@@ -102,6 +111,48 @@ FAMILIES: dict[str, Family] = {
         images=True,
         auto_classes=("AutoModelForCausalLM", "AutoModelForImageTextToText"),
     ),
+    "gemma4_text": Family(
+        architecture="Gemma4ForCausalLM",
+        clamped="ClampedGemma4ForCausalLM",
+        clamped_model="ClampedGemma4TextModel",
+        config="ClampedGemma4TextConfig",
+        model_type="clamped_gemma4_text",
+        rope="Gemma4TextRotaryEmbedding",
+        scaled=True,
+        genai=False,
+    ),
+    "gemma4": Family(
+        architecture="Gemma4ForConditionalGeneration",
+        clamped="ClampedGemma4ForConditionalGeneration",
+        clamped_model="ClampedGemma4Model",
+        config="ClampedGemma4Config",
+        model_type="clamped_gemma4",
+        rope="Gemma4TextRotaryEmbedding",
+        images=True,
+        scaled=True,
+        auto_classes=("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    ),
+    "gemma4_unified_text": Family(
+        architecture="Gemma4UnifiedForCausalLM",
+        clamped="ClampedGemma4UnifiedForCausalLM",
+        clamped_model="ClampedGemma4UnifiedTextModel",
+        config="ClampedGemma4UnifiedTextConfig",
+        model_type="clamped_gemma4_unified_text",
+        rope="Gemma4UnifiedTextRotaryEmbedding",
+        scaled=True,
+        genai=False,
+    ),
+    "gemma4_unified": Family(
+        architecture="Gemma4UnifiedForConditionalGeneration",
+        clamped="ClampedGemma4UnifiedForConditionalGeneration",
+        clamped_model="ClampedGemma4UnifiedModel",
+        config="ClampedGemma4UnifiedConfig",
+        model_type="clamped_gemma4_unified",
+        rope="Gemma4UnifiedTextRotaryEmbedding",
+        images=True,
+        scaled=True,
+        auto_classes=("AutoModelForCausalLM", "AutoModelForImageTextToText"),
+    ),
 }
 """The table."""
 
@@ -131,6 +182,56 @@ def layer_period(types: Sequence[str], family: Family) -> int | None:
         if all(sees == (i % period == period - 1) for i, sees in enumerate(sees_all)):
             return period
     return None
+
+
+def borrowing_layers(config: Mapping[str, Any]) -> dict[int, int]:
+    """The layers of a Gemma 4 that attend to keys and values of an earlier layer, and which that
+    is: the last one of their kind that makes its own.
+
+    Args:
+        config: of the model, or of its language model, as config.json states it or transformers
+            fills it.
+    """
+    text = config.get("text_config") or config
+    n, shared = text.get("num_hidden_layers") or 0, text.get("num_kv_shared_layers") or 0
+    kinds = list(text.get("layer_types") or [])
+    if not kinds:  # as transformers fills it
+        kinds = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(n)]
+    kinds[-1:] = ["full_attention"]
+    own = kinds[: n - shared] if 0 < shared < n == len(kinds) else []
+    lenders = {kind: layer for layer, kind in enumerate(own)}
+    behind = kinds[len(own) :] if own else []
+    return {len(own) + i: lenders[kind] for i, kind in enumerate(behind) if kind in lenders}
+
+
+def own_heads(config: Mapping[str, Any], layer: int) -> dict[str, int]:
+    """head_dim and num_key_value_heads of a Gemma 4's layer, where they are others than the config
+    states for all layers.
+
+    Args:
+        config: of the model, or of its language model, as config.json states it.
+        layer: which.
+    """
+    text = config.get("text_config") or config
+    if "per_layer_config" in text:  # where it is null there is none, and nothing is filled in
+        each = (text["per_layer_config"] or {}).items()
+        return next((dict(own) for number, own in each if int(number) == layer), {})
+    kinds = text.get("layer_types") or []
+    if not str(text.get("model_type")).removeprefix("clamped_").startswith("gemma4"):
+        return {}
+    if layer >= len(kinds) or kinds[layer] != "full_attention":
+        return {}
+    groups = text.get("num_global_key_value_heads") if text.get("attention_k_eq_v") else None
+    own = {"head_dim": text.get("global_head_dim") or 512, "num_key_value_heads": groups}
+    return {name: size for name, size in own.items() if size is not None}
+
+
+def unread_tensors(config: Mapping[str, Any]) -> re.Pattern[str]:
+    """The names of tensors that a checkpoint may hold and transformers does not load: keys and
+    values of layers that borrow theirs.
+    """
+    layers = "|".join(map(str, borrowing_layers(config))) or "none"
+    return re.compile(rf"(?:.*\.)?layers\.(?:{layers})\.self_attn\.[kv]_(?:proj|norm)\.\w+")
 
 
 def text_families() -> str:

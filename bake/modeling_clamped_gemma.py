@@ -1,4 +1,4 @@
-"""Gemma, Gemma 2 and Gemma 3 with an SAE clamp on the residual stream.
+"""Gemma, Gemma 2, Gemma 3 and Gemma 4 with an SAE clamp on the residual stream.
 
 This file travels inside every clamped checkpoint and needs torch and transformers only.
 
@@ -29,6 +29,18 @@ from transformers import (
     Gemma3Model,
     Gemma3TextConfig,
     Gemma3TextModel,
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4Model,
+    Gemma4TextConfig,
+    Gemma4TextModel,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedModel,
+    Gemma4UnifiedTextConfig,
+    Gemma4UnifiedTextModel,
     GemmaConfig,
     GemmaForCausalLM,
     GemmaModel,
@@ -43,12 +55,16 @@ from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3DecoderLayer,
     Gemma3MultiModalProjector,
 )
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextDecoderLayer
+from transformers.models.gemma4_unified.modeling_gemma4_unified import (
+    Gemma4UnifiedTextDecoderLayer,
+)
 
 GUARD = "clamped, load with trust_remote_code=True: "
 """Stands before the activation's name in `config.json`, so that stock classes refuse it."""
 
 ACTIVATION_FIELDS = ("hidden_activation", "hidden_act")
-"""Gemma reads the second, Gemma 2 and 3 the first."""
+"""Gemma reads the second, all later ones the first."""
 
 SCHEMA = 1
 """Version of `config.sae_clamp` that this file reads."""
@@ -208,7 +224,25 @@ class ClampedGemma3TextConfig(_ClampedConfig, Gemma3TextConfig):
     sae_clamp: dict[str, Any] | None = None
 
 
-class ClampedGemma3Config(_ClampedConfig, Gemma3Config):
+class _ClampedOuterConfig(_ClampedConfig):
+    """Mixed in before the config of a Gemma that takes more than text: its language model's config
+    knows where the clamps sit, and holds the guard.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.text_config.sae_clamp = self.sae_clamp  # type: ignore[attr-defined]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        written = super().to_diff_dict()
+        # transformers leaves out what equals a default, which the guarded activation may.
+        activation = self.text_config.hidden_activation  # type: ignore[attr-defined]
+        text = written["text_config"] | {"hidden_activation": activation}
+        text.pop("sae_clamp", None)
+        return written | {"text_config": _guarded(text)}
+
+
+class ClampedGemma3Config(_ClampedOuterConfig, Gemma3Config):
     """`Gemma3Config` and where the clamps sit in the language model."""
 
     model_type = "clamped_gemma3"
@@ -218,16 +252,41 @@ class ClampedGemma3Config(_ClampedConfig, Gemma3Config):
     }
     sae_clamp: dict[str, Any] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.text_config.sae_clamp = self.sae_clamp
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        written = super().to_diff_dict()
-        # transformers leaves out what equals a default, which the guarded activation may.
-        text = written["text_config"] | {"hidden_activation": self.text_config.hidden_activation}
-        text.pop("sae_clamp", None)
-        return written | {"text_config": _guarded(text)}
+class ClampedGemma4TextConfig(_ClampedConfig, Gemma4TextConfig):
+    """`Gemma4TextConfig` and where the clamps sit."""
+
+    model_type = "clamped_gemma4_text"
+    sae_clamp: dict[str, Any] | None = None
+
+
+class ClampedGemma4Config(_ClampedOuterConfig, Gemma4Config):
+    """`Gemma4Config` and where the clamps sit in the language model."""
+
+    model_type = "clamped_gemma4"
+    sub_configs_defaults = {
+        **Gemma4Config.sub_configs_defaults,
+        "text_config": ClampedGemma4TextConfig,
+    }
+    sae_clamp: dict[str, Any] | None = None
+
+
+class ClampedGemma4UnifiedTextConfig(_ClampedConfig, Gemma4UnifiedTextConfig):
+    """`Gemma4UnifiedTextConfig` and where the clamps sit."""
+
+    model_type = "clamped_gemma4_unified_text"
+    sae_clamp: dict[str, Any] | None = None
+
+
+class ClampedGemma4UnifiedConfig(_ClampedOuterConfig, Gemma4UnifiedConfig):
+    """`Gemma4UnifiedConfig` and where the clamps sit in the language model."""
+
+    model_type = "clamped_gemma4_unified"
+    sub_configs_defaults = {
+        **Gemma4UnifiedConfig.sub_configs_defaults,
+        "text_config": ClampedGemma4UnifiedTextConfig,
+    }
+    sae_clamp: dict[str, Any] | None = None
 
 
 # --------------------------------------------------------------------------- layers and models
@@ -254,7 +313,10 @@ class _ClampedLayer:
         h: torch.Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         if self.sae_clamp is None:
             return h
-        return self.sae_clamp(h, sae_exempt if self.exempt_bos else None)
+        if sae_exempt is None or not self.exempt_bos:
+            return self.sae_clamp(h)
+        # Layers of a Gemma 4 that share keys and values may be given the last tokens alone.
+        return self.sae_clamp(h, sae_exempt[:, sae_exempt.shape[1] - h.shape[1] :])
 
 
 class ClampedGemmaDecoderLayer(_ClampedLayer, GemmaDecoderLayer):
@@ -267,6 +329,14 @@ class ClampedGemma2DecoderLayer(_ClampedLayer, Gemma2DecoderLayer):
 
 class ClampedGemma3DecoderLayer(_ClampedLayer, Gemma3DecoderLayer):
     """Gemma 3's decoder layer, its output clamped."""
+
+
+class ClampedGemma4DecoderLayer(_ClampedLayer, Gemma4TextDecoderLayer):
+    """Gemma 4's decoder layer, its output clamped: what `layer_scalar` has multiplied."""
+
+
+class ClampedGemma4UnifiedDecoderLayer(_ClampedLayer, Gemma4UnifiedTextDecoderLayer):
+    """Gemma 4 unified's decoder layer, its output clamped."""
 
 
 class _Clamped:
@@ -378,6 +448,52 @@ class ClampedGemma3Model(_Clamped, Gemma3Model):
         return super().forward(input_ids=input_ids, **kwargs)
 
 
+class ClampedGemma4TextModel(_ClampedTextModel, Gemma4TextModel):
+    """`Gemma4TextModel` with clamped decoder layers."""
+
+    config_class = ClampedGemma4TextConfig
+    _layer_class = ClampedGemma4DecoderLayer
+    _no_split_modules = ["ClampedGemma4DecoderLayer"]
+
+
+class ClampedGemma4Model(_Clamped, Gemma4Model):
+    """`Gemma4Model` whose language model is clamped; images and sound are untouched."""
+
+    config_class = ClampedGemma4Config
+    _no_split_modules = [*Gemma4Model._no_split_modules, "ClampedGemma4DecoderLayer"]
+
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        kwargs["sae_exempt"] = exempt_positions(self.config, input_ids, **kwargs)
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+AutoModel.register(ClampedGemma4TextConfig, ClampedGemma4TextModel, exist_ok=True)
+"""Gemma 4's own model classes make their language model by its config."""
+
+
+class ClampedGemma4UnifiedTextModel(_ClampedTextModel, Gemma4UnifiedTextModel):
+    """`Gemma4UnifiedTextModel` with clamped decoder layers."""
+
+    config_class = ClampedGemma4UnifiedTextConfig
+    _layer_class = ClampedGemma4UnifiedDecoderLayer
+    _no_split_modules = ["ClampedGemma4UnifiedDecoderLayer"]
+
+
+class ClampedGemma4UnifiedModel(_Clamped, Gemma4UnifiedModel):
+    """`Gemma4UnifiedModel` whose language model is clamped; images and sound are untouched."""
+
+    config_class = ClampedGemma4UnifiedConfig
+    _no_split_modules = [*Gemma4UnifiedModel._no_split_modules, "ClampedGemma4UnifiedDecoderLayer"]
+
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        kwargs["sae_exempt"] = exempt_positions(self.config, input_ids, **kwargs)
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+AutoModel.register(ClampedGemma4UnifiedTextConfig, ClampedGemma4UnifiedTextModel, exist_ok=True)
+"""Gemma 4's own model classes make their language model by its config."""
+
+
 class ClampedGemmaForCausalLM(_Clamped, GemmaForCausalLM):
     """`GemmaForCausalLM` over a clamped backbone."""
 
@@ -439,9 +555,74 @@ class ClampedGemma3ForConditionalGeneration(_Clamped, Gemma3ForConditionalGenera
         self.post_init()
 
 
-# Gemma 3 checkpoints with images keep the key names of their first release; transformers
-# translates them by model type or class name, so the clamped names get the same translation.
-for _stock, _clamped in (("gemma3", "clamped_gemma3"), ("Gemma3Model", "ClampedGemma3Model")):
+class ClampedGemma4ForCausalLM(_Clamped, Gemma4ForCausalLM):
+    """`Gemma4ForCausalLM` over a clamped backbone."""
+
+    config_class = ClampedGemma4TextConfig
+    _auto_class = "AutoModelForCausalLM"
+    _no_split_modules = ["ClampedGemma4DecoderLayer"]
+
+    def __init__(self, config: ClampedGemma4TextConfig) -> None:
+        super(Gemma4ForCausalLM, self).__init__(config)
+        self.model = ClampedGemma4TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ClampedGemma4ForConditionalGeneration(_Clamped, Gemma4ForConditionalGeneration):
+    """`Gemma4ForConditionalGeneration` over a clamped language model."""
+
+    config_class = ClampedGemma4Config
+    _auto_class = "AutoModelForImageTextToText"
+    _no_split_modules = ClampedGemma4Model._no_split_modules
+
+    def __init__(self, config: ClampedGemma4Config) -> None:
+        super(Gemma4ForConditionalGeneration, self).__init__(config)
+        self.model = ClampedGemma4Model(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+
+class ClampedGemma4UnifiedForCausalLM(_Clamped, Gemma4UnifiedForCausalLM):
+    """`Gemma4UnifiedForCausalLM` over a clamped backbone."""
+
+    config_class = ClampedGemma4UnifiedTextConfig
+    _auto_class = "AutoModelForCausalLM"
+    _no_split_modules = ["ClampedGemma4UnifiedDecoderLayer"]
+
+    def __init__(self, config: ClampedGemma4UnifiedTextConfig) -> None:
+        super(Gemma4UnifiedForCausalLM, self).__init__(config)
+        self.model = ClampedGemma4UnifiedTextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ClampedGemma4UnifiedForConditionalGeneration(_Clamped, Gemma4UnifiedForConditionalGeneration):
+    """`Gemma4UnifiedForConditionalGeneration` over a clamped language model."""
+
+    config_class = ClampedGemma4UnifiedConfig
+    _auto_class = "AutoModelForImageTextToText"
+    _no_split_modules = ClampedGemma4UnifiedModel._no_split_modules
+
+    def __init__(self, config: ClampedGemma4UnifiedConfig) -> None:
+        super(Gemma4UnifiedForConditionalGeneration, self).__init__(config)
+        self.model = ClampedGemma4UnifiedModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+
+# Gemma 3 checkpoints with images keep the key names of their first release, and so do those of
+# Gemma 4 unified; transformers translates them by model type or class name, so the clamped names
+# get the same translation.
+for _stock, _clamped in (
+    ("gemma3", "clamped_gemma3"),
+    ("Gemma3Model", "ClampedGemma3Model"),
+    ("gemma4_unified", "clamped_gemma4_unified"),
+):
     if (_mapping := get_checkpoint_conversion_mapping(_stock)) is not None:
         register_checkpoint_conversion_mapping(_clamped, _mapping, overwrite=True)
 
@@ -528,6 +709,18 @@ __all__ = [
     "ClampedGemma3Model",
     "ClampedGemma3TextConfig",
     "ClampedGemma3TextModel",
+    "ClampedGemma4Config",
+    "ClampedGemma4ForCausalLM",
+    "ClampedGemma4ForConditionalGeneration",
+    "ClampedGemma4Model",
+    "ClampedGemma4TextConfig",
+    "ClampedGemma4TextModel",
+    "ClampedGemma4UnifiedConfig",
+    "ClampedGemma4UnifiedForCausalLM",
+    "ClampedGemma4UnifiedForConditionalGeneration",
+    "ClampedGemma4UnifiedModel",
+    "ClampedGemma4UnifiedTextConfig",
+    "ClampedGemma4UnifiedTextModel",
     "ClampedGemmaConfig",
     "ClampedGemmaForCausalLM",
     "ClampedGemmaModel",

@@ -84,13 +84,15 @@ def rounded_to_integers(weight: Tensor, bits: int) -> Tensor:
 
 
 def coarsen(layers: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Change every matrix of some decoder layers in place; buffers, as a clamp's are, are none."""
+    """Change every matrix of some decoder layers in place, those of experts among them; buffers, as
+    a clamp's are, are none.
+    """
     import torch
 
     with torch.no_grad():
         for weight in layers.parameters():
-            if weight.ndim == 2:
-                weight.copy_(change(weight))
+            if weight.ndim >= 2:
+                weight.copy_(change(weight.flatten(0, -2)).view_as(weight))
 
 
 def disturbed(h: Tensor, generator: Generator, epsilon: float) -> Tensor:
@@ -111,16 +113,41 @@ def disturbed(h: Tensor, generator: Generator, epsilon: float) -> Tensor:
     return torch.addcmul(wide, wide, steps).to(h.dtype)
 
 
+def disturbed_part(
+    part: nn.Module, x: Tensor, y: Tensor, generator: Generator, epsilon: float
+) -> Tensor:
+    """What one of `rounding_parts` gives, off by one rounding.
+
+    An activation is computed as x/2 (1 + tanh …): where x is far below 0, all that is left of the
+    sum is how it was rounded, and a norm behind it makes that as large as anything.
+
+    Args:
+        part: of a decoder layer.
+        x: what it is given.
+        y: what it gives.
+        generator: as `disturbed` has it, like epsilon.
+        epsilon: the relative size of the rounding.
+    """
+    moved = disturbed(y, generator, epsilon)
+    if type(part).__module__ != "transformers.activations":
+        return moved
+    wide = x.float()
+    return (moved + (disturbed(wide, generator, EPSILON["float32"]) - wide) / 2).to(y.dtype)
+
+
 def rounding_parts(layer: nn.Module) -> list[nn.Module]:
     """The parts of a decoder layer whose outputs every computation rounds: its matrices, its norms,
-    and the layer itself.
+    the layer itself, and of a Gemma 4 the activation of its per-layer input, which is normed.
     """
     from torch import nn
 
     return [
         part
         for part in layer.modules()
-        if part is layer or isinstance(part, nn.Linear) or type(part).__name__.endswith("RMSNorm")
+        if part is layer
+        or isinstance(part, nn.Linear)
+        or type(part).__name__.endswith("RMSNorm")
+        or part is getattr(layer, "act_fn", None)
     ]
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bake.base import find_base
 from bake.errors import ModelError, short, shown
@@ -82,7 +82,24 @@ def load_model(model_class: Any, where: dict[str, Any], dtype: str = "auto") -> 
             )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"has no {missing[0]}; transformers would make it up. Download it again")
+    read_whole(model)
     return model.eval()
+
+
+def read_whole(model: Any) -> None:
+    """Changes a model: every token goes through all its layers. Where a Gemma 4's last layers share
+    keys and values, transformers gives them only the tokens whose logits are asked for.
+    """
+    backbone = model.get_decoder()
+    if hasattr(backbone, "first_kv_shared_layer_idx"):
+        backbone.first_kv_shared_layer_idx = None
+
+
+def norm_gain(norm: Any) -> Tensor:
+    """What a Gemma's norm multiplies by: [d] float32. Gemma 4's is w, all others' 1 + w."""
+    weight = norm.weight.detach().float()
+    gain: Tensor = weight if type(norm).__name__.startswith("Gemma4") else 1 + weight
+    return gain
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

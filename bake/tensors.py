@@ -144,7 +144,7 @@ class StoredTensor:
 
     def array(self) -> NDArray[Any]:
         """All of it, as `rows` gives it."""
-        return self.rows(0, self.shape[0])
+        return self.rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
 
     def blocks(self, n_bytes: int = _ROW_BYTES) -> list[tuple[int, int]]:
         """Row ranges of about so many bytes of float32 each, in order."""

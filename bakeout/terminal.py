@@ -26,6 +26,7 @@ from bake.new_folder import write_whole
 from export.carriers.carriers import CARRIERS, claim_of
 from export.code_check import check_code
 from export.manifest import ClampEntry, CompiledEntry, DistilledEntry, Manifest
+from export.passing_by import said
 from verify.evidence.kinds import lines_of
 from verify.report.findings import CLAIMED, EngineReport, VerifyReport
 from verify.report.measures import Completion, Completions, Continuation
@@ -236,6 +237,11 @@ def show_folder(folder: Path) -> None:
         ("carrier", f"{manifest.carrier}, {claim_of(manifest.carrier, exact=manifest.exact)}"),
         ("base", manifest.base.title),
         *((f"clamp, layer {clamp.layer}", _clamp_text(clamp)) for clamp in manifest.clamps),
+        *(
+            ("goes past it", line)
+            for clamp in manifest.clamps
+            for line in said(clamp.layer, clamp.old_keys, clamp.embedded_again)
+        ),
         *compiled_lines(manifest.compiled),
         *distilled_lines(manifest.distilled),
         *([("lost by", carrier.lost_by)] if carrier is not None else []),

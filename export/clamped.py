@@ -89,7 +89,7 @@ class Clamped:
 
     @property
     def model_type(self) -> str:
-        """The base's: gemma, gemma2, gemma3_text or gemma3."""
+        """The base's, a key of `FAMILIES`."""
         return str(self.config.model_type).removeprefix("clamped_")
 
     @property
@@ -127,7 +127,8 @@ class Clamped:
                 text[name] = text[name].removeprefix(GUARD)
         loaded = self.config.get_text_config()
         names = [self.family.activation_field, *_AS_RUN]
-        runs = {name: getattr(loaded, name, None) for name in names}
+        apart = getattr(loaded, "per_layer_attributes", None) or ()  # of Gemma 4's heads
+        runs = {name: getattr(loaded, name, None) for name in names if name not in apart}
         text |= {name: value for name, value in runs.items() if value is not None}
         return config
 

@@ -76,6 +76,10 @@ class ClampEntry(Part):
     sae: SAEEntry
     hook_point_from: str | None = None
     """`SAE` where the SAE says where it sits, `recipe` where that is the user's word alone."""
+    old_keys: list[int] = Field(default_factory=list, max_length=1024)
+    """Layers behind it that attend to keys and values made before it."""
+    embedded_again: bool = False
+    """Whether layers behind it are given each token's own embedding again."""
 
 
 class CompiledDistance(Part):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import bake.modeling_clamped_gemma as modeling
-from bake.rounding import DRAWS, EPSILON, disturbed, rounding_parts
+from bake.families import unread_tensors
+from bake.rounding import DRAWS, EPSILON, disturbed_part, rounding_parts
 from bake.tensors import StoredTensor
 from export.clamped import Clamped
 
@@ -44,6 +45,7 @@ class StreamedModel:
 
     def __init__(self, clamped: Clamped) -> None:
         self._clamped = clamped
+        self._unread = unread_tensors(clamped.base_config)
         config = clamped.config
         config._attn_implementation = "eager"
         with torch.device("meta"):
@@ -53,6 +55,8 @@ class StreamedModel:
         text.rotary_emb = type(text.rotary_emb)(text.config)
         table = clamped.tensors[f"{clamped.backbone_prefix}embed_tokens.weight"]
         text.embed_tokens = _Table(table, text.config.hidden_size**0.5)
+        if width := getattr(text.config, "hidden_size_per_layer_input", 0):
+            self._fill_per_layer(width)
         text.norm.load_state_dict(self._tensors(f"{clamped.backbone_prefix}norm."), assign=True)
         self._model.lm_head = self._head = _Head(clamped.tensors[clamped.head])
         self._layers = text.layers
@@ -67,10 +71,10 @@ class StreamedModel:
             layer.register_forward_pre_hook(self._fill(index))
             layer.register_forward_hook(lambda module, _, __: module.to("meta") and None)
             for part in rounding_parts(layer):
-                part.register_forward_hook(lambda _, __, output: self._disturb(output))
+                part.register_forward_hook(self._disturb_part)
             if layer.sae_clamp is not None:
                 layer.sae_clamp.register_forward_pre_hook(
-                    lambda _, inputs: (self._disturb(inputs[0]), *inputs[1:])
+                    lambda clamp, given: (self._disturb_part(clamp, given, given[0]), *given[1:])
                 )
                 layer.sae_clamp.register_forward_hook(self._watch(index))
 
@@ -114,12 +118,10 @@ class StreamedModel:
         """The same up to the last clamped layer, without logits: [0, vocab]."""
         last = self._clamped.sites[-1].layer
         self._text.layers = self._layers[: last + 1]
-        self._text.config.num_hidden_layers = last + 1
         try:
             self._forward(self._text, input_ids, attention_mask)
         finally:
             self._text.layers = self._layers
-            self._text.config.num_hidden_layers = len(self._layers)
         nothing = torch.empty(0, self._head.vocab)
         return Run(nothing, self._read, self._moved, self._active, self._margins, self._edges)
 
@@ -141,6 +143,15 @@ class StreamedModel:
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=False,
             )
+
+    def _fill_per_layer(self, width: int) -> None:
+        """What a Gemma 4 gives each layer of each token."""
+        text, prefix = self._text, self._clamped.backbone_prefix
+        table = self._clamped.tensors[f"{prefix}embed_tokens_per_layer.weight"]
+        text.embed_tokens_per_layer = _Table(table, width**0.5)
+        for part in ("per_layer_model_projection", "per_layer_projection_norm"):
+            loaded = self._tensors(f"{prefix}{part}.")
+            getattr(text, part).load_state_dict(loaded, assign=True)
 
     def _fill(self, index: int) -> Any:
         prefix = f"{self._clamped.layer_prefix}{index}."
@@ -167,18 +178,19 @@ class StreamedModel:
 
         return watch
 
-    def _disturb(self, h: Tensor) -> Tensor:
-        """[batch, seq, d_in] -> the same, with one rounding more in the copies of the prompts."""
+    def _disturb_part(self, part: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """What a part gives, [batch, seq, d], with one rounding more in the prompts' copies."""
         if self._noise is None:
-            return h
+            return y
         n, generator = self._noise
-        return torch.cat([h[:n], disturbed(h[n:], generator, EPSILON["float32"])])
+        copies = disturbed_part(part, given[0][n:], y[n:], generator, EPSILON["float32"])
+        return torch.cat([y[:n], copies])
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         return {
             name.removeprefix(prefix): torch.from_numpy(tensor.array())
             for name, tensor in self._clamped.tensors.items()
-            if name.startswith(prefix)
+            if name.startswith(prefix) and not self._unread.fullmatch(name)
         }
 
 
@@ -195,6 +207,16 @@ class _Table(nn.Module):
         ids, places = torch.unique(input_ids, return_inverse=True)
         rows = [torch.from_numpy(self._table.rows(i, i + 1)) for i in ids.tolist()]
         return torch.cat(rows)[places] * self._scale
+
+    @property
+    def weight(self) -> _Table:
+        """Itself: of the table one row is asked for, the padding's."""
+        return self
+
+    def __getitem__(self, place: tuple[int, slice]) -> Tensor:
+        """A row, unscaled: [d_in]."""
+        row, columns = place
+        return torch.from_numpy(self._table.rows(row, row + 1))[0, columns]
 
 
 class _Head(nn.Module):

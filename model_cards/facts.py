@@ -14,6 +14,7 @@ from bake.recipe import Clamp, Recipe, Verify
 from bake.sources import layer_of
 from export.folder_contents import check_contents, recipe_in
 from export.manifest import CompiledEntry, DistilledEntry, Manifest
+from export.passing_by import passing_by, said
 
 GEMMA_SCOPE = (
     "Gemma Scope, by Google DeepMind (Lieberum et al., arXiv 2408.05147), licensed CC BY 4.0"
@@ -37,6 +38,8 @@ class ClampFacts:
     features: Sequence[int | str]
     """Their numbers; or that the recipe selects them, where nothing was baked."""
     sae: str
+    past: tuple[str, ...] = ()
+    """What of the base goes past it by design, a sentence each."""
 
     @property
     def attribution(self) -> str:
@@ -73,7 +76,10 @@ class CardFacts:
 
 def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> CardFacts:
     """Before a checkpoint is written."""
-    facts = tuple(_clamp_facts(clamp.clamp, clamp.hook_point) for clamp in clamps)
+    facts = tuple(
+        _clamp_facts(clamp.clamp, clamp.hook_point, **passing_by(base.config, clamp.layer))
+        for clamp in clamps
+    )
     return _of_layer(recipe, base.name, base.revision, facts, "not measured yet")
 
 
@@ -123,6 +129,7 @@ def facts_of_manifest(
                 clamp.parameters,
                 clamp.features,
                 clamp.sae.name,
+                tuple(said(clamp.layer, clamp.old_keys, clamp.embedded_again)),
             )
             for clamp in manifest.clamps
         ),
@@ -136,13 +143,15 @@ def facts_of_manifest(
     )
 
 
-def _clamp_facts(clamp: Clamp, hook_point: str) -> ClampFacts:
+def _clamp_facts(clamp: Clamp, hook_point: str, **past: Any) -> ClampFacts:
+    layer = layer_of(hook_point)
     features = ["those that the recipe selects"] if clamp.features == "select" else clamp.features
     return ClampFacts(
-        layer_of(hook_point),
+        layer,
         hook_point,
         clamp.method,
         clamp.parameters,
         features,
         sae_name(clamp),
+        tuple(said(layer, **past)),
     )

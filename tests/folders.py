@@ -129,10 +129,12 @@ def compile_recipe(recipe: Path, out: Path, **options: Any) -> Path:
     return write_compiled(plan, out / "compiled", card="# card\n")
 
 
-def make_adapter(folder: Path, family: str = "gemma2", dtype: str = "float32") -> Path:
+def make_adapter(
+    folder: Path, family: str = "gemma2", dtype: str = "float32", layer: int = 1
+) -> Path:
     """`base/`, `sae/`, `recipe.toml`, the baked `checkpoint/` and the `adapter/`."""
     tiny_base(folder / "base", family, shards=2, dtype=dtype)
-    save_sae_lens(folder / "sae", tiny_sae())
+    save_sae_lens(folder / "sae", tiny_sae(), layer=layer)
     (folder / "recipe.toml").write_text(
         'schema = 1\n[base]\nmodel = "base"\nlicense = "gemma"\n[[clamp]]\n'
         'sae = { path = "sae" }\nmethod = "clamp"\nfeatures = [1, 5, 9]\nvalue = -6.0\n'

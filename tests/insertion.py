@@ -17,7 +17,7 @@ def insert(base: PreTrainedModel, clamps: list[ClampWeights]) -> PreTrainedModel
     """Build the clamped model of a base. The base itself is not changed.
 
     Args:
-        base: a stock Gemma, Gemma 2 or Gemma 3 model; its tensors are shared, not copied.
+        base: a stock Gemma model; its tensors are shared, not copied.
         clamps: what `bake.clamp.load_clamps` returns.
 
     Raises:

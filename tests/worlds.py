@@ -21,11 +21,34 @@ D_IN = 32
 D_SAE = 64
 N_LAYERS = 4
 VOCAB = 99
-FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma3")
+FAMILIES = (
+    *("gemma", "gemma2", "gemma3_text", "gemma3"),
+    *("gemma4_text", "gemma4", "gemma4_unified_text", "gemma4_unified"),
+)
+_PER_LAYER = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB}
+_SHARED = _PER_LAYER | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+GEMMA_4_TEXT: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "gemma4_text, per-layer embeddings": _PER_LAYER,
+    "gemma4_text, shared keys": _SHARED,  # transformers shares none without these embeddings
+    "gemma4_text, experts": {
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+    },
+}
+"""Kinds of Gemma 4, and what each says of itself."""
+KINDS = (*FAMILIES, *list(GEMMA_4_TEXT)[1:])
+"""Every kind of model; a name begins with its family's."""
 
 
 def tiny_config(family: str) -> Any:
-    """A config of a few thousand parameters, with a sliding window shorter than the prompts."""
+    """A config of a few thousand parameters, with a sliding window shorter than the prompts.
+
+    Args:
+        family: or a kind.
+    """
     import transformers as tf
 
     common = {
@@ -48,6 +71,8 @@ def tiny_config(family: str) -> Any:
         )
     if family == "gemma3_text":
         return tf.Gemma3TextConfig(**windowed, sliding_window_pattern=2)
+    if family.startswith("gemma4"):
+        return _tiny_gemma_4(family, {**common, "sliding_window": 8, "global_head_dim": 16})
     vision = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -67,22 +92,62 @@ def tiny_config(family: str) -> Any:
     )
 
 
-def tiny_base(
-    folder: Path, family: str = "gemma2", *, seed: int = 0, shards: int = 1, dtype: str = "float32"
-) -> Path:
-    """A random model of a family, saved as transformers saves it."""
+def _tiny_gemma_4(kind: str, text: dict[str, Any]) -> Any:
+    """With images one that is as the smallest of Google's."""
     import transformers as tf
 
-    torch.manual_seed(seed)
+    text["layer_types"] = ["sliding_attention", "full_attention"] * (N_LAYERS // 2)
+    none = {"hidden_size_per_layer_input": 0}
+    if kind == "gemma4_unified_text":
+        return tf.Gemma4UnifiedTextConfig(**text)
+    if kind in GEMMA_4_TEXT:
+        return tf.Gemma4TextConfig(**text, **none | GEMMA_4_TEXT[kind])
+    tokens = {"boi_token_id": 95, "eoi_token_id": 95}
+    tokens |= {"image_token_id": 98, "video_token_id": 97, "audio_token_id": 96}
+    if kind == "gemma4_unified":
+        vision = {"patch_size": 2, "pooling_kernel_size": 1, "mm_embed_dim": 16}
+        vision |= {"mm_posemb_size": 8, "output_proj_dims": 16}
+        return tf.Gemma4UnifiedConfig(text_config=text, vision_config=vision, **tokens)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    vision |= {"num_attention_heads": 2, "num_key_value_heads": 2, "patch_size": 2}
+    vision |= {"pooling_kernel_size": 2, "position_embedding_size": 8}
+    audio = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    audio |= {"subsampling_conv_channels": [4, 2], "output_proj_dims": 8}
+    parts = {"text_config": text | _SHARED, "vision_config": vision, "audio_config": audio}
+    return tf.Gemma4Config(**parts, **tokens)
+
+
+def tiny_model(family: str, config: Any, *, seed: int = 0) -> Any:
+    """A random model of a family or kind, with a config of it."""
+    import transformers as tf
+
     heads = {
         "gemma": tf.GemmaForCausalLM,
         "gemma2": tf.Gemma2ForCausalLM,
         "gemma3_text": tf.Gemma3ForCausalLM,
         "gemma3": tf.Gemma3ForConditionalGeneration,
+        "gemma4_text": tf.Gemma4ForCausalLM,
+        "gemma4": tf.Gemma4ForConditionalGeneration,
+        "gemma4_unified_text": tf.Gemma4UnifiedForCausalLM,
+        "gemma4_unified": tf.Gemma4UnifiedForConditionalGeneration,
     }
-    model = heads[family](tiny_config(family)).to(getattr(torch, dtype))
+    torch.manual_seed(seed)
+    model = heads[family.partition(",")[0]](config)
     if family == "gemma3":  # starts as zeros, which would hide the images
         model.model.multi_modal_projector.mm_input_projection_weight.data.normal_()
+    for name, tensor in model.state_dict().items():  # ones, which would hide what multiplies
+        if name.endswith(("q_norm.weight", "k_norm.weight")) and family.startswith("gemma4"):
+            tensor.uniform_(0.2, 0.5)  # scores are not divided by anything else
+        elif family.startswith("gemma4") and name.endswith(("norm.weight", "_scalar", "_scale")):
+            tensor.uniform_(0.6, 1.2)
+    return model
+
+
+def tiny_base(
+    folder: Path, family: str = "gemma2", *, seed: int = 0, shards: int = 1, dtype: str = "float32"
+) -> Path:
+    """A random model of a family or kind, saved as transformers saves it."""
+    model = tiny_model(family, tiny_config(family), seed=seed).to(getattr(torch, dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained(folder, max_shard_size=size if shards == 1 else size // shards)
     return folder
@@ -201,7 +266,9 @@ def sae_table(path: str) -> dict[str, Any]:
     return {"sae": {"path": path}, **word}
 
 
-def tiny_tokenizer(folder: Path) -> Path:
+def tiny_tokenizer(
+    folder: Path, turns: tuple[str, str] = ("<start_of_turn>", "<end_of_turn>")
+) -> Path:
     """A tokenizer by characters with Gemma's special tokens, where " A" to " D" are one token.
 
     Its ids stay below those that the tiny Gemma 3 keeps for images.
@@ -210,7 +277,7 @@ def tiny_tokenizer(folder: Path) -> Path:
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", *turns)
     characters = string.ascii_letters + string.digits + "\n\u2581.,:;?!()'-"
     pairs = [f"\u2581{letter}" for letter in "ABCD"]
     vocab = {token: i for i, token in enumerate([*special, *characters, *pairs])}

@@ -66,6 +66,11 @@ def check_base(base: BaseModel) -> None:
             f"base model {base.name}: takes images; only text models are distilled. Take its text "
             "model alone, or bake it"
         )
+    if base.family.scaled:
+        raise ModelError(
+            f"base model {base.name}: is a Gemma 4; only Gemma, Gemma 2 and Gemma 3 are distilled. "
+            "Bake it"
+        )
 
 
 def distill(

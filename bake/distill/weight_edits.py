@@ -18,7 +18,7 @@ from torch import Tensor
 from bake.clamp import ClampWeights
 from bake.distill.distill_texts import Rows
 from bake.distill.teachers import ROWS_AT_ONCE, Teacher, module_of, read
-from bake.stock import decoder_layers
+from bake.stock import decoder_layers, norm_gain
 
 RIDGE = 1e-3
 """Weight of staying where a matrix is, against the mean square of an activation."""
@@ -142,7 +142,7 @@ def edit_features(
 
 def _gain(norm: Any) -> Tensor:
     """What a Gemma's norm multiplies by: [d_in]."""
-    gain: Tensor = 1 + norm.weight.float()
+    gain = norm_gain(norm)
     return torch.where(gain.abs() < 1e-3, 1e-3, gain)
 
 

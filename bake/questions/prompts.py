@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from bake.errors import DataError, ModelError, shown
+from bake.families import LATER_TURNS
 from bake.questions.forms import FORMS, forms_beside
 from bake.questions.multiple_choice import LETTERS, Question, Text
 from bake.recipe import PromptForm
@@ -238,7 +239,29 @@ def bos_id(tokenizer: Any) -> int:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    (said,) = _turned([text], tokenizer)
+    return list(tokenizer(said, add_special_tokens=False)["input_ids"])
+
+
+def encoded(texts: Iterable[str], tokenizer: Any) -> list[list[int]]:
+    """Texts as tokens, without BOS, their turns marked as the tokenizer knows them."""
+    said = _turned(texts, tokenizer)
+    return [list(ids) for ids in tokenizer(said, add_special_tokens=False)["input_ids"]]
+
+
+def _turned(texts: Iterable[str], tokenizer: Any) -> list[str]:
+    """Texts in which marks of turns that a tokenizer does not know are as Gemma 4 has them, where
+    it knows those.
+    """
+
+    def known(token: str) -> bool:
+        return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
+
+    said = list(texts)
+    for mark, later in LATER_TURNS.items():
+        if any(mark in text for text in said) and known(later) and not known(mark):
+            said = [text.replace(mark, later) for text in said]
+    return said
 
 
 # --------------------------------------------------------------------------- batches

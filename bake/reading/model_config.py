@@ -61,6 +61,19 @@ def _rope(value: Any) -> bool:
     )
 
 
+def heads_by_layer(value: Any) -> bool:
+    """Whether a `per_layer_config` says nothing but the sizes of heads, by layers' numbers: what
+    transformers writes of a Gemma 4, and the one rewriting of a model by its config that is read.
+    """
+    return isinstance(value, dict) and all(
+        re.fullmatch("[0-9]{1,4}", layer)
+        and isinstance(own, dict)
+        and own.keys() <= {"head_dim", "num_key_value_heads"}
+        and all(map(_SIZE, own.values()))
+        for layer, own in value.items()
+    )
+
+
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
@@ -79,13 +92,18 @@ _OF: dict[str, _Check] = {
     "num_hidden_layers": (_whole(1, MOST_LAYERS), f"a whole number from 1 to {MOST_LAYERS}"),
     **dict.fromkeys(
         (
-            *("hidden_size", "intermediate_size", "vocab_size", "head_dim"),
-            *("num_attention_heads", "num_key_value_heads"),
+            *("hidden_size", "intermediate_size", "vocab_size", "head_dim", "global_head_dim"),
+            *("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads"),
+            *("vocab_size_per_layer_input", "num_experts", "top_k_experts"),
+            "moe_intermediate_size",
         ),
         (_SIZE, "a whole number above 0"),
     ),
     **dict.fromkeys(
-        ("max_position_embeddings", "sliding_window", "sliding_window_pattern"),
+        (
+            *("max_position_embeddings", "sliding_window", "sliding_window_pattern"),
+            *("num_kv_shared_layers", "hidden_size_per_layer_input"),
+        ),
         (_COUNT, "a whole number"),
     ),
     **dict.fromkeys(
@@ -100,9 +118,17 @@ _OF: dict[str, _Check] = {
         (_number, "a number"),
     ),
     **dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "use_cache", "use_bidirectional_attention"),
+        (
+            *("tie_word_embeddings", "attention_bias", "use_cache", "attention_k_eq_v"),
+            *("enable_moe_block", "use_double_wide_mlp"),
+        ),
         (lambda value: isinstance(value, bool), "true or false"),
     ),
+    "use_bidirectional_attention": (
+        lambda value: isinstance(value, bool) or value in ("all", "vision"),
+        "true, false, all or vision",
+    ),
+    "per_layer_config": (heads_by_layer, "by layer, its own head_dim and num_key_value_heads"),
     "model_type": (lambda value: isinstance(value, str), "a string"),
     **dict.fromkeys(
         ("hidden_activation", "hidden_act"), (_activation, "an activation of transformers")
@@ -140,6 +166,12 @@ def wrong_field(config: Mapping[str, Any]) -> str | None:
         kinds, n_layers = part.get("layer_types"), part.get("num_hidden_layers")
         if kinds is not None and n_layers is not None and len(kinds) != n_layers:
             return f"{where}layer_types has {len(kinds)} entries; expected {n_layers}"
+        later = str(part.get("model_type")).removeprefix("clamped_").startswith("gemma4")
+        if (own := part.get("per_layer_config")) and not later:
+            return f"{where}per_layer_config is {shown(own)}; expected none but in Gemma 4"
+        shared = part.get("num_kv_shared_layers") or 0
+        if n_layers is not None and shared >= n_layers:
+            return f"{where}num_kv_shared_layers is {shared}; expected fewer than {n_layers} layers"
         heads, groups = part.get("num_attention_heads"), part.get("num_key_value_heads")
         if heads is not None and groups is not None and heads % groups:
             return (

@@ -72,6 +72,9 @@ class _Cached:
     """[batch, seq, d_in]: output of the hook layer."""
     base: list[Any]
     """Per prompt: a choice, or (nats, tokens)."""
+    lent: dict[str, tuple[Tensor, ...]]
+    """Keys and values that layers behind borrow of those up to the hook layer, by kind of layer:
+    [batch, heads, seq, head_dim] each. None but in a Gemma 4."""
 
 
 class Bench:
@@ -110,8 +113,8 @@ class Bench:
         self._cached: list[_Cached] = []
         done = 0
         for batch in batches(prompts, pad_id=pad_id, vocab_size=config.vocab_size):
-            h, logits = self._first_pass(batch)
-            self._cached.append(_Cached(batch, h, self._read(batch, logits)))
+            h, logits, lent = self._first_pass(batch)
+            self._cached.append(_Cached(batch, h, self._read(batch, logits), lent))
             done += sum(len(prompt.ids) for prompt in batch.prompts)
             progress(done / n_tokens)
 
@@ -158,7 +161,7 @@ class Bench:
                 rows = touched.nonzero().flatten()
             if len(rows):
                 part = _rows(cached.batch, rows)
-                with self._clamped(part, cached.h[rows.to(cached.h.device)], modules, exempt_bos):
+                with self._clamped(part, cached, rows, modules, exempt_bos):
                     logits = self._logits(part)
                 for row, answer in zip(rows.tolist(), self._read(part, logits), strict=True):
                     answers[row] = answer
@@ -170,20 +173,23 @@ class Bench:
             return torch.zeros_like(input_ids, dtype=torch.bool)
         return input_ids == self._bos_id
 
-    def _first_pass(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(output of the hook layer, logits) of the base."""
+    def _first_pass(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, ...]]]:
+        """(output of the hook layer, logits, keys and values that it lends) of the base."""
         kept: list[Tensor] = []
+        lent: dict[str, tuple[Tensor, ...]] = {}
 
-        def keep(_: Any, __: Any, output: Any) -> None:
+        def keep(_: Any, __: Any, kwargs: dict[str, Any], output: Any) -> None:
             kept.append(output[0] if isinstance(output, tuple) else output)
+            lent.update(kwargs.get("shared_kv_states") or {})
 
-        handle = self._model.get_decoder().layers[self.layer].register_forward_hook(keep)
+        layer = self._model.get_decoder().layers[self.layer]
+        handle = layer.register_forward_hook(keep, with_kwargs=True)
         try:
             with torch.inference_mode():
                 logits = self._logits(batch)
         finally:
             handle.remove()
-        return kept[0], logits
+        return kept[0], logits, lent
 
     def _logits(self, batch: Batch) -> Tensor:
         mask = batch.attention_mask.to(self._model.device)
@@ -200,11 +206,15 @@ class Bench:
     def _clamped(
         self,
         batch: Batch,
-        h: Tensor,
+        cached: _Cached,
+        rows: Tensor,
         modules: Mapping[int, SAEClamp],
         exempt_bos: Mapping[int, bool],
     ) -> Iterator[None]:
-        """Within the block, the forward of these rows starts from h at the hook layer."""
+        """Within the block, the forward of these rows starts at the hook layer."""
+        rows = rows.to(cached.h.device)
+        h = cached.h[rows]
+        lent = {kind: tuple(of[rows] for of in pair) for kind, pair in cached.lent.items()}
         layers = self._model.get_decoder().layers
         exempt = {
             layer: self._exempt(batch.input_ids, spared).to(h.device)
@@ -217,12 +227,17 @@ class Bench:
 
             return hook
 
+        def begin(*_: Any, shared_kv_states: Any = None, **__: Any) -> Tensor:
+            if lent:
+                shared_kv_states.update(lent)
+            return h
+
         with ExitStack() as undo:
             for i in range(self.layer + 1):
                 layers[i].forward = lambda hidden_states, *_, **__: hidden_states
                 undo.callback(delattr, layers[i], "forward")
             start = layers[self.layer]
-            start.forward = lambda *_, **__: h
+            start.forward = begin
             for layer in modules:
                 undo.callback(layers[layer].register_forward_hook(clamp(layer)).remove)
             yield

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.errors import FolderError
+from bake.reading.model_config import heads_by_layer
 
 _RUN = (
     *("py", "pyc", "pyo", "pyw", "pyd", "pyx", "pth", "egg", "whl", "ipynb"),
@@ -103,6 +104,8 @@ def _obeyed(data: Any, above: str) -> Iterator[tuple[str, str]]:
     for key, value in items:
         name = f"{above}{key}"
         if value is None or (key in _SWITCHES and value is False):
+            continue
+        if key == "per_layer_config" and heads_by_layer(value):
             continue
         if key in _KEYS:
             yield name, _KEYS[key]

@@ -14,6 +14,7 @@ from bake.recipe import Recipe
 from bakeout.terminal import progress
 from bakeout.verbs.arguments import RecipePath
 from export.carriers.checkpoint import CheckpointPlan, plan_checkpoint, write_checkpoint
+from export.passing_by import passing_by, said
 from model_cards.render import render_card
 
 WITNESS_BYTES = 1 << 30
@@ -68,6 +69,12 @@ def bake_recipe(
         prompts = witness_prompts(recipe) if witnesses else None
         write_checkpoint(plan, out, card=card, force=force, advance=copied, witness_prompts=prompts)
     return plan
+
+
+def notes(plan: CheckpointPlan) -> list[str]:
+    """What of the base goes past its clamps by design; nothing but of a Gemma 4."""
+    layers = [clamp.layer for clamp in plan.clamps]
+    return [line for at in layers for line in said(at, **passing_by(plan.base.config, at))]
 
 
 def witness_prompts(recipe: Recipe) -> list[list[int]]:
@@ -126,7 +133,11 @@ def bake(
     if dry_run:
         plan = planned(Recipe.load(recipe))
         check_output(out, inputs=plan.inputs, size=plan.size, force=force)
+        for note in notes(plan):
+            typer.echo(f"note: {note}", err=True)
         typer.echo(f"{describe_plan(plan)}\nnothing written (--dry-run)")
         return
     plan = bake_recipe(recipe, out, force=force, witnesses=witnesses)
+    for note in notes(plan):
+        typer.echo(f"note: {note}", err=True)
     typer.echo(f"{describe_plan(plan)}\nwritten to {out}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bake.base import check_plain
 from bake.errors import BakeoutError, FolderError, ModelError
-from bake.families import END_OF_TURN
+from bake.families import END_OF_TURN, LATER_TURNS
 from bake.stock import load_model, open_tokenizer, reason_of
 from bake.strangers.chat_template import NotRendered, rendered
 from bakeout.terminal import printable
@@ -141,7 +141,8 @@ class Language:
         stated = config.eos_token_id if stated is None else stated
         ends = stated if isinstance(stated, list) else [stated]
         # Not every Gemma that was taught to chat says so in its generation_config.json.
-        ends = [*ends, self.tokenizer.get_vocab().get(END_OF_TURN)]
+        known = self.tokenizer.get_vocab()
+        ends = [*ends, *(known.get(mark) for mark in (END_OF_TURN, LATER_TURNS[END_OF_TURN]))]
         return frozenset(end for end in ends if isinstance(end, int))
 
     def prompt_text(self, prompt: str) -> str:

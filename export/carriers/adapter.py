@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from bake.base import open_base
 from bake.errors import ExportError
+from bake.families import unread_tensors
 from bake.files.folder_files import sha256_in
 from bake.new_folder import check_output, new_folder
 from bake.recipe import Recipe
@@ -67,7 +68,7 @@ def other_base(source: Clamped, folder: Path) -> OtherBase:
             "fine-tuned from that base"
         )
     hashes = sorted(sha256_in(folder, shard) for shard in base.shards)
-    return OtherBase(base.name, hashes, _fingerprint(tensors.values()))
+    return OtherBase(base.name, hashes, _fingerprint(tensors, base.config))
 
 
 def write_adapter(
@@ -158,7 +159,7 @@ def adapter_config(source: Clamped, base: OtherBase | None = None) -> dict[str, 
         },
         "base_fingerprint": base.fingerprint
         if base
-        else _fingerprint(source.base_tensors.values()),
+        else _fingerprint(source.base_tensors, source.base_config),
         "base_sha256": base.sha256 if base else sorted(files[name] for name in source.base_files),
         **{key: text[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")},
     }
@@ -186,11 +187,13 @@ def first_row(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.ndim < 2 else tensor[0]
 
 
-def _fingerprint(tensors: Iterable[StoredTensor]) -> str:
-    """Of a base's tensors as they lie on disk; only first rows are read."""
+def _fingerprint(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> str:
+    """Of a base's tensors as they lie on disk, those that are loaded; only first rows are read."""
     import torch
 
-    rows = (t.array() if len(t.shape) < 2 else t.rows(0, 1)[0] for t in tensors)
+    unread = unread_tensors(config)
+    loaded = (tensor for name, tensor in tensors.items() if not unread.fullmatch(name))
+    rows = (t.array() if len(t.shape) < 2 else t.rows(0, 1)[0] for t in loaded)
     return fingerprint(torch.from_numpy(row) for row in rows)
 
 

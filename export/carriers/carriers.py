@@ -181,7 +181,8 @@ nothing else. Without it, loading fails on purpose. One way past that is left, s
 weights keep their names: whoever gives `from_pretrained` a stock config (`config=…`) loads the base
 without the clamp, and transformers only warns that some weights were not used.
 
-Where `model.onnx` lies here, ONNX Runtime runs it, and onnxruntime-genai runs the folder as it is:
+Where `model.onnx` lies here, ONNX Runtime runs it; where `genai_config.json` does,
+onnxruntime-genai runs the folder as it is:
 
 ```python
 import onnxruntime
@@ -193,7 +194,8 @@ The graph uses the safetensors in place and holds the clamp as the operator `ai.
 with its body. `onnx/` holds copies with rounded weights. The hub's cache will do as it is; other
 links to data are refused.
 {% else %}
-onnxruntime-genai runs the folder as it is, ONNX Runtime the graph in `onnx/`:
+ONNX Runtime runs the graph in `onnx/`; where `genai_config.json` lies here, onnxruntime-genai runs
+the folder as it is:
 
 ```python
 import onnxruntime_genai

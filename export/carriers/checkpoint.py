@@ -40,6 +40,7 @@ from export.manifest import (
     json_text,
     versions,
 )
+from export.passing_by import passing_by
 
 CLAMP_SHARD = "model-sae-clamp.safetensors"
 RENAMED_WEIGHTS = "model-00001-of-00001.safetensors"
@@ -245,14 +246,14 @@ def manifest_of(plan: CheckpointPlan, files: dict[str, str]) -> Manifest:
         exact=CARRIERS["layer"].exact,
         base=BaseEntry(model=plan.base.name, revision=plan.base.revision),
         recipe_sha256=files["recipe.toml"],
-        clamps=[_clamp_entry(clamp) for clamp in plan.clamps],
+        clamps=[_clamp_entry(clamp, plan.base) for clamp in plan.clamps],
         sources=_local_files(plan.recipe),
         tools=versions(),
         files=dict(sorted(files.items())),
     )
 
 
-def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
+def _clamp_entry(clamp: ClampWeights, base: BaseModel) -> ClampEntry:
     assert isinstance(clamp.clamp.features, list)
     return ClampEntry(
         layer=clamp.layer,
@@ -267,6 +268,7 @@ def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
             sha256=clamp.sae.sha256,
         ),
         hook_point_from=clamp.hook_point_from,
+        **passing_by(base.config, clamp.layer),
     )
 
 

@@ -101,7 +101,7 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         if (wrong := wrong_clamp(config.sae_clamp, **sizes)) is not None:
             raise ValueError(f"adapter_config.json: {wrong}; this adapter is damaged")
         # What another adapter of peft's adds beside the base's weights is not the base's.
-        own = (p for name, p in model.named_parameters() if LORA not in name)
+        own = (tensor for name, tensor in model.state_dict().items() if LORA not in name)
         rows = [first_row(parameter) for parameter in own]
         if not all(row.is_floating_point() and not row.is_meta for row in rows):
             raise ValueError(
@@ -153,7 +153,10 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
             if clamp.disable_adapters:
                 return output
             h = output[0] if isinstance(output, tuple) else output
-            h = clamp(h, self.exempt if exempt_bos else None)
+            exempt = self.exempt if exempt_bos else None
+            if exempt is not None:  # some layers may be given the last tokens alone
+                exempt = exempt[:, exempt.shape[1] - h.shape[1] :]
+            h = clamp(h, exempt)
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return hook

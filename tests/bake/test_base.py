@@ -13,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from bake.base import find_base, open_base
 from bake.errors import ModelError
+from bake.families import own_heads
 from bake.recipe import Recipe
-from tests.worlds import D_IN, FAMILIES, N_LAYERS, RecipeWriter, cut, tiny_base
+from tests.worlds import D_IN, KINDS, N_LAYERS, RecipeWriter, cut, tiny_base
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_facts_come_from_the_tensors(tmp_path: Path, family: str) -> None:
     folder = tiny_base(tmp_path / "base", family, shards=3)
     base = open_base(folder, name="base", revision=None)
@@ -27,10 +28,14 @@ def test_facts_come_from_the_tensors(tmp_path: Path, family: str) -> None:
     assert all((folder / shard).is_file() for shard in base.shards)
 
 
+ABSENT = object()
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
+        config = {k: v for k, v in (config | changes).items() if v is not ABSENT}
+        (folder / "config.json").write_text(json.dumps(config))
 
     return change
 
@@ -195,3 +200,44 @@ def test_names_that_lead_nowhere(tmp_path: Path, write_recipe: RecipeWriter) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         find_base(Recipe.load(write_recipe(clamp, base={"model": "empty"})))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stated", "match"),
+    [
+        ("gemma4_text, per-layer embeddings", {"hidden_size_per_layer_input": 7}, "expected 16"),
+        ("gemma4_text, per-layer embeddings", {"vocab_size_per_layer_input": 98}, "expected 99"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 1 << 20}, "expected 0, as its tensors"),
+        ("gemma4_text, experts", {"num_experts": 1 << 20}, "expected 4"),
+        ("gemma4_text, experts", {"moe_intermediate_size": 25}, "expected 24"),
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 9}, "expected 0, as its tensors"),
+        ("gemma4_text", {"per_layer_config": {"3": {"head_dim": 512}}}, "head_dim of layer 3"),
+        ("gemma4_text", {"per_layer_config": ABSENT, "global_head_dim": 24}, "of layer 1"),
+        ("gemma4_text", {"head_dim": 24}, "head_dim is 24"),
+    ],
+)
+def test_a_gemma_4_of_other_sizes_is_refused_before_it_is_loaded(
+    tmp_path: Path, kind: str, stated: dict[str, Any], match: str
+) -> None:
+    folder = tiny_base(tmp_path / "base", kind)
+    edit_config(**stated)(folder)
+    with pytest.raises(ModelError, match=match) as caught:
+        open_base(folder, name="base", revision=None)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_as_google_states_them_are_read(tmp_path: Path) -> None:
+    """With `global_head_dim` and `num_global_key_value_heads` in place of `per_layer_config`."""
+    from transformers import AutoConfig
+
+    folder = tiny_base(tmp_path / "base", "gemma4_text")
+    sizes = {"global_head_dim": 16, "num_global_key_value_heads": 1}
+    edit_config(per_layer_config=ABSENT, **sizes)(folder)
+    base = open_base(folder, name="base", revision=None)
+    loaded = AutoConfig.from_pretrained(folder)
+    for layer, own in enumerate(loaded.per_layer_config):
+        found = {"head_dim": 8, "num_key_value_heads": 2} | own_heads(base.config, layer)
+        assert found == {
+            "head_dim": own.head_dim,
+            "num_key_value_heads": own.num_key_value_heads,
+        }

@@ -14,7 +14,7 @@ from bake.stock import load_base
 from bakeout.verbs.baking import bake_recipe
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.worlds import (
-    FAMILIES,
+    KINDS,
     RecipeWriter,
     sae_table,
     save_gemma_scope,
@@ -58,7 +58,7 @@ def compare(
 
 @pytest.mark.parametrize("hook_points", [1, 2])
 @pytest.mark.parametrize("method", METHOD_TABLES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_float32(
     tmp_path: Path, write_recipe: RecipeWriter, family: str, method: str, hook_points: int
 ) -> None:
@@ -103,7 +103,7 @@ def test_bos_is_exempt_only_where_the_recipe_says_so(
     assert torch.equal(found[0], before[0]) == exempt_bos
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_bfloat16(tmp_path: Path, write_recipe: RecipeWriter, family: str) -> None:
     tiny_base(tmp_path / "base", family)
     save_sae_lens(tmp_path / "sae", tiny_sae())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 
 import bake.modeling_clamped_gemma as clamped
@@ -19,12 +20,12 @@ from bake.families import FAMILIES as KNOWN
 from bake.recipe import Recipe
 from bakeout.verbs.baking import bake_recipe
 from tests.insertion import insert
-from tests.worlds import D_IN, FAMILIES, save_sae_lens, tiny_base, tiny_config, tiny_sae
+from tests.worlds import D_IN, KINDS, save_sae_lens, tiny_base, tiny_sae
 
 FIRES = {"sae": {"path": "sae"}, "method": "clamp", "features": [1, 5, 9, 20], "value": -6.0}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=KINDS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A baked checkpoint of every family, with two sites."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -206,13 +207,17 @@ def test_saved_again_it_loads_the_same_and_still_fails_closed(
     refuses_stock_classes(tmp_path / "again", model.config.model_type)
 
 
+REFUSALS = (KeyError, ValueError, AttributeError, RuntimeError, StrictDataclassFieldValidationError)
+
+
 def refuses_stock_classes(folder: Path, model_type: str) -> None:
-    names = ["GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"]
-    if model_type == "clamped_gemma3":
-        names.append("Gemma3ForConditionalGeneration")
-    for name in names:
-        with pytest.raises((KeyError, ValueError, AttributeError)):
+    own = KNOWN[model_type.removeprefix("clamped_")]
+    stock = {family.architecture for family in KNOWN.values() if not family.images}
+    for name in sorted(stock | {own.architecture}):
+        with pytest.raises(REFUSALS) as refused:
             getattr(tf, name).from_pretrained(folder)
+        if name == own.architecture:
+            assert isinstance(refused.value, KeyError) and clamped.GUARD in str(refused.value)
 
 
 def test_no_stock_class_loads_it(checkpoint: Path) -> None:
@@ -299,29 +304,35 @@ def test_a_config_without_its_clamp_raises(checkpoint: Path, tmp_path: Path) -> 
             load(folder)
 
 
-def test_images_go_through_untouched(tmp_path: Path) -> None:
-    tiny_base(tmp_path / "base", "gemma3")
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gemma4_unified"])
+def test_images_go_through_untouched(tmp_path: Path, family: str) -> None:
+    tiny_base(tmp_path / "base", family)
     save_sae_lens(tmp_path / "sae", tiny_sae(), layer=1)
     (tmp_path / "recipe.toml").write_text(
         'schema = 1\n[base]\nmodel = "base"\nlicense = "apache-2.0"\n[[clamp]]\n'
         'sae = { path = "sae" }\nmethod = "zero"\nfeatures = [1, 2]\ntrigger = 1000000.0\n'
     )
     bake_recipe(tmp_path / "recipe.toml", tmp_path / "out", force=False)
-    config = tiny_config("gemma3")
     ids = prompts(1, 12)
-    ids[0, 3:7] = config.image_token_index
+    ids[0, 3:7] = 98
+    types = (ids == 98).long()
     image = torch.randn(1, 3, 28, 28)
-    types = (ids == config.image_token_index).long()
     inputs = {"input_ids": ids, "pixel_values": image, "token_type_ids": types}
-    base = tf.Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "base")
+    if family != "gemma3":
+        side = 4 if family == "gemma4" else 2  # in patches of 2 by 2; gemma4 pools 2 by 2 of them
+        image = torch.rand(1, side * side, 12)
+        places = torch.tensor([[[x, y] for y in range(side) for x in range(side)]])
+        inputs = {"input_ids": ids, "mm_token_type_ids": types, "image_position_ids": places}
+        inputs["pixel_values"] = image
+    base = getattr(tf, KNOWN[family].architecture).from_pretrained(tmp_path / "base")
     model = load(tmp_path / "out")
     assert torch.equal(model(**inputs).logits, base(**inputs).logits)
     assert not torch.equal(
-        model(**{**inputs, "pixel_values": image + 1}).logits, model(**inputs).logits
+        model(**{**inputs, "pixel_values": image.square() + 1}).logits, model(**inputs).logits
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_insert_equals_the_checkpoint_and_leaves_the_base_alone(
     family: str, tmp_path: Path
 ) -> None:
@@ -332,12 +343,13 @@ def test_insert_equals_the_checkpoint_and_leaves_the_base_alone(
         'sae = { path = "sae" }\nmethod = "clamp"\nfeatures = [1, 5]\nvalue = -6.0\n'
     )
     plan = bake_recipe(tmp_path / "recipe.toml", tmp_path / "out", force=False)
-    base = getattr(tf, plan.base.family.architecture).from_pretrained(tmp_path / "base")
+    eager = {"attn_implementation": "eager"}  # Gemma 4's sound knows no other
+    base = getattr(tf, plan.base.family.architecture).from_pretrained(tmp_path / "base", **eager)
     ids = prompts()
     before = base(input_ids=ids).logits
     recipe = Recipe.load(tmp_path / "recipe.toml")
     model = insert(base, load_clamps(recipe, plan.base))
-    expected = load(tmp_path / "out")(input_ids=ids).logits
+    expected = load(tmp_path / "out", **eager)(input_ids=ids).logits
     assert (model(input_ids=ids).logits - expected).abs().max() < 1e-5
     assert torch.equal(base(input_ids=ids).logits, before)
     embeddings = (model.get_input_embeddings().weight, base.get_input_embeddings().weight)

@@ -11,9 +11,11 @@ import tomli_w
 
 from bake.errors import RecipeError
 from bake.recipe import Recipe
-from bake.sae.layouts import LAYOUTS
+from bake.sae.layouts import LAYOUTS, find_sae, resolve_layer
 from bake.sources import layer_of
+from tests.worlds import save_sae_lens, tiny_sae
 
+GEMMA_4 = "decoderesearch/gemma-4-saes"
 RECIPES = Path(__file__).parents[2] / "bake" / "recipes"
 
 GOOD = """
@@ -192,7 +194,8 @@ def test_shipped_recipes_are_the_published_settings() -> None:
     assert refusal.refusal_feature == 15864 and len(refusal.features) == 10
     potter = recipes["gemma-2b-harry-potter"].clamp[0]
     assert (potter.method, potter.features) == ("zero", [10130, 776])
-    assert all(recipe.base.license == "gemma" for recipe in recipes.values())
+    for name, recipe in recipes.items():
+        assert recipe.base.license == ("apache-2.0" if name.startswith("gemma-4") else "gemma")
 
 
 def test_shipped_recipes_name_what_sae_lens_lists() -> None:
@@ -206,6 +209,8 @@ def test_shipped_recipes_name_what_sae_lens_lists() -> None:
         models.add(recipe.base.model)
         for clamp in recipe.clamp:
             assert clamp.sae.release is not None and clamp.sae.id is not None
+            if clamp.sae.release == GEMMA_4:  # of the hub: `test_gemma_4_saes_are_found`
+                continue
             release = releases[clamp.sae.release]
             assert clamp.sae.id in release.saes_map, path.name
             assert get_conversion_loader_name(clamp.sae.release) in LAYOUTS
@@ -218,6 +223,46 @@ def test_shipped_recipes_name_what_sae_lens_lists() -> None:
             assert own.removesuffix("-it") == of_model.removesuffix("-it"), path.name
     sizes = {"270m", "270m-it", "1b-pt", "1b-it", "4b-pt", "4b-it"}
     assert {f"google/gemma-3-{size}" for size in sizes} <= models
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"),
+    [
+        *(("e2b", layer) for layer in (6, 17, 28)),
+        *(("e4b", layer) for layer in (7, 21, 35)),
+        ("31b", 30),
+    ],
+)
+def test_gemma_4_saes_are_found(
+    model: str, layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the ids that the hub lists, with the hook points that their configs state."""
+    hook = f"model.language_model.layers.{layer}"
+    asked: list[tuple[str, str]] = []
+
+    def download(repo: str, file: str, **_: Any) -> str:
+        asked.append((repo, file))
+        folder = (tmp_path / file).parent
+        if not folder.exists():
+            save_sae_lens(folder, tiny_sae(), hook_name=hook)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    recipe = Recipe.load(RECIPES / f"gemma-4-{model}-wmdp-bio-select.toml")
+    assert recipe.base.model.lower() == f"google/gemma-4-{model}"
+    (clamp,) = recipe.clamp
+    shipped = layer_of(str(clamp.hook_point))
+    assert clamp.sae.id == f"gemma-4-{model}/btk-mat-layer-{shipped}-k-100"
+    source = clamp.sae.model_copy(update={"id": f"gemma-4-{model}/btk-mat-layer-{layer}-k-100"})
+    files = find_sae(source, recipe)
+    assert asked == [
+        (GEMMA_4, f"gemma-4-{model}/btk-mat-layer-{layer}-k-100/{name}")
+        for name in ("cfg.json", "sae_weights.safetensors")
+    ]
+    assert (files.architecture, files.apply_b_dec_to_input) == ("jumprelu", True)
+    assert resolve_layer(files, None, "sae") == (layer, f"blocks.{layer}.hook_resid_post")
+    if layer == shipped:
+        assert resolve_layer(files, clamp.hook_point, "sae")[0] == layer
 
 
 @pytest.mark.parametrize(

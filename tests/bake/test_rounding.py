@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bake.rounding import EPSILON, disturbed, epsilon_of, load_word
+from bake.rounding import EPSILON, disturbed, disturbed_part, epsilon_of, load_word
 
 
 def draw(h: torch.Tensor, seed: int = 0, epsilon: float | None = None) -> torch.Tensor:
@@ -49,6 +49,28 @@ def test_a_seed_gives_the_same_and_another_one_does_not() -> None:
     h = torch.randn(8, 8)
     assert torch.equal(draw(h), draw(h)) and not torch.equal(draw(h), draw(h, seed=1))
     assert torch.equal(draw(torch.zeros(3)), torch.zeros(3))
+
+
+def test_an_activation_keeps_of_a_number_far_below_0_how_its_sum_was_rounded() -> None:
+    from transformers.activations import ACT2FN
+
+    act = ACT2FN["gelu_pytorch_tanh"]
+    x = torch.linspace(-6, -2, 400)
+    y, exact = act(x), torch.nn.functional.gelu(x.double(), approximate="tanh").float()
+    draws = torch.Generator().manual_seed(0)
+    moved = disturbed_part(act, x, y, draws, EPSILON["float32"])
+    allowed = 2 * EPSILON["float32"] * (x.abs() / 2 + y.abs()) * 1.01  # to the next number
+    assert ((moved - y).abs() <= allowed).all() and ((moved - y).abs() > allowed / 4).any()
+    # As large as what the processor itself was off by; one rounding of y is not.
+    assert (y - exact).abs().max() > 10 * EPSILON["float32"] * y[x < -4].abs().max()
+    assert (y - exact).abs().max() <= 8 * (moved - y).abs().max()
+
+
+def test_of_a_matrix_it_is_one_rounding_of_what_it_gives() -> None:
+    h = torch.randn(5, 8)
+    part = torch.nn.Linear(8, 8)
+    found = disturbed_part(part, h, h + 1, torch.Generator().manual_seed(0), EPSILON["float32"])
+    assert torch.equal(found, draw(h + 1))
 
 
 def test_larger_roundings_are_larger() -> None:

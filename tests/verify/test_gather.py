@@ -15,7 +15,7 @@ from bake.stock import load_base
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from tests.clamps import METHOD_NUMBERS, recipe_on_layers
 from tests.engines import compared_with, load_clamped, reports_beside
-from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
+from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 from verify.engines.runners import HookedRunner, Reading
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
@@ -25,11 +25,11 @@ from verify.tolerances import parity_failures
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {f: tiny_tokenizer(tiny_base(folder / f, f)) for f in FAMILIES}
+    return {f: tiny_tokenizer(tiny_base(folder / f, f)) for f in KINDS}
 
 
 @pytest.mark.parametrize("method", METHOD_NUMBERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_checkpoint_agrees_with_the_oracle(
     family: str,
     method: str,

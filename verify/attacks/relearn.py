@@ -24,7 +24,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from bake.questions.prompts import bos_id
+from bake.questions.prompts import bos_id, encoded
 from verify.audit.attempts import Attempt, Need, Scores, Settings, keeps_utility
 from verify.audit.levels import Level
 from verify.audit.target import Target
@@ -208,8 +208,7 @@ def trained(model: Any, texts: Sequence[str], tokenizer: Any, settings: Settings
         model.requires_grad_(True)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings["rate"], weight_decay=0.0)
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    rows = [[bos_id(tokenizer), *ids][:LONGEST] for ids in encoded]
+    rows = [[bos_id(tokenizer), *ids][:LONGEST] for ids in encoded(texts, tokenizer)]
     for step, batch in enumerate(_batches(rows, settings), 1):
         model.train()
         ids, labels, mask = (part.to(model.device) for part in _padded(batch))

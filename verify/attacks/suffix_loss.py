@@ -16,7 +16,7 @@ import numpy as np
 
 from bake.questions.forms import Form
 from bake.questions.multiple_choice import Question
-from bake.questions.prompts import Batch, Prompt, batches, bos_id
+from bake.questions.prompts import Batch, Prompt, batches, bos_id, encoded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,14 +48,14 @@ class Slotted:
 def slotted(question: Question, form: Form, tokenizer: Any) -> Slotted:
     """A question in a prompt form, cut open after its choices."""
     before, tail, rest = form.text(question).rpartition(form.tail)
-    head, after = tokenizer([before, tail + rest], add_special_tokens=False)["input_ids"]
+    head, after = encoded([before, tail + rest], tokenizer)
     return Slotted((bos_id(tokenizer), *head), tuple(after), question.answer)
 
 
 def slotted_before(question: Question, form: Form, tokenizer: Any) -> Slotted:
     """A question in a prompt form, cut open where its turn begins."""
     texts = [form.turn, "\n" + form.text(question).removeprefix(form.turn)]
-    head, after = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    head, after = encoded(texts, tokenizer)
     return Slotted((bos_id(tokenizer), *head), tuple(after), question.answer)
 
 

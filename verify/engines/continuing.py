@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bake.families import END_OF_TURN
+from bake.families import END_OF_TURN, LATER_TURNS
 from bake.questions.prompts import Batch, Prompt, batches
 from verify.engines.runners import Runner
 from verify.engines.scoring import token_ids
@@ -36,7 +36,8 @@ def prompt_batches(texts: Sequence[str], tokenizer: Any) -> list[Batch]:
 
 def stop_ids(tokenizer: Any) -> frozenset[int]:
     """The tokens after which all is said: EOS, and the end of a turn where there is one."""
-    named = (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN))
+    ends = (END_OF_TURN, LATER_TURNS[END_OF_TURN])
+    named = (tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, ends))
     return frozenset(int(i) for i in named if i is not None and i != tokenizer.unk_token_id)
 
 

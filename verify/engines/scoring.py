@@ -12,7 +12,7 @@ from bake.questions.answers import (
     best_letters,
     choice_log_likelihoods,
 )
-from bake.questions.prompts import Prompt, batches, bos_id, by_question
+from bake.questions.prompts import Prompt, batches, bos_id, by_question, encoded
 from verify.engines.runners import Runner, TreeRunner
 from verify.engines.token_tree import merge
 
@@ -28,8 +28,7 @@ another, so that one which saves less is slower than batches."""
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
     """Each text as tokens, BOS first."""
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [(bos_id(tokenizer), *ids) for ids in encoded]
+    return [(bos_id(tokenizer), *ids) for ids in encoded(texts, tokenizer)]
 
 
 def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:

@@ -18,6 +18,7 @@ from verify.evidence import (
     completions,
     controls,
     known,
+    leak,
     loads,
     loss_added,
     parity,
@@ -105,6 +106,11 @@ KINDS: dict[str, Kind] = {
         controls.gather,
         passes=lambda of: (1 + of.controls) * of.shown / 2,
         lines=lines.controls_said,
+    ),
+    "leak": Kind(
+        "of a Gemma 4 with per-layer embeddings: how much of the clamp's push they take back",
+        leak.gather,
+        lines=leak.lines,
     ),
     "completions": Kind(
         "greedy continuations of base, reconstruction, unlearned and prompted model side by side, "

@@ -27,6 +27,7 @@ from verify.expected.expected_config import (
     checkpoint_config,
     compiled_config,
     differences,
+    past_the_clamp,
 )
 from verify.expected.own_files import as_damaged, data_failures, graph_clamps
 from verify.expected.trained_weights import trained_failures
@@ -247,6 +248,7 @@ def _origin(checked: Checked) -> Iterator[Failure]:
             "features": list(site.features),
             "parameters": site.clamp.parameters,
             "k": place.k,
+            **past_the_clamp(checked.base, site.layer),
         }
         at = f"manifest.json, clamp at layer {site.layer}"
         found: Mapping[str, Any] = {}

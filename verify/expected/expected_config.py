@@ -70,6 +70,22 @@ def clamp_section(base: BaseModel, places: Sequence[Placed]) -> dict[str, Any]:
     }
 
 
+def past_the_clamp(base: BaseModel, layer: int) -> dict[str, Any]:
+    """What a manifest must say of what goes past a clamp: the layers behind it whose keys and
+    values an earlier one made, and whether they are given each token's embedding again.
+    """
+    stock = stock_config(base).get_text_config()
+    n, own = base.n_layers, base.n_layers - getattr(stock, "num_kv_shared_layers", 0)
+    kinds = getattr(stock, "layer_types", None) or [""] * n
+    made_by = [max((j for j in range(own) if kinds[j] == kinds[i]), default=i) for i in range(n)]
+    behind = range(max(own, layer + 1), n)
+    width = getattr(stock, "hidden_size_per_layer_input", 0)
+    return {
+        "old_keys": [i for i in behind if made_by[i] <= layer],
+        "embedded_again": bool(width) and layer < n - 1,
+    }
+
+
 def compiled_config(
     base: BaseModel, compiled: CompiledEntry, places: Places, mlp: int
 ) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bake.base import INDEX, WEIGHTS, BaseModel
 from bake.errors import FolderError
+from bake.families import unread_tensors
 from bake.files.folder_files import open_in
 from bake.reading.capped import HEADER_BYTES, parse_json
 from export.manifest import AGAIN, read_json
@@ -117,18 +118,21 @@ def compiled_map(base: BaseModel, places: Places) -> dict[str, tuple[str, str]]:
 
 
 def first_rows_digest(base: BaseModel) -> str:
-    """The fingerprint that an adapter has of its base: sha256 over the sorted sha256 of every
-    tensor's first row (a vector whole), in bfloat16.
+    """The fingerprint that an adapter has of its base: sha256 over the sorted sha256 of the first
+    row of every tensor that is loaded (a vector whole), in bfloat16.
     """
     import torch
     from safetensors import safe_open
 
-    digests = set()
+    digests, unread = set(), unread_tensors(base.config)
     for shard in base.shards:
         with safe_open(base.folder / shard, framework="pt") as tensors:
             for name in (n for n, file in base.weight_map.items() if file == shard):
+                if unread.fullmatch(name):
+                    continue
                 part = tensors.get_slice(name)
-                row = part[:] if len(part.get_shape()) < 2 else part[:1][0]
+                whole = len(part.get_shape()) < 2
+                row = tensors.get_tensor(name) if whole else part[:1][0]
                 bits = row.float().to(torch.bfloat16).contiguous().view(torch.int16)
                 digests.add(hashlib.sha256(bits.numpy().tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

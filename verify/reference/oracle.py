@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from bake.errors import SAEError
-from bake.rounding import disturbed, rounding_parts
+from bake.rounding import disturbed_part, rounding_parts
 from bake.stock import decoder_layers
 from verify.reference.editing import edit_code
 from verify.reference.gates import Gates, gates_of
@@ -98,7 +98,7 @@ class Oracle:
     Within `applied()` the model is the reference, outside it is the base.
 
     Args:
-        model: a stock Gemma, Gemma 2 or Gemma 3.
+        model: a stock Gemma, as `bake.stock.load_model` gives it: all its layers see all tokens.
         sites: one per clamp.
         edit: what the hooks make of the residual stream; `reconstruct_residual` is a control.
 
@@ -189,12 +189,12 @@ class Oracle:
         )
         self.last_fired = torch.zeros_like(ids).bool()
 
-    def _disturb(self, _: nn.Module, __: Any, output: Any) -> Any:
+    def _disturb(self, part: nn.Module, given: Any, output: Any) -> Any:
         """The hook of any part of a layer while the reference is disturbed."""
         assert self._noise is not None
         if isinstance(output, tuple):
-            return (disturbed(output[0], *self._noise), *output[1:])
-        return disturbed(output, *self._noise)
+            return (disturbed_part(part, given[0], output[0], *self._noise), *output[1:])
+        return disturbed_part(part, given[0], output, *self._noise)
 
     def _edit(self, site: Site) -> Callable[[nn.Module, Any, Any], Any]:
         """The hook of one layer."""

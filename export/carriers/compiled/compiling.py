@@ -296,6 +296,11 @@ def _check_family(source: Clamped) -> None:
             f"{name}: takes images; only text models are compiled. Use the clamped checkpoint, or "
             "its text model alone"
         )
+    if family.scaled:
+        raise ExportError(
+            f"{name}: is a Gemma 4, whose norms and layers multiply otherwise; only Gemma, Gemma 2 "
+            "and Gemma 3 are compiled. Use the clamped checkpoint, or an adapter"
+        )
     activation = source.base_config[family.activation_field]
     if activation != ACTIVATION:
         raise ExportError(

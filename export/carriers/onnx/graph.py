@@ -1,4 +1,4 @@
-"""The text-generation graph of a clamped Gemma, Gemma 2 or Gemma 3 (text), written from its config.
+"""The text-generation graph of a clamped Gemma, written from its config.
 
     input_ids, attention_mask, position_ids, past_key_values.{i}.{key,value}
         -> logits, present.{i}.{key,value}
@@ -12,41 +12,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-from onnx import GraphProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, TensorProto, helper
 
 from export.carriers.onnx.graph_builder import Builder
+from export.carriers.onnx.graph_ends import inputs, outputs
 from export.carriers.onnx.graph_weights import Weights
 from export.carriers.onnx.operator import DOMAIN, NAME
+from export.carriers.onnx.positions import masks, rope
 from export.carriers.onnx.wiring import Architecture
 from export.clamped import CLAMP_TENSORS
 
-INT64, FLOAT, FLOAT16 = TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT16
-BATCH, SEQ = "batch_size", "sequence_length"
-PAST, TOTAL = "past_sequence_length", "total_sequence_length"
-HIDDEN = float(np.finfo(np.float32).min)
-"""Added to the score of what a token must not see, as transformers' eager attention does."""
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
 @dataclass(frozen=True)
 class Shared:
     """Values that every layer uses."""
 
-    split_queries: str
-    """Shape [batch, seq, n_heads, head_dim]."""
-    split_keys: str
-    """Shape [batch, seq, n_kv_heads, head_dim]."""
+    split_queries: dict[int, str]
+    """By head_dim: shape [batch, seq, n_heads, head_dim]."""
+    split_keys: dict[tuple[int, int], str]
+    """By n_kv_heads and head_dim: shape [batch, seq, n_kv_heads, head_dim]."""
     residual: str
     """Shape [batch, seq, d_in]."""
     scores: str
     """Shape [batch, n_heads, seq, past + seq]."""
     masks: dict[int | None, str]
-    """By window: [batch, 1, seq, past + seq], 0 or `HIDDEN`."""
-    ropes: dict[str, tuple[str, str]]
-    """Cosine and signed sine: [batch, 1, seq, head_dim]."""
+    """By window: [batch, 1, seq, past + seq], 0 or the least float32."""
+    ropes: dict[str, tuple[str, str, int]]
+    """Cosine and signed sine, [batch, 1, seq, head_dim], and half of head_dim."""
     exempt: dict[bool, str]
     """By whether a site spares the exempt tokens: [batch, seq] bool."""
+    per_layer: str
+    """What each layer is given of each token, [rows, n_layers, width]; empty where nothing is."""
 
 
 class GraphWriter:
@@ -81,6 +79,8 @@ class GraphWriter:
         self.cache = cache
         self.exact = exact
         self.g = Builder()
+        self._kept: dict[int, tuple[str, str]] = {}
+        """By layer, its keys and values, past ones included."""
 
     def write(self) -> GraphProto:
         """The whole graph."""
@@ -89,7 +89,7 @@ class GraphWriter:
         ids = g.op("Reshape", "input_ids", g.ints(-1))
         x = self.weights.lookup(g, f"{backbone}embed_tokens.weight", ids)  # [rows, d_in] from here
         x = g.op("Mul", x, g.float(self.arch.d_in**0.5))
-        shared = self._shared()
+        shared = self._shared(self._per_layer(ids, x) if self.arch.per_layer else "")
         for layer in range(self.arch.n_layers):
             x = self._layer(x, layer, shared)
         g.scope = "head"
@@ -99,7 +99,11 @@ class GraphWriter:
         batch_seq = g.op("Concat", g.op("Shape", "input_ids"), g.ints(-1), axis=0)
         g.nodes.append(helper.make_node("Reshape", [logits, batch_seq], ["logits"], name="logits"))
         return helper.make_graph(
-            g.nodes, "main", self._inputs(), self._outputs(), list(g.initializers.values())
+            g.nodes,
+            "main",
+            inputs(self.arch, self.cache),
+            outputs(self.arch, self.cache),
+            list(g.initializers.values()),
         )
 
     def _layer(self, x: str, layer: int, shared: Shared) -> str:
@@ -118,6 +122,10 @@ class GraphWriter:
         if self.arch.norms_after:
             m = self._norm(m, f"{name}post_feedforward_layernorm.weight")
         x = g.op("Add", x, m)
+        if self.arch.per_layer:
+            x = g.op("Add", x, self._token_again(x, layer, shared.per_layer))
+        if self.arch.scaled:
+            x = g.op("Mul", x, self.weights.exact(g, f"{name}layer_scalar"))
         if layer not in self.arch.sites:
             return x
         g.scope = f"layer.{layer}/sae_clamp"
@@ -126,6 +134,25 @@ class GraphWriter:
         exempt = shared.exempt[self.arch.sites[layer]]
         clamped = g.op(NAME, h, exempt, *tensors, domain=DOMAIN)
         return g.op("Reshape", clamped, g.ints(-1, self.arch.d_in))
+
+    def _per_layer(self, ids: str, x: str) -> str:
+        """What a Gemma 4 gives each layer of each token: of its id, and of its embedding."""
+        g, arch, backbone = self.g, self.arch, self.prefix.removesuffix("layers.")
+        split = g.ints(-1, arch.n_layers, arch.per_layer)
+        of_id = self.weights.lookup(g, f"{backbone}embed_tokens_per_layer.weight", ids)
+        of_id = g.op("Reshape", g.op("Mul", of_id, g.float(arch.per_layer**0.5)), split)
+        seen = self.weights.linear(g, x, f"{backbone}per_layer_model_projection.weight")
+        seen = g.op("Reshape", g.op("Mul", seen, g.float(arch.d_in**-0.5)), split)
+        seen = self._norm(seen, f"{backbone}per_layer_projection_norm.weight")
+        return g.op("Mul", g.op("Add", seen, of_id), g.float(2**-0.5))
+
+    def _token_again(self, x: str, layer: int, per_layer: str) -> str:
+        """[rows, d_in] twice: what a layer adds of what it is given of each token."""
+        g, name = self.g, f"{self.prefix}{layer}."
+        gate = self._activation(self.weights.linear(g, x, f"{name}per_layer_input_gate.weight"))
+        given = g.op("Gather", per_layer, g.scalar(layer), axis=1)
+        m = self.weights.linear(g, g.op("Mul", gate, given), f"{name}per_layer_projection.weight")
+        return self._norm(m, f"{name}post_per_layer_input_norm.weight")
 
     def _mlp(self, x: str, name: str) -> str:
         """[rows, d_in] twice."""
@@ -145,26 +172,38 @@ class GraphWriter:
     def _attention(self, x: str, layer: int, shared: Shared) -> str:
         """[rows, d_in] twice; writes the layer's present keys and values."""
         g, arch, name = self.g, self.arch, f"{self.prefix}{layer}.self_attn."
-        rope = shared.ropes[arch.ropes[layer]]
-        q = self._heads(x, f"{name}q_proj", shared.split_queries, f"{name}q_norm.weight", rope)
-        k = self._heads(x, f"{name}k_proj", shared.split_keys, f"{name}k_norm.weight", rope)
-        v = self._heads(x, f"{name}v_proj", shared.split_keys)
-        k = self._with_past(k, f"{layer}.key")
-        v = self._with_past(v, f"{layer}.value")
+        turns = shared.ropes[arch.ropes[layer]]
+        dim, n_kv_heads = arch.head_dim[layer], arch.n_kv_heads[layer]
+        q_split, k_split = shared.split_queries[dim], shared.split_keys[n_kv_heads, dim]
+        q = self._heads(x, f"{name}q_proj", q_split, f"{name}q_norm.weight", turns)
+        if layer not in arch.borrows:
+            k = self._heads(x, f"{name}k_proj", k_split, f"{name}k_norm.weight", turns)
+            v = self._values(x, layer, k_split)
+            k = self._with_past(k, f"{layer}.key")
+            v = self._with_past(v, f"{layer}.value")
+            self._kept[layer] = k, v
+        k, v = self._kept[arch.borrows.get(layer, layer)]
         # Queries that share a key head stand below each other, so keys are not repeated.
-        grouped = g.ints(0, arch.n_kv_heads, -1, arch.head_dim)
+        grouped = g.ints(0, n_kv_heads, -1, dim)
         q = g.op("Reshape", g.op("Mul", q, g.float(arch.attention_scale)), grouped)
         scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
         if arch.attention_softcap is not None:
             scores = self._score_softcap(scores, arch.attention_softcap)
         scores = g.op("Reshape", scores, shared.scores)
         shares = g.op("Softmax", g.op("Add", scores, shared.masks[arch.windows[layer]]), axis=-1)
-        seen = g.op("Concat", g.ints(0, arch.n_kv_heads, -1), self._total(), axis=0)
+        seen = g.op("Concat", g.ints(0, n_kv_heads, -1), self._total(), axis=0)
         mixed = g.op("MatMul", g.op("Reshape", shares, seen), v)
-        mixed = g.op("Reshape", mixed, g.op("Concat", *self._by_heads(), axis=0))
+        mixed = g.op("Reshape", mixed, g.op("Concat", *self._by_heads(dim), axis=0))
         rows = g.op("Transpose", mixed, perm=[0, 2, 1, 3])
-        rows = g.op("Reshape", rows, g.ints(-1, arch.n_heads * arch.head_dim))
+        rows = g.op("Reshape", rows, g.ints(-1, arch.n_heads * dim))
         return self._linear(rows, f"{name}o_proj")
+
+    def _values(self, x: str, layer: int, split: str) -> str:
+        """[rows, d_in] -> [batch, n_kv_heads, seq, head_dim]."""
+        name = f"{self.prefix}{layer}.self_attn."
+        keys = self.arch.keys_are_values[layer]
+        v = self._heads(x, f"{name}{'k' if keys else 'v'}_proj", split)
+        return self._norm(v) if self.arch.scaled else v
 
     def _heads(
         self,
@@ -172,7 +211,7 @@ class GraphWriter:
         name: str,
         shape: str,
         norm: str | None = None,
-        rope: tuple[str, str] | None = None,
+        turns: tuple[str, str, int] | None = None,
     ) -> str:
         """[rows, d_in] -> [batch, heads, seq, head_dim], normed and turned where asked for."""
         g = self.g
@@ -180,12 +219,11 @@ class GraphWriter:
         if norm is not None and self.arch.head_norms:
             heads = self._norm(heads, norm)
         heads = g.op("Transpose", heads, perm=[0, 2, 1, 3])
-        if rope is None:
+        if turns is None:
             return heads
-        half = self.arch.head_dim // 2
+        cos, signed_sin, half = turns
         first, second = g.op_many("Split", heads, g.ints(half, half), n_outputs=2, axis=-1)
         swapped = g.op("Concat", second, first, axis=-1)
-        cos, signed_sin = rope
         return g.op("Add", g.op("Mul", heads, cos), g.op("Mul", swapped, signed_sin))
 
     def _with_past(self, new: str, name: str) -> str:
@@ -202,14 +240,19 @@ class GraphWriter:
             self.g, x, f"{name}.weight", bias if bias in self.biases else None
         )
 
-    def _norm(self, x: str, name: str) -> str:
-        """Gemma's RMS norm, x / rms(x) * (1 + w), over the last axis."""
-        g = self.g
-        weight = self.weights.exact(g, name)
-        factor = g.once(f"1 + {name}", lambda: g.op("Add", weight, g.float(1.0)))
+    def _norm(self, x: str, name: str = "") -> str:
+        """Gemma's RMS norm, x / rms(x) * (1 + w), over the last axis; Gemma 4's has w in place of
+        1 + w, or nothing where it has no name.
+        """
+        g, factor = self.g, ""
+        if name:
+            factor = weight = self.weights.exact(g, name)
+        if name and not self.arch.scaled:
+            factor = g.once(f"1 + {name}", lambda: g.op("Add", weight, g.float(1.0)))
         mean = g.op("ReduceMean", g.op("Pow", x, g.float(2.0)), g.ints(-1), keepdims=1)
         rms = g.op("Sqrt", g.op("Add", mean, g.float(self.arch.norm_eps)))
-        return g.op("Mul", g.op("Div", x, rms), factor)
+        normed = g.op("Div", x, rms)
+        return g.op("Mul", normed, factor) if factor else normed
 
     def _softcap(self, x: str, cap: float) -> str:
         g = self.g
@@ -228,13 +271,19 @@ class GraphWriter:
 
     # ----------------------------------------------------------------- what layers share
 
-    def _shared(self) -> Shared:
+    def _shared(self, per_layer: str) -> Shared:
         g, arch = self.g, self.arch
         g.scope = "shared"
         batch_seq = g.op("Shape", "input_ids")
         return Shared(
-            split_queries=g.op("Concat", batch_seq, g.ints(arch.n_heads, arch.head_dim), axis=0),
-            split_keys=g.op("Concat", batch_seq, g.ints(arch.n_kv_heads, arch.head_dim), axis=0),
+            split_queries={
+                dim: g.op("Concat", batch_seq, g.ints(arch.n_heads, dim), axis=0)
+                for dim in dict.fromkeys(arch.head_dim)
+            },
+            split_keys={
+                sizes: g.op("Concat", batch_seq, g.ints(*sizes), axis=0)
+                for sizes in dict.fromkeys(zip(arch.n_kv_heads, arch.head_dim, strict=True))
+            },
             residual=g.op("Concat", batch_seq, g.ints(arch.d_in), axis=0),
             scores=g.op(
                 "Concat",
@@ -243,9 +292,10 @@ class GraphWriter:
                 self._total(),
                 axis=0,
             ),
-            masks=self._masks(),
-            ropes={name: self._rope(*rope) for name, rope in arch.inv_freqs.items()},
+            masks=masks(g, arch.windows, self._total()),
+            ropes={name: rope(g, *of) for name, of in arch.inv_freqs.items()},
             exempt={spares: self._exempt(spares) for spares in set(arch.sites.values())},
+            per_layer=per_layer,
         )
 
     def _total(self) -> str:
@@ -253,49 +303,11 @@ class GraphWriter:
         g = self.g
         return g.once("total", lambda: g.op("Shape", "attention_mask", start=1, end=2))
 
-    def _by_heads(self) -> list[str]:
+    def _by_heads(self, head_dim: int) -> list[str]:
         """Parts of the shape [batch, n_heads, seq, head_dim]."""
         g, arch = self.g, self.arch
         seq = g.once("seq", lambda: g.op("Shape", "input_ids", start=1, end=2))
-        return [g.ints(0, arch.n_heads), seq, g.ints(arch.head_dim)]
-
-    def _masks(self) -> dict[int | None, str]:
-        """A token sees itself and what stands before it, but no padding, and no further back than
-        its layer's window, which counts real tokens: padding may stand anywhere.
-        """
-        g = self.g
-        total = g.op("Squeeze", self._total())
-        past = g.op("Shape", "past_key_values.0.key", start=2, end=3)
-        keys = g.op("Range", g.scalar(0), total, g.scalar(1))  # [past + seq]
-        queries = g.op("Range", g.op("Squeeze", past), total, g.scalar(1))
-        queries = g.op("Unsqueeze", queries, g.ints(-1))  # [seq, 1]
-        real = g.op("Unsqueeze", g.cast("attention_mask", TensorProto.BOOL), g.ints(1, 2))
-        seen = g.op("And", g.op("LessOrEqual", keys, queries), real)  # [batch, 1, seq, past + seq]
-        masks = {}
-        for window in dict.fromkeys(self.arch.windows):
-            near = seen
-            if window is not None:
-                counted = g.op("CumSum", "attention_mask", g.scalar(1))  # [batch, past + seq]
-                begin, end = past, g.ints(np.iinfo(np.int64).max)
-                here = g.op("Slice", counted, begin, end, g.ints(1))  # [batch, seq]
-                first = g.op("Sub", g.op("Unsqueeze", here, g.ints(1, 3)), g.scalar(window))
-                counted = g.op("Unsqueeze", counted, g.ints(1, 2))
-                near = g.op("And", seen, g.op("Greater", counted, first))
-            masks[window] = g.op("Where", near, g.float(0.0), g.float(HIDDEN))
-        return masks
-
-    def _rope(self, inv_freq: NDArray[np.float32], factor: float) -> tuple[str, str]:
-        """Cosine, and sine with the sign of the half that it is added to."""
-        g = self.g
-        positions = g.op("Unsqueeze", g.cast("position_ids", FLOAT), g.ints(1, 3))
-        angles = g.op("Mul", positions, g.constant(inv_freq))  # [batch, 1, seq, head_dim / 2]
-        cos, sin = g.op("Cos", angles), g.op("Sin", angles)
-        if factor != 1.0:
-            cos, sin = (g.op("Mul", x, g.float(factor)) for x in (cos, sin))
-        return (
-            g.op("Concat", cos, cos, axis=-1),
-            g.op("Concat", g.op("Neg", sin), sin, axis=-1),
-        )
+        return [g.ints(0, arch.n_heads), seq, g.ints(head_dim)]
 
     def _exempt(self, spares: bool) -> str:
         """Tokens that no clamp touches, by their ids: [batch, seq] bool."""
@@ -306,25 +318,3 @@ class GraphWriter:
             same = g.op("Equal", "input_ids", g.scalar(token_id))
             exempt = g.op("Or", exempt, same) if exempt else same
         return exempt
-
-    # ----------------------------------------------------------------- what goes in and out
-
-    def _inputs(self) -> list[ValueInfoProto]:
-        return [
-            helper.make_tensor_value_info("input_ids", INT64, [BATCH, SEQ]),
-            helper.make_tensor_value_info("attention_mask", INT64, [BATCH, TOTAL]),
-            helper.make_tensor_value_info("position_ids", INT64, [BATCH, SEQ]),
-            *self._cached("past_key_values", PAST),
-        ]
-
-    def _outputs(self) -> list[ValueInfoProto]:
-        logits = helper.make_tensor_value_info("logits", FLOAT, [BATCH, SEQ, self.arch.vocab])
-        return [logits, *self._cached("present", TOTAL)]
-
-    def _cached(self, name: str, length: str) -> list[ValueInfoProto]:
-        shape: list[str | int | None] = [BATCH, self.arch.n_kv_heads, length, self.arch.head_dim]
-        return [
-            helper.make_tensor_value_info(f"{name}.{layer}.{part}", self.cache, shape)
-            for layer in range(self.arch.n_layers)
-            for part in ("key", "value")
-        ]

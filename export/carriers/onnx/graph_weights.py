@@ -21,6 +21,7 @@ WHOLE_BYTES = 1 << 30
 """Most bytes of a matrix, as float32, that ONNX Runtime folds when it loads a graph."""
 ALIGNMENT = 4096
 """Of tensors in a data file, so that ONNX Runtime can map them."""
+_TABLES = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
 _ONNX_TYPES = {
     "F32": TensorProto.FLOAT,
     "F16": TensorProto.FLOAT16,
@@ -280,7 +281,7 @@ def packed_size(tensors: Mapping[str, StoredTensor], precision: Precision) -> in
         if precision.bits == 32:
             size += 4 * n + ALIGNMENT
             continue
-        table, width = name.endswith("embed_tokens.weight"), tensor.shape[1]
+        table, width = name.endswith(_TABLES), tensor.shape[1]
         if not precision.blocks or (table and width % BLOCK):
             size += 2 * n + ALIGNMENT
         if precision.blocks:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx.helper import make_model, make_opsetid, set_model_props
 
-from bake.errors import CheckError, FolderError, OutputError
+from bake.errors import CheckError, FolderError, ModelError, OutputError, shown
 from bake.files.folder_files import PARTIAL
 from bake.files.scratch import Scratch
 from bake.new_folder import check_output, check_space, new_folder
@@ -74,7 +74,7 @@ def export_onnx(
     """Write a clamped checkpoint's graph, whole or not at all.
 
     Args:
-        folder: a clamped checkpoint of Gemma, Gemma 2 or Gemma 3 (text), or one compiled from it.
+        folder: a clamped checkpoint of a text model, or one compiled from it.
         precision: of `PRECISIONS`; shared points into the checkpoint's own files, the others write
             rounded copies.
         out: a folder of its own for a rounded graph; default: beside the checkpoint.
@@ -146,7 +146,10 @@ def _export(
         new[chosen.file] = graph
         if not stored:
             new[WITNESSES] = witnesses.save(partial)
-        if out is not None or chosen.shared or not (root / PRECISIONS["shared"].file).exists():
+        genai = clamped.family.genai
+        if genai and (
+            out is not None or chosen.shared or not (root / PRECISIONS["shared"].file).exists()
+        ):
             new[GENAI_CONFIG] = _write_genai_config(clamped, partial, chosen.file)
         if out is None:
             changes = {"rounded": rounded_graphs} if rounded_graphs else {}
@@ -211,9 +214,14 @@ def model_of(
     if precision.blocks:
         imports.append(make_opsetid("com.microsoft", 1))
     functions = [function()] if architecture.sites else []
-    model = make_model(
-        writer.write(), functions=functions, opset_imports=imports, ir_version=IR_VERSION
-    )
+    try:
+        graph = writer.write()
+    except KeyError as error:
+        raise ModelError(
+            f"{clamped.name}: config.json asks for {shown(error.args[0])}, which its weights have "
+            "not; expected the config that they came with. Bake it again"
+        ) from error
+    model = make_model(graph, functions=functions, opset_imports=imports, ir_version=IR_VERSION)
     model.producer_name, model.producer_version = "bakeout", version("bakeout")
     provenance = {
         "bakeout.version": version("bakeout"),

@@ -216,6 +216,11 @@ def expected_genai(source: Clamped, graphs: Sequence[str]) -> list[dict[str, Any
     Args:
         source: of the graphs.
         graphs: precisions that lie in the folder.
+
+    Returns:
+        What is allowed; nothing where onnxruntime-genai does not run the family.
     """
+    if not source.family.genai:
+        return []
     chosen = ["shared"] if "shared" in graphs else list(graphs)
     return [genai_config(source.config, source.folder, PRECISIONS[name].file) for name in chosen]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bake.errors import ModelError
-from bake.families import Family, family_of, text_families
+from bake.errors import ModelError, short
+from bake.families import Family, borrowing_layers, family_of, text_families
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu", "silu", "relu")
 
@@ -23,8 +23,10 @@ class Architecture:
     d_in: int
     vocab: int
     n_heads: int
-    n_kv_heads: int
-    head_dim: int
+    n_kv_heads: tuple[int, ...]
+    """Per layer."""
+    head_dim: tuple[int, ...]
+    """Per layer."""
     norm_eps: float
     activation: str
     attention_scale: float
@@ -37,9 +39,18 @@ class Architecture:
     inv_freqs: dict[str, tuple[NDArray[np.float32], float]]
     """Rotary frequencies [head_dim / 2] and the factor on sine and cosine, by name."""
     norms_after: bool
-    """Gemma 2 and 3: a block's output has a norm of its own before it is added."""
+    """Gemma 2 and later: a block's output has a norm of its own before it is added."""
     head_norms: bool
-    """Gemma 3: queries and keys have a norm of their own."""
+    """Gemma 3 and 4: queries and keys have a norm of their own."""
+    scaled: bool
+    """Gemma 4: a norm multiplies by w, not 1 + w; values have one without w; and a layer's output
+    is multiplied by a scalar of its own."""
+    keys_are_values: tuple[bool, ...]
+    """Per layer: keys, before their norm, are its values too."""
+    borrows: dict[int, int]
+    """Layers without keys and values of their own, and whose they attend to."""
+    per_layer: int
+    """Width of what a Gemma 4 gives each layer of each token; 0 where it gives nothing."""
     exempt_token_ids: tuple[int, ...]
     sites: dict[int, bool]
     """Clamped layers, and whether they spare the exempt tokens."""
@@ -57,10 +68,16 @@ class Architecture:
                 f"family {config.model_type.removeprefix('clamped_')}: cannot be exported to ONNX; "
                 f"expected one of {text_families()}"
             )
-        if getattr(config, "use_bidirectional_attention", None):
+        # Of a Gemma 4, "vision" says of images alone that they are seen both ways.
+        if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
             raise ModelError(
                 "config.use_bidirectional_attention: true cannot be exported to ONNX; expected a "
                 "model that generates text"
+            )
+        if getattr(config, "enable_moe_block", False):
+            raise ModelError(
+                "config.enable_moe_block: a mixture of experts cannot be exported to ONNX; "
+                "expected a dense model. Use the clamped checkpoint, or an adapter"
             )
         activation = getattr(config, family.activation_field)
         if activation not in _ACTIVATIONS:
@@ -72,16 +89,19 @@ class Architecture:
         types = getattr(config, "layer_types", None) or ["full_attention"] * n_layers
         clamp = getattr(config, "sae_clamp", None) or {"sites": [], "exempt_token_ids": []}
         sliding = [kind == "sliding_attention" for kind in types]
+        each = config.per_layer_config if family.scaled else [config] * n_layers
+        scale = 1.0 if family.scaled else getattr(config, "query_pre_attn_scalar", None)
+        shares = getattr(config, "attention_k_eq_v", False)
         return cls(
             n_layers=n_layers,
             d_in=config.hidden_size,
             vocab=config.vocab_size,
             n_heads=config.num_attention_heads,
-            n_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            n_kv_heads=tuple(layer.num_key_value_heads for layer in each),
+            head_dim=tuple(layer.head_dim for layer in each),
             norm_eps=config.rms_norm_eps,
             activation=activation,
-            attention_scale=getattr(config, "query_pre_attn_scalar", config.head_dim) ** -0.5,
+            attention_scale=(scale or config.head_dim) ** -0.5,
             attention_softcap=getattr(config, "attn_logit_softcapping", None),
             final_softcap=getattr(config, "final_logit_softcapping", None),
             windows=tuple(config.sliding_window if slides else None for slides in sliding),
@@ -89,6 +109,10 @@ class Architecture:
             inv_freqs=_inv_freqs(config, family),
             norms_after=family.norms_after,
             head_norms=family.head_norms,
+            scaled=family.scaled,
+            keys_are_values=tuple(shares and not slides for slides in sliding),
+            borrows=borrowing_layers(config.to_dict()),
+            per_layer=getattr(config, "hidden_size_per_layer_input", 0),
             exempt_token_ids=tuple(clamp["exempt_token_ids"]),
             sites={site["layer"]: site["exempt_bos"] for site in clamp["sites"]},
         )
@@ -99,7 +123,14 @@ def _inv_freqs(config: Any, family: Family) -> dict[str, tuple[NDArray[np.float3
     import transformers
 
     stock = getattr(transformers, family.architecture)
-    rope = getattr(import_module(stock.__module__), family.rope)(config)
+    try:
+        rope = getattr(import_module(stock.__module__), family.rope)(config)
+    except Exception as error:  # each of its checks raises another kind
+        reason = short(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelError(
+            f"rotary embeddings: cannot be made of config.json ({reason}); expected a model that "
+            "transformers runs. Bake it again"
+        ) from error
     kinds = {"all": ("", rope.rope_type)}
     if family.head_norms:
         kinds = {name: (f"{name}_", rope.rope_type[name]) for name in rope.rope_type}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +50,19 @@ def test_both_forms_to_the_letter(tokenizer: Any) -> None:
         "<bos>The following are multiple choice questions (with answers) about small numbers.\n\n"
         "How many?\nA. one\nB. two\nC. three\nD. four\nAnswer:"
     )
+
+
+def test_turns_are_marked_as_gemma_4_marks_them_where_its_tokenizer_is_read(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    from transformers import AutoTokenizer
+
+    later = AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path, ("<|turn>", "<turn|>")))
+    asked = texts_of(tokenizer, QUESTION)["chat"]
+    marked = asked.replace("<start_of_turn>", "<|turn>").replace("<end_of_turn>", "<turn|>")
+    assert texts_of(later, QUESTION)["chat"] == marked
+    (prompt,) = question_prompts("forget", [QUESTION], later, compared=True, forms=["chat"])
+    assert prompt.ids[:2] == (BOS, 4) and prompt.ids.count(4) == 2 and prompt.ids.count(5) == 1
 
 
 def test_without_a_topic_the_description_names_none(tokenizer: Any) -> None:

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 
 from bake.reading.model_config import without_paths, wrong_clamp, wrong_field
-from tests.worlds import FAMILIES, tiny_config
+from tests.worlds import KINDS, tiny_config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_config_as_transformers_writes_it_is_right(family: str, tmp_path: Path) -> None:
     tiny_config(family).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert wrong_field(config) is None
     assert without_paths(config) == config
+
+
+GEMMA_4 = {"model_type": "gemma4_text"}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,14 @@ def test_a_config_as_transformers_writes_it_is_right(family: str, tmp_path: Path
         ({"rms_norm_eps": -1e-6}, "expected a number above 0"),
         ({"text_config": {"vocab_size": "99"}}, r"text_config\.vocab_size is '99'"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "expected a multiple of"),
+        ({"use_bidirectional_attention": "some"}, "expected true, false, all or vision"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "expected none but in Gemma 4"),
+        (GEMMA_4 | {"per_layer_config": {"0": {"skip": ["mlp"]}}}, "expected by layer, its own"),
+        (GEMMA_4 | {"per_layer_config": {"x": {"head_dim": 8}}}, "expected by layer, its own"),
+        (GEMMA_4 | {"per_layer_config": {"0": {"head_dim": 0}}}, "expected by layer, its own"),
+        ({"num_hidden_layers": 4, "num_kv_shared_layers": 4}, "expected fewer than 4 layers"),
+        ({"num_experts": -1}, "num_experts is -1; expected a whole number above 0"),
+        ({"text_config": {"hidden_size_per_layer_input": "6"}}, "expected a whole number"),
     ],
 )
 def test_a_field_of_another_type_is_named(field: dict[str, Any], match: str) -> None:

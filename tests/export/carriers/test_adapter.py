@@ -15,10 +15,10 @@ from bake.errors import ExportError, OutputError
 from export.carriers.adapter import adapter_config, fingerprint, first_row, write_adapter
 from export.clamped import open_clamped
 from tests.folders import make_adapter
-from tests.worlds import FAMILIES, tiny_base
+from tests.worlds import KINDS, tiny_base
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_folder_is_small_whole_and_without_weights_of_the_base(
     tmp_path: Path, family: str
 ) -> None:

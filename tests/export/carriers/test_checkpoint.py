@@ -18,7 +18,7 @@ from bakeout.cli import run
 from bakeout.verbs.baking import bake_recipe
 from export.carriers import checkpoint
 from export.clamped import GUARD
-from tests.worlds import FAMILIES, RecipeWriter, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import KINDS, RecipeWriter, save_sae_lens, tiny_base, tiny_sae
 
 TABLE = {"sae": {"path": "sae"}, "method": "clamp", "features": [9, 2], "value": -6.0}
 
@@ -27,7 +27,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_base_shards_byte_for_byte_and_the_clamp_beside_them(
     tmp_path: Path, write_recipe: RecipeWriter, family: str, shards: int

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import bakeout
 from export.carriers.peft_clamp import NAME, SITE, register
 from tests.folders import make_adapter
-from tests.worlds import FAMILIES
+from tests.worlds import KINDS
 
 HOLDS_FOR = ("0.21",)
 """Versions of peft whose enum can be extended, and that call what a method here overrides."""
@@ -59,7 +59,7 @@ def test_peft_is_a_version_that_holds() -> None:
     assert [member.value for member in PeftType].count(NAME) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_logits_are_the_checkpoints_and_disabled_the_bases(tmp_path: Path, family: str) -> None:
     folder = make_adapter(tmp_path, family)
     base, inputs = base_of(folder), prompts()
@@ -88,6 +88,33 @@ def test_generating_saving_and_hidden_states(work: Path, tmp_path: Path) -> None
     again = PeftModel.from_pretrained(base_of(work), tmp_path / "again")
     assert torch.equal(again(**inputs).logits, checkpoint(**inputs).logits)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_text, shared keys"])
+def test_generating_where_layers_are_given_the_last_tokens_alone(
+    tmp_path: Path, family: str
+) -> None:
+    """As transformers runs layers that share keys: BOS is exempt by its place among all tokens."""
+    folder = make_adapter(tmp_path, family, layer=2)
+    model = PeftModel.from_pretrained(base_of(folder), folder / "adapter")
+    given: list[torch.Size] = []
+    clamp = model.get_decoder().layers[2].sae_clamp_site
+    clamp.register_forward_hook(lambda _, inputs, __: given.append(inputs[0].shape[:2]))
+    inputs = prompts()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    both = [m.generate(**inputs, **options) for m in (model, checkpoint_of(folder))]
+    assert torch.equal(*both)
+    assert {shape[1] for shape in given} == {1} and inputs["input_ids"].shape[1] > 1
+    for row, mask in zip(both[0], inputs["attention_mask"], strict=True):
+        alone = row[int((mask == 0).sum()) :][None]
+        prompt = alone[:, : int(mask.sum())]
+        for cached in (True, False):
+            again = model.generate(input_ids=prompt, use_cache=cached, **options)
+            assert torch.equal(again, alone)
+    short = torch.tensor([[2, 2]])  # the last token is BOS, the first is not looked at
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=short, logits_to_keep=1).logits
+    assert torch.equal(model(input_ids=short, logits_to_keep=1).logits, base)
 
 
 def test_in_bfloat16_it_is_the_checkpoint_too(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from bake.stock import load_base, load_tokenizer
 from export.carriers.checkpoint import plan_checkpoint, write_checkpoint
 from tests.logits import every_logit, one_after_another
 from tests.worlds import (
-    FAMILIES,
+    KINDS,
     VOCAB,
     save_sae_lens,
     talkative,
@@ -66,7 +66,7 @@ class Tiny:
         return [found[item] for item in range(len(TEXTS))]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def tiny(tmp_path: Path, write_recipe: Any, request: pytest.FixtureRequest) -> Tiny:
     return Tiny(tmp_path, write_recipe, request.param)
 
@@ -187,6 +187,13 @@ def test_what_ends_a_continuation(tiny: Tiny) -> None:
             return 3
 
     assert stop_ids(Plain()) == {7}
+
+
+def test_gemma_4_ends_its_turns_otherwise(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    turns = tiny_tokenizer(tmp_path, ("<|turn>", "<turn|>"))
+    assert stop_ids(AutoTokenizer.from_pretrained(turns)) == {1, 5}
 
 
 def test_prompts_have_bos_once_and_stand_to_the_right(tiny: Tiny) -> None:

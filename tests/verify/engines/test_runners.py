@@ -12,7 +12,7 @@ from bake.questions.prompts import Batch, Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.logits import every_logit, token_losses
-from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae
 from verify.engines.runners import HookedRunner, TorchRunner
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
@@ -30,7 +30,7 @@ ASKED = Prompt("forget", "chat", 1, (2, *range(60, 77)), every_token=True)
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {family: tiny_base(folder / family, family) for family in FAMILIES}
+    return {family: tiny_base(folder / family, family) for family in KINDS}
 
 
 def recipe_over(base: Path, folder: Path, write_recipe: Callable[..., Path]) -> Recipe:
@@ -61,7 +61,7 @@ def runners(oracle: Oracle) -> list[HookedRunner]:
     ]
 
 
-@pytest.mark.parametrize("oracle", FAMILIES, indirect=True)
+@pytest.mark.parametrize("oracle", KINDS, indirect=True)
 def test_left_padded_equals_alone(oracle: Oracle) -> None:
     for runner in runners(oracle):
         batch = left_padded(PROMPTS, pad_id=0, last_only=False)
@@ -117,7 +117,7 @@ def asked_for(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield wanted & batch.wanted, scored & batch.scored
 
 
-@pytest.mark.parametrize("oracle", FAMILIES, indirect=True)
+@pytest.mark.parametrize("oracle", KINDS, indirect=True)
 def test_what_is_read_is_what_all_logits_say_and_no_others_are_formed(oracle: Oracle) -> None:
     batch = left_padded([*PROMPTS, ASKED], pad_id=0, last_only=False)
     ids, mask = batch.input_ids, batch.attention_mask
@@ -143,7 +143,7 @@ def test_what_is_read_is_what_all_logits_say_and_no_others_are_formed(oracle: Or
     assert not head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("oracle", FAMILIES, indirect=True)
+@pytest.mark.parametrize("oracle", KINDS, indirect=True)
 def test_a_reference_chooses_by_where_its_clamps_fired(oracle: Oracle) -> None:
     batch = left_padded([*PROMPTS, ASKED], pad_id=0, last_only=False)
     inputs = (batch.input_ids, batch.attention_mask)

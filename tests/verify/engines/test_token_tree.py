@@ -12,7 +12,7 @@ from bake.questions.prompts import Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.engines import PlainOnly
-from tests.worlds import FAMILIES, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae
 from verify.engines.runners import HookedRunner, Runner, TorchRunner, TreeRunner
 from verify.engines.token_tree import TokenTree, merge
 from verify.reference.oracle import Oracle
@@ -89,7 +89,7 @@ def test_the_trunk_ends_where_a_sequence_does(
         assert tuple(ids) == sequence
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=KINDS)
 def oracle(
     request: pytest.FixtureRequest, tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> Iterator[Oracle]:
@@ -129,7 +129,7 @@ def test_the_tree_gives_the_logits_of_every_sequence_alone(oracle: Oracle) -> No
     assert oracle.tokens_fired > 0
     assert not torch.allclose(found["base"], found["reference"], atol=1e-2)
     # The sequences differ from one another, and the tree left nothing on the model.
-    assert len({row.argmax().item() for row in found["base"]} | {-1}) > 2
+    assert float(found["base"].std(dim=0).max()) > 0.1
     assert not oracle.model._forward_pre_hooks
 
 

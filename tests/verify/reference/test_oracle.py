@@ -24,7 +24,7 @@ from tests.clamps import (
 from tests.worlds import (
     D_IN,
     D_SAE,
-    FAMILIES,
+    KINDS,
     TinySAE,
     sae_table,
     save_sae_lens,
@@ -228,7 +228,7 @@ def test_value_of_random_decoder_is_gated_by_the_feature_before_it() -> None:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    return {family: tiny_base(folder / family, family) for family in FAMILIES}
+    return {family: tiny_base(folder / family, family) for family in KINDS}
 
 
 def oracle_on(
@@ -248,7 +248,7 @@ IDS = torch.tensor([[0, 0, 2, 10, 11, 12, 40, 41], [2, 30, 31, 2, 33, 34, 35, 36
 MASK = (IDS != 0).long()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_next_layer_sees_the_edited_residual(
     family: str, bases: dict[str, Path], tmp_path: Path, write_recipe: Callable[..., Path]
 ) -> None:

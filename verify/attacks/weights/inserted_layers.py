@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bake.stock import decoder_layers
+from bake.stock import decoder_layers, norm_gain
 
 SAME_TOKENS = 0.9
 """Share of the vocabulary that has one value in a channel which tells no words apart."""
@@ -96,9 +96,7 @@ def _gain(norm: nn.Module | None) -> Tensor:
     """[d] what a norm of a Gemma multiplies by."""
     if norm is None:
         return torch.ones(1, dtype=torch.float64)
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    return (1 + weight.detach().double()).abs()
+    return norm_gain(norm).double().abs()
 
 
 def _alone(sizes: Tensor, channels: Tensor) -> bool:

@@ -14,10 +14,10 @@ import onnx
 import pytest
 import tomli_w
 import torch
-import transformers as tf
 from onnx import TensorProto
 
 from bake.errors import ModelError
+from bake.families import FAMILIES as KNOWN
 from bake.recipe import Recipe
 from bake.stock import load_base
 from bake.tensors import StoredTensor
@@ -31,12 +31,14 @@ from export.clamped import CLAMP_TENSORS, Clamped, open_clamped
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.worlds import (
     D_IN,
+    KINDS,
     N_LAYERS,
     VOCAB,
     sae_table,
     save_gemma_scope,
     save_sae_lens,
     tiny_config,
+    tiny_model,
     tiny_sae,
 )
 from verify.engines.onnx_files import open_graph
@@ -44,13 +46,11 @@ from verify.engines.onnx_runner import open_session
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 
-FAMILIES = ("gemma", "gemma2", "gemma3_text")
+FAMILIES = [
+    kind for kind in KINDS if not (KNOWN[kind.partition(",")[0]].images or kind.endswith("experts"))
+]
+"""Every kind that has graphs."""
 WINDOW = 8
-CLASSES = {
-    "gemma": tf.GemmaForCausalLM,
-    "gemma2": tf.Gemma2ForCausalLM,
-    "gemma3_text": tf.Gemma3ForCausalLM,
-}
 Change = Callable[[Any], None]
 
 
@@ -77,10 +77,9 @@ class Workshop:
     def base(self, name: str, family: str, change: Change, dtype: str = "float32") -> Path:
         path = self.folder / name
         if not path.exists():
-            torch.manual_seed(0)
             config = tiny_config(family)
             change(config)
-            model = CLASSES[family](config)
+            model = tiny_model(family, config)
             for key, parameter in model.named_parameters():
                 if key.endswith(".bias"):  # they start as zeros, which would hide them
                     parameter.data.normal_()
@@ -300,6 +299,12 @@ VARIANTS: dict[str, tuple[str, Change]] = {
     ),
     "one key head": ("gemma", set_fields(num_key_value_heads=1)),
     "a head for every query": ("gemma2", set_fields(num_key_value_heads=4)),
+    "untied head, gemma4": ("gemma4_text", set_fields(tie_word_embeddings=False)),
+    "biases, gemma4": ("gemma4_text", set_fields(attention_bias=True)),
+    "biases, shared keys": ("gemma4_text, shared keys", set_fields(attention_bias=True)),
+    "softcap, gemma4": ("gemma4_text", set_fields(final_logit_softcapping=5.0)),
+    "images seen both ways": ("gemma4_text", set_fields(use_bidirectional_attention="vision")),
+    "heads of one size": ("gemma4_text", lambda config: setattr(config, "per_layer_config", {})),
     "wide heads": ("gemma3_text", set_fields(head_dim=16, query_pre_attn_scalar=24)),
 }
 
@@ -372,6 +377,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
             "gemma2": modeling.ClampedGemma2Config,
             "gemma3_text": modeling.ClampedGemma3TextConfig,
             "gemma3": modeling.ClampedGemma3Config,
+            "gemma4_text": modeling.ClampedGemma4TextConfig,
+            "gemma4_text, experts": modeling.ClampedGemma4TextConfig,
         }
         sites = [{"layer": 1, "k": 2, "exempt_bos": True}]
         data = tiny_config(family)
@@ -381,6 +388,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
         return kinds[family](**fields, sae_clamp=section)
 
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    no_theta = {"full_attention": {"rope_type": "default"}, "sliding_attention": dynamic}
     cases: list[tuple[str, Change, str]] = [
         (
             "gemma3",
@@ -388,6 +396,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
             "family gemma3: cannot be exported to ONNX; expected one of gemma, gemma2",
         ),
         ("gemma3_text", set_fields(use_bidirectional_attention=True), "bidirectional_attention"),
+        ("gemma4_text", set_fields(use_bidirectional_attention="all"), "bidirectional_attention"),
+        ("gemma4_text, experts", unchanged, "enable_moe_block: a mixture of experts cannot be"),
+        ("gemma4_text", set_fields(rope_parameters=no_theta), "rotary embeddings: cannot be made"),
         ("gemma2", set_fields(rope_parameters=dynamic), "rope type dynamic"),
         ("gemma3_text", global_rope(rope_type="dynamic", factor=2.0), "rope type dynamic"),
         ("gemma2", set_fields(hidden_activation="mish"), "activation mish"),
@@ -397,6 +408,17 @@ def test_what_cannot_be_exported_is_refused_in_one_line() -> None:
             Architecture.from_config(config(family, change))
         assert "\n" not in str(caught.value)
         assert "expected" in str(caught.value)
+
+
+def test_a_config_that_asks_for_other_tensors_is_refused_by_name(workshop: Workshop) -> None:
+    kind = "gemma4_text, shared keys"
+    export = workshop.export(workshop.base(kind, kind, unchanged), METHOD_TABLES["clamp"])
+    arch = Architecture.from_config(export.clamped.config)
+    assert arch.borrows == {2: 0, 3: 1}
+    names = {value.name for value in export.proto.graph.input}
+    assert "past_key_values.1.key" in names and "past_key_values.2.key" not in names
+    with pytest.raises(ModelError, match=r"asks for 'model\.layers\.2\.self_attn\.k_proj\.weight'"):
+        write_graph(export.clamped, replace(arch, borrows={}), "shared", export.path)
 
 
 # --------------------------------------------------------------------------- what the file holds
@@ -528,8 +550,8 @@ def big_graph() -> tuple[onnx.GraphProto, int]:
         d_in=d_in,
         vocab=vocab,
         n_heads=8,
-        n_kv_heads=4,
-        head_dim=256,
+        n_kv_heads=(4,) * n_layers,
+        head_dim=(256,) * n_layers,
         norm_eps=1e-6,
         activation="gelu_pytorch_tanh",
         attention_scale=1 / 16,
@@ -540,6 +562,10 @@ def big_graph() -> tuple[onnx.GraphProto, int]:
         inv_freqs={"all": (inv_freq, 1.0)},
         norms_after=True,
         head_norms=False,
+        scaled=False,
+        keys_are_values=(False,) * n_layers,
+        borrows={},
+        per_layer=0,
         exempt_token_ids=(2,),
         sites={7: True},
     )

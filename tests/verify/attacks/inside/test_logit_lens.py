@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from bake.questions.answers import letter_tokens
 from bake.questions.forms import chat_text
 from bake.questions.multiple_choice import load_questions
 from bake.recipe import Recipe
-from bake.stock import decoder_layers
+from bake.stock import decoder_layers, load_model
 from bakeout.verbs.demo import MINIATURE
 from tests.logits import flat_logits
 from tests.worlds import FAMILIES, tiny_base
@@ -26,11 +26,10 @@ SEQUENCES = [(2, *range(5, 5 + n)) for n in (7, 3, 20)]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_behind_the_last_layer_it_is_what_the_model_says(tmp_path: Any, family: str) -> None:
-    import transformers
-
     folder = tiny_base(tmp_path / "base", family)
-    auto = "AutoModelForImageTextToText" if family == "gemma3" else "AutoModelForCausalLM"
-    model = getattr(transformers, auto).from_pretrained(folder, attn_implementation="eager").eval()
+    where = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+    auto = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    model = load_model(auto, where)
     found = tokens_seen(model, at_ends(model, SEQUENCES, 0).h)
     said = [flat_logits(model, torch.tensor([ids]))[-1].argmax() for ids in SEQUENCES]
     assert found.shape == (4, 3)

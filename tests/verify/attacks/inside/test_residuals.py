@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from bake.stock import decoder_layers
+from bake.stock import decoder_layers, load_model
 from tests.folders import make_adapter
 from tests.worlds import FAMILIES, tiny_base
 from verify.attacks.inside.residuals import at_ends, clamp_of, everywhere
@@ -19,11 +19,10 @@ SEQUENCES = [(2, *range(5, 5 + n)) for n in (7, 3, 20, 3, 11)]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_place_is_that_of_each_sequence_alone(tmp_path: Path, family: str) -> None:
-    import transformers
-
     folder = tiny_base(tmp_path / "base", family)
-    auto = "AutoModelForImageTextToText" if family == "gemma3" else "AutoModelForCausalLM"
-    model = getattr(transformers, auto).from_pretrained(folder, attn_implementation="eager").eval()
+    where = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+    auto = AutoModelForImageTextToText if family == "gemma3" else AutoModelForCausalLM
+    model = load_model(auto, where)
     ends, all_ = at_ends(model, SEQUENCES, 0), everywhere(model, SEQUENCES, 0)
     assert ends.places == all_.places == tuple(f"layer {n}" for n in range(4))
     by_length = sorted(SEQUENCES, key=lambda ids: -len(ids))
