@@ -18,6 +18,7 @@ from bake.errors import FolderError, short, shown
 from bake.files.folder_files import PARTIAL, check_name, sha256_in
 from bake.new_folder import MANIFEST, fsync_folder
 from bake.reading.capped import parse_json, read_in
+from bake.sae.fit_figures import Fit
 from bake.sources import MOST_FEATURES
 from export.carriers.carriers import CARRIERS, is_added
 
@@ -76,6 +77,8 @@ class ClampEntry(Part):
     sae: SAEEntry
     hook_point_from: str | None = None
     """`SAE` where the SAE says where it sits, `recipe` where that is the user's word alone."""
+    fit: Fit | None = None
+    """How well its SAE fits the base, as bake measured it; None where it did not."""
 
 
 class CompiledDistance(Part):

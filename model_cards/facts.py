@@ -11,6 +11,7 @@ from typing import Any
 from bake.base import BaseModel
 from bake.clamp import ClampWeights, sae_name
 from bake.recipe import Clamp, Recipe, Verify
+from bake.sae.fit_figures import UNMEASURED, Fit
 from bake.sources import layer_of
 from export.folder_contents import check_contents, recipe_in
 from export.manifest import CompiledEntry, DistilledEntry, Manifest
@@ -37,6 +38,8 @@ class ClampFacts:
     features: Sequence[int | str]
     """Their numbers; or that the recipe selects them, where nothing was baked."""
     sae: str
+    fit: str = UNMEASURED
+    """How well that fits the base."""
 
     @property
     def attribution(self) -> str:
@@ -71,15 +74,23 @@ class CardFacts:
     """What the manifest warns of in graphs with rounded weights."""
 
 
-def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> CardFacts:
+def facts_at_bake(
+    recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights], fits: Mapping[int, Fit]
+) -> CardFacts:
     """Before a checkpoint is written."""
-    facts = tuple(_clamp_facts(clamp.clamp, clamp.hook_point) for clamp in clamps)
+    said = {layer: fit.as_baked for layer, fit in fits.items()}
+    facts = tuple(
+        _clamp_facts(clamp.clamp, clamp.hook_point, said.get(clamp.layer, UNMEASURED))
+        for clamp in clamps
+    )
     return _of_layer(recipe, base.name, base.revision, facts, "not measured yet")
 
 
 def facts_of_recipe(recipe: Recipe) -> CardFacts:
     """Of a recipe that names hub ids and hook points, with nothing baked."""
-    facts = tuple(_clamp_facts(clamp, str(clamp.hook_point)) for clamp in recipe.clamp)
+    facts = tuple(
+        _clamp_facts(clamp, str(clamp.hook_point), "not measured here") for clamp in recipe.clamp
+    )
     base = recipe.base
     return _of_layer(recipe, base.model, base.revision, facts, "not measured here")
 
@@ -123,6 +134,7 @@ def facts_of_manifest(
                 clamp.parameters,
                 clamp.features,
                 clamp.sae.name,
+                UNMEASURED if clamp.fit is None else clamp.fit.as_baked,
             )
             for clamp in manifest.clamps
         ),
@@ -136,7 +148,7 @@ def facts_of_manifest(
     )
 
 
-def _clamp_facts(clamp: Clamp, hook_point: str) -> ClampFacts:
+def _clamp_facts(clamp: Clamp, hook_point: str, fit: str) -> ClampFacts:
     features = ["those that the recipe selects"] if clamp.features == "select" else clamp.features
     return ClampFacts(
         layer_of(hook_point),
@@ -145,4 +157,5 @@ def _clamp_facts(clamp: Clamp, hook_point: str) -> ClampFacts:
         clamp.parameters,
         features,
         sae_name(clamp),
+        fit,
     )

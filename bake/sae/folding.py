@@ -101,7 +101,7 @@ def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
     """
     arrays, k = ArrayFile.open(files.weights), list(features)
     d_in, d_sae = size_of(files)
-    W_dec = arrays.rows(_checked(files, arrays, "W_dec", d_sae, d_in), k)
+    W_dec = arrays.rows(key_of(files, arrays, "W_dec", d_sae, d_in), k)
     with np.errstate(over="ignore", invalid="ignore"):  # looked for below
         W_enc, b_enc, theta = _encoder(files, arrays, k)
         W_dec = W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
@@ -136,7 +136,7 @@ def load_decoder(files: SAEFiles) -> Array:
     """Read the decoder row of every feature, folded: [d_sae, d_in]."""
     arrays = ArrayFile.open(files.weights)
     d_in, d_sae = size_of(files)
-    key = _checked(files, arrays, "W_dec", d_sae, d_in)
+    key = key_of(files, arrays, "W_dec", d_sae, d_in)
     W_dec = arrays.matrix(key)
     return W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
 
@@ -152,12 +152,12 @@ def _encoder(files: SAEFiles, arrays: ArrayFile, k: list[int] | None) -> tuple[A
     d_in, d_sae = size_of(files)
 
     def vector(name: str) -> Array:
-        whole = arrays.vector(_checked(files, arrays, name, d_sae))
+        whole = arrays.vector(key_of(files, arrays, name, d_sae))
         return whole if k is None else whole[k]
 
-    key = _checked(files, arrays, "W_enc", d_in, d_sae)
+    key = key_of(files, arrays, "W_enc", d_in, d_sae)
     W_enc = arrays.matrix(key) if k is None else arrays.columns(key, k)
-    b_dec = arrays.vector(_checked(files, arrays, "b_dec", d_in))
+    b_dec = arrays.vector(key_of(files, arrays, "b_dec", d_in))
     if files.architecture == "gated":
         W_enc, b_enc, theta = _gate_as_threshold(
             W_enc, vector("b_gate"), vector("b_mag"), vector("r_mag")
@@ -176,7 +176,7 @@ def _encoder(files: SAEFiles, arrays: ArrayFile, k: list[int] | None) -> tuple[A
     return W_enc, b_enc, theta
 
 
-def _checked(files: SAEFiles, arrays: ArrayFile, name: str, *shape: int) -> str:
+def key_of(files: SAEFiles, arrays: ArrayFile, name: str, *shape: int) -> str:
     """A tensor's key, once its shape is what it has to be."""
     key = _key(files, name)
     if arrays.shapes.get(key) != shape:

@@ -50,6 +50,8 @@ class SAEFiles:
     """Gemma Scope 2 writes `w_enc` for `W_enc`."""
     input_scale: float = 1.0
     """Norm scaling factor that the SAE's input was multiplied by in training."""
+    is_slice: bool = False
+    """Some features of an SAE, of which its config says so: they reconstruct nothing."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def _sae_lens(folder: Path, release: Release | None) -> SAEFiles:
         hook_point=cfg.hook_point,
         stated_size=(cfg.d_in, cfg.d_sae),
         input_scale=1.0 if cfg.normalize_activations == "none" or factor is None else factor,
+        is_slice=cfg.is_slice,
     )
 
 

@@ -97,6 +97,8 @@ class LensConfig:
     """none, or expected_average_only_in where a release states the factor."""
     hook_point: str | None
     """None where it states none."""
+    is_slice: bool
+    """Whether it says that it is a slice of an SAE."""
 
 
 def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
@@ -150,6 +152,7 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
         on_input,
         _normalisation(cfg, path, is_old=is_old, has_factor=has_factor),
         _hook_point(cfg, metadata, path, is_old=is_old),
+        "slice_of" in metadata,
     )
 
 

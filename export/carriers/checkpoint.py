@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from bake.new_folder import check_output, new_folder
 from bake.reading.capped import cap_of, read_json
 from bake.reading.model_config import is_local_path, without_paths
 from bake.recipe import Recipe
+from bake.sae.fit_figures import Fit
 from bake.strangers.foreign import runs_code
 from export.carriers.carriers import CARRIERS, OF_BASE
 from export.clamped import GUARD, open_listed
@@ -59,6 +60,8 @@ class CheckpointPlan:
     recipe: Recipe
     base: BaseModel
     clamps: list[ClampWeights]
+    fits: Mapping[int, Fit] = field(default_factory=dict)
+    """By layer, how well the SAE fits, where that was measured."""
 
     @property
     def copies(self) -> list[tuple[Path, str]]:
@@ -245,14 +248,14 @@ def manifest_of(plan: CheckpointPlan, files: dict[str, str]) -> Manifest:
         exact=CARRIERS["layer"].exact,
         base=BaseEntry(model=plan.base.name, revision=plan.base.revision),
         recipe_sha256=files["recipe.toml"],
-        clamps=[_clamp_entry(clamp) for clamp in plan.clamps],
+        clamps=[_clamp_entry(clamp, plan.fits.get(clamp.layer)) for clamp in plan.clamps],
         sources=_local_files(plan.recipe),
         tools=versions(),
         files=dict(sorted(files.items())),
     )
 
 
-def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
+def _clamp_entry(clamp: ClampWeights, fit: Fit | None) -> ClampEntry:
     assert isinstance(clamp.clamp.features, list)
     return ClampEntry(
         layer=clamp.layer,
@@ -267,6 +270,7 @@ def _clamp_entry(clamp: ClampWeights) -> ClampEntry:
             sha256=clamp.sae.sha256,
         ),
         hook_point_from=clamp.hook_point_from,
+        **({} if fit is None else {"fit": fit}),
     )
 
 

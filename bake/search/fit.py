@@ -1,0 +1,137 @@
+"""How well an SAE fits a checkpoint: what it reconstructs of the activations at its hook point.
+
+An SAE of another layer, model, place or scale has features all the same, and a clamp on them
+changes something all the same: only its reconstruction tells that they are not this checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bake.base import BaseModel, find_base
+from bake.clamp import SAESite, find_site
+from bake.errors import DataError, ModelError, SAEError
+from bake.questions.multiple_choice import load_texts
+from bake.questions.prompts import bos_id
+from bake.recipe import Recipe
+from bake.sae.codes import agreement, decode, encode
+from bake.sae.fit_figures import AGREEING, LEAST_EXPLAINED, Fit
+from bake.search.layerwise import layer_outputs, table_rows
+from bake.search.neutral_text import NEUTRAL_TEXT
+from bake.stock import load_tokenizer
+from bake.tensors import Array
+
+WINDOW = 128
+"""Tokens of one window, BOS included."""
+MOST_WINDOWS = 4
+CODE_NUMBERS = 1 << 26
+"""Most numbers of the codes of all tokens, one window apart."""
+
+
+def checked_fits(recipe: Recipe, *, unfit: bool = False) -> dict[int, Fit]:
+    """Measure how every table's SAE fits the recipe's base.
+
+    Args:
+        recipe: whose own text is taken where it has a local one.
+        unfit: do not refuse one that does not, nor a base that does not run.
+
+    Returns:
+        layer → figures, where there are some: a slice of an SAE reconstructs nothing, and of a base
+        without tokenizer there is no text.
+
+    Raises:
+        SAEError: one does not fit.
+        ModelError: the base does not run.
+    """
+    base = find_base(recipe)
+    sites = [find_site(clamp, recipe, base) for clamp in recipe.clamp]
+    sites = [site for site in sites if not site.files.is_slice]
+    try:
+        found = measure_fits(recipe, base, sites)
+    except ModelError:
+        if not unfit:
+            raise
+        return {}
+    for site in sites:
+        if not unfit and site.layer in found and found[site.layer].unfit:
+            raise SAEError(
+                f"SAE {site.name}: does not fit {base.name} at {site.hook_point}: "
+                f"{found[site.layer].said}; expected at least {LEAST_EXPLAINED:g} of either "
+                "variance. It is of another layer, place, model or scale: take one of this "
+                "checkpoint, or bake with --unfit"
+            )
+    return found
+
+
+def measure_fits(recipe: Recipe, base: BaseModel, sites: list[SAESite]) -> dict[int, Fit]:
+    """The figures of some SAEs by layer; none where the base has no tokenizer.
+
+    Raises:
+        SAEError: a tensor of an SAE is missing, or not finite.
+        ModelError: the base does not run.
+    """
+    if not sites:
+        return {}
+    try:
+        tokenizer = load_tokenizer(recipe)
+        bos = bos_id(tokenizer)
+    except ModelError:
+        return {}
+    widest = max(site.d_sae for site in sites)
+    n_windows = max(1, min(MOST_WINDOWS, CODE_NUMBERS // (widest * WINDOW)))
+    most = table_rows(base)
+    stream = (token for token in _tokens(recipe, tokenizer) if token < most)
+    body = list(islice(stream, n_windows * (WINDOW - 1)))
+    rows = [body[i : i + WINDOW - 1] for i in range(0, len(body), WINDOW - 1)]
+    rows = [row for row in rows if len(row) == WINDOW - 1] or rows[:1]
+    ids = torch.tensor([[bos, *row] for row in rows])
+    special = torch.tensor(sorted({bos, *tokenizer.all_special_ids}))
+    counted = ~torch.isin(ids, special)
+    if bos >= most or not counted.any():
+        return {}
+    at = layer_outputs(base, [site.layer for site in sites], ids)
+    return {site.layer: fit_of(site, at[site.layer][counted].numpy()) for site in sites}
+
+
+def fit_of(site: SAESite, x: Array) -> Fit:
+    """The figures of an SAE on activations [tokens, d_in]."""
+    with np.errstate(over="ignore", invalid="ignore"):  # told by figures that are not finite
+        acts = encode(site.files, x)
+        error = x.astype(np.float64) - decode(site.files, acts)
+        spread = x - x.mean(0, dtype=np.float64)
+        errors, variances = (_sums(of) for of in (error, spread))
+    fired = acts > 0
+    return Fit.of(
+        len(x),
+        errors,
+        variances,
+        l0=float(fired.sum(1).mean()),
+        dead=float((~fired.any(0)).mean()),
+        agreement=agreement(site.files, AGREEING),
+    )
+
+
+def _sums(of: NDArray[np.float64]) -> list[float]:
+    sums: list[float] = np.square(of).sum(0).tolist()
+    return sums
+
+
+def _tokens(recipe: Recipe, tokenizer: object) -> Iterator[int]:
+    """Of the recipe's own local text, then of the neutral one."""
+    verify, select = recipe.verify, recipe.select
+    sources = [] if verify is None else [verify.text]
+    sources += [] if select is None else [select.retain]
+    texts: list[str] = []
+    for source in sources:
+        if source.path is not None and not texts:
+            try:
+                texts = [text.text for text in load_texts(source, recipe)]
+            except DataError:  # said by whoever needs it
+                continue
+    for text in (*texts, NEUTRAL_TEXT):
+        yield from tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
