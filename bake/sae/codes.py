@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bake.sae.array_file import ArrayFile
-from bake.sae.folding import key_of, size_of
+from bake.sae.folding import decoder_norms, key_of, size_of
 from bake.sae.layouts import SAEFiles
 from bake.tensors import Array
 
@@ -36,7 +36,11 @@ def encode(files: SAEFiles, x: Array) -> Array:
     for block in arrays.blocks(key_of(files, arrays, "W_enc", d_in, d_sae)):
         pre += x[:, start : start + len(block)] @ block
         start += len(block)
-    if files.architecture == "gated":
+    if files.topk is not None:
+        pre = (pre + vector("b_enc")) * decoder_norms(files, arrays)
+        least = np.partition(pre, -files.topk, axis=1)[:, -files.topk, None]
+        opened = pre >= least
+    elif files.architecture == "gated":
         opened = pre + vector("b_gate") > 0
         pre = pre * np.exp(vector("r_mag")) + vector("b_mag")
     else:
@@ -53,6 +57,7 @@ def decode(files: SAEFiles, acts: Array) -> Array:
     """
     arrays = ArrayFile.open(files.weights)
     d_in, d_sae = size_of(files)
+    acts = acts / decoder_norms(files, arrays)
     out, start = np.zeros((len(acts), d_in), np.float32), 0
     for block in arrays.blocks(key_of(files, arrays, "W_dec", d_sae, d_in)):
         out += acts[:, start : start + len(block)] @ block

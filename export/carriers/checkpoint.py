@@ -14,9 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
-
 import bake
 from bake.base import INDEX, WEIGHTS, BaseModel, find_base
 from bake.clamp import ClampWeights, clamp_section, load_clamps, sae_name
@@ -28,7 +25,9 @@ from bake.reading.model_config import is_local_path, without_paths
 from bake.recipe import Recipe
 from bake.sae.fit_figures import Fit
 from bake.strangers.foreign import runs_code
+from bake.tensors import Tensors
 from export.carriers.carriers import CARRIERS, OF_BASE
+from export.carriers.clamp_file import save_clamps
 from export.clamped import GUARD, open_listed
 from export.code_check import MODELING_FILE, auto_map_of
 from export.copying import copy_all, hash_new
@@ -73,7 +72,7 @@ class CheckpointPlan:
     @property
     def clamp_size(self) -> int:
         """Bytes of the clamp's tensors."""
-        return sum(t.nbytes for clamp in self.clamps for t in clamp.tensors.values())
+        return sum(clamp.n_bytes for clamp in self.clamps)
 
     @property
     def size(self) -> int:
@@ -190,17 +189,20 @@ def write_checkpoint(
 
 def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path]:
     """Everything in the folder that is not a copy of the base's."""
-    # safetensors writes an array's memory as it lies, whatever its strides say.
     tensors = {
-        f"{plan.base.layer_prefix}{clamp.layer}.sae_clamp.{name}": np.ascontiguousarray(tensor)
+        f"{plan.base.layer_prefix}{clamp.layer}.sae_clamp.{name}": tensor
         for clamp in plan.clamps
         for name, tensor in clamp.tensors.items()
     }
-    save_file(tensors, folder / CLAMP_SHARD, metadata={"format": "pt"})
-    (folder / CLAMP_SHARD).chmod(0o644)  # it is made readable by its owner alone
+    wholes: Tensors = {
+        f"{plan.base.layer_prefix}{clamp.layer}.sae_clamp.W_enc": (of.dtype, of.shape, of.blocks)
+        for clamp in plan.clamps
+        if (of := clamp.sae.whole) is not None
+    }
+    save_clamps(folder / CLAMP_SHARD, tensors, wholes)
     shutil.copyfile(Path(bake.__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     texts = {
-        INDEX: json_text(_index(plan.base, tensors)),
+        INDEX: json_text(_index(plan.base, [*tensors, *wholes], plan.clamp_size)),
         "config.json": json_text(clamped_config(plan.recipe, plan.base, plan.clamps)),
         "recipe.toml": plan.recipe.shareable().to_toml(),
         "README.md": card,
@@ -311,12 +313,12 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     }
 
 
-def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
+def _index(base: BaseModel, names: Sequence[str], clamp_size: int) -> dict[str, Any]:
     weight_map = {key: shard_name(shard) for key, shard in base.weight_map.items()}
-    weight_map |= dict.fromkeys(tensors, CLAMP_SHARD)
+    weight_map |= dict.fromkeys(names, CLAMP_SHARD)
     size = sum((base.folder / shard).stat().st_size for shard in base.shards)
     return {
-        "metadata": {"total_size": size + sum(tensor.nbytes for tensor in tensors.values())},
+        "metadata": {"total_size": size + clamp_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
 

@@ -43,6 +43,8 @@ class Architecture:
     exempt_token_ids: tuple[int, ...]
     sites: dict[int, bool]
     """Clamped layers, and whether they spare the exempt tokens."""
+    topks: dict[int, int]
+    """Of those the ones with a TopK SAE, and how many features of it are active on a token."""
 
     @classmethod
     def from_config(cls, config: Any) -> Architecture:
@@ -91,6 +93,7 @@ class Architecture:
             head_norms=family.head_norms,
             exempt_token_ids=tuple(clamp["exempt_token_ids"]),
             sites={site["layer"]: site["exempt_bos"] for site in clamp["sites"]},
+            topks={site["layer"]: site["topk"] for site in clamp["sites"] if "topk" in site},
         )
 
 
