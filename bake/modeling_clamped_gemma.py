@@ -173,10 +173,10 @@ class SAEClamp(nn.Module):
         """h: [batch, seq, d_in] -> the k features' pre-activations [batch, seq, k] and the topk-th
         largest of all features' [batch, seq, 1], float32. What equals that one is active too.
         """
-        best, read = [], []
-        for W, gain, b in zip(
-            *(of.split(self.AT_ONCE, -1) for of in (self.W_enc, self.gain, self.b_enc)), strict=True
-        ):
+        best: list[torch.Tensor] = []
+        read: list[torch.Tensor] = []
+        parts = (torch.split(of, self.AT_ONCE, -1) for of in (self.W_enc, self.gain, self.b_enc))
+        for W, gain, b in zip(*parts, strict=True):
             pre = _product(h, W) * gain + b
             read.append(pre[..., : max(0, self.k - self.AT_ONCE * len(read))])
             best.append(pre.topk(min(self.topk, pre.shape[-1]), sorted=False).values)
@@ -194,7 +194,7 @@ def _product(h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
     """H @ W, summed up in float32 whatever either is stored in."""
     if h.is_cuda and h.dtype == W.dtype != torch.float32:  # without a copy in float32
         rows = torch.mm(h.flatten(0, -2), W, out_dtype=torch.float32)
-        return rows.unflatten(0, h.shape[:-1])
+        return rows.view(*h.shape[:-1], W.shape[1])
     return h.float() @ W.float()
 
 

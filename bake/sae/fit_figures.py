@@ -11,6 +11,8 @@ one that explains less says less of an activation than the mean of all of them."
 LEAST_AGREEMENT = 6.0
 """From how many standard deviations on encoder columns and decoder rows point the same way: below,
 an SAE's directions are random, and nothing can be said of where it belongs."""
+CLEARLY_MORE = 0.05
+"""By how much more an SAE must explain elsewhere, of either variance, to belong there."""
 AGREEING = 1024
 """Most features that are looked at for it."""
 UNMEASURED = (
@@ -38,6 +40,8 @@ class Fit:
     agreement: float
     """How far encoder columns and decoder rows point the same way, in standard deviations of what
     random directions show."""
+    elsewhere: str | None = None
+    """Of what beside its hook point it explains clearly more, if it does."""
 
     @classmethod
     def of(
@@ -65,8 +69,17 @@ class Fit:
         total = math.fsum(variances)
         plain = 1 - math.fsum(errors) / total if total else math.nan
         each = math.fsum(shares) / len(shares) if shares else math.nan
-        return cls(
-            n, _short(plain), _short(each), *(float(f"{x:.4g}") for x in (l0, dead, agreement))
+        l0, dead, agreement = (float(f"{of:.4g}") for of in (l0, dead, agreement))
+        return cls(n, _short(plain), _short(each), l0, dead, agreement)
+
+    def clearly_above(self, other: Fit) -> bool:
+        """Whether this one explains clearly more than another of the same tokens."""
+        return all(
+            one is not None and (two is None or one > two + CLEARLY_MORE)
+            for one, two in (
+                (self.variance_explained, other.variance_explained),
+                (self.standardised, other.standardised),
+            )
         )
 
     @property
@@ -85,7 +98,7 @@ class Fit:
     @property
     def unfit(self) -> bool:
         """Whether it is of another place. One of random directions belongs nowhere."""
-        return self.trained and not self.explains
+        return self.trained and not (self.explains and self.elsewhere is None)
 
     @property
     def said(self) -> str:
@@ -97,6 +110,7 @@ class Fit:
         said = (
             f"variance explained {plain}, per standardised dimension {each}; L0 {self.l0:.1f}, "
             f"{self.dead:.0%} of the features on none of {self.tokens:,} tokens"
+            f"{'' if self.elsewhere is None else f'; clearly more of {self.elsewhere}'}"
         )
         if self.trained or self.explains:
             return said

@@ -69,7 +69,7 @@ REASONS = {
     "temporal": "its features depend on the tokens before, and a clamp sees one token",
     "matching_pursuit": "it picks features one after another, and each pick changes the next",
 }
-"""Why an architecture of sae_lens cannot be clamped exactly."""
+"""Why an architecture of sae_lens cannot be cut down to a few features exactly, nor taken whole."""
 _NORMALISATIONS = {
     "expected_average_only_in": "Multiply its factor into the weights with sae_lens's "
     "fold_activation_norm_scaling_factor and save_model it again",
@@ -140,8 +140,8 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
         raise refuse("architecture", architecture, ", ".join(_ARCHITECTURES), "take another SAE")
     if architecture in REASONS:
         raise SAEError(
-            f"SAE config {path}: architecture {architecture} cannot be clamped exactly: "
-            f"{REASONS[architecture]}. Expected {', '.join(_ARCHITECTURES)}"
+            f"SAE config {path}: architecture {architecture} cannot be cut down to a few "
+            f"features: {REASONS[architecture]}. Expected {', '.join(_ARCHITECTURES)}"
         )
     for key in ("d_in", "d_sae"):
         if type(cfg.get(key)) is not int or not 0 < cfg[key] < 1 << 32:

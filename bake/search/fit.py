@@ -6,7 +6,8 @@ changes something all the same: only its reconstruction tells that they are not 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -61,9 +62,9 @@ def checked_fits(recipe: Recipe, *, unfit: bool = False) -> dict[int, Fit]:
         if not unfit and site.layer in found and found[site.layer].unfit:
             raise SAEError(
                 f"SAE {site.name}: does not fit {base.name} at {site.hook_point}: "
-                f"{found[site.layer].said}; expected at least {LEAST_EXPLAINED:g} of either "
-                "variance. It is of another layer, place, model or scale: take one of this "
-                "checkpoint, or bake with --unfit"
+                f"{found[site.layer].said}; expected at least {LEAST_EXPLAINED:g} of either, "
+                "and clearly more of nothing else. It is of another layer, place, model or scale: "
+                "take one of this checkpoint, or bake with --unfit"
             )
     return found
 
@@ -94,8 +95,37 @@ def measure_fits(recipe: Recipe, base: BaseModel, sites: list[SAESite]) -> dict[
     counted = ~torch.isin(ids, special)
     if bos >= most or not counted.any():
         return {}
-    at = layer_outputs(base, [site.layer for site in sites], ids)
-    return {site.layer: fit_of(site, at[site.layer][counted].numpy()) for site in sites}
+    near = {layer for site in sites for layer in _near(site, base)}
+    streams = layer_outputs(base, sorted(near), ids)
+    first, found = counted & (torch.arange(len(ids)) == 0)[:, None], {}
+    for site in sites:
+        fit = fit_of(site, streams[site.layer][counted].numpy())
+        if fit.explains and fit.trained:
+            some = {layer: streams[layer][first].numpy() for layer in _near(site, base)}
+            fit = replace(fit, elsewhere=explained_elsewhere(site, some))
+        found[site.layer] = fit
+    return found
+
+
+def _near(site: SAESite, base: BaseModel) -> range:
+    """Its layer, and the ones before and after."""
+    return range(max(0, site.layer - 1), min(base.n_layers, site.layer + 2))
+
+
+def explained_elsewhere(site: SAESite, streams: Mapping[int, Array]) -> str | None:
+    """What of all near its hook point an SAE explains most, if that is clearly more.
+
+    Args:
+        site: the SAE.
+        streams: layer → the same tokens' activations [tokens, d_in], its own layer's among them.
+    """
+    own = streams[site.layer]
+    others = {f"layer {layer}'s output": x for layer, x in streams.items() if layer != site.layer}
+    others |= {"its half": own * np.float32(0.5), "its double": own * np.float32(2)}
+    here = fit_of(site, own)
+    fits = {name: fit_of(site, x) for name, x in others.items()}
+    above = {name: fit.standardised or 0.0 for name, fit in fits.items() if fit.clearly_above(here)}
+    return max(above, key=lambda name: above[name]) if above else None
 
 
 def fit_of(site: SAESite, x: Array) -> Fit:

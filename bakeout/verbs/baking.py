@@ -13,6 +13,7 @@ from bake.errors import DataError, ModelError
 from bake.new_folder import check_output
 from bake.recipe import Recipe
 from bake.sae.fit_figures import UNMEASURED
+from bake.tensors import n_bytes
 from bakeout.terminal import progress
 from bakeout.verbs.arguments import RecipePath
 from export.carriers.checkpoint import CheckpointPlan, plan_checkpoint, write_checkpoint
@@ -107,6 +108,14 @@ def describe_plan(plan: CheckpointPlan) -> str:
             f"clamp  {clamp.hook_point}: {clamp.clamp.method} on {count} "
             f"feature{'s' * (count != 1)} of {sae_name(clamp.clamp)}"
         )
+        if (whole := clamp.sae.whole) is not None:
+            d_in, d_sae = whole.shape
+            part = d_in * d_sae / plan.n_parameters
+            lines.append(
+                f"topk   the whole encoder, {d_sae:,} features in {clamp.site['dtype']}: "
+                f"{n_bytes(whole.shape, whole.dtype) / 1e3:,.1f} kB, and as many multiplications "
+                f"at each token, {part:.1%} of the base's"
+            )
         fit = plan.fits.get(clamp.layer)
         lines.append(f"fit    {UNMEASURED if fit is None else fit.as_baked}")
     lines.append(

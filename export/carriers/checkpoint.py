@@ -6,6 +6,7 @@ Nothing of the model is held in memory: files are copied block by block and hash
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from bake.reading.model_config import is_local_path, without_paths
 from bake.recipe import Recipe
 from bake.sae.fit_figures import Fit
 from bake.strangers.foreign import runs_code
-from bake.tensors import Tensors
+from bake.tensors import Tensors, indexed_tensors
 from export.carriers.carriers import CARRIERS, OF_BASE
 from export.carriers.clamp_file import save_clamps
 from export.clamped import GUARD, open_listed
@@ -68,6 +69,12 @@ class CheckpointPlan:
         folder = self.base.folder
         shards = [(folder / shard, shard_name(shard)) for shard in self.base.shards]
         return shards + companions(folder)
+
+    @property
+    def n_parameters(self) -> int:
+        """Of the base."""
+        tensors = indexed_tensors(self.base.folder, self.base.weight_map)
+        return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
     @property
     def clamp_size(self) -> int:

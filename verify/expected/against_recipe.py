@@ -97,10 +97,10 @@ class Checked:
         if cfg.architecture() != "topk":
             return place
         config = read_config(self.folder, self.manifest.carrier)
-        stated = (of for of in config["sae_clamp"]["sites"] if of["layer"] == site.layer)
+        stated = [of for of in config["sae_clamp"]["sites"] if of["layer"] == site.layer]
         # In what its numbers, which are compared, are stored is the folder's affair.
-        dtype = next(stated, {}).get("dtype")
-        known = dtype if dtype in ENCODERS else "float32"
+        dtype = stated[0].get("dtype") if stated else None
+        known = dtype if dtype in ENCODERS else ENCODERS[0]
         return replace(place, topk=int(cfg.k), d_sae=int(cfg.d_sae), dtype=known)
 
     @property

@@ -20,14 +20,28 @@ def activations() -> np.ndarray:
     return x.astype(np.float32)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+KINDS = {
+    "standard": {},
+    "jumprelu": {},
+    "gated": {},
+    "topk": {"k": 6},
+    "topk by norm": {"k": 9, "rescale_acts_by_decoder_norm": True},
+    "topk of all": {"k": D_SAE},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 def test_codes_are_sae_lens_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, apply_b_dec: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, apply_b_dec: bool
 ) -> None:
     monkeypatch.setattr(array_file, "BLOCK_BYTES", 1000)
     folder = save_sae_lens(
-        tmp_path / "sae", tiny_sae(), architecture=architecture, apply_b_dec_to_input=apply_b_dec
+        tmp_path / "sae",
+        tiny_sae(),
+        architecture=kind.partition(" ")[0],
+        apply_b_dec_to_input=apply_b_dec,
+        **KINDS[kind],
     )
     sae, x = SAE.load_from_disk(folder).double(), activations()
     acts = sae.encode(torch.from_numpy(x).double())

@@ -100,12 +100,26 @@ def permuted(root: Path) -> None:
     change(root / "sae", alter)
 
 
+def alike(root: Path) -> None:
+    """Layer 1 adds little to layer 0's output, of which the SAE is."""
+    path = root / "model" / "model.safetensors"
+    weights = load_file(path)
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        norm = weights[f"model.layers.1.{name}.weight"]
+        norm[:] = (1 + norm) * 0.4 - 1
+    save_file(weights, path, metadata={"format": "pt"})
+    at_layer(1)(root)
+
+
 UNFIT: dict[str, Callable[[Path], None]] = {
     **{f"layer {layer}": at_layer(layer) for layer in range(1, 6)},
     "another model": another_model,
     "another run": permuted,
     "a tenth": scaled(0.1),
     "ten times": scaled(10.0),
+    "half": scaled(0.5),
+    "twice": scaled(2.0),
+    "the layer before, which is much alike": alike,
     "the root of d_in": scaled(128**0.5),
 }
 
@@ -137,7 +151,10 @@ def test_one_that_does_not_is_refused(
     capsys.readouterr()  # what transformers says on saving
     asked = ["bake", str(recipe), "--out", str(tmp_path / "out"), "--no-witnesses"]
     assert run(asked) == 2
-    assert "SAE sae: does not fit model at blocks." in error_line(capsys)
+    said = error_line(capsys)
+    assert "SAE sae: does not fit model at blocks." in said
+    for alone, word in (("half", "its half"), ("twice", "its double"), ("alike", "layer 0's")):
+        assert (f"clearly more of {word}" in said) == (alone in name)
     assert not (tmp_path / "out").exists()
     assert run([*asked, "--unfit"]) == 0
     said = "it does not fit, and was baked with --unfit all the same"
