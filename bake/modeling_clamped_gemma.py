@@ -108,7 +108,7 @@ class SAEClamp(nn.Module):
         ("gain", "d_sae"),
         *SHAPES[3:],
     )
-    AT_ONCE = 1 << 14
+    AT_ONCE = 1 << 13
     """Features of a TopK SAE whose pre-activations are formed together."""
 
     def __init__(
