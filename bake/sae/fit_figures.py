@@ -15,10 +15,7 @@ CLEARLY_MORE = 0.05
 """By how much more an SAE must explain elsewhere, of either variance, to belong there."""
 AGREEING = 1024
 """Most features that are looked at for it."""
-UNMEASURED = (
-    "not measured, since the SAE is a slice of one, which cannot reconstruct, or the base has no "
-    "tokenizer"
-)
+UNMEASURED = "not measured; of a slice of an SAE, or of a base without tokenizer, it cannot be"
 """What is said where there are no figures."""
 
 

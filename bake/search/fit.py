@@ -29,9 +29,10 @@ from bake.tensors import Array
 
 WINDOW = 128
 """Tokens of one window, BOS included."""
-MOST_WINDOWS = 4
-CODE_NUMBERS = 1 << 26
-"""Most numbers of the codes of all tokens, one window apart."""
+FEWEST_TOKENS, MOST_TOKENS = 32, 508
+"""On which it is measured, besides BOS."""
+CODE_NUMBERS = 1 << 24
+"""Most numbers of the codes of all tokens, the fewest tokens apart."""
 
 
 def checked_fits(recipe: Recipe, *, unfit: bool = False) -> dict[int, Fit]:
@@ -78,20 +79,19 @@ def measure_fits(recipe: Recipe, base: BaseModel, sites: list[SAESite]) -> dict[
     """
     if not sites:
         return {}
+    widest = max(site.d_sae for site in sites)
+    n_tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, CODE_NUMBERS // widest))
     try:
         tokenizer = load_tokenizer(recipe)
-        bos = bos_id(tokenizer)
-    except ModelError:
+        bos, most = bos_id(tokenizer), table_rows(base)
+        stream = (token for token in _tokens(recipe, tokenizer) if token < most)
+        body = list(islice(stream, n_tokens))
+        special = torch.tensor(sorted({bos, *tokenizer.all_special_ids}))
+    except Exception:  # tokenizers raise every kind; whoever needs text says so
         return {}
-    widest = max(site.d_sae for site in sites)
-    n_windows = max(1, min(MOST_WINDOWS, CODE_NUMBERS // (widest * WINDOW)))
-    most = table_rows(base)
-    stream = (token for token in _tokens(recipe, tokenizer) if token < most)
-    body = list(islice(stream, n_windows * (WINDOW - 1)))
     rows = [body[i : i + WINDOW - 1] for i in range(0, len(body), WINDOW - 1)]
     rows = [row for row in rows if len(row) == WINDOW - 1] or rows[:1]
     ids = torch.tensor([[bos, *row] for row in rows])
-    special = torch.tensor(sorted({bos, *tokenizer.all_special_ids}))
     counted = ~torch.isin(ids, special)
     if bos >= most or not counted.any():
         return {}

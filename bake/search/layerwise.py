@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bake.base import BaseModel
 from bake.errors import ModelError, short
+from bake.stock import quiet
 from bake.strangers.model_view import shown_model
 from bake.tensors import StoredTensor, indexed_tensors
 
@@ -39,20 +40,8 @@ def layer_outputs(base: BaseModel, layers: Sequence[int], ids: Tensor) -> dict[i
     tensors = indexed_tensors(base.folder, base.weight_map)
     seen: dict[int, Tensor] = {}
     try:
-        model, layer_class = _backbone(base)
-        text = model.config
-        table = tensors[_table_name(base)]
-        known, places = torch.unique(ids, return_inverse=True)
-        rows = np.concatenate([table.rows(row, row + 1) for row in known.tolist()])
-        model.embed_tokens.weight = nn.Parameter(torch.from_numpy(rows), requires_grad=False)
-        text.num_hidden_layers = max(layers) + 1
-        model.layers = nn.ModuleList(
-            _Read(base, tensors, layer_class, text, i) for i in range(max(layers) + 1)
-        )
-        for layer in layers:
-            model.layers[layer].keep_in = seen
-        model.norm = nn.Identity()
-        model(input_ids=places, use_cache=False)
+        with quiet():
+            _run(base, tensors, layers, ids, seen)
     except ModelError:
         raise
     except Exception as error:  # transformers raises every kind
@@ -63,6 +52,30 @@ def layer_outputs(base: BaseModel, layers: Sequence[int], ids: Tensor) -> dict[i
             "without"
         ) from error
     return seen
+
+
+def _run(
+    base: BaseModel,
+    tensors: dict[str, StoredTensor],
+    layers: Sequence[int],
+    ids: Tensor,
+    seen: dict[int, Tensor],
+) -> None:
+    """One forward over the layers up to the highest. Changes `seen`."""
+    model, layer_class = _backbone(base)
+    text = model.config
+    table = tensors[_table_name(base)]
+    known, places = torch.unique(ids, return_inverse=True)
+    rows = np.concatenate([table.rows(row, row + 1) for row in known.tolist()])
+    model.embed_tokens.weight = nn.Parameter(torch.from_numpy(rows), requires_grad=False)
+    text.num_hidden_layers = max(layers) + 1
+    model.layers = nn.ModuleList(
+        _Read(base, tensors, layer_class, text, i) for i in range(max(layers) + 1)
+    )
+    for layer in layers:
+        model.layers[layer].keep_in = seen
+    model.norm = nn.Identity()
+    model(input_ids=places, use_cache=False)
 
 
 def table_rows(base: BaseModel) -> int:

@@ -28,15 +28,17 @@ def planned(recipe: Recipe, *, cache: Path | None = None, unfit: bool = False) -
     """What a recipe asks for, found and checked. Features are selected where it says so; the
     numbers stand in the plan's recipe. An SAE that does not fit is refused, unless `unfit`.
     """
-    if recipe.selects:
-        from bake.search.selection import selected_recipe  # torch and transformers
+    from bake.search.fit import checked_fits  # torch and transformers
 
+    fits = None
+    if recipe.selects:
+        from bake.search.selection import selected_recipe
+
+        fits = checked_fits(recipe, unfit=unfit)  # before what takes long
         with progress("select") as advance:
             recipe, _ = selected_recipe(recipe, cache=cache, progress=advance)
     plan = plan_checkpoint(recipe)
-    from bake.search.fit import checked_fits  # torch and transformers
-
-    return replace(plan, fits=checked_fits(recipe, unfit=unfit))
+    return replace(plan, fits=checked_fits(recipe, unfit=unfit) if fits is None else fits)
 
 
 def bake_recipe(
