@@ -155,6 +155,10 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
         topk = kwargs.get("k") if is_old and isinstance(kwargs, dict) else cfg.get("k")
         if type(topk) is not int or not 0 < topk <= cfg["d_sae"]:
             raise refuse("k", topk, f"a whole number from 1 to d_sae, {cfg['d_sae']}")
+        if "slice_of" in metadata:
+            raise refuse(
+                "slice_of", metadata["slice_of"], "all features of a TopK SAE", "take it whole"
+            )
         by_norm = cfg.get("rescale_acts_by_decoder_norm", False)
         if type(by_norm) is not bool:
             raise refuse("rescale_acts_by_decoder_norm", by_norm, "true or false")

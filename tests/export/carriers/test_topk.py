@@ -293,6 +293,16 @@ def test_a_k_that_cannot_be(
     assert f"expected a whole number from 1 to d_sae, {D_SAE}" in error_line(capsys)
 
 
+def test_a_slice_of_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = topk_world(tmp_path)
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    config["metadata"]["slice_of"] = 4096
+    (tmp_path / "sae" / "cfg.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert run(["bake", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "slice_of is 4096; expected all features of a TopK SAE" in error_line(capsys)
+
+
 def test_a_dry_run_says_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = topk_world(tmp_path, stored="float16")
     assert run(["bake", str(recipe), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
