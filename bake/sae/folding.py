@@ -146,7 +146,10 @@ def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
         else:
             W_enc, b_enc, theta = _encoder(files, arrays, k)
         W_dec = W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
-    for name, array in {"W_enc": W_enc, "b_enc": b_enc, "theta": theta, "W_dec": W_dec}.items():
+    folded = {"W_enc": W_enc, "b_enc": b_enc, "theta": theta, "W_dec": W_dec}
+    if whole is not None:
+        folded["gain"] = whole.gain
+    for name, array in folded.items():
         if not np.isfinite(array).all():
             raise SAEError(
                 f"SAE file {files.weights}: {name}, with all folded into it, is beyond float32; "
