@@ -239,7 +239,7 @@ def _encoder(files: SAEFiles, arrays: ArrayFile, k: list[int] | None) -> tuple[A
 
 def _whole_encoder(files: SAEFiles, arrays: ArrayFile, k: list[int]) -> tuple[WholeEncoder, Array]:
     """(The encoder of a TopK SAE, b_enc [d_sae] in its order, folded)."""
-    assert files.topk is not None
+    assert files.topk is not None and files.input_scale == 1.0
     d_in, d_sae = size_of(files)
     key = key_of(files, arrays, "W_enc", d_in, d_sae)
     b_dec = arrays.vector(key_of(files, arrays, "b_dec", d_in)).astype(np.float64)
@@ -251,7 +251,7 @@ def _whole_encoder(files: SAEFiles, arrays: ArrayFile, k: list[int]) -> tuple[Wh
         start += len(block)
     norms = decoder_norms(files, arrays).astype(np.float64)
     order = np.concatenate([k, np.setdiff1d(np.arange(d_sae), k)]).astype(np.int64)
-    gain = (norms * files.input_scale).astype(np.float32)
+    gain = norms.astype(np.float32)
     whole = WholeEncoder(stored_tensors(files.weights)[key], order, gain[order], files.topk)
     return whole, (bias * norms).astype(np.float32)[order]
 

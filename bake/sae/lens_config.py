@@ -167,7 +167,8 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
         cfg["d_in"],
         cfg["d_sae"],
         on_input,
-        _normalisation(cfg, path, is_old=is_old, has_factor=has_factor),
+        # A factor could only go beside a TopK SAE's encoder, where sae_lens multiplies it in.
+        _normalisation(cfg, path, is_old=is_old, has_factor=has_factor and topk is None),
         _hook_point(cfg, metadata, path, is_old=is_old),
         "slice_of" in metadata,
         topk,

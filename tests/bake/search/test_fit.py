@@ -137,6 +137,8 @@ def test_a_sound_sae_fits(
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["clamps"][0]["fit"] == vars(fit)
     assert f"Fit of the SAE at layer 0: {fit.said}." in (tmp_path / "out/README.md").read_text()
+    assert run(["show", str(tmp_path / "out")]) == 0
+    assert fit.said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", UNFIT)
