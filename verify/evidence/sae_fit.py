@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import BakeoutError
-from bake.questions.prompts import TEXT
+from bake.questions.prompts import TEXT, Batch
 from bake.sae.fit_figures import AGREEING, LEAST_EXPLAINED, UNMEASURED, Fit
 from verify.compare.comparison import BASE
 from verify.engines.runners import HookedRunner
@@ -44,7 +44,9 @@ class SiteFit:
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:
     """Add the figures of every SAE."""
-    found = work.journal.shared.once("fit", lambda: _measured(work))
+    batches = shown_batches(work.hooked.material)
+    name = f"fit {' '.join(batch.digest for batch in batches)}"
+    found = work.journal.shared.once(name, lambda: _measured(work, batches))
     rows = [{**row, "chosen": row["layer"] in work.unfit} for row in found]
     return replace(report, more={**report.more, "fit": rows})
 
@@ -68,21 +70,35 @@ def lines(report: VerifyReport) -> Iterator[str]:
         yield f"fit        layer {row.layer}: {said}"
 
 
-def _measured(work: Work) -> list[dict[str, Any]]:
+def shown_batches(material: Material) -> list[Batch]:
+    """The first of the text."""
+    windows, left = [], TOKENS
+    for window in material.windows:
+        if window.form == TEXT and left > 0:
+            windows.append(window)
+            left -= len(window.ids)
+    return list(material.batches(windows))
+
+
+def _measured(work: Work, batches: Sequence[Batch]) -> list[dict[str, Any]]:
     hooked = work.hooked
-    found = measured_fits(hooked.model, hooked.sites, hooked.material)
+    special = hooked.material.tokenizer.all_special_ids
+    found = measured_fits(hooked.model, hooked.sites, batches, special)
     return [
         {"layer": layer, "fit": None if fit is None else vars(fit)} for layer, fit in found.items()
     ]
 
 
-def measured_fits(model: Any, sites: Sequence[Site], material: Material) -> dict[int, Fit | None]:
-    """The figures of every SAE, by layer, on the first of the text.
+def measured_fits(
+    model: Any, sites: Sequence[Site], batches: Sequence[Batch], special_ids: Sequence[int]
+) -> dict[int, Fit | None]:
+    """The figures of every SAE, by layer.
 
     Args:
         model: the stock base.
         sites: the recipe's clamps.
-        material: whose text is read.
+        batches: of text.
+        special_ids: tokens that are not counted, BOS among them.
     """
     import torch
 
@@ -97,13 +113,8 @@ def measured_fits(model: Any, sites: Sequence[Site], material: Material) -> dict
         return Edited(h, exempt & False, h.new_zeros(*exempt.shape, len(site.features)).bool())
 
     runner = HookedRunner("fit", model, Oracle(model, sites, add))
-    special = torch.tensor(material.tokenizer.all_special_ids)
-    windows, left = [], TOKENS
-    for window in material.windows:
-        if window.form == TEXT and left > 0:
-            windows.append(window)
-            left -= len(window.ids)
-    for batch in material.batches(windows):
+    special = torch.tensor(special_ids)
+    for batch in batches:
         counted = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
         runner.logits(batch.input_ids, batch.attention_mask)
     return {site.layer: sums[site.layer].fit() if site.layer in sums else None for site in sites}
