@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -43,7 +43,7 @@ class Architecture:
     exempt_token_ids: tuple[int, ...]
     sites: dict[int, bool]
     """Clamped layers, and whether they spare the exempt tokens."""
-    topks: dict[int, int]
+    topks: dict[int, int] = field(default_factory=dict)
     """Of those the ones with a TopK SAE, and how many features of it are active on a token."""
 
     @classmethod
