@@ -16,6 +16,7 @@ from bake.methods import METHODS, Rows
 from bake.recipe import Clamp, Recipe
 from bake.sae.folding import SAESlice, load_slice, size_of
 from bake.sae.layouts import SAEFiles, find_sae, resolve_layer
+from bake.tensors import DTYPES, n_bytes
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,30 @@ class ClampWeights:
         return len(self.rows.features)
 
     @property
+    def site(self) -> dict[str, Any]:
+        """What `config.sae_clamp` says of it."""
+        said = {"layer": self.layer, "k": self.k, "exempt_bos": self.clamp.exempt_bos}
+        if (whole := self.sae.whole) is None:
+            return said
+        dtype = next(name for name, stored in DTYPES.items() if stored == whole.dtype)
+        return {**said, "topk": whole.topk, "d_sae": whole.shape[1], "dtype": dtype}
+
+    @property
+    def n_bytes(self) -> int:
+        """Of all its buffers."""
+        whole = self.sae.whole
+        encoder = 0 if whole is None else n_bytes(whole.shape, whole.dtype)
+        return encoder + sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
     def tensors(self) -> dict[str, NDArray[np.generic]]:
-        """The clamp's buffers by name, as `SAEClamp` registers them."""
+        """The clamp's buffers by name, as `SAEClamp` registers them; of a TopK SAE without the
+        encoder, `sae.whole`.
+        """
+        whole = self.sae.whole
+        read = {"W_enc": self.sae.W_enc, "b_enc": self.sae.b_enc, "theta": self.sae.theta}
         return {
-            "W_enc": self.sae.W_enc,
-            "b_enc": self.sae.b_enc,
-            "theta": self.sae.theta,
+            **({"b_enc": self.sae.b_enc, "gain": whole.gain} if whole else read),
             "W_dec": self.sae.W_dec,
             "trigger": np.full(self.k, self.clamp.trigger, np.float32),
             "route": self.rows.route,
@@ -166,9 +185,6 @@ def clamp_section(clamps: Sequence[ClampWeights], bos_token_id: int) -> dict[str
     exempts = any(clamp.clamp.exempt_bos for clamp in clamps)
     return {
         "schema": 1,
-        "sites": [
-            {"layer": clamp.layer, "k": clamp.k, "exempt_bos": clamp.clamp.exempt_bos}
-            for clamp in clamps
-        ],
+        "sites": [clamp.site for clamp in clamps],
         "exempt_token_ids": [bos_token_id] if exempts else [],
     }

@@ -85,13 +85,22 @@ class SAEClamp(nn.Module):
     This equals decoding the edited code of the whole SAE and adding its error back. All tensors
     are float32 buffers and stay float32 whatever the model is cast to.
 
+    Of a TopK SAE the encoder is there whole, as the SAE stores it, the k features in front:
+
+        pre   = (h @ W_enc) * gain + b_enc                          [batch, seq, d_sae]
+        a     = relu(pre) of the first k, where pre is not below the topk-th largest, else 0
+
     Args:
         d_in: width of the residual stream.
         k: number of features that are read or set.
+        topk: of a TopK SAE, how many features are active at a position.
+        d_sae: of a TopK SAE, how many features there are.
+        dtype: of a TopK SAE, what `W_enc` is stored in.
     """
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
+    gain: torch.Tensor
     theta: torch.Tensor
     W_dec: torch.Tensor
     trigger: torch.Tensor
@@ -109,15 +118,34 @@ class SAEClamp(nn.Module):
         ("value", "k"),
         ("scale", "k"),
     )
+    TOPK_SHAPES = (
+        ("W_enc", "d_in", "d_sae"),
+        ("b_enc", "d_sae"),
+        ("gain", "d_sae"),
+        *SHAPES[3:],
+    )
+    AT_ONCE = 1 << 11
+    """Features of a TopK SAE whose pre-activations are formed together; four times as many on a
+    GPU, where more kernels cost more than more memory.
+    """
 
-    def __init__(self, d_in: int, k: int) -> None:
+    def __init__(
+        self, d_in: int, k: int, topk: int = 0, d_sae: int = 0, dtype: str = "float32"
+    ) -> None:
         super().__init__()
-        size = {"d_in": d_in, "k": k}
-        for name, *axes in self.SHAPES:
+        self.k, self.topk = k, topk
+        size = {"d_in": d_in, "k": k, "d_sae": d_sae}
+        kinds = {"route": torch.bool, "W_enc": getattr(torch, dtype)}
+        for name, *axes in self.TOPK_SHAPES if topk else self.SHAPES:
             shape = [size[axis] for axis in axes]
-            dtype = torch.bool if name == "route" else torch.float32
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+            self.register_buffer(name, torch.zeros(shape, dtype=kinds.get(name, torch.float32)))
         self.reset()
+
+    @classmethod
+    def at(cls, d_in: int, site: dict[str, Any]) -> Any:
+        """The empty clamp of one of the config's sites."""
+        sizes = {name: site[name] for name in ("topk", "d_sae", "dtype") if name in site}
+        return cls(d_in, site["k"], **sizes)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -153,14 +181,44 @@ class SAEClamp(nn.Module):
 
     def feature_acts(self, h: torch.Tensor) -> torch.Tensor:
         """h: [batch, seq, d_in] -> activations of the k features: [batch, seq, k], float32."""
+        if self.topk:
+            pre, least = self.topk_pre(h)
+            return torch.where(pre >= least, pre.relu(), 0.0)
         pre = h.float() @ self.W_enc + self.b_enc
         return torch.where(pre > self.theta, pre.relu(), 0.0)
+
+    def topk_pre(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h: [batch, seq, d_in] -> the k features' pre-activations [batch, seq, k] and the topk-th
+        largest of all features' [batch, seq, 1], float32. What equals that one is active too.
+        """
+        best: list[torch.Tensor] = []
+        read: list[torch.Tensor] = []
+        n = self.AT_ONCE * (4 if h.is_cuda else 1)
+        parts = (torch.split(of, n, -1) for of in (self.W_enc, self.gain, self.b_enc))
+        for W, gain, b in zip(*parts, strict=True):
+            pre = _product(h, W) * gain + b
+            read.append(pre[..., : max(0, self.k - n * len(read))])
+            best.append(pre.topk(min(self.topk, pre.shape[-1]), sorted=False).values)
+        least = torch.cat(best, -1).topk(self.topk, sorted=False).values.amin(-1, keepdim=True)
+        return torch.cat(read, -1), least
 
     def edited(self, a: torch.Tensor) -> torch.Tensor:
         """a: [batch, seq, k] -> what the features become: [batch, seq, k]."""
         on = (a > self.trigger).float()
         gate = (on @ self.route.float().T) > 0
         return torch.where(gate, self.value + self.scale * a, a)
+
+
+_WIDENS = hasattr(torch.ops.aten.mm, "dtype")
+"""Whether this torch sums up in a wider type than it is given."""
+
+
+def _product(h: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """H @ W, summed up in float32 whatever either is stored in."""
+    if _WIDENS and h.is_cuda and h.dtype == W.dtype != torch.float32:  # no copy in float32
+        rows = torch.mm(h.flatten(0, -2), W, out_dtype=torch.float32)
+        return rows.view(*h.shape[:-1], W.shape[1])
+    return h.float() @ W.float()
 
 
 # --------------------------------------------------------------------------- configs
@@ -300,7 +358,7 @@ class _ClampedLayer:
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
         site = next((s for s in _sites(config) if s["layer"] == layer_idx), None)
-        self.sae_clamp = SAEClamp(config.hidden_size, site["k"]) if site else None
+        self.sae_clamp = SAEClamp.at(config.hidden_size, site) if site else None
         self.exempt_bos = bool(site and site["exempt_bos"])
 
     def forward(
@@ -631,7 +689,9 @@ for _stock, _clamped in (
 
 
 def _sites(config: Any) -> list[dict[str, Any]]:
-    """The config's sites: `{"layer", "k", "exempt_bos"}` each."""
+    """The config's sites: `{"layer", "k", "exempt_bos"}` each, and of a TopK SAE `topk`, `d_sae`
+    and `dtype`.
+    """
     if not getattr(config, "sae_clamp", None):
         raise ValueError(
             "config.sae_clamp: missing; a clamped model needs its clamp. Load the base model "

@@ -190,16 +190,12 @@ def _named(name: str) -> Iterator[None]:
 def _one_line(
     what: str = "transformers cannot load it", hidden: tuple[str, str] = ("", "")
 ) -> Iterator[None]:
-    """What transformers raises becomes a line; its warnings and progress bars, drawn on a terminal
-    or not, are kept back. Where it names the first of two paths, the second is meant.
+    """What transformers raises becomes a line; its warnings and progress bars are kept back. Where
+    it names the first of two paths, the second is meant.
     """
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     except ModelError:
         raise
     except Exception as error:  # transformers and tokenizers raise every kind
@@ -207,6 +203,18 @@ def _one_line(
         raise ModelError(
             f"{what} ({reason}); check the name and the network, or name a local folder"
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block transformers warns of nothing and draws no progress."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bar:

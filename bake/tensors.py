@@ -142,6 +142,10 @@ class StoredTensor:
             data = np.fromfile(file, stored, (stop - start) * n_columns)
         return data.reshape(stop - start, *self.shape[1:])
 
+    def stored_blocks(self) -> Iterator[bytes]:
+        """Its bytes as they are stored, some rows at a time."""
+        return (self.bits(*rows).tobytes() for rows in self.blocks())
+
     def array(self) -> NDArray[Any]:
         """All of it, as `rows` gives it."""
         return self.rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
@@ -187,8 +191,8 @@ def write_tensors(path: Path, tensors: Tensors, advance: Callable[[int], None]) 
 
 
 def n_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of a tensor of F32, BF16 or F16 numbers."""
-    return int(np.prod(shape)) * (4 if dtype == "F32" else 2)
+    """Size of a tensor of F32, BF16 or F16 numbers, or of flags."""
+    return int(np.prod(shape)) * {"F32": 4, "BOOL": 1}.get(dtype, 2)
 
 
 def index_of(files: Mapping[str, Tensors]) -> dict[str, Any]:

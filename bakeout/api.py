@@ -16,13 +16,16 @@ from verify.report.findings import VerifyReport
 from verify.run import verify_folder
 
 
-def bake(recipe: Recipe | str | Path, out: str | Path, *, force: bool = False) -> Path:
+def bake(
+    recipe: Recipe | str | Path, out: str | Path, *, force: bool = False, unfit: bool = False
+) -> Path:
     """Write a clamped checkpoint.
 
     Args:
         recipe: one that was loaded, or its TOML file.
         out: the folder to write.
         force: replace a folder that bakeout wrote.
+        unfit: bake SAEs that do not fit the base too.
 
     Returns:
         The folder.
@@ -31,7 +34,7 @@ def bake(recipe: Recipe | str | Path, out: str | Path, *, force: bool = False) -
         BakeoutError: what the recipe names cannot be used, or the folder cannot be written.
     """
     loaded = Recipe.load(recipe) if isinstance(recipe, str) else recipe
-    bake_recipe(loaded, Path(out), force=force)
+    bake_recipe(loaded, Path(out), force=force, unfit=unfit)
     return Path(out)
 
 

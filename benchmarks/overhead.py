@@ -4,6 +4,7 @@ Gemma 2 layers at gemma-2-2b's width with random weights, one of them clamped (k
 run in turn within each round, so that a ratio compares neighbours in time.
 
     python benchmarks/overhead.py [--layers 6] [--rounds 40] [--dtype float32] [--device cpu]
+        [--topk 64] [--d-sae 65536] [--stored bfloat16]  # of a TopK SAE, its whole encoder
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ def shape(layers: int) -> dict[str, int]:
     }
 
 
-def build(layers: int, dtype: torch.dtype, device: str) -> tuple[Gemma2Model, ClampedGemma2Model]:
-    """The base stack, and a clamped one that shares its weights."""
-    sites = [{"layer": layers // 4, "k": K, "exempt_bos": True}]
+def build(
+    layers: int, dtype: torch.dtype, device: str, topk: dict[str, object]
+) -> tuple[Gemma2Model, ClampedGemma2Model]:
+    """The base stack, and a clamped one that shares its weights; `topk` is what a site says of a
+    TopK SAE.
+    """
+    sites = [{"layer": layers // 4, "k": K, "exempt_bos": True, **topk}]
     section = {"schema": 1, "sites": sites, "exempt_token_ids": [2]}
     with torch.device(device):
         base = Gemma2Model(Gemma2Config(**shape(layers))).to(dtype).eval()
@@ -49,8 +54,10 @@ def build(layers: int, dtype: torch.dtype, device: str) -> tuple[Gemma2Model, Cl
     clamped.load_state_dict(base.state_dict(), strict=False, assign=True)
     clamp = clamped.layers[layers // 4].sae_clamp
     for name, tensor in clamp.named_buffers():
-        value = torch.randn(tensor.shape, device=device) * D_IN**-0.5
-        tensor.copy_(torch.eye(K) if name == "route" else value)
+        if name == "route":
+            tensor.copy_(torch.eye(K))
+        else:
+            tensor.normal_(std=D_IN**-0.5)
     return base, clamped
 
 
@@ -75,9 +82,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--topk", type=int)
+    parser.add_argument("--d-sae", type=int, default=65536)
+    parser.add_argument("--stored", default="bfloat16")
     options = parser.parse_args()
     torch.manual_seed(0)
-    base, clamped = build(options.layers, getattr(torch, options.dtype), options.device)
+    topk: dict[str, object] = {}
+    if options.topk:
+        topk = {"topk": options.topk, "d_sae": options.d_sae, "dtype": options.stored}
+    base, clamped = build(options.layers, getattr(torch, options.dtype), options.device, topk)
+    size = sum(of.nbytes for name, of in clamped.named_buffers() if "sae_clamp" in name)
+    print(f"the clamp's tensors: {size / 1e6:,.1f} MB")
     hook = whole_sae_hook(options.device)
     layer = base.layers[options.layers // 4]
     print(

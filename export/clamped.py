@@ -13,9 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bake.base import INDEX, wrong_size
 from bake.errors import FolderError, short
 from bake.families import FAMILIES, Family, family_of
@@ -23,14 +20,13 @@ from bake.new_folder import MANIFEST
 from bake.reading.model_config import wrong_clamp, wrong_field
 from bake.tensors import DTYPES, StoredTensor, indexed_tensors
 from export.carriers.carriers import CARRIERS
+from export.clamp_sites import ClampSite, read_site
 from export.code_check import check_code
 from export.folder_contents import check_contents, check_files
 from export.manifest import AGAIN, Manifest, read_json
 
 _HELD = (*DTYPES.values(), "BOOL")
 """Formats of the tensors of a folder."""
-CLAMP_TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
-"""What a clamp's tensors are called, in the order of the operator's inputs."""
 _OWN = ("auto_map", "sae_clamp", "transformers.js_config")
 """Fields of a clamped config that its base's has not."""
 GUARD = "clamped, load with trust_remote_code=True: "
@@ -40,27 +36,6 @@ _AS_RUN = (
     *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps"),
 )
 """Fields, besides the activation's, that transformers fills or reads otherwise than they stand."""
-
-
-@dataclass(frozen=True)
-class ClampSite:
-    """One clamp of a checkpoint: the rows of `SAEClamp`'s equation."""
-
-    layer: int
-    """Decoder layer of the base whose output is edited."""
-    exempt_bos: bool
-    W_enc: NDArray[np.float32]
-    """[d, k]."""
-    b_enc: NDArray[np.float32]
-    """[k], like theta, trigger, value and scale."""
-    theta: NDArray[np.float32]
-    W_dec: NDArray[np.float32]
-    """[k, d]."""
-    trigger: NDArray[np.float32]
-    route: NDArray[np.bool_]
-    """[k, k]: row, the feature that is set; column, the feature that triggers it."""
-    value: NDArray[np.float32]
-    scale: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -232,7 +207,7 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     if wrong is not None:
         raise FolderError(f"{folder / 'config.json'}: {wrong}; {AGAIN}")
     try:
-        sites = tuple(_read_site(clamped, site) for site in section["sites"])
+        sites = tuple(read_site(tensors, prefixes[0], site) for site in section["sites"])
         exempt = tuple(int(token) for token in section["exempt_token_ids"])
     except (KeyError, TypeError, ValueError) as error:
         raise FolderError(
@@ -268,18 +243,6 @@ def open_config(folder: Path, *, stock: bool) -> tuple[Any, str]:
         reason = short(" ".join(str(error).split()))
         raise FolderError(f"{folder / 'config.json'}: {reason}; {AGAIN}") from error
     return config, family.architecture if stock else family.clamped
-
-
-def _read_site(clamped: Clamped, site: dict[str, Any]) -> ClampSite:
-    layer, k = int(site["layer"]), int(site["k"])
-    prefix = f"{clamped.layer_prefix}{layer}.sae_clamp."
-    arrays = {key: clamped.tensors[prefix + key].array() for key in CLAMP_TENSORS}
-    for key, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"{prefix}{key} is not finite")
-    if arrays["W_enc"].shape[1:] != (k,) or arrays["route"].shape != (k, k):
-        raise ValueError(f"{prefix}* have other shapes than config.json says")
-    return ClampSite(layer, bool(site["exempt_bos"]), **arrays)
 
 
 # --------------------------------------------------------------------------- config

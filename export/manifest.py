@@ -1,6 +1,5 @@
-"""`manifest.json`: where a folder came from, how exact it is, and the sha256 of its files.
-
-The only writer and the only reader of that file. Its keys are the fields of `Manifest`.
+"""`manifest.json`: where a folder came from, how exact it is, and the sha256 of its files. Nothing
+else writes or reads that file; its keys are the fields of `Manifest`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from bake.errors import FolderError, short, shown
 from bake.files.folder_files import PARTIAL, check_name, sha256_in
 from bake.new_folder import MANIFEST, fsync_folder
 from bake.reading.capped import parse_json, read_in
+from bake.sae.fit_figures import Fit
 from bake.sources import MOST_FEATURES
 from export.carriers.carriers import CARRIERS, is_added
 
@@ -80,6 +80,8 @@ class ClampEntry(Part):
     """Layers behind it that attend to keys and values made before it."""
     embedded_again: bool = False
     """Whether layers behind it are given each token's own embedding again."""
+    fit: Fit | None = None
+    """How well its SAE fits the base, as bake measured it; None where it did not."""
 
 
 class CompiledDistance(Part):
@@ -239,8 +241,7 @@ class Manifest(Part):
             first = error.errors()[0]
             key = short(".".join(map(str, first["loc"])))
             raise FolderError(
-                f'{path}: "{key}" is {shown(first["input"])}: {first["msg"]}; bake or download '
-                "the folder again"
+                f'{path}: "{key}" is {shown(first["input"])}: {first["msg"]}; {AGAIN}'
             ) from error
         for name in (*found.files, *found.in_place):
             check_name(path, name)

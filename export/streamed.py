@@ -169,9 +169,14 @@ class StreamedModel:
             self._read[index] = h
             self._moved[index] = (output != h).any(dim=-1)
             self._active[index] = clamp.feature_acts(h) > clamp.trigger
-            pre = h.float() @ clamp.W_enc + clamp.b_enc
-            margin = pre - clamp.theta.maximum(clamp.trigger)
-            spread = (h.float().square() @ clamp.W_enc.square()).sqrt() + clamp.b_enc.abs()
+            W, b = clamp.W_enc[:, : clamp.k].float(), clamp.b_enc[: clamp.k]
+            if clamp.topk:
+                W = W * clamp.gain[: clamp.k]
+                pre, least = clamp.topk_pre(h)
+            else:
+                pre, least = h.float() @ W + b, clamp.theta
+            margin = pre - least.maximum(clamp.trigger)
+            spread = (h.float().square() @ W.square()).sqrt() + b.abs()
             self._margins.append(margin.amax(dim=-1))
             self._edges.append((margin.abs() / (EPSILON["float32"] * spread)).amin(dim=-1))
             return output

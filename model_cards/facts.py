@@ -11,6 +11,7 @@ from typing import Any
 from bake.base import BaseModel
 from bake.clamp import ClampWeights, sae_name
 from bake.recipe import Clamp, Recipe, Verify
+from bake.sae.fit_figures import UNMEASURED, Fit
 from bake.sources import layer_of
 from export.folder_contents import check_contents, recipe_in
 from export.manifest import CompiledEntry, DistilledEntry, Manifest
@@ -40,6 +41,8 @@ class ClampFacts:
     sae: str
     past: tuple[str, ...] = ()
     """What of the base goes past it by design, a sentence each."""
+    fit: str = UNMEASURED
+    """How well that fits the base."""
 
     @property
     def attribution(self) -> str:
@@ -74,10 +77,18 @@ class CardFacts:
     """What the manifest warns of in graphs with rounded weights."""
 
 
-def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> CardFacts:
+def facts_at_bake(
+    recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights], fits: Mapping[int, Fit]
+) -> CardFacts:
     """Before a checkpoint is written."""
+    fitting = {layer: fit.as_baked for layer, fit in fits.items()}
     facts = tuple(
-        _clamp_facts(clamp.clamp, clamp.hook_point, **passing_by(base.config, clamp.layer))
+        _clamp_facts(
+            clamp.clamp,
+            clamp.hook_point,
+            fitting.get(clamp.layer, UNMEASURED),
+            **passing_by(base.config, clamp.layer),
+        )
         for clamp in clamps
     )
     return _of_layer(recipe, base.name, base.revision, facts, "not measured yet")
@@ -85,7 +96,9 @@ def facts_at_bake(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights
 
 def facts_of_recipe(recipe: Recipe) -> CardFacts:
     """Of a recipe that names hub ids and hook points, with nothing baked."""
-    facts = tuple(_clamp_facts(clamp, str(clamp.hook_point)) for clamp in recipe.clamp)
+    facts = tuple(
+        _clamp_facts(clamp, str(clamp.hook_point), "not measured here") for clamp in recipe.clamp
+    )
     base = recipe.base
     return _of_layer(recipe, base.model, base.revision, facts, "not measured here")
 
@@ -130,6 +143,7 @@ def facts_of_manifest(
                 clamp.features,
                 clamp.sae.name,
                 tuple(said(clamp.layer, clamp.old_keys, clamp.embedded_again)),
+                UNMEASURED if clamp.fit is None else clamp.fit.as_baked,
             )
             for clamp in manifest.clamps
         ),
@@ -143,7 +157,7 @@ def facts_of_manifest(
     )
 
 
-def _clamp_facts(clamp: Clamp, hook_point: str, **past: Any) -> ClampFacts:
+def _clamp_facts(clamp: Clamp, hook_point: str, fit: str, **past: Any) -> ClampFacts:
     layer = layer_of(hook_point)
     features = ["those that the recipe selects"] if clamp.features == "select" else clamp.features
     return ClampFacts(
@@ -154,4 +168,5 @@ def _clamp_facts(clamp: Clamp, hook_point: str, **past: Any) -> ClampFacts:
         features,
         sae_name(clamp),
         tuple(said(layer, **past)),
+        fit,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,6 +12,7 @@ from bake.base import BaseModel
 from bake.clamp import ClampWeights
 from bake.recipe import Recipe
 from bake.rounding import BAR
+from bake.sae.fit_figures import Fit
 from export.carriers.carriers import CARRIERS
 from model_cards.evaluation import SHOWN_TASKS, WAYS, Figures, eval_results, one_line
 from model_cards.facts import CardFacts, facts_at_bake
@@ -27,9 +28,16 @@ UNKNOWN = "How these files carry the clamp ({{ facts.carrier|text }}) is not kno
 TAGS = ("unlearning", "sparse-autoencoder", "custom_code", "bakeout")
 
 
-def render_card(recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights]) -> str:
-    """The card of a checkpoint that is about to be written: nothing is measured yet."""
-    return render(facts_at_bake(recipe, base, clamps))
+def render_card(
+    recipe: Recipe,
+    base: BaseModel,
+    clamps: Sequence[ClampWeights],
+    fits: Mapping[int, Fit] | None = None,
+) -> str:
+    """The card of a checkpoint that is about to be written: nothing is measured yet but how its
+    SAEs fit, by layer.
+    """
+    return render(facts_at_bake(recipe, base, clamps, fits or {}))
 
 
 def render(

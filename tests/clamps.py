@@ -71,7 +71,15 @@ ORACLE_TABLES: dict[str, dict[str, Any]] = {
     "random_decoder": {"method": "random_decoder", "features": [3, 4, D_SAE - 1], "value": -5.0},
 }
 """Every method with features, some of them with a trigger."""
-SAE_KINDS = ("standard", "jumprelu", "jumprelu, no b_dec", "gated", "gemma scope", "gemma scope 2")
+SAE_KINDS = (
+    "standard",
+    "jumprelu",
+    "jumprelu, no b_dec",
+    "gated",
+    "topk",
+    "gemma scope",
+    "gemma scope 2",
+)
 
 
 def recipe_on_layers(

@@ -19,7 +19,7 @@ from export.carriers.compiled.stock_layers import (
     gelu,
     logic_of,
 )
-from export.clamped import ClampSite
+from export.clamp_sites import ClampSite
 
 D, EPS = 32, 1e-6
 

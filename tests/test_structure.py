@@ -35,6 +35,7 @@ VERIFY_MAY_IMPORT = {
     "bake.reading",
     "bake.recipe",
     "bake.rounding",
+    "bake.sae.fit_figures",
     "bake.sources",
     "bake.stock",
     "bake.strangers",

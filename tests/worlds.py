@@ -193,6 +193,8 @@ def save_sae_lens(
     """An SAE folder as sae_lens writes it: cfg.json and sae_weights.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     d_in, d_sae = sae.W_enc.shape
+    if architecture == "topk":
+        config.setdefault("k", 6)
     cfg = {
         "architecture": architecture,
         "d_in": d_in,

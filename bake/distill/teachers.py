@@ -89,8 +89,11 @@ def clamped(model: Any, clamps: Sequence[ClampWeights]) -> Iterator[Callable[[Te
 
 def module_of(clamp: ClampWeights, device: Any) -> SAEClamp:
     """The product's own clamp of a recipe's table."""
-    module = SAEClamp(clamp.sae.W_enc.shape[0], clamp.k)
+    module: SAEClamp = SAEClamp.at(clamp.sae.W_enc.shape[0], clamp.site)
     tensors = {name: torch.tensor(array, device=device) for name, array in clamp.tensors.items()}
+    if (whole := clamp.sae.whole) is not None:
+        numbers = torch.frombuffer(bytearray(b"".join(whole.blocks())), dtype=module.W_enc.dtype)
+        tensors["W_enc"] = numbers.view(whole.shape).to(device)
     module.load_state_dict(tensors, assign=True)
     return module
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bake.errors import shown
+from bake.tensors import DTYPES
 
 
 def _whole(least: int, most: int) -> Callable[[Any], bool]:
@@ -223,6 +224,18 @@ def wrong_clamp(section: Any, *, n_layers: int, vocab_size: int) -> str | None:
         ):
             if not right(site.get(key)):
                 return f"sae_clamp.sites: {key} is {shown(site.get(key))}; expected {expected}"
+        if any(key in site for key in ("topk", "d_sae", "dtype")):
+            for key, right, expected in (
+                ("d_sae", _whole(site["k"], 1 << 21), f"a whole number from {site['k']}"),
+                ("topk", _whole(1, site.get("d_sae")), "a whole number from 1 to d_sae"),
+                (
+                    "dtype",
+                    lambda value: isinstance(value, str) and value in DTYPES,
+                    f"one of {', '.join(DTYPES)}",
+                ),
+            ):
+                if not right(site.get(key)):
+                    return f"sae_clamp.sites: {key} is {shown(site.get(key))}; expected {expected}"
     if len({site["layer"] for site in sites}) < len(sites):
         return "sae_clamp.sites: names a layer twice; expected one clamp for each layer"
     exempt = section.get("exempt_token_ids")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bake.errors import SAEError
 from bake.sae.array_file import ArrayFile
 from bake.sae.layouts import SAEFiles
-from bake.tensors import Array
+from bake.tensors import Array, StoredTensor, stored_tensors, to_bits
 
 _OWN = {
     "standard": ("b_enc",),
     "jumprelu": ("b_enc", "threshold"),
     "gated": ("b_gate", "b_mag", "r_mag"),
+    "topk": ("b_enc",),
 }
 """Tensors of each architecture besides W_enc, W_dec and b_dec."""
 
@@ -38,6 +40,39 @@ class SAESlice:
     architecture: str
     sha256: str
     """Of the SAE's weights file."""
+    whole: WholeEncoder | None = None
+    """topk only; `b_enc` is then [d_sae], in its order, and `W_enc` and `theta` are empty."""
+
+
+@dataclass(frozen=True)
+class WholeEncoder:
+    """The encoder of a TopK SAE as it is stored: every feature has a say in which are active."""
+
+    stored: StoredTensor
+    """[d_in, d_sae]."""
+    order: NDArray[np.int64] = field(repr=False)
+    """[d_sae] its columns: those of the k features first, then all others."""
+    gain: Array = field(repr=False)
+    """[d_sae], in that order: what x @ W_enc is multiplied by."""
+    topk: int
+    """How many features are active on a token."""
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors names it: its own, or F32 for F64."""
+        return "F32" if self.stored.dtype == "F64" else self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d_in, d_sae)."""
+        return self.stored.shape
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes in that order, a few rows at a time."""
+        for start, stop in self.stored.blocks():
+            bits = self.stored.bits(start, stop)
+            bits = to_bits(bits.view(np.float64), "F32") if self.stored.dtype == "F64" else bits
+            yield bits[:, self.order].tobytes()
 
 
 @dataclass(frozen=True)
@@ -101,11 +136,20 @@ def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
     """
     arrays, k = ArrayFile.open(files.weights), list(features)
     d_in, d_sae = size_of(files)
-    W_dec = arrays.rows(_checked(files, arrays, "W_dec", d_sae, d_in), k)
-    with np.errstate(over="ignore", invalid="ignore"):  # looked for below
-        W_enc, b_enc, theta = _encoder(files, arrays, k)
+    W_dec = arrays.rows(key_of(files, arrays, "W_dec", d_sae, d_in), k)
+    whole = None
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # looked for below
+        if files.topk is not None:
+            whole, b_enc = _whole_encoder(files, arrays, k)
+            W_enc, theta = np.empty((d_in, 0), np.float32), np.empty(0, np.float32)
+            W_dec = W_dec / decoder_norms(files, arrays)[k, None]
+        else:
+            W_enc, b_enc, theta = _encoder(files, arrays, k)
         W_dec = W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
-    for name, array in {"W_enc": W_enc, "b_enc": b_enc, "theta": theta, "W_dec": W_dec}.items():
+    folded = {"W_enc": W_enc, "b_enc": b_enc, "theta": theta, "W_dec": W_dec}
+    if whole is not None:
+        folded["gain"] = whole.gain
+    for name, array in folded.items():
         if not np.isfinite(array).all():
             raise SAEError(
                 f"SAE file {files.weights}: {name}, with all folded into it, is beyond float32; "
@@ -119,6 +163,7 @@ def load_slice(files: SAEFiles, features: Sequence[int]) -> SAESlice:
         tuple(k),
         files.architecture,
         sha256_of(files),
+        whole,
     )
 
 
@@ -126,8 +171,14 @@ def load_encoder(files: SAEFiles) -> SAEEncoder:
     """Read the encoder of every feature, folded, in the SAE's own activation units.
 
     Raises:
-        SAEError: as `load_slice`.
+        SAEError: as `load_slice`; or it is a TopK SAE, whose features are not told one by one.
     """
+    if files.topk is not None:
+        raise SAEError(
+            f"SAE file {files.weights}: is a TopK SAE, which select, sweep and features do not "
+            "take; expected one whose features are active by "
+            "themselves. Name the features, or take a JumpReLU SAE"
+        )
     W_enc, b_enc, theta = _encoder(files, ArrayFile.open(files.weights), None)
     return SAEEncoder(W_enc, b_enc, np.maximum(theta, 0), sha256_of(files))
 
@@ -136,9 +187,19 @@ def load_decoder(files: SAEFiles) -> Array:
     """Read the decoder row of every feature, folded: [d_sae, d_in]."""
     arrays = ArrayFile.open(files.weights)
     d_in, d_sae = size_of(files)
-    key = _checked(files, arrays, "W_dec", d_sae, d_in)
+    key = key_of(files, arrays, "W_dec", d_sae, d_in)
     W_dec = arrays.matrix(key)
     return W_dec if files.input_scale == 1.0 else W_dec / np.float32(files.input_scale)
+
+
+def decoder_norms(files: SAEFiles, arrays: ArrayFile) -> Array:
+    """[d_sae] what activations are multiplied by, and decoder rows divided by: 1 mostly."""
+    d_in, d_sae = size_of(files)
+    if not files.by_decoder_norm:
+        return np.ones(d_sae, np.float32)
+    blocks = arrays.blocks(key_of(files, arrays, "W_dec", d_sae, d_in))
+    norms = [np.sqrt(np.square(block.astype(np.float64)).sum(1)) for block in blocks]
+    return np.concatenate(norms).astype(np.float32)
 
 
 def sha256_of(files: SAEFiles) -> str:
@@ -152,12 +213,12 @@ def _encoder(files: SAEFiles, arrays: ArrayFile, k: list[int] | None) -> tuple[A
     d_in, d_sae = size_of(files)
 
     def vector(name: str) -> Array:
-        whole = arrays.vector(_checked(files, arrays, name, d_sae))
+        whole = arrays.vector(key_of(files, arrays, name, d_sae))
         return whole if k is None else whole[k]
 
-    key = _checked(files, arrays, "W_enc", d_in, d_sae)
+    key = key_of(files, arrays, "W_enc", d_in, d_sae)
     W_enc = arrays.matrix(key) if k is None else arrays.columns(key, k)
-    b_dec = arrays.vector(_checked(files, arrays, "b_dec", d_in))
+    b_dec = arrays.vector(key_of(files, arrays, "b_dec", d_in))
     if files.architecture == "gated":
         W_enc, b_enc, theta = _gate_as_threshold(
             W_enc, vector("b_gate"), vector("b_mag"), vector("r_mag")
@@ -176,7 +237,26 @@ def _encoder(files: SAEFiles, arrays: ArrayFile, k: list[int] | None) -> tuple[A
     return W_enc, b_enc, theta
 
 
-def _checked(files: SAEFiles, arrays: ArrayFile, name: str, *shape: int) -> str:
+def _whole_encoder(files: SAEFiles, arrays: ArrayFile, k: list[int]) -> tuple[WholeEncoder, Array]:
+    """(The encoder of a TopK SAE, b_enc [d_sae] in its order, folded)."""
+    assert files.topk is not None and files.input_scale == 1.0
+    d_in, d_sae = size_of(files)
+    key = key_of(files, arrays, "W_enc", d_in, d_sae)
+    b_dec = arrays.vector(key_of(files, arrays, "b_dec", d_in)).astype(np.float64)
+    bias = arrays.vector(key_of(files, arrays, "b_enc", d_sae)).astype(np.float64)
+    start = 0
+    for block in arrays.blocks(key):  # which looks at every number
+        if files.apply_b_dec_to_input:
+            bias -= b_dec[start : start + len(block)] @ block
+        start += len(block)
+    norms = decoder_norms(files, arrays).astype(np.float64)
+    order = np.concatenate([k, np.setdiff1d(np.arange(d_sae), k)]).astype(np.int64)
+    gain = norms.astype(np.float32)
+    whole = WholeEncoder(stored_tensors(files.weights)[key], order, gain[order], files.topk)
+    return whole, (bias * norms).astype(np.float32)[order]
+
+
+def key_of(files: SAEFiles, arrays: ArrayFile, name: str, *shape: int) -> str:
     """A tensor's key, once its shape is what it has to be."""
     key = _key(files, name)
     if arrays.shapes.get(key) != shape:

@@ -38,7 +38,7 @@ class SAEFiles:
     weights: Path
     """safetensors or npz."""
     architecture: str
-    """standard | jumprelu | gated."""
+    """standard | jumprelu | gated | topk."""
     apply_b_dec_to_input: bool
     hook_point: str | None
     """As the SAE states it, None where it does not."""
@@ -50,6 +50,12 @@ class SAEFiles:
     """Gemma Scope 2 writes `w_enc` for `W_enc`."""
     input_scale: float = 1.0
     """Norm scaling factor that the SAE's input was multiplied by in training."""
+    is_slice: bool = False
+    """Some features of an SAE, of which its config says so: they reconstruct nothing."""
+    topk: int | None = None
+    """topk only: how many features are active on a token."""
+    by_decoder_norm: bool = False
+    """topk only: activations are multiplied by the length of the feature's decoder row."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,9 @@ def _sae_lens(folder: Path, release: Release | None) -> SAEFiles:
         hook_point=cfg.hook_point,
         stated_size=(cfg.d_in, cfg.d_sae),
         input_scale=1.0 if cfg.normalize_activations == "none" or factor is None else factor,
+        is_slice=cfg.is_slice,
+        topk=cfg.topk,
+        by_decoder_norm=cfg.by_decoder_norm,
     )
 
 

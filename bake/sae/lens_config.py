@@ -28,6 +28,7 @@ _OLD_NAMES = {
 _READ = (
     *("architecture", "d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations"),
     *("metadata", "sae_lens_version", "hook_name", "hf_hook_name", "neuronpedia_id"),
+    *("k", "rescale_acts_by_decoder_norm"),
 )
 _CHECKED: dict[str, tuple[Any, ...]] = {
     "activation_fn": (None, "relu"),
@@ -48,8 +49,7 @@ _OF_NO_ACCOUNT = (
 FIELDS = frozenset({*_OLD_NAMES, *_READ, *_CHECKED, *_OF_NO_ACCOUNT})
 """Every field that is known here; others say nothing of what an SAE computes."""
 
-_ARCHITECTURES = ("standard", "jumprelu", "gated")
-_TOPK = "TopK keeps the k largest of all features, so every feature decides on every other"
+_ARCHITECTURES = ("standard", "jumprelu", "gated", "topk")
 _TRAINING = (
     "this is a training checkpoint; save it with save_inference_model(), which writes a JumpReLU "
     "SAE"
@@ -59,8 +59,7 @@ _TRANSCODER = (
     "reads"
 )
 REASONS = {
-    "topk": _TOPK,
-    "abstopk": _TOPK,
+    "abstopk": "it keeps the k largest by size, negative ones too, which are above no trigger",
     "batchtopk": _TRAINING,
     "matryoshka_batchtopk": _TRAINING,
     "transcoder": _TRANSCODER,
@@ -70,7 +69,7 @@ REASONS = {
     "temporal": "its features depend on the tokens before, and a clamp sees one token",
     "matching_pursuit": "it picks features one after another, and each pick changes the next",
 }
-"""Why an architecture of sae_lens cannot be cut down to a few features exactly."""
+"""Why an architecture of sae_lens cannot be cut down to a few features exactly, nor taken whole."""
 _NORMALISATIONS = {
     "expected_average_only_in": "Multiply its factor into the weights with sae_lens's "
     "fold_activation_norm_scaling_factor and save_model it again",
@@ -89,7 +88,7 @@ class LensConfig:
     """A cfg.json, checked."""
 
     architecture: str
-    """standard | jumprelu | gated."""
+    """standard | jumprelu | gated | topk."""
     d_in: int
     d_sae: int
     apply_b_dec_to_input: bool
@@ -97,6 +96,13 @@ class LensConfig:
     """none, or expected_average_only_in where a release states the factor."""
     hook_point: str | None
     """None where it states none."""
+    is_slice: bool
+    """Whether it says that it is a slice of an SAE."""
+    topk: int | None = None
+    """topk only: how many features are active on a token."""
+    by_decoder_norm: bool = False
+    """topk only: activations are multiplied by the length of the feature's decoder row, which is
+    divided by it. Source: sae_lens, `rescale_acts_by_decoder_norm`."""
 
 
 def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
@@ -143,13 +149,30 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
     on_input = cfg.get("apply_b_dec_to_input", True)
     if type(on_input) is not bool:
         raise refuse("apply_b_dec_to_input", on_input, "true or false")
+    topk, by_norm = None, False
+    if architecture == "topk":
+        kwargs = cfg.get("activation_fn_kwargs") or {}
+        topk = kwargs.get("k") if is_old and isinstance(kwargs, dict) else cfg.get("k")
+        if type(topk) is not int or not 0 < topk <= cfg["d_sae"]:
+            raise refuse("k", topk, f"a whole number from 1 to d_sae, {cfg['d_sae']}")
+        if "slice_of" in metadata:
+            raise refuse(
+                "slice_of", metadata["slice_of"], "all features of a TopK SAE", "take it whole"
+            )
+        by_norm = cfg.get("rescale_acts_by_decoder_norm", False)
+        if type(by_norm) is not bool:
+            raise refuse("rescale_acts_by_decoder_norm", by_norm, "true or false")
     return LensConfig(
         architecture,
         cfg["d_in"],
         cfg["d_sae"],
         on_input,
-        _normalisation(cfg, path, is_old=is_old, has_factor=has_factor),
+        # A factor could only go beside a TopK SAE's encoder, where sae_lens multiplies it in.
+        _normalisation(cfg, path, is_old=is_old, has_factor=has_factor and topk is None),
         _hook_point(cfg, metadata, path, is_old=is_old),
+        "slice_of" in metadata,
+        topk,
+        by_norm,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from rich.table import Table
 from bake.errors import OutputError, RecipeError
 from bake.new_folder import write_whole
 from bake.recipe import Recipe
+from bake.sae.fit_figures import UNMEASURED, Fit
+from bake.search.fit import checked_fits
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
+from bake.sources import layer_of
 from bakeout.terminal import console, progress, table_of, write_json
 
 SCHEMA = 1
@@ -34,26 +37,35 @@ def run_select(file: Path, write: Path | None, json_file: Path | None, *, force:
     if write is not None:
         check_new_file(recipe, write, force=force)
     with progress("select") as advance:
+        fits = checked_fits(recipe, unfit=True)
         selected, selections = selected_recipe(recipe, progress=advance)
     if json_file is None or str(json_file) != "-":
-        show_selections(selections)
+        show_selections(selections, fits)
     if write is not None:
         write_recipe(selected, write, force=force)
     if json_file is not None:
-        write_json(selections_dict(selections), json_file)
+        write_json(selections_dict(selections, fits), json_file)
 
 
-def show_selections(selections: Sequence[Selection]) -> None:
-    """Print one table for each selection."""
+def show_selections(selections: Sequence[Selection], fits: Mapping[int, Fit]) -> None:
+    """Print one table for each selection, and how its SAE fits, by layer."""
     out = console()
     for selection in selections:
         out.print(selection_table(selection))
         out.print(
             f"{len(selection.chosen)} of {selection.d_sae:,} features of {selection.sae} at "
             f"{selection.hook_point}, by {selection.by}; shares of {selection.forget_tokens:,} "
-            f"forget and {selection.retain_tokens:,} retain tokens\n",
+            f"forget and {selection.retain_tokens:,} retain tokens",
             markup=False,
         )
+        out.print(f"fit: {fit_text(fits.get(layer_of(selection.hook_point)))}\n", markup=False)
+
+
+def fit_text(fit: Fit | None) -> str:
+    """How an SAE fits, and whether a bake of it is refused."""
+    if fit is None:
+        return UNMEASURED
+    return f"{fit.said}; it does not fit, and bake refuses it" if fit.unfit else fit.said
 
 
 def selection_table(selection: Selection) -> Table:
@@ -87,8 +99,13 @@ def _extra_cells(by: str, chosen: Chosen) -> tuple[str, ...]:
     return ()
 
 
-def selections_dict(selections: Sequence[Selection]) -> dict[str, Any]:
+def selections_dict(selections: Sequence[Selection], fits: Mapping[int, Fit]) -> dict[str, Any]:
     """The JSON of `bakeout select --json`."""
+
+    def fit_dict(hook_point: str) -> dict[str, Any] | None:
+        fit = fits.get(layer_of(hook_point))
+        return None if fit is None else {**vars(fit), "unfit": fit.unfit}
+
     return {
         "schema": SCHEMA,
         "selections": [
@@ -100,6 +117,7 @@ def selections_dict(selections: Sequence[Selection]) -> dict[str, Any]:
                 "d_sae": selection.d_sae,
                 "forget_tokens": selection.forget_tokens,
                 "retain_tokens": selection.retain_tokens,
+                "fit": fit_dict(selection.hook_point),
                 "features": [
                     {key: value for key, value in vars(chosen).items() if value is not None}
                     for chosen in selection.chosen

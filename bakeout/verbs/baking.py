@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from bake.clamp import sae_name
 from bake.errors import DataError, ModelError
 from bake.new_folder import check_output
 from bake.recipe import Recipe
+from bake.sae.fit_figures import UNMEASURED
+from bake.tensors import n_bytes
 from bakeout.terminal import progress
 from bakeout.verbs.arguments import RecipePath
 from export.carriers.checkpoint import CheckpointPlan, plan_checkpoint, write_checkpoint
@@ -22,16 +25,21 @@ WITNESS_BYTES = 1 << 30
 which takes longer than baking a large one."""
 
 
-def planned(recipe: Recipe, *, cache: Path | None = None) -> CheckpointPlan:
+def planned(recipe: Recipe, *, cache: Path | None = None, unfit: bool = False) -> CheckpointPlan:
     """What a recipe asks for, found and checked. Features are selected where it says so; the
-    numbers stand in the plan's recipe.
+    numbers stand in the plan's recipe. An SAE that does not fit is refused, unless `unfit`.
     """
-    if recipe.selects:
-        from bake.search.selection import selected_recipe  # torch and transformers
+    from bake.search.fit import checked_fits  # torch and transformers
 
+    fits = None
+    if recipe.selects:
+        from bake.search.selection import selected_recipe
+
+        fits = checked_fits(recipe, unfit=unfit)  # before what takes long
         with progress("select") as advance:
             recipe, _ = selected_recipe(recipe, cache=cache, progress=advance)
-    return plan_checkpoint(recipe)
+    plan = plan_checkpoint(recipe)
+    return replace(plan, fits=checked_fits(recipe, unfit=unfit) if fits is None else fits)
 
 
 def bake_recipe(
@@ -41,6 +49,7 @@ def bake_recipe(
     force: bool,
     cache: Path | None = None,
     witnesses: bool | None = None,
+    unfit: bool = False,
 ) -> CheckpointPlan:
     """Bake a recipe into a folder, with a progress bar; returns what was written.
 
@@ -50,12 +59,13 @@ def bake_recipe(
         force: replace a folder that bakeout wrote.
         cache: where statistics are kept, where features are to be selected.
         witnesses: whether to write some; None leaves it to the base's size.
+        unfit: bake SAEs that do not fit the base too.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_output(out, inputs=recipe.local_sources, size=0, force=force)
-    plan = planned(recipe, cache=cache)
+    plan = planned(recipe, cache=cache, unfit=unfit)
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
-    card = render_card(plan.recipe, plan.base, plan.clamps)
+    card = render_card(plan.recipe, plan.base, plan.clamps, plan.fits)
     with progress("bake") as advance:
         done = 0
 
@@ -99,7 +109,7 @@ def witness_prompts(recipe: Recipe) -> list[list[int]]:
 
 
 def describe_plan(plan: CheckpointPlan) -> str:
-    """A few lines: base, clamps, size."""
+    """A few lines: base, clamps and how their SAEs fit, size."""
     lines = [f"base   {plan.base.name} ({plan.base.n_layers} layers, d_in {plan.base.d_in})"]
     for clamp in plan.clamps:
         count = len(clamp.clamp.features)
@@ -107,6 +117,16 @@ def describe_plan(plan: CheckpointPlan) -> str:
             f"clamp  {clamp.hook_point}: {clamp.clamp.method} on {count} "
             f"feature{'s' * (count != 1)} of {sae_name(clamp.clamp)}"
         )
+        if (whole := clamp.sae.whole) is not None:
+            d_in, d_sae = whole.shape
+            part = d_in * d_sae / plan.n_parameters
+            lines.append(
+                f"topk   the whole encoder, {d_sae:,} features in {clamp.site['dtype']}: "
+                f"{n_bytes(whole.shape, whole.dtype) / 1e3:,.1f} kB, and as many multiplications "
+                f"at each token, {part:.1%} of the base's"
+            )
+        fit = plan.fits.get(clamp.layer)
+        lines.append(f"fit    {UNMEASURED if fit is None else fit.as_baked}")
     lines.append(
         f"size   {plan.size / 1e6:,.1f} MB, of which the clamp is {plan.clamp_size / 1e3:,.1f} kB"
     )
@@ -128,16 +148,19 @@ def bake(
             show_default=False,
         ),
     ] = None,
+    unfit: Annotated[
+        bool, typer.Option("--unfit", help="Bake SAEs that do not fit the base; the card says so.")
+    ] = False,
 ) -> None:
     """Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them."""
     if dry_run:
-        plan = planned(Recipe.load(recipe))
+        plan = planned(Recipe.load(recipe), unfit=unfit)
         check_output(out, inputs=plan.inputs, size=plan.size, force=force)
         for note in notes(plan):
             typer.echo(f"note: {note}", err=True)
         typer.echo(f"{describe_plan(plan)}\nnothing written (--dry-run)")
         return
-    plan = bake_recipe(recipe, out, force=force, witnesses=witnesses)
+    plan = bake_recipe(recipe, out, force=force, witnesses=witnesses, unfit=unfit)
     for note in notes(plan):
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"{describe_plan(plan)}\nwritten to {out}")

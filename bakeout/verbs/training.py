@@ -112,7 +112,7 @@ def _planned(
             "--recipe"
         )
     fitted = fitted_recipe(given, source, read_config(source), shown=False)
-    plan = planned(_with(fitted, table), cache=cache)
+    plan = planned(_with(fitted, table), cache=cache, unfit=True)  # the folder says how it fits
     check_same(plan, manifest, source)
     return plan
 

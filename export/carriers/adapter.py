@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from numpy.typing import NDArray
 
 from bake.base import open_base
 from bake.errors import ExportError
@@ -21,9 +21,11 @@ from bake.families import unread_tensors
 from bake.files.folder_files import sha256_in
 from bake.new_folder import check_output, new_folder
 from bake.recipe import Recipe
-from bake.tensors import StoredTensor, indexed_tensors
+from bake.tensors import StoredTensor, Tensors, indexed_tensors, n_bytes
 from export.carriers.carriers import LICENCES
-from export.clamped import CLAMP_TENSORS, Clamped, check_weights
+from export.carriers.clamp_file import save_clamps
+from export.clamp_sites import CLAMP_TENSORS, TOPK_TENSORS
+from export.clamped import Clamped, check_weights
 from export.copying import hash_new
 from export.folder_contents import RECIPE, copy_listed, recipe_in
 from export.manifest import BaseEntry, json_text
@@ -93,17 +95,21 @@ def write_adapter(
         ExportError: the checkpoint's manifest does not name the base's weight files.
     """
     check_weights(source)
-    tensors = {
-        f"{_module(source)}{site.layer}.sae_clamp_site.{name}": np.ascontiguousarray(
-            getattr(site, name)
-        )
-        for site in source.sites
-        for name in CLAMP_TENSORS
-    }
+    tensors: dict[str, NDArray[np.generic]] = {}
+    wholes: Tensors = {}
+    for site in source.sites:
+        before = f"{_module(source)}{site.layer}.sae_clamp_site."
+        if (of := site.topk) is None:
+            tensors |= {f"{before}{name}": getattr(site, name) for name in CLAMP_TENSORS}
+            continue
+        wholes[f"{before}W_enc"] = (of.W_enc.dtype, of.W_enc.shape, of.W_enc.stored_blocks)
+        tensors |= {f"{before}{name}": getattr(site, name) for name in TOPK_TENSORS[3:]}
+        tensors |= {f"{before}b_enc": site.b_enc, f"{before}gain": of.gain}
     size = sum(tensor.nbytes for tensor in tensors.values())
+    size += sum(n_bytes(shape, dtype) for dtype, shape, _ in wholes.values())
     check_output(out, inputs=[source.folder], size=size, force=force)
     with new_folder(out, force=force) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_clamps(folder / WEIGHTS, tensors, wholes)
         texts = {CONFIG: json_text(adapter_config(source, base)), "README.md": card}
         if base is not None:
             texts[RECIPE] = rebased_recipe(source, base).to_toml()
@@ -152,7 +158,12 @@ def adapter_config(source: Clamped, base: OtherBase | None = None) -> dict[str, 
         "sae_clamp": {
             "schema": 1,
             "sites": [
-                {"layer": site.layer, "k": len(site.value), "exempt_bos": site.exempt_bos}
+                {
+                    "layer": site.layer,
+                    "k": len(site.value),
+                    "exempt_bos": site.exempt_bos,
+                    **(site.topk.said if site.topk else {}),
+                }
                 for site in source.sites
             ],
             "exempt_token_ids": list(source.exempt_token_ids),

@@ -6,16 +6,14 @@ Nothing of the model is held in memory: files are copied block by block and hash
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from safetensors.numpy import save_file
 
 import bake
 from bake.base import INDEX, WEIGHTS, BaseModel, find_base
@@ -26,8 +24,11 @@ from bake.new_folder import check_output, new_folder
 from bake.reading.capped import cap_of, read_json
 from bake.reading.model_config import is_local_path, without_paths
 from bake.recipe import Recipe
+from bake.sae.fit_figures import Fit
 from bake.strangers.foreign import runs_code
+from bake.tensors import Tensors, indexed_tensors
 from export.carriers.carriers import CARRIERS, OF_BASE
+from export.carriers.clamp_file import save_clamps
 from export.clamped import GUARD, open_listed
 from export.code_check import MODELING_FILE, auto_map_of
 from export.copying import copy_all, hash_new
@@ -60,6 +61,8 @@ class CheckpointPlan:
     recipe: Recipe
     base: BaseModel
     clamps: list[ClampWeights]
+    fits: Mapping[int, Fit] = field(default_factory=dict)
+    """By layer, how well the SAE fits, where that was measured."""
 
     @property
     def copies(self) -> list[tuple[Path, str]]:
@@ -69,9 +72,15 @@ class CheckpointPlan:
         return shards + companions(folder)
 
     @property
+    def n_parameters(self) -> int:
+        """Of the base."""
+        tensors = indexed_tensors(self.base.folder, self.base.weight_map)
+        return sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+    @property
     def clamp_size(self) -> int:
         """Bytes of the clamp's tensors."""
-        return sum(t.nbytes for clamp in self.clamps for t in clamp.tensors.values())
+        return sum(clamp.n_bytes for clamp in self.clamps)
 
     @property
     def size(self) -> int:
@@ -188,17 +197,20 @@ def write_checkpoint(
 
 def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path]:
     """Everything in the folder that is not a copy of the base's."""
-    # safetensors writes an array's memory as it lies, whatever its strides say.
     tensors = {
-        f"{plan.base.layer_prefix}{clamp.layer}.sae_clamp.{name}": np.ascontiguousarray(tensor)
+        f"{plan.base.layer_prefix}{clamp.layer}.sae_clamp.{name}": tensor
         for clamp in plan.clamps
         for name, tensor in clamp.tensors.items()
     }
-    save_file(tensors, folder / CLAMP_SHARD, metadata={"format": "pt"})
-    (folder / CLAMP_SHARD).chmod(0o644)  # it is made readable by its owner alone
+    wholes: Tensors = {
+        f"{plan.base.layer_prefix}{clamp.layer}.sae_clamp.W_enc": (of.dtype, of.shape, of.blocks)
+        for clamp in plan.clamps
+        if (of := clamp.sae.whole) is not None
+    }
+    save_clamps(folder / CLAMP_SHARD, tensors, wholes)
     shutil.copyfile(Path(bake.__file__).with_name(MODELING_FILE), folder / MODELING_FILE)
     texts = {
-        INDEX: json_text(_index(plan.base, tensors)),
+        INDEX: json_text(_index(plan.base, [*tensors, *wholes], plan.clamp_size)),
         "config.json": json_text(clamped_config(plan.recipe, plan.base, plan.clamps)),
         "recipe.toml": plan.recipe.shareable().to_toml(),
         "README.md": card,
@@ -246,15 +258,19 @@ def manifest_of(plan: CheckpointPlan, files: dict[str, str]) -> Manifest:
         exact=CARRIERS["layer"].exact,
         base=BaseEntry(model=plan.base.name, revision=plan.base.revision),
         recipe_sha256=files["recipe.toml"],
-        clamps=[_clamp_entry(clamp, plan.base) for clamp in plan.clamps],
+        clamps=[
+            _clamp_entry(clamp, plan.base, plan.fits.get(clamp.layer)) for clamp in plan.clamps
+        ],
         sources=_local_files(plan.recipe),
         tools=versions(),
         files=dict(sorted(files.items())),
     )
 
 
-def _clamp_entry(clamp: ClampWeights, base: BaseModel) -> ClampEntry:
+def _clamp_entry(clamp: ClampWeights, base: BaseModel, fit: Fit | None) -> ClampEntry:
     assert isinstance(clamp.clamp.features, list)
+    said: dict[str, Any] = passing_by(base.config, clamp.layer)
+    said |= {} if fit is None else {"fit": fit}
     return ClampEntry(
         layer=clamp.layer,
         hook_point=clamp.hook_point,
@@ -268,7 +284,7 @@ def _clamp_entry(clamp: ClampWeights, base: BaseModel) -> ClampEntry:
             sha256=clamp.sae.sha256,
         ),
         hook_point_from=clamp.hook_point_from,
-        **passing_by(base.config, clamp.layer),
+        **said,
     )
 
 
@@ -309,12 +325,12 @@ def clamped_config(recipe: Recipe, base: BaseModel, clamps: list[ClampWeights]) 
     }
 
 
-def _index(base: BaseModel, tensors: dict[str, Any]) -> dict[str, Any]:
+def _index(base: BaseModel, names: Sequence[str], clamp_size: int) -> dict[str, Any]:
     weight_map = {key: shard_name(shard) for key, shard in base.weight_map.items()}
-    weight_map |= dict.fromkeys(tensors, CLAMP_SHARD)
+    weight_map |= dict.fromkeys(names, CLAMP_SHARD)
     size = sum((base.folder / shard).stat().st_size for shard in base.shards)
     return {
-        "metadata": {"total_size": size + sum(tensor.nbytes for tensor in tensors.values())},
+        "metadata": {"total_size": size + clamp_size},
         "weight_map": dict(sorted(weight_map.items())),
     }
 

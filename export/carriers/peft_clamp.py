@@ -121,7 +121,7 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         for site in config.sae_clamp["sites"]:
             layer = model.get_decoder().layers[site["layer"]]
             with torch.device(device):
-                clamp = ClampSite(config.hidden_size, site["k"])
+                clamp: ClampSite = ClampSite.at(config.hidden_size, site)
             setattr(layer, SITE, clamp)
             clamp._active_adapter = adapter_name
             self.sites.append(clamp)

@@ -88,6 +88,20 @@ def test_float32_on_other_saes(
     assert (found - reference).abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("method", METHOD_TABLES)
+def test_float32_on_a_topk_sae(tmp_path: Path, write_recipe: RecipeWriter, method: str) -> None:
+    tiny_base(tmp_path / "base")
+    save_sae_lens(tmp_path / "one", tiny_sae(), layer=1, architecture="topk", k=9)
+    save_sae_lens(tmp_path / "two", tiny_sae(1), layer=2)
+    tables = [
+        {"sae": {"path": name}, "features": METHOD_FEATURES, **METHOD_TABLES[method]}
+        for name in ("one", "two")
+    ]
+    before, reference, found, fired = compare(tmp_path, write_recipe, tables)
+    assert fired > 0 and (before - reference).abs().max() > 0.1
+    assert (found - reference).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("exempt_bos", [True, False])
 def test_bos_is_exempt_only_where_the_recipe_says_so(
     tmp_path: Path, write_recipe: RecipeWriter, exempt_bos: bool

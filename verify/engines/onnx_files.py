@@ -18,7 +18,7 @@ from verify.report.findings import Failure
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
-CLAMP_OP = ("ai.bakeout", "SAEClamp")
+CLAMP_OPS = (("ai.bakeout", "SAEClamp"), ("ai.bakeout", "SAETopKClamp"))
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,14 @@ def graph_failures(
     for graph in graphs:
         precision = of_engine(graph.name)
         file = graph.path.name if precision is None else precision.file
-        clamps = sum((node.domain, node.op_type) == CLAMP_OP for node in graph.model.graph.node)
+        clamps = sum((node.domain, node.op_type) in CLAMP_OPS for node in graph.model.graph.node)
         # Of an inlined one every node is compared with the exporter's, where it is regenerated.
         n_nodes = 0 if graph.inlined else len(layers)
         if clamps != n_nodes:
             what = f"{file}: holds {clamps} clamps, config.json places {n_nodes}"
             failures.append(Failure("integrity", graph.name, what, clamps, n_nodes))
-        if n_nodes and not any((f.domain, f.name) == CLAMP_OP for f in graph.model.functions):
+        used = {(n.domain, n.op_type) for n in graph.model.graph.node} & set(CLAMP_OPS)
+        if used - {(of.domain, of.name) for of in graph.model.functions}:
             what = f"{file}: does not hold the body of its clamp"
             failures.append(Failure("integrity", graph.name, what, None, "SAEClamp"))
         stated = graph.properties.get("bakeout.weights_sha256")

@@ -15,7 +15,7 @@ from export.clamped import clamped_layers, read_config
 from export.manifest import Manifest
 from verify.engines.forward import parted
 from verify.engines.heap import give_back
-from verify.engines.onnx_files import CLAMP_OP, Graph, graph_failures, open_graph, unlinked
+from verify.engines.onnx_files import CLAMP_OPS, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
 from verify.engines.runners import DecodingRunner, Reading, check_padding
 from verify.engines.sampling import Chooser, check_prompts
@@ -122,7 +122,7 @@ def without_clamp(model: ModelProto) -> ModelProto:
     bare = ModelProto()
     bare.CopyFrom(model)
     for node in bare.graph.node:
-        if (node.domain, node.op_type) == CLAMP_OP:
+        if (node.domain, node.op_type) in CLAMP_OPS:
             node.op_type, node.domain = "Identity", ""
             del node.input[1:]
     return bare

@@ -23,6 +23,7 @@ from verify.evidence import (
     loss_added,
     parity,
     robustness,
+    sae_fit,
     witnesses,
 )
 from verify.pace import Amounts
@@ -68,6 +69,14 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "integrity": Kind("the sha256 of every file; weights, tokenizer and template are the base's"),
     "witnesses": Kind("prompts with the logits that were seen at export", lines=witnesses.lines),
+    "fit": Kind(
+        "how much of the variance of the base's activations each SAE explains, plain and per "
+        "standardised dimension; its L0 and dead share",
+        sae_fit.gather,
+        failures=sae_fit.failures,
+        passes=lambda of: float(sae_fit.TOKENS),
+        lines=sae_fit.lines,
+    ),
     "parity": Kind(
         "every engine against the hook: logits, KL, answers, decoding",
         parity.gather,

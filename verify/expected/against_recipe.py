@@ -7,7 +7,7 @@ tensor. Nothing is run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from bake.base import INDEX, BaseModel, find_base
 from bake.errors import FolderError, short
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
+from export.clamped import read_config
 from export.manifest import AGAIN, Manifest, read_json
 from verify.clamped_folder import RECIPE, base_failures, stored_recipe
 from verify.expected.added_layers import added_failures
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from verify.reference.whole_sae import Site
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ENCODERS = ("float32", "bfloat16", "float16")
+"""What the encoder of a TopK SAE may be stored in."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,21 @@ class Checked:
     @cached_property
     def places(self) -> list[Placed]:
         """Where the clamps sit."""
-        return [
-            Placed(site.layer, len(self.expected[site.layer]["value"].value), site.clamp.exempt_bos)
-            for site in self.sites
-        ]
+        return [self._place(site) for site in self.sites]
+
+    def _place(self, site: Site) -> Placed:
+        place = Placed(
+            site.layer, len(self.expected[site.layer]["value"].value), site.clamp.exempt_bos
+        )
+        cfg = site.sae.cfg
+        if cfg.architecture() != "topk":
+            return place
+        config = read_config(self.folder, self.manifest.carrier)
+        stated = [of for of in config["sae_clamp"]["sites"] if of["layer"] == site.layer]
+        # In what its numbers, which are compared, are stored is the folder's affair.
+        dtype = stated[0].get("dtype") if stated else None
+        known = dtype if dtype in ENCODERS else ENCODERS[0]
+        return replace(place, topk=int(cfg.k), d_sae=int(cfg.d_sae), dtype=known)
 
     @property
     def prefix(self) -> str:
@@ -133,7 +147,7 @@ def _checkpoint(checked: Checked) -> Iterator[Failure]:
     for layer, tensors in checked.expected.items():
         for name, tensor in tensors.items():
             key = f"{checked.prefix}{layer}.sae_clamp.{name}"
-            clamps[key] = tensor.value.size * (1 if name == "route" else 4)
+            clamps[key] = tensor.value.size * _width(checked, layer, name)
     size = sum((base.folder / shard).stat().st_size for shard in base.shards)
     where = checkpoint_map(base, clamps)
     moved = list(placed_failures(folder, engine, where, size + sum(clamps.values())))
@@ -214,21 +228,41 @@ def _clamps(checked: Checked, file: str, before: str) -> Iterator[Failure]:
     """The clamps' tensors in a file of their own; `before` is what their names begin with, with a
     place for the layer.
     """
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
-    tensors = load_file(checked.folder / file)
+    loaded = load_file(checked.folder / file)
+    tensors = {name: of.float() if of.is_floating_point() else of for name, of in loaded.items()}
+    stored = {name: str(of.dtype).removeprefix("torch.") for name, of in loaded.items()}
     known = set()
     for layer, expected in checked.expected.items():
         begin = before.format(layer)
         known |= {begin + name for name in expected}
         found = {
-            name.removeprefix(begin): array
-            for name, array in tensors.items()
+            name.removeprefix(begin): tensor.numpy()
+            for name, tensor in tensors.items()
             if name.startswith(begin)
         }
         yield from tensor_failures(layer, expected, found, checked.engine, file)
+        for name in (name for name in expected if name in found):
+            dtype, held = _dtype(checked, layer, name), stored[begin + name]
+            if held != dtype:
+                what = f"{file}: {name} at layer {layer} is {held}, expected {dtype}"
+                yield Failure("integrity", checked.engine, what, held, dtype)
     for name in sorted(set(tensors) - known):
         yield Failure("integrity", checked.engine, f"{file}: holds {name}, unknown", name, None)
+
+
+def _dtype(checked: Checked, layer: int, name: str) -> str:
+    """What a tensor of a clamp is stored in."""
+    place = next(of for of in checked.places if of.layer == layer)
+    if name == "W_enc" and place.dtype is not None:
+        return place.dtype
+    return "bool" if name == "route" else "float32"
+
+
+def _width(checked: Checked, layer: int, name: str) -> int:
+    """Bytes of one number of a tensor of a clamp."""
+    return {"bool": 1, "float32": 4}.get(_dtype(checked, layer, name), 2)
 
 
 # --------------------------------------------------------------------------- where it came from

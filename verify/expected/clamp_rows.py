@@ -61,13 +61,14 @@ def expected_tensors(site: Site) -> dict[str, Expected]:
     """Every tensor of a clamp by its name in a folder."""
     edit = edit_of(site.clamp, int(site.sae.cfg.d_sae))
     features, u = list(edit.features), EPSILON["float32"]
+    read = _read_topk if site.sae.cfg.architecture() == "topk" else _read
     route = np.array(
         [[i in edit.triggers.get(j, ()) for i in features] for j in features], np.bool_
     )
     trigger = np.full(len(features), site.clamp.trigger)
     value, scale = (np.array([of.get(j, 0.0) for j in features]) for of in (edit.value, edit.scale))
     return {
-        **_read(site.sae, features),
+        **read(site.sae, features),
         "trigger": Expected(trigger, u * trigger),
         "route": Expected(route),
         "value": Expected(value, u * np.abs(value)),
@@ -152,6 +153,33 @@ def _read(sae: Any, features: list[int]) -> dict[str, Expected]:
         "W_enc": Expected(W, FACTORS * u * np.abs(W)),
         "b_enc": Expected(bias, SUMS * u * size),
         "theta": theta,
+        "W_dec": Expected(rows, FACTORS * u * np.abs(rows)),
+    }
+
+
+def _read_topk(sae: Any, features: list[int]) -> dict[str, Expected]:
+    """The whole encoder, the features in front: pre = (x @ W_enc) · gain + b_enc, and a feature's
+    activation is pre where pre is among the k largest of all (and 0 where pre < 0).
+
+    Source: sae_lens, `encode` and `decode` of its TopK SAE.
+    """
+    u, rest = EPSILON["float32"], np.ones(int(sae.cfg.d_sae), np.bool_)
+    rest[features] = False
+    order = [*features, *np.flatnonzero(rest).tolist()]
+    gain = np.ones(len(order))
+    if sae.cfg.rescale_acts_by_decoder_norm:
+        gain = _numpy(sae.W_dec.norm(dim=-1))
+    bias, size = _numpy(sae.b_enc), np.abs(_numpy(sae.b_enc))
+    if sae.cfg.apply_b_dec_to_input:
+        b_dec = _numpy(sae.b_dec)
+        bias = bias - b_dec @ _numpy(sae.W_enc)
+        size = size + np.abs(b_dec) @ np.abs(_numpy(sae.W_enc))
+    rows = _numpy(sae.W_dec)[features] / gain[features, None]
+    return {
+        # As it is stored, so that nothing may differ.
+        "W_enc": Expected(_numpy(sae.W_enc)[:, order]),
+        "b_enc": Expected((bias * gain)[order], SUMS * u * (size * gain)[order]),
+        "gain": Expected(gain[order], FACTORS * u * gain[order]),
         "W_dec": Expected(rows, FACTORS * u * np.abs(rows)),
     }
 

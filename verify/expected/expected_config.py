@@ -35,6 +35,11 @@ class Placed:
     k: int
     """How many features are read or set."""
     exempt_bos: bool
+    topk: int | None = None
+    """Of a TopK SAE, how many features are active on a token; of others none, as the next two."""
+    d_sae: int | None = None
+    dtype: str | None = None
+    """What its encoder is stored in."""
 
 
 def checkpoint_config(base: BaseModel, recipe: Recipe, places: Sequence[Placed]) -> dict[str, Any]:
@@ -65,7 +70,10 @@ def clamp_section(base: BaseModel, places: Sequence[Placed]) -> dict[str, Any]:
     spares = any(place.exempt_bos for place in places)
     return {
         "schema": 1,
-        "sites": [vars(place) for place in sorted(places, key=lambda place: place.layer)],
+        "sites": [
+            {key: value for key, value in vars(place).items() if value is not None}
+            for place in sorted(places, key=lambda place: place.layer)
+        ],
         "exempt_token_ids": [base.bos_token_id] if spares else [],
     }
 

@@ -36,7 +36,7 @@ class Failure:
     """One thing that is out of tolerance."""
 
     kind: str
-    """integrity | witnesses | parity | choices | loss | forgetting."""
+    """integrity | witnesses | fit | parity | choices | loss | forgetting."""
     engine: str
     """Which engine it concerns."""
     what: str

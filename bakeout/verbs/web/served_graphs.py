@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from verify.engines.onnx_files import CLAMP_OP
+from verify.engines.onnx_files import CLAMP_OPS
 from verify.engines.onnx_head import with_rows
 from verify.engines.onnx_runner import without_clamp
 
@@ -17,7 +17,7 @@ FIRED = "fired"
 
 def clamps_of(model: ModelProto) -> list[NodeProto]:
     """The nodes that clamp; none where the clamp is compiled or inlined."""
-    return [node for node in model.graph.node if (node.domain, node.op_type) == CLAMP_OP]
+    return [node for node in model.graph.node if (node.domain, node.op_type) in CLAMP_OPS]
 
 
 def clamped_graph(model: ModelProto) -> ModelProto:

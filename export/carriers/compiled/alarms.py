@@ -30,7 +30,7 @@ from dataclasses import replace
 import numpy as np
 
 from export.carriers.compiled.stock_layers import MLP, Array, Logic, Setting, Stream, Term
-from export.clamped import ClampSite
+from export.clamp_sites import ClampSite
 
 MID = 2.0**5
 """`loud` against `mid`."""

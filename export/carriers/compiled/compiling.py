@@ -58,7 +58,8 @@ from export.carriers.compiled.trial import (
     tried_loads,
 )
 from export.carriers.compiled.widening import Widening, plan_widening
-from export.clamped import Clamped, ClampSite, check_weights, open_clamped
+from export.clamp_sites import ClampSite
+from export.clamped import Clamped, check_weights, open_clamped
 from export.copying import hash_new
 from export.folder_contents import copy_listed
 from export.manifest import CompiledDistance, CompiledEntry, LayersEntry, json_text
@@ -291,6 +292,12 @@ def compiled_config(source: Clamped, plan: Widening, layout: Layout) -> dict[str
 
 def _check_family(source: Clamped) -> None:
     name, family = source.name, source.family
+    if any(site.topk is not None for site in source.sites):
+        raise ExportError(
+            f"{name}: has the clamp of a TopK SAE, where the rank among all features decides; "
+            "expected features that are active by themselves, which two layers can tell. Use the "
+            "checkpoint, model.onnx or the adapter"
+        )
     if family.images:
         raise ExportError(
             f"{name}: takes images; only text models are compiled. Use the clamped checkpoint, or "

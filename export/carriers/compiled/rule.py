@@ -39,7 +39,7 @@ from export.carriers.compiled.stock_layers import (
     wanted_change,
 )
 from export.carriers.compiled.unnormed_layers import REACH, STEP_SIZE
-from export.clamped import ClampSite
+from export.clamp_sites import ClampSite
 
 FINEST = 2.0**-22
 """ζ against the largest pre-activation."""

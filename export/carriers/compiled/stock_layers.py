@@ -55,7 +55,7 @@ from numpy.typing import NDArray
 
 from bake.errors import ExportError
 from bake.tensors import to_bits, to_float32
-from export.clamped import ClampSite
+from export.clamp_sites import ClampSite
 
 Array = NDArray[np.float64]
 

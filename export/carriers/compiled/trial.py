@@ -16,7 +16,8 @@ from export.carriers.compiled.alarms import N_ALWAYS
 from export.carriers.compiled.rule import Measured
 from export.carriers.compiled.stock_layers import MLP, Array, Logic, Stream, wanted_change
 from export.carriers.compiled.widening import Widening, rounded
-from export.clamped import Clamped, ClampSite
+from export.clamp_sites import ClampSite
+from export.clamped import Clamped
 
 if TYPE_CHECKING:
     import torch

@@ -30,7 +30,7 @@ from export.carriers.compiled.stock_layers import (
     gelu,
     off_row,
 )
-from export.clamped import ClampSite
+from export.clamp_sites import ClampSite
 
 STEP_SIZE = 2.0**8
 """K·γ: gelu's bend is far below K·γ·r̃."""

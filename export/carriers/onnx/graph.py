@@ -19,8 +19,9 @@ from export.carriers.onnx.graph_ends import inputs, outputs
 from export.carriers.onnx.graph_weights import Weights
 from export.carriers.onnx.operator import DOMAIN, NAME
 from export.carriers.onnx.positions import masks, rope
+from export.carriers.onnx.topk_operator import NAME as TOPK
 from export.carriers.onnx.wiring import Architecture
-from export.clamped import CLAMP_TENSORS
+from export.clamp_sites import CLAMP_TENSORS, TOPK_TENSORS
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
@@ -130,9 +131,14 @@ class GraphWriter:
             return x
         g.scope = f"layer.{layer}/sae_clamp"
         h = g.op("Reshape", x, shared.residual)
-        tensors = [self.weights.exact(g, f"{name}sae_clamp.{tensor}") for tensor in CLAMP_TENSORS]
+        topk = self.arch.topks.get(layer)
+        names = CLAMP_TENSORS if topk is None else TOPK_TENSORS
+        tensors = [self.weights.exact(g, f"{name}sae_clamp.{tensor}") for tensor in names]
         exempt = shared.exempt[self.arch.sites[layer]]
-        clamped = g.op(NAME, h, exempt, *tensors, domain=DOMAIN)
+        if topk is None:
+            clamped = g.op(NAME, h, exempt, *tensors, domain=DOMAIN)
+        else:
+            clamped = g.op(TOPK, h, exempt, *tensors, g.ints(topk), domain=DOMAIN)
         return g.op("Reshape", clamped, g.ints(-1, self.arch.d_in))
 
     def _per_layer(self, ids: str, x: str) -> str:

@@ -20,7 +20,7 @@ import onnx
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, helper
 
-DOMAIN, OPERATOR = "ai.bakeout", "SAEClamp"
+DOMAIN, OPERATORS = "ai.bakeout", ("SAEClamp", "SAETopKClamp")
 Values = dict[str, Any]
 """Arrays by the names that they have in the graph."""
 
@@ -159,7 +159,7 @@ def main(graph: str, request: str, answer: str) -> None:
     path = Path(graph)
     onnx.checker.check_model(path)
     model = onnx.load(path, load_external_data=False)
-    n_clamps = sum((node.domain, node.op_type) == (DOMAIN, OPERATOR) for node in model.graph.node)
+    n_clamps = sum(of.domain == DOMAIN and of.op_type in OPERATORS for of in model.graph.node)
     with np.load(request) as asked:
         found, unclamped = logits(path, model, dict(asked))
     np.savez(answer, n_clamps=n_clamps, logits=found, unclamped=unclamped)

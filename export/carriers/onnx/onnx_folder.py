@@ -34,6 +34,7 @@ from export.carriers.onnx.graph_weights import (
 from export.carriers.onnx.inlining import inline_file
 from export.carriers.onnx.operator import function, opset_imports
 from export.carriers.onnx.precisions import PRECISIONS, Precision, precision_of
+from export.carriers.onnx.topk_operator import topk_function
 from export.carriers.onnx.wiring import Architecture
 from export.clamped import Clamped, check_weights, open_clamped, weights_sha256
 from export.copying import hash_new
@@ -213,7 +214,8 @@ def model_of(
     imports = opset_imports()
     if precision.blocks:
         imports.append(make_opsetid("com.microsoft", 1))
-    functions = [function()] if architecture.sites else []
+    functions = [function()] if architecture.sites.keys() - architecture.topks.keys() else []
+    functions += [topk_function()] if architecture.topks else []
     try:
         graph = writer.write()
     except KeyError as error:

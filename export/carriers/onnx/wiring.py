@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -54,6 +54,8 @@ class Architecture:
     exempt_token_ids: tuple[int, ...]
     sites: dict[int, bool]
     """Clamped layers, and whether they spare the exempt tokens."""
+    topks: dict[int, int] = field(default_factory=dict)
+    """Of those the ones with a TopK SAE, and how many features of it are active on a token."""
 
     @classmethod
     def from_config(cls, config: Any) -> Architecture:
@@ -115,6 +117,7 @@ class Architecture:
             per_layer=getattr(config, "hidden_size_per_layer_input", 0),
             exempt_token_ids=tuple(clamp["exempt_token_ids"]),
             sites={site["layer"]: site["exempt_bos"] for site in clamp["sites"]},
+            topks={site["layer"]: site["topk"] for site in clamp["sites"] if "topk" in site},
         )
 
 

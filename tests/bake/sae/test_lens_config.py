@@ -62,7 +62,7 @@ def test_every_field_of_sae_lens_s_loaders_is_sorted() -> None:
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
     known = set(loaders.LLM_METADATA_KEYS)
-    for architecture in ("standard", "jumprelu", "gated"):
+    for architecture in ("standard", "jumprelu", "gated", "topk"):
         known |= {field.name for field in fields(SAE_CLASS_REGISTRY[architecture][1])}
     tree = ast.parse(inspect.getsource(loaders.handle_pre_6_0_config))
     for node in ast.walk(tree):
@@ -73,7 +73,7 @@ def test_every_field_of_sae_lens_s_loaders_is_sorted() -> None:
             known.add(node.args[0].value)
     assert known <= FIELDS
     architectures = {*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY}
-    assert architectures - {"standard", "jumprelu", "gated"} <= set(REASONS)
+    assert architectures - {"standard", "jumprelu", "gated", "topk"} <= set(REASONS)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,9 @@ def test_a_config_of_sae_lens_6_that_says_something_else(
         ({"architecture": {}}, r"architecture is \{\}"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
         ({"activation_fn_str": ["relu"]}, r"activation_fn is \['relu'\]"),
-        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}, "architecture topk"),
+        ({"activation_fn_str": "topk"}, "k is None; expected a whole number from 1 to d_sae, 64"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 0}}, "k is 0; expected"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": [4]}, "k is None; expected"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is layer_norm"),
         ({"normalize_activations": True}, "normalize_activations is expected_average_only_in"),
         ({"hook_point_head_index": 0}, "hook_head_index is 0"),

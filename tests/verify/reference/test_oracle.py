@@ -50,8 +50,11 @@ def encode_by_hand(kind: str, folder: Path, x: np.ndarray) -> np.ndarray:
             acts[i] = max(magnitude, 0.0) if projected + float(gates["b_gate"][i]) > 0 else 0.0
         else:
             pre = projected + float(sae.b_enc[i])
-            threshold = 0.0 if kind == "standard" else float(sae.threshold[i])
+            threshold = 0.0 if kind in ("standard", "topk") else float(sae.threshold[i])
             acts[i] = max(pre, 0.0) if pre > threshold else 0.0
+    if kind == "topk":  # the six largest of `save_sae_lens`
+        for i in np.argsort(-acts, kind="stable")[6:]:
+            acts[i] = 0.0
     return acts
 
 

@@ -15,7 +15,7 @@ from export.carriers.compiled.stock_layers import (
     unit,
     wanted_change,
 )
-from export.clamped import ClampSite
+from export.clamp_sites import ClampSite
 from tests.layers import EPS, D, a_site, a_stream, both_layers, random_streams, rms, run_mlp, widen
 
 

@@ -27,7 +27,8 @@ from export.carriers.onnx.graph_weights import SharedWeights
 from export.carriers.onnx.onnx_folder import write_graph
 from export.carriers.onnx.operator import DOMAIN, NAME
 from export.carriers.onnx.wiring import Architecture
-from export.clamped import CLAMP_TENSORS, Clamped, open_clamped
+from export.clamp_sites import CLAMP_TENSORS
+from export.clamped import Clamped, open_clamped
 from tests.clamps import METHOD_FEATURES, METHOD_TABLES
 from tests.worlds import (
     D_IN,

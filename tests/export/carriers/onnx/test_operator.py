@@ -24,7 +24,7 @@ from export.carriers.onnx.operator import (
     opset_imports,
     schema,
 )
-from export.clamped import CLAMP_TENSORS
+from export.clamp_sites import CLAMP_TENSORS
 
 Array = np.ndarray
 D_IN, K = 12, 5
