@@ -18,7 +18,10 @@ CLEARLY_MORE = 0.05
 """By how much more an SAE must explain elsewhere, of either variance, to belong there."""
 AGREEING = 1024
 """Most features that are looked at for it."""
-UNMEASURED = "not measured; of a slice of an SAE, or of a base without tokenizer, it cannot be"
+UNMEASURED = (
+    "not measured; it cannot be of a slice of an SAE, of one whose encoder and decoder agree no "
+    "more than random directions do or are the same, or of a base without tokenizer"
+)
 """What is said where there are no figures."""
 
 

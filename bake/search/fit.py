@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bake.base import BaseModel, find_base
@@ -21,10 +20,8 @@ from bake.questions.multiple_choice import load_texts
 from bake.questions.prompts import bos_id
 from bake.recipe import Recipe
 from bake.sae.codes import agreement, decode, encode
-from bake.sae.fit_figures import AGREEING, LEAST_EXPLAINED, Fit
-from bake.search.layerwise import layer_outputs, table_rows
+from bake.sae.fit_figures import AGREEING, LEAST_AGREEMENT, LEAST_EXPLAINED, Fit
 from bake.search.neutral_text import NEUTRAL_TEXT
-from bake.stock import load_tokenizer
 from bake.tensors import Array
 
 WINDOW = 128
@@ -43,16 +40,20 @@ def checked_fits(recipe: Recipe, *, unfit: bool = False) -> dict[int, Fit]:
         unfit: do not refuse one that does not, nor a base that does not run.
 
     Returns:
-        layer → figures, where there are some: a slice of an SAE reconstructs nothing, and of a base
-        without tokenizer there is no text.
+        layer → figures, where there are some: a slice of an SAE reconstructs nothing, one of random
+        directions belongs nowhere, and of a base without tokenizer there is no text.
 
     Raises:
-        SAEError: one does not fit.
+        SAEError: one does not fit, or has a tensor that is missing or not finite.
         ModelError: the base does not run.
     """
     base = find_base(recipe)
     sites = [find_site(clamp, recipe, base) for clamp in recipe.clamp]
-    sites = [site for site in sites if not site.files.is_slice]
+    sites = [
+        site
+        for site in sites
+        if not site.files.is_slice and agreement(site.files, AGREEING) >= LEAST_AGREEMENT
+    ]
     try:
         found = measure_fits(recipe, base, sites)
     except ModelError:
@@ -79,6 +80,11 @@ def measure_fits(recipe: Recipe, base: BaseModel, sites: list[SAESite]) -> dict[
     """
     if not sites:
         return {}
+    import torch
+
+    from bake.search.layerwise import layer_outputs, table_rows
+    from bake.stock import load_tokenizer
+
     widest = max(site.d_sae for site in sites)
     n_tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, CODE_NUMBERS // widest))
     try:

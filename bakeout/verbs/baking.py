@@ -29,11 +29,11 @@ def planned(recipe: Recipe, *, cache: Path | None = None, unfit: bool = False) -
     """What a recipe asks for, found and checked. Features are selected where it says so; the
     numbers stand in the plan's recipe. An SAE that does not fit is refused, unless `unfit`.
     """
-    from bake.search.fit import checked_fits  # torch and transformers
+    from bake.search.fit import checked_fits
 
     fits = None
     if recipe.selects:
-        from bake.search.selection import selected_recipe
+        from bake.search.selection import selected_recipe  # torch and transformers
 
         fits = checked_fits(recipe, unfit=unfit)  # before what takes long
         with progress("select") as advance:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from bake.base import find_base
+from bake.clamp import find_site
 from bake.recipe import Recipe
 from bake.sae.fit_figures import UNMEASURED, Fit
-from bake.search.fit import checked_fits
+from bake.search.fit import checked_fits, measure_fits
 from bakeout.cli import run
 from bakeout.verbs.demo import MINIATURE
 from tests.reports import error_line
@@ -173,7 +176,9 @@ def test_the_figures(tmp_path: Path, write_recipe: RecipeWriter) -> None:
     write_jsonl(tmp_path / "text.jsonl", rows)
     corpus = {"path": "text.jsonl"}
     recipe = write_recipe(TABLE, select={"forget": corpus, "retain": corpus})
-    (fit,) = checked_fits(Recipe.load(recipe)).values()
+    read = Recipe.load(recipe)
+    base = find_base(read)
+    (fit,) = measure_fits(read, base, [find_site(read.clamp[0], read, base)]).values()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     stream = [i for row in rows for i in tokenizer(row["text"], add_special_tokens=False).input_ids]
     ids = torch.tensor([[2, *stream[127 * i : 127 * (i + 1)]] for i in range(4)])
@@ -193,18 +198,24 @@ def test_the_figures(tmp_path: Path, write_recipe: RecipeWriter) -> None:
     # It explains nothing, and is held to nothing: its directions are random.
     assert not fit.explains and not fit.trained and not fit.unfit
     assert "no trained SAE" in fit.said
+    assert checked_fits(read) == {}
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "slice"])
+@pytest.mark.parametrize("what", ["tokenizer", "slice", "random", "tied"])
 def test_what_cannot_be_measured_is_said(
     tmp_path: Path, write_recipe: RecipeWriter, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
     tiny_base(tmp_path / "base")
     metadata = {"sae_lens_version": "6.54.12", "hook_name": "blocks.1.hook_resid_post"}
-    if what == "slice":
+    if what != "tokenizer":
         tiny_tokenizer(tmp_path / "base")
+    if what == "slice":
         metadata["slice_of"] = 4096
-    save_sae_lens(tmp_path / "sae", tiny_sae(), metadata=metadata)
+    sae = tiny_sae()
+    if what != "random":
+        near = sae.W_enc.T + (what != "tied") * 0.1 * sae.W_dec
+        sae = replace(sae, W_dec=np.ascontiguousarray(near))
+    save_sae_lens(tmp_path / "sae", sae, metadata=metadata)
     out = tmp_path / "out"
     assert run(["bake", str(write_recipe(TABLE)), "--out", str(out)]) == 0
     assert f"fit    {UNMEASURED}" in capsys.readouterr().out
