@@ -182,24 +182,24 @@ class SAEClamp(nn.Module):
     def feature_acts(self, h: torch.Tensor) -> torch.Tensor:
         """h: [batch, seq, d_in] -> activations of the k features: [batch, seq, k], float32."""
         if self.topk:
-            pre, least = self.topk_pre(h)
+            pre, least = self.topk_pre(h, self.topk)
             return torch.where(pre >= least, pre.relu(), 0.0)
         pre = h.float() @ self.W_enc + self.b_enc
         return torch.where(pre > self.theta, pre.relu(), 0.0)
 
-    def topk_pre(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h: [batch, seq, d_in] -> the k features' pre-activations [batch, seq, k] and the topk-th
-        largest of all features' [batch, seq, 1], float32. What equals that one is active too.
+    def topk_pre(self, h: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """h: [batch, seq, d_in] -> the k features' pre-activations [batch, seq, k] and the n-th
+        largest of all features' [batch, seq, 1], float32. What equals the topk-th is active too.
         """
         best: list[torch.Tensor] = []
         read: list[torch.Tensor] = []
-        n = self.AT_ONCE * (4 if h.is_cuda else 1)
-        parts = (torch.split(of, n, -1) for of in (self.W_enc, self.gain, self.b_enc))
+        at_once = self.AT_ONCE * (4 if h.is_cuda else 1)
+        parts = (torch.split(of, at_once, -1) for of in (self.W_enc, self.gain, self.b_enc))
         for W, gain, b in zip(*parts, strict=True):
             pre = _product(h, W) * gain + b
-            read.append(pre[..., : max(0, self.k - n * len(read))])
-            best.append(pre.topk(min(self.topk, pre.shape[-1]), sorted=False).values)
-        least = torch.cat(best, -1).topk(self.topk, sorted=False).values.amin(-1, keepdim=True)
+            read.append(pre[..., : max(0, self.k - at_once * len(read))])
+            best.append(pre.topk(min(n, pre.shape[-1]), sorted=False).values)
+        least = torch.cat(best, -1).topk(n, sorted=False).values.amin(-1, keepdim=True)
         return torch.cat(read, -1), least
 
     def edited(self, a: torch.Tensor) -> torch.Tensor:

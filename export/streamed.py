@@ -172,13 +172,16 @@ class StreamedModel:
             W, b = clamp.W_enc[:, : clamp.k].float(), clamp.b_enc[: clamp.k]
             if clamp.topk:
                 W = W * clamp.gain[: clamp.k]
-                pre, least = clamp.topk_pre(h)
+                pre, gate = _rank_gate(clamp, h)
             else:
-                pre, least = h.float() @ W + b, clamp.theta
-            margin = pre - least.maximum(clamp.trigger)
+                pre, gate = h.float() @ W + b, clamp.theta
+            margin = pre - gate.maximum(clamp.trigger)
             spread = (h.float().square() @ W.square()).sqrt() + b.abs()
             self._margins.append(margin.amax(dim=-1))
-            self._edges.append((margin.abs() / (EPSILON["float32"] * spread)).amin(dim=-1))
+            edges = (margin.abs() / (EPSILON["float32"] * spread)).amin(dim=-1)
+            if len(inputs) > 1 and inputs[1] is not None:  # exempt: nothing is decided there
+                edges = edges.masked_fill(inputs[1], torch.inf)
+            self._edges.append(edges)
             return output
 
         return watch
@@ -197,6 +200,17 @@ class StreamedModel:
             for name, tensor in self._clamped.tensors.items()
             if name.startswith(prefix) and not self._unread.fullmatch(name)
         }
+
+
+def _rank_gate(clamp: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a TopK SAE: its features' pre-activations, and those of what would take their places, or
+    whose places they would take: [batch, seq, k] both.
+    """
+    pre, last_in = clamp.topk_pre(h, clamp.topk)
+    if clamp.topk == clamp.W_enc.shape[1]:  # none is left out
+        return pre, torch.full_like(pre, -torch.inf)
+    _, first_out = clamp.topk_pre(h, clamp.topk + 1)
+    return pre, torch.where(pre >= last_in, first_out, last_in)
 
 
 class _Table(nn.Module):

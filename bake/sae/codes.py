@@ -69,8 +69,8 @@ def decode(files: SAEFiles, acts: Array) -> Array:
 
 def agreement(files: SAEFiles, most: int) -> float:
     """How far encoder columns and decoder rows point the same way, in standard deviations of what
-    random directions show: about 0 where they have nothing to do with each other, and 0 where each
-    is the other but for scale.
+    random directions show: about 0 where they have nothing to do with each other, and 0 where most
+    are each other but for scale.
 
     The mean cosine of n random pairs in d dimensions varies by 1/sqrt(n·d).
 
@@ -88,6 +88,6 @@ def agreement(files: SAEFiles, most: int) -> float:
     W_dec = arrays.rows(key_of(files, arrays, "W_dec", d_sae, d_in), some).astype(np.float64)
     lengths = np.linalg.norm(W_enc, axis=1) * np.linalg.norm(W_dec, axis=1)
     cosines = (W_enc * W_dec).sum(1) / np.where(lengths > 0, lengths, 1)
-    if cosines.min() > TIED:
+    if np.median(cosines) > TIED:
         return 0.0
     return float(cosines.mean() * np.sqrt(len(some) * d_in))

@@ -193,13 +193,25 @@ def load_decoder(files: SAEFiles) -> Array:
 
 
 def decoder_norms(files: SAEFiles, arrays: ArrayFile) -> Array:
-    """[d_sae] what activations are multiplied by, and decoder rows divided by: 1 mostly."""
+    """[d_sae] what activations are multiplied by, and decoder rows divided by: 1 mostly.
+
+    Raises:
+        SAEError: one is 0.
+    """
     d_in, d_sae = size_of(files)
     if not files.by_decoder_norm:
         return np.ones(d_sae, np.float32)
     blocks = arrays.blocks(key_of(files, arrays, "W_dec", d_sae, d_in))
     norms = [np.sqrt(np.square(block.astype(np.float64)).sum(1)) for block in blocks]
-    return np.concatenate(norms).astype(np.float32)
+    lengths = np.concatenate(norms).astype(np.float32)
+    if not lengths.all():
+        row = int(np.flatnonzero(lengths == 0)[0])
+        raise SAEError(
+            f"SAE file {files.weights}: W_dec row {row} is zero, by whose length its activations "
+            "are divided; expected none. Save the SAE without rescale_acts_by_decoder_norm, its "
+            "norms folded in"
+        )
+    return lengths
 
 
 def sha256_of(files: SAEFiles) -> str:

@@ -117,7 +117,7 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
     """
     cfg, metadata, is_old = _fields(path)
 
-    def refuse(key: str, got: Any, expected: str, remedy: str = "save the SAE again") -> SAEError:
+    def refuse(key: str, got: Any, expected: str, remedy: str = "Save the SAE again") -> SAEError:
         return SAEError(f"SAE config {path}: {key} is {shown(got)}; expected {expected}. {remedy}")
 
     for where in (cfg, metadata):
@@ -137,7 +137,7 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
     if is_old and cfg.get("activation_fn") == "topk":
         architecture = "topk"
     if not isinstance(architecture, str) or architecture not in (*_ARCHITECTURES, *REASONS):
-        raise refuse("architecture", architecture, ", ".join(_ARCHITECTURES), "take another SAE")
+        raise refuse("architecture", architecture, ", ".join(_ARCHITECTURES), "Take another SAE")
     if architecture in REASONS:
         raise SAEError(
             f"SAE config {path}: architecture {architecture} cannot be cut down to a few "
@@ -157,7 +157,7 @@ def read_lens_config(path: Path, *, has_factor: bool = False) -> LensConfig:
             raise refuse("k", topk, f"a whole number from 1 to d_sae, {cfg['d_sae']}")
         if "slice_of" in metadata:
             raise refuse(
-                "slice_of", metadata["slice_of"], "all features of a TopK SAE", "take it whole"
+                "slice_of", metadata["slice_of"], "all features of a TopK SAE", "Take it whole"
             )
         by_norm = cfg.get("rescale_acts_by_decoder_norm", False)
         if type(by_norm) is not bool:

@@ -62,10 +62,12 @@ def checked_fits(recipe: Recipe, *, unfit: bool = False) -> dict[int, Fit]:
         return {}
     for site in sites:
         if not unfit and site.layer in found and found[site.layer].unfit:
+            fit = found[site.layer]
+            more = "" if fit.elsewhere is None else ", and clearly more of nothing else"
             raise SAEError(
-                f"SAE {site.name}: does not fit {base.name} at {site.hook_point}: "
-                f"{found[site.layer].said}; expected at least {LEAST_EXPLAINED:g} of either, "
-                "and clearly more of nothing else. It is of another layer, place, model or scale: "
+                f"SAE {site.name}: does not fit {base.name} at {site.hook_point}: {fit.said}; "
+                f"expected at least {LEAST_EXPLAINED:g} of either{more}. It is of another layer, "
+                "place, model or scale: "
                 "take one of this checkpoint, or bake with --unfit"
             )
     return found

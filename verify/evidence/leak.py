@@ -23,7 +23,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import BakeoutError
 from bake.questions.prompts import Batch, prompts_of
-from bake.stock import decoder_layers
 from verify.report.findings import VerifyReport
 
 if TYPE_CHECKING:
@@ -57,6 +56,8 @@ class Leak:
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:
     """Add the leak of a base that has per-layer embeddings, and layers behind its last clamp."""
+    from bake.stock import decoder_layers
+
     hooked = work.hooked
     fed = getattr(hooked.model.config.get_text_config(), "hidden_size_per_layer_input", 0)
     if not fed or hooked.sites[-1].layer + 1 == len(decoder_layers(hooked.model)):

@@ -166,7 +166,7 @@ class Sums:
         sae, d_sae = self.site.sae, int(self.site.sae.cfg.d_sae)
         some = torch.unique(torch.linspace(0, d_sae - 1, min(AGREEING, d_sae)).long())
         cosines = torch.cosine_similarity(sae.W_enc.T[some], sae.W_dec[some], dim=1)
-        if float(cosines.min()) > TIED:
+        if float(cosines.median()) > TIED:
             return 0.0
         return float(cosines.mean() * math.sqrt(len(some) * sae.cfg.d_in))
 

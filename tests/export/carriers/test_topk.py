@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,30 @@ def test_a_slice_of_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert run(["bake", str(recipe), "--out", str(tmp_path / "out")]) == 2
     assert "slice_of is 4096; expected all features of a TopK SAE" in error_line(capsys)
+
+
+@pytest.mark.parametrize("k", [1, 13, D_SAE])
+def test_prompts_that_fire_it_are_found(tmp_path: Path, k: int) -> None:
+    recipe, out = topk_world(tmp_path, k=k), tmp_path / "out"
+    data = tomllib.loads(recipe.read_text())
+    data["clamp"][0]["features"] = list(range(40))  # some of them are the least that is active
+    recipe.write_text(tomli_w.dumps(data))
+    assert run(["bake", str(recipe), "--out", str(out), "--witnesses"]) == 0
+    assert (out / "witnesses.npz").is_file()
+    assert run(["export", "onnx", str(out)]) == 0
+
+
+def test_a_decoder_row_of_no_length_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = topk_world(tmp_path, rescale_acts_by_decoder_norm=True)
+    path = tmp_path / "sae" / "sae_weights.safetensors"
+    tensors = load_file(path)
+    tensors["W_dec"][30] = 0
+    save_file(tensors, path)
+    capsys.readouterr()  # what transformers says on saving
+    assert run(["bake", str(recipe), "--out", str(tmp_path / "out")]) == 2
+    assert "W_dec row 30 is zero" in error_line(capsys)
 
 
 def test_a_dry_run_says_what_it_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

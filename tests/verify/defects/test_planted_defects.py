@@ -128,7 +128,7 @@ def graph_with_the_clamp_in_prefill_only(folder: Path) -> None:
     rewrite_file(folder, "model.onnx", model.SerializeToString())
 
 
-EDIT = "        return self.sae_clamp(h, sae_exempt if self.exempt_bos else None)"
+EDIT = "        return self.sae_clamp(h, sae_exempt[:, sae_exempt.shape[1] - h.shape[1] :])"
 BY_ID = "        exempt = input_ids == token_ids[0]\n"
 BY_INDEX = "        exempt = torch.arange(input_ids.shape[1]).expand_as(input_ids) == 0\n"
 DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
