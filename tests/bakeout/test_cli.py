@@ -210,6 +210,7 @@ def test_only_takes_several_kinds_in_any_spelling() -> None:
 def test_help_answers_at_once_and_without_anything_heavy() -> None:
     code = (
         "import sys; from bakeout.cli import run; run(['--help']); "
+        "import bake.search.fit, bakeout.verbs.baking, bakeout.verbs.showing; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
