@@ -226,7 +226,11 @@ def wrong_clamp(section: Any, *, n_layers: int, vocab_size: int) -> str | None:
                 return f"sae_clamp.sites: {key} is {shown(site.get(key))}; expected {expected}"
         if any(key in site for key in ("topk", "d_sae", "dtype")):
             for key, right, expected in (
-                ("d_sae", _whole(site["k"], 1 << 21), f"a whole number from {site['k']}"),
+                (
+                    "d_sae",
+                    _whole(site["k"], 1 << 21),
+                    f"a whole number from {site['k']} to {1 << 21}",
+                ),
                 ("topk", _whole(1, site.get("d_sae")), "a whole number from 1 to d_sae"),
                 (
                     "dtype",
