@@ -91,12 +91,13 @@ def measure_fits(recipe: Recipe, base: BaseModel, sites: list[SAESite]) -> dict[
     n_tokens = max(FEWEST_TOKENS, min(MOST_TOKENS, CODE_NUMBERS // widest))
     try:
         tokenizer = load_tokenizer(recipe)
-        bos, most = bos_id(tokenizer), table_rows(base)
-        stream = (token for token in _tokens(recipe, tokenizer) if token < most)
-        body = list(islice(stream, n_tokens))
-        special = torch.tensor(sorted({bos, *tokenizer.all_special_ids}))
-    except Exception:  # tokenizers raise every kind; whoever needs text says so
+        bos = bos_id(tokenizer)
+    except ModelError:  # whoever needs text says so
         return {}
+    most = table_rows(base)
+    stream = (token for token in _tokens(recipe, tokenizer) if token < most)
+    body = list(islice(stream, n_tokens))
+    special = torch.tensor(sorted({bos, *tokenizer.all_special_ids}))
     rows = [body[i : i + WINDOW - 1] for i in range(0, len(body), WINDOW - 1)]
     rows = [row for row in rows if len(row) == WINDOW - 1] or rows[:1]
     ids = torch.tensor([[bos, *row] for row in rows])
