@@ -108,10 +108,11 @@ def measure_fits(recipe: Recipe, base: BaseModel, sites: list[SAESite]) -> dict[
     streams = layer_outputs(base, sorted(near), ids)
     first, found = counted & (torch.arange(len(ids)) == 0)[:, None], {}
     for site in sites:
-        fit = fit_of(site, streams[site.layer][counted].numpy())
+        agreed = agreement(site.files, AGREEING)
+        fit = fit_of(site, streams[site.layer][counted].numpy(), agreed)
         if fit.explains and fit.trained:
             some = {layer: streams[layer][first].numpy() for layer in _near(site, base)}
-            fit = replace(fit, elsewhere=explained_elsewhere(site, some))
+            fit = replace(fit, elsewhere=explained_elsewhere(site, some, agreed))
         found[site.layer] = fit
     return found
 
@@ -121,24 +122,25 @@ def _near(site: SAESite, base: BaseModel) -> range:
     return range(max(0, site.layer - 1), min(base.n_layers, site.layer + 2))
 
 
-def explained_elsewhere(site: SAESite, streams: Mapping[int, Array]) -> str | None:
+def explained_elsewhere(site: SAESite, streams: Mapping[int, Array], agreed: float) -> str | None:
     """What of all near its hook point an SAE explains most, if that is clearly more.
 
     Args:
         site: the SAE.
         streams: layer → the same tokens' activations [tokens, d_in], its own layer's among them.
+        agreed: of its encoder and decoder.
     """
     own = streams[site.layer]
     others = {f"layer {layer}'s output": x for layer, x in streams.items() if layer != site.layer}
     others |= {"its half": own * np.float32(0.5), "its double": own * np.float32(2)}
-    here = fit_of(site, own)
-    fits = {name: fit_of(site, x) for name, x in others.items()}
+    here = fit_of(site, own, agreed)
+    fits = {name: fit_of(site, x, agreed) for name, x in others.items()}
     above = {name: fit.standardised or 0.0 for name, fit in fits.items() if fit.clearly_above(here)}
     return max(above, key=lambda name: above[name]) if above else None
 
 
-def fit_of(site: SAESite, x: Array) -> Fit:
-    """The figures of an SAE on activations [tokens, d_in]."""
+def fit_of(site: SAESite, x: Array, agreed: float) -> Fit:
+    """The figures of an SAE on activations [tokens, d_in]; `agreed` is that of its two sides."""
     with np.errstate(over="ignore", invalid="ignore"):  # told by figures that are not finite
         acts = encode(site.files, x)
         error = x.astype(np.float64) - decode(site.files, acts)
@@ -151,7 +153,7 @@ def fit_of(site: SAESite, x: Array) -> Fit:
         variances,
         l0=float(fired.sum(1).mean()),
         dead=float((~fired.any(0)).mean()),
-        agreement=agreement(site.files, AGREEING),
+        agreement=agreed,
     )
 
 
