@@ -40,7 +40,10 @@ class ClampWeights:
     @property
     def site(self) -> dict[str, Any]:
         """What `config.sae_clamp` says of it."""
-        said = {"layer": self.layer, "k": self.k, "exempt_bos": self.clamp.exempt_bos}
+        said: dict[str, Any] = {"layer": self.layer, "k": self.k}
+        said["exempt_bos"] = self.clamp.exempt_bos
+        if self.clamp.tau is not None:
+            said["tau"] = self.clamp.tau
         if (whole := self.sae.whole) is None:
             return said
         dtype = next(name for name, stored in DTYPES.items() if stored == whole.dtype)
@@ -183,8 +186,9 @@ def sae_name(clamp: Clamp) -> str:
 def clamp_section(clamps: Sequence[ClampWeights], bos_token_id: int) -> dict[str, Any]:
     """`config.sae_clamp`: where the clamps sit, and which tokens they leave alone."""
     exempts = any(clamp.clamp.exempt_bos for clamp in clamps)
+    gated = any(clamp.clamp.tau is not None for clamp in clamps)
     return {
-        "schema": 1,
+        "schema": 2 if gated else 1,  # 1 is read by code that knows no sequence gate
         "sites": [clamp.site for clamp in clamps],
         "exempt_token_ids": [bos_token_id] if exempts else [],
     }

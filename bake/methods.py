@@ -7,7 +7,7 @@ oracle's own arithmetic in `verify/reference/editing.py`, which shares none with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,6 +100,18 @@ def _refusal(clamp: Clamp, _: int) -> Rows:
     return Rows((*features, clamp.refusal_feature), route, values, np.zeros(k, "f4"))
 
 
+def _dynamic(clamp: Clamp, _: int) -> Rows:
+    """While any feature is active, all of them become value; whether the clamp acts at all is
+    decided by the sequence so far, which is no row's affair.
+
+    Source: Muhamed et al., arXiv 2504.08192, whose public code counts the whole sequence; here the
+    tokens so far, which is all that a model that generates can know.
+    """
+    assert clamp.value is not None
+    rows = own_gated(_features(clamp), value=clamp.value, scale=0.0)
+    return replace(rows, route=np.ones_like(rows.route))
+
+
 def _random_decoder(clamp: Clamp, d_sae: int) -> Rows:
     """Control: where feature f is active, feature (f + 1) mod d_sae becomes value; f itself stays.
 
@@ -137,6 +149,12 @@ METHODS: dict[str, Method] = {
         "stays; but the next feature becomes `value` (a control)",
         _random_decoder,
         needs=("value",),
+    ),
+    "dynamic": Method(
+        "`value`, and so do all others; but only [while](docs/folder.md#a-gate-over-the-sequence) "
+        "more than the share `tau` of the tokens so far had one",
+        _dynamic,
+        needs=("value", "tau"),
     ),
 }
 """The table."""

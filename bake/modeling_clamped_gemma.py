@@ -14,6 +14,7 @@ wrong shape, or not finite; a clamp that was never loaded answers NaN.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from transformers import (
     GemmaForCausalLM,
     GemmaModel,
 )
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -66,8 +68,8 @@ GUARD = "clamped, load with trust_remote_code=True: "
 ACTIVATION_FIELDS = ("hidden_activation", "hidden_act")
 """Gemma reads the second, all later ones the first."""
 
-SCHEMA = 1
-"""Version of `config.sae_clamp` that this file reads."""
+SCHEMAS = (1, 2)
+"""Versions of `config.sae_clamp` that this file reads; those with a sequence gate are 2."""
 
 
 # --------------------------------------------------------------------------- the clamp
@@ -90,12 +92,18 @@ class SAEClamp(nn.Module):
         pre   = (h @ W_enc) * gain + b_enc                          [batch, seq, d_sae]
         a     = relu(pre) of the first k, where pre is not below the topk-th largest, else 0
 
+    With `tau` it acts only where the sequence so far is about what the features stand for:
+
+        fired = any over i of a_i > trigger_i, at tokens that are not exempt        [batch, seq]
+        h'    = h unless (fired tokens so far) / (tokens so far) > tau, the token itself counted
+
     Args:
         d_in: width of the residual stream.
         k: number of features that are read or set.
         topk: of a TopK SAE, how many features are active at a position.
         d_sae: of a TopK SAE, how many features there are.
         dtype: of a TopK SAE, what `W_enc` is stored in.
+        tau: of a sequence gate, the share of tokens that must have fired; None has no such gate.
     """
 
     W_enc: torch.Tensor
@@ -130,10 +138,16 @@ class SAEClamp(nn.Module):
     """
 
     def __init__(
-        self, d_in: int, k: int, topk: int = 0, d_sae: int = 0, dtype: str = "float32"
+        self,
+        d_in: int,
+        k: int,
+        topk: int = 0,
+        d_sae: int = 0,
+        dtype: str = "float32",
+        tau: float | None = None,
     ) -> None:
         super().__init__()
-        self.k, self.topk = k, topk
+        self.k, self.topk, self.tau = k, topk, tau
         size = {"d_in": d_in, "k": k, "d_sae": d_sae}
         kinds = {"route": torch.bool, "W_enc": getattr(torch, dtype)}
         for name, *axes in self.TOPK_SHAPES if topk else self.SHAPES:
@@ -144,7 +158,7 @@ class SAEClamp(nn.Module):
     @classmethod
     def at(cls, d_in: int, site: dict[str, Any]) -> Any:
         """The empty clamp of one of the config's sites."""
-        sizes = {name: site[name] for name in ("topk", "d_sae", "dtype") if name in site}
+        sizes = {name: site[name] for name in ("topk", "d_sae", "dtype", "tau") if name in site}
         return cls(d_in, site["k"], **sizes)
 
     @torch.no_grad()
@@ -163,21 +177,41 @@ class SAEClamp(nn.Module):
 
         return super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
 
-    def forward(self, h: torch.Tensor, exempt: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, h: torch.Tensor, exempt: torch.Tensor | None = None, so_far: SoFar | None = None
+    ) -> torch.Tensor:
         """Clamp a residual stream.
 
         Args:
             h: [batch, seq, d_in], any floating dtype.
             exempt: [batch, seq] bool, positions that are left as they are.
+            so_far: of a sequence gate, what came before each token; None: whole sequences, none of
+                whose tokens is padding.
 
         Returns:
             [batch, seq, d_in], in h's dtype.
         """
         a = self.feature_acts(h)
         delta = (self.edited(a) - a) @ self.W_dec
+        if self.tau is not None:
+            exempt = self.shut(a, exempt, so_far or SoFar())
         if exempt is not None:
             delta = delta.masked_fill(exempt.unsqueeze(-1), 0.0)
         return (h + delta).to(h.dtype)  # added in float32 and rounded once
+
+    def shut(self, a: torch.Tensor, exempt: torch.Tensor | None, so_far: SoFar) -> torch.Tensor:
+        """Where a sequence gate keeps the clamp from acting, or a position is exempt: [batch, seq]
+        bool.
+
+        Args:
+            a: [batch, seq, k], as `feature_acts` gives them.
+            exempt: [batch, seq] bool, or None.
+            so_far: what came before.
+        """
+        fired = (a > self.trigger).any(dim=-1)
+        fired = fired if exempt is None else fired & ~exempt
+        shut = so_far.share(fired) <= (self.tau or 0.0)
+        return shut if exempt is None else exempt | shut
 
     def feature_acts(self, h: torch.Tensor) -> torch.Tensor:
         """h: [batch, seq, d_in] -> activations of the k features: [batch, seq, k], float32."""
@@ -209,6 +243,129 @@ class SAEClamp(nn.Module):
         return torch.where(gate, self.value + self.scale * a, a)
 
 
+@dataclass
+class SoFar:
+    """What a sequence gate counts: the tokens up to each one, and how many of them fired.
+
+    What fired is kept in the cache, as if it were the keys and values of one more layer, so that
+    it is reordered, repeated, cropped and offloaded with it.
+    """
+
+    mask: Any = None
+    """As the model is given it: [batch, past + seq], 1 at real tokens; or what each token sees,
+    [batch, 1, seq, past + seq] bool or added to scores; None where none is padding."""
+    position_ids: torch.Tensor | None = None
+    """[batch, seq]; a sequence begins where one is 0."""
+    cache: Any = None
+    """The model's."""
+    n_layers: int = 0
+    """Of the model."""
+    order: int = 0
+    """Of the clamp among those with a sequence gate."""
+
+    @classmethod
+    def at(
+        cls,
+        place: dict[str, int],
+        mask: Any,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        **_: Any,
+    ) -> SoFar:
+        """What came before the tokens that a decoder layer is given.
+
+        Args:
+            place: what `gate_place` gives.
+            mask: as the model was given it.
+            position_ids: as the layer is given them, like the following.
+            past_key_values: the cache.
+            cache: of continuous batching.
+
+        Raises:
+            ValueError: by continuous batching.
+        """
+        if cache is not None:
+            raise ValueError(
+                "a clamp with a sequence gate cannot be served by continuous batching, whose cache "
+                "has no place for what fired; use generate"
+            )
+        return cls(mask, position_ids, past_key_values, **place)
+
+    def share(self, fired: torch.Tensor) -> torch.Tensor:
+        """fired: [batch, seq] bool -> of the tokens up to each one the share that fired, float32.
+
+        Raises:
+            ValueError: the cache was filled without this clamp.
+        """
+        seq = fired.shape[1]
+        mask = self.mask["full_attention"] if isinstance(self.mask, dict) else self.mask
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim in (2, 4)):
+            raise ValueError(
+                f"a sequence gate cannot read an attention mask of type {type(mask).__name__}; "
+                "load the model with attn_implementation sdpa or eager"
+            )
+        record, past = self._record(seq)
+        if mask is not None and mask.ndim == 4:
+            return self._share_of_seen(mask[:, 0], fired, record, past)
+        real = torch.ones_like(fired) if mask is None else mask[:, -seq:].bool()
+        fired = fired & real
+        n_fired, n = fired.cumsum(1), real.cumsum(1)
+        if record is not None:
+            all_fired, all_real = self._keep(record, fired, real)
+            n_fired = n_fired + (all_fired.sum(1) - fired.sum(1))[:, None]
+            n = n + (all_real.sum(1) - real.sum(1))[:, None]
+        if self.position_ids is not None:  # of sequences in one row, each counts for itself
+            begins = self.position_ids == 0
+            n_fired, n = (
+                of - torch.where(begins, of - one.long(), 0).cummax(1).values
+                for of, one in ((n_fired, fired), (n, real))
+            )
+        return n_fired.float() / n.clamp(min=1).float()
+
+    def _share_of_seen(
+        self, mask: torch.Tensor, fired: torch.Tensor, record: Any, past: Any
+    ) -> torch.Tensor:
+        """The same among the tokens that each one sees; of two that see each other, as within an
+        image, only the later one counts the other.
+        """
+        sees = mask if mask.dtype == torch.bool else mask == 0
+        places = torch.arange(fired.shape[1], device=fired.device) + past
+        here = sees.index_select(-1, places)
+        real = here.diagonal(dim1=-2, dim2=-1).expand_as(fired)
+        fired = fired & real
+        of_all = fired if record is None else self._keep(record, fired, real)[0]
+        early = (here & here.mT).triu(1)
+        n_fired = (sees & of_all[:, None]).sum(-1) - (early & fired[:, None]).sum(-1)
+        return n_fired.float() / (sees.sum(-1) - early.sum(-1)).clamp(min=1).float()
+
+    def _record(self, seq: int) -> tuple[int | None, Any]:
+        """(this clamp's layer of the cache, how many tokens it holds)."""
+        if self.cache is None:
+            return None, 0
+        layers, index = self.cache.layers, self.n_layers + self.order
+        while len(layers) < self.n_layers:  # a cache that was made without a config
+            layers.append(self.cache.layer_class_to_replicate())
+        while len(layers) <= index:
+            static = isinstance(layers[0], StaticLayer)
+            layers.append(StaticLayer(self.cache.get_max_length()) if static else DynamicLayer())
+        past, known = layers[index].get_seq_length(), layers[0].get_seq_length()
+        tells = isinstance(known, int) or not layers[index].is_initialized  # else it would wait
+        if tells and int(known) != int(past) + seq:
+            raise ValueError(
+                f"the cache holds {int(known) - seq} tokens, of which the sequence gate saw "
+                f"{int(past)}; use a cache that this model alone has filled"
+            )
+        return index, past
+
+    def _keep(self, record: int, *flags: torch.Tensor) -> list[torch.Tensor]:
+        """Two flags of these tokens -> of all so far, [batch, past + seq] bool; a static cache
+        holds none of those to come.
+        """
+        kept = self.cache.update(*(of[:, None, :, None].contiguous() for of in flags), record)
+        return [of[:, 0, :, 0] for of in kept]
+
+
 _WIDENS = hasattr(torch.ops.aten.mm, "dtype")
 """Whether this torch sums up in a wider type than it is given."""
 
@@ -237,10 +394,11 @@ class _ClampedConfig:
                 setattr(self, name, getattr(self, name).removeprefix(GUARD))
         super().__post_init__(**kwargs)  # type: ignore[misc]
         clamp = getattr(self, "sae_clamp", None)
-        if clamp is not None and clamp.get("schema") != SCHEMA:
+        if clamp is not None and clamp.get("schema") not in SCHEMAS:
             raise ValueError(
-                f"config.sae_clamp.schema: got {clamp.get('schema')!r}, expected {SCHEMA}; "
-                "load the checkpoint with the modeling file that came with it"
+                f"config.sae_clamp.schema: got {clamp.get('schema')!r}, expected "
+                f"{' or '.join(map(str, SCHEMAS))}; load the checkpoint with the modeling file "
+                "that came with it"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -360,21 +518,26 @@ class _ClampedLayer:
         site = next((s for s in _sites(config) if s["layer"] == layer_idx), None)
         self.sae_clamp = SAEClamp.at(config.hidden_size, site) if site else None
         self.exempt_bos = bool(site and site["exempt_bos"])
+        self.sae_place = gate_place(config.sae_clamp, layer_idx, config.num_hidden_layers)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         *args: Any,
         sae_exempt: torch.Tensor | None = None,
+        sae_mask: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         h: torch.Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         if self.sae_clamp is None:
             return h
         if sae_exempt is None or not self.exempt_bos:
-            return self.sae_clamp(h)
-        # Layers of a Gemma 4 that share keys and values may be given the last tokens alone.
-        return self.sae_clamp(h, sae_exempt[:, sae_exempt.shape[1] - h.shape[1] :])
+            exempt = None
+        else:  # layers of a Gemma 4 that share keys and values may be given the last tokens alone
+            exempt = sae_exempt[:, sae_exempt.shape[1] - h.shape[1] :]
+        if self.sae_clamp.tau is None:
+            return self.sae_clamp(h, exempt)
+        return self.sae_clamp(h, exempt, SoFar.at(self.sae_place, sae_mask, **kwargs))
 
 
 class ClampedGemmaDecoderLayer(_ClampedLayer, GemmaDecoderLayer):
@@ -460,6 +623,9 @@ class _ClampedTextModel(_Clamped):
         }
         if "sae_exempt" not in kwargs:
             kwargs["sae_exempt"] = exempt_positions(self.config, **inputs)  # type: ignore[attr-defined]
+        kwargs["sae_mask"] = attention_mask
+        if any("tau" in site for site in _sites(self.config)):  # type: ignore[attr-defined]
+            kwargs.pop("logits_to_keep", None)  # else a Gemma 4's last layers see the last tokens
         return super().forward(**inputs, **kwargs)  # type: ignore[misc]
 
 
@@ -689,8 +855,8 @@ for _stock, _clamped in (
 
 
 def _sites(config: Any) -> list[dict[str, Any]]:
-    """The config's sites: `{"layer", "k", "exempt_bos"}` each, and of a TopK SAE `topk`, `d_sae`
-    and `dtype`.
+    """The config's sites: `{"layer", "k", "exempt_bos"}` each, of a TopK SAE `topk`, `d_sae` and
+    `dtype` too, and with a sequence gate `tau`.
     """
     if not getattr(config, "sae_clamp", None):
         raise ValueError(
@@ -734,6 +900,18 @@ def exempt_positions(
     here = torch.arange(seq, device=inputs_embeds.device) + past
     first = here.new_zeros(batch) if attention_mask is None else attention_mask.int().argmax(-1)
     return here.unsqueeze(0) == first.unsqueeze(1)
+
+
+def gate_place(section: dict[str, Any], layer: int, n_layers: int) -> dict[str, int]:
+    """Where the sequence gate at a layer keeps what fired, as `SoFar` takes it.
+
+    Args:
+        section: the config's `sae_clamp`.
+        layer: of the model.
+        n_layers: of the model.
+    """
+    gated = sorted(site["layer"] for site in section["sites"] if "tau" in site)
+    return {"n_layers": n_layers, "order": gated.index(layer) if layer in gated else 0}
 
 
 def refuse_broken_clamp(model: nn.Module, info: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ class Clamp(Table):
     hook_point: str | None = None
     """Where it sits; taken from the SAE when absent, an error when the two disagree."""
     method: str
-    """One of `bake.methods.METHODS`: clamp | scale | zero | refusal | random_decoder."""
+    """One of `bake.methods.METHODS`: clamp | scale | zero | refusal | random_decoder | dynamic."""
     features: list[int] | Literal["select"]
     """SAE features that trigger the clamp, or "select"."""
     value: float | None = None
@@ -77,6 +77,8 @@ class Clamp(Table):
     """refusal only: set the harmful features themselves too, to `clamp_value`."""
     clamp_value: float | None = None
     """refusal with also_clamp only: default is `value`."""
+    tau: float | None = Field(default=None, ge=0, lt=1)
+    """dynamic only: it acts where more than this share of the tokens so far had active features."""
     exempt_bos: bool = True
     """Leave tokens whose id is BOS as they are."""
 
@@ -85,7 +87,7 @@ class Clamp(Table):
     def _readable_features(cls, features: Any) -> Any:
         return features if features == "select" else feature_numbers(features)
 
-    @field_validator("value", "multiplier", "trigger", "clamp_value")
+    @field_validator("value", "multiplier", "trigger", "clamp_value", "tau")
     @classmethod
     def _in_float32(cls, number: float | None) -> float | None:
         return number if number is None else float32(number)
@@ -94,7 +96,7 @@ class Clamp(Table):
     @classmethod
     def _known_method(cls, method: str) -> str:
         if method not in METHODS:
-            expected = " or ".join(", ".join(repr(name) for name in METHODS).rsplit(", ", 1))
+            expected = " or ".join(", ".join(map(repr, METHODS)).rsplit(", ", 1))
             raise ValueError(f"got {method!r}, expected {expected}")
         return method
 
@@ -313,15 +315,13 @@ class Recipe(Table):
             sources += [s for s in (d.forget, d.retain) if s is not None]
         saes = [clamp.sae.path for clamp in self.clamp]
         names = [self.base.model, *saes, *(s.path or s.dataset for s in sources)]
-        paths = [self.local(name) for name in names if name is not None]
-        return [path for path in (self._file, *paths) if path is not None and path.exists()]
+        paths = [self._file, *(self.local(name) for name in names if name is not None)]
+        return [path for path in paths if path is not None and path.exists()]
 
     def with_clamps(self, clamps: list[Clamp]) -> Self:
         """The same recipe with other [[clamp]] tables, checked anew."""
-        data = self.to_dict()
-        data["clamp"] = [
-            clamp.model_dump(exclude_unset=True, exclude_none=True) for clamp in clamps
-        ]
+        tables = [of.model_dump(exclude_unset=True, exclude_none=True) for of in clamps]
+        data = self.to_dict() | {"clamp": tables}
         changed = type(self).parse(data, name=str(self._file or "recipe"), folder=self._folder)
         changed._file = self._file
         return changed
@@ -335,7 +335,7 @@ class Recipe(Table):
         return type(self).parse(data, name=str(self._file or "recipe"), folder=folder)
 
     def shareable(self) -> Recipe:
-        """The recipe as it may leave the machine: every local path cut to its last component."""
+        """As it may leave the machine: every local path cut to its last component."""
         data = self.to_dict()
         rewrite_paths(data, self._folder, lambda path: path.resolve().name)
         return Recipe.parse(data, name="recipe.toml", folder=Path())

@@ -38,6 +38,15 @@ class ClampSite:
     value: NDArray[np.float32]
     scale: NDArray[np.float32]
     topk: TopK | None = None
+    tau: float | None = None
+    """Of a sequence gate, the share of tokens that must have fired."""
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What `config.sae_clamp` says of it."""
+        own = {"layer": self.layer, "k": len(self.value), "exempt_bos": self.exempt_bos}
+        gate = {} if self.tau is None else {"tau": self.tau}
+        return own | gate | (self.topk.said if self.topk else {})
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def read_site(tensors: Mapping[str, StoredTensor], prefix: str, site: dict[str, 
         _finite(array, f"{prefix}{key}")
     if arrays["W_enc"].shape[1:] != (k,) or arrays["route"].shape != (k, k):
         raise ValueError(f"{prefix}* have other shapes than config.json says")
-    return ClampSite(layer, bool(site["exempt_bos"]), **arrays, topk=topk)
+    return ClampSite(layer, bool(site["exempt_bos"]), **arrays, topk=topk, tau=site.get("tau"))
 
 
 def _finite(array: NDArray[Any], name: str) -> NDArray[Any]:

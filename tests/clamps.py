@@ -27,8 +27,11 @@ METHOD_TABLES: dict[str, dict[str, Any]] = {
         "clamp_value": -3.0,
     },
     "random decoder": {"method": "random_decoder", "value": -6.0},
+    "dynamic": {"method": "dynamic", "value": -6.0, "trigger": 4.0, "tau": 0.3},
 }
 """Every method, without features."""
+OF_ONE_TOKEN = {name: table for name, table in METHOD_TABLES.items() if name != "dynamic"}
+"""Those that ask nothing of what came before, which stock layers can carry."""
 METHOD_FEATURES = [1, 2, 5, 9, 20, 63]
 METHOD_NUMBERS: dict[str, dict[str, Any]] = {
     "clamp": {"value": -6.0},
@@ -44,6 +47,7 @@ METHOD_NUMBERS: dict[str, dict[str, Any]] = {
         "exempt_bos": False,
     },
     "random_decoder": {"value": -6.0},
+    "dynamic": {"value": -3.0, "tau": 0.2},
 }
 """Numbers of every method; a name begins with its method."""
 ORACLE_TABLES: dict[str, dict[str, Any]] = {
@@ -69,6 +73,7 @@ ORACLE_TABLES: dict[str, dict[str, Any]] = {
         "also_clamp": True,
     },
     "random_decoder": {"method": "random_decoder", "features": [3, 4, D_SAE - 1], "value": -5.0},
+    "dynamic": {"method": "dynamic", "features": [3, 17, 40], "value": -5.0, "tau": 0.1},
 }
 """Every method with features, some of them with a trigger."""
 SAE_KINDS = (

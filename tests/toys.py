@@ -84,6 +84,8 @@ class Toy(torch.nn.Module):
 class ToyOracle:
     """The toy, clamped within `applied()`."""
 
+    gated = False
+
     def __init__(self, model: Toy) -> None:
         self.model = model
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from bake.clamp import ClampWeights
 from bake.distill.distill_texts import Rows
 from bake.distill.objectives import Head, Seen
-from bake.modeling_clamped_gemma import SAEClamp
+from bake.modeling_clamped_gemma import SAEClamp, SoFar
 from bake.new_folder import check_space
 from bake.stock import decoder_layers
 from bake.tensors import Tensors, write_tensors
@@ -65,18 +65,22 @@ def head_of(model: Any) -> Head:
 
 
 @contextmanager
-def clamped(model: Any, clamps: Sequence[ClampWeights]) -> Iterator[Callable[[Tensor], None]]:
+def clamped(
+    model: Any, clamps: Sequence[ClampWeights]
+) -> Iterator[Callable[[Tensor, Tensor], None]]:
     """Within the block the clamps act on a stock model; call what it gives with the token ids of
-    every forward, by which BOS is told.
+    every forward, by which BOS is told, and which of them are no padding.
     """
     bos = model.config.get_text_config().bos_token_id
     exempt: dict[bool, Tensor] = {}
+    so_far = SoFar()
 
-    def about(ids: Tensor) -> None:
+    def about(ids: Tensor, real: Tensor) -> None:
         exempt[True], exempt[False] = ids == bos, torch.zeros_like(ids, dtype=torch.bool)
+        so_far.mask = real
 
     def clamp(module: SAEClamp, exempt_bos: bool) -> Callable[[Any, Any, Any], Any]:
-        return lambda _, __, h: module(h, exempt[exempt_bos])
+        return lambda _, __, h: module(h, exempt[exempt_bos], so_far)
 
     with ExitStack() as undo:
         for weights in clamps:
@@ -182,7 +186,8 @@ def teach(
 
 def clamp_sha256(clamp: ClampWeights) -> str:
     """Of what a clamp does, and where."""
-    digest = hashlib.sha256(f"{clamp.layer} {clamp.clamp.exempt_bos}".encode())
+    gate = "" if clamp.clamp.tau is None else f" {clamp.clamp.tau!r}"
+    digest = hashlib.sha256(f"{clamp.layer} {clamp.clamp.exempt_bos}{gate}".encode())
     for name, tensor in sorted(clamp.tensors.items()):
         digest.update(f"{name} {tensor.shape}".encode() + tensor.tobytes())
     return digest.hexdigest()
@@ -214,7 +219,7 @@ def _write(
         writers = {name: opened.enter_context(file.open("wb")) for name, file in files.items()}
         for at in range(0, len(numbers), ROWS_AT_ONCE):
             ids, real = rows.batch(numbers[at : at + ROWS_AT_ONCE]).padded(model.device)
-            tell(ids)
+            tell(ids, real)
             seen = read(model, ids, real, layers)
             for name, writer in writers.items():
                 tensor = seen.final if name == "final" else seen.hidden[int(name)]

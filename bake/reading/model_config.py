@@ -224,6 +224,10 @@ def wrong_clamp(section: Any, *, n_layers: int, vocab_size: int) -> str | None:
         ):
             if not right(site.get(key)):
                 return f"sae_clamp.sites: {key} is {shown(site.get(key))}; expected {expected}"
+        if "tau" in site and not (_number(site["tau"]) and 0 <= site["tau"] < 1):
+            return (
+                f"sae_clamp.sites: tau is {shown(site['tau'])}; expected a number from 0 to below 1"
+            )
         if any(key in site for key in ("topk", "d_sae", "dtype")):
             for key, right, expected in (
                 (

@@ -18,7 +18,7 @@ from torch import Tensor
 from bake.clamp import ClampWeights, SAESite
 from bake.errors import DataError
 from bake.files.memory import available_memory
-from bake.modeling_clamped_gemma import SAEClamp
+from bake.modeling_clamped_gemma import SAEClamp, SoFar
 from bake.questions.answers import (
     LetterTokens,
     best_choice,
@@ -152,7 +152,7 @@ class Bench:
             if set(modules) == {self.layer}:
                 exempt = self._exempt(cached.batch.input_ids, exempt_bos[self.layer])
                 real = cached.batch.attention_mask.bool()
-                changed = _changed(modules[self.layer], cached.h).cpu() & real & ~exempt
+                changed = _changed(modules[self.layer], cached.h, exempt, real).cpu() & real
                 fired = int(changed.sum())
                 touched = changed.any(dim=1)
                 if cached.batch.of_choices:  # those of a question are answered together
@@ -221,9 +221,11 @@ class Bench:
             for layer, spared in exempt_bos.items()
         }
 
+        so_far = SoFar(batch.attention_mask.to(h.device))
+
         def clamp(layer: int) -> Callable[[Any, Any, Any], Any]:
             def hook(_: Any, __: Any, output: Any) -> Any:
-                return modules[layer](output, exempt[layer])
+                return modules[layer](output, exempt[layer], so_far)
 
             return hook
 
@@ -322,10 +324,12 @@ def _module(clamp: ClampWeights, device: Any) -> SAEClamp:
     return module
 
 
-def _changed(module: SAEClamp, h: Tensor) -> Tensor:
+def _changed(module: SAEClamp, h: Tensor, exempt: Tensor, real: Tensor) -> Tensor:
     """[batch, seq] bool: where the clamp changes a feature."""
-    acts = module.feature_acts(h)
-    changed: Tensor = (module.edited(acts) != acts).any(dim=-1)
+    acts, exempt = module.feature_acts(h), exempt.to(h.device)
+    if module.tau is not None:
+        exempt = module.shut(acts, exempt, SoFar(real.to(h.device)))
+    changed: Tensor = (module.edited(acts) != acts).any(dim=-1) & ~exempt
     return changed
 
 

@@ -25,6 +25,7 @@ AXES: dict[str, Callable[[str], Setting]] = {
     "value": float,
     "multiplier": float,
     "trigger": float,
+    "tau": float,
 }
 """What can be swept, and how a setting is read. Layers vary slowest: each has its own cache."""
 _SELECTION = ("retain_threshold", "n_features")

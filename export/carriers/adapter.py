@@ -156,16 +156,8 @@ def adapter_config(source: Clamped, base: OtherBase | None = None) -> dict[str, 
         "base_model_name_or_path": base.name if base else source.manifest.base.model,
         "revision": None if base else source.manifest.base.revision,
         "sae_clamp": {
-            "schema": 1,
-            "sites": [
-                {
-                    "layer": site.layer,
-                    "k": len(site.value),
-                    "exempt_bos": site.exempt_bos,
-                    **(site.topk.said if site.topk else {}),
-                }
-                for site in source.sites
-            ],
+            "schema": 2 if any(site.tau is not None for site in source.sites) else 1,
+            "sites": [site.said for site in source.sites],
             "exempt_token_ids": list(source.exempt_token_ids),
         },
         "base_fingerprint": base.fingerprint

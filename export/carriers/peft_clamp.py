@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import nn
 
-from bake.modeling_clamped_gemma import SAEClamp, exempt_positions
+from bake.modeling_clamped_gemma import SAEClamp, SoFar, exempt_positions, gate_place
 from bake.reading.model_config import wrong_clamp
 from export.carriers.adapter import fingerprint, first_row
 
@@ -116,6 +116,7 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
         self.checked = False
         self.sites: list[ClampSite] = []
         self.exempt: torch.Tensor | None = None
+        self.mask: Any = None
         self.hooks = [model.model.register_forward_pre_hook(self._remember, with_kwargs=True)]
         device = "meta" if low_cpu_mem_usage else next(model.parameters()).device
         for site in config.sae_clamp["sites"]:
@@ -125,16 +126,25 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
             setattr(layer, SITE, clamp)
             clamp._active_adapter = adapter_name
             self.sites.append(clamp)
-            self.hooks.append(layer.register_forward_hook(self._clamp(bool(site["exempt_bos"]))))
+            place = gate_place(config.sae_clamp, site["layer"], config.num_hidden_layers)
+            if clamp.tau is not None:
+                self.hooks.append(
+                    model.get_decoder().register_forward_pre_hook(_see_all, with_kwargs=True)
+                )
+            hook = self._clamp(bool(site["exempt_bos"]), place)
+            self.hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
         self.targeted_module_names = [f"layers.{s['layer']}" for s in config.sae_clamp["sites"]]
         self.active_adapter = adapter_name
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward: which positions are exempt; and once, whether the clamp was loaded."""
+        """Before a forward: which positions are exempt, and which are padding; and once, whether
+        the clamp was loaded.
+        """
         if not self.checked:
             self._refuse_unloaded()
         given = {"input_ids": args[0] if args else None, **kwargs}
         self.exempt = exempt_positions(self.section, **given)
+        self.mask = given.get("attention_mask", args[1] if len(args) > 1 else None)
 
     def _refuse_unloaded(self) -> None:
         for name, buffer in self.model.named_buffers():
@@ -147,8 +157,8 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
                 )
         self.checked = True
 
-    def _clamp(self, exempt_bos: bool) -> Any:
-        def hook(layer: nn.Module, _: Any, output: Any) -> Any:
+    def _clamp(self, exempt_bos: bool, place: dict[str, int]) -> Any:
+        def hook(layer: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
             clamp: ClampSite = getattr(layer, SITE)
             if clamp.disable_adapters:
                 return output
@@ -156,7 +166,9 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
             exempt = self.exempt if exempt_bos else None
             if exempt is not None:  # some layers may be given the last tokens alone
                 exempt = exempt[:, exempt.shape[1] - h.shape[1] :]
-            h = clamp(h, exempt)
+            h = clamp(
+                h, exempt, SoFar.at(place, self.mask, **kwargs) if clamp.tau is not None else None
+            )
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return hook
@@ -211,6 +223,13 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         model.requires_grad_(False)
+
+
+def _see_all(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before a forward: a Gemma 4's last layers are given all tokens, not only the last ones."""
+    return args, {name: of for name, of in kwargs.items() if name != "logits_to_keep"}
 
 
 register()

@@ -45,6 +45,8 @@ def by_definition(clamp: Clamp, acts: np.ndarray) -> np.ndarray:
     elif clamp.method == "random_decoder":
         for f in active:
             out[(f + 1) % D] = clamp.value
+    elif clamp.method == "dynamic" and active:
+        out[clamp.features] = clamp.value
     elif clamp.method == "refusal" and active:
         out[clamp.refusal_feature] = clamp.value
         if clamp.also_clamp:
@@ -72,6 +74,7 @@ def by_definition(clamp: Clamp, acts: np.ndarray) -> np.ndarray:
             "also_clamp": True,
             "clamp_value": -2.0,
         },
+        {"method": "dynamic", "value": -4.0, "tau": 0.3},
         {"method": "random_decoder", "value": -4.0},
         {"method": "random_decoder", "value": -4.0, "trigger": 0.8},
     ],

@@ -107,6 +107,9 @@ def exam_of(target: Target, budget: int) -> Exam:
 class _AsItIs:
     """A model that needs no hook to have forgotten, in the place of an oracle."""
 
+    gated = False
+    """What came before a token is its own affair."""
+
     def __init__(self, model: Any) -> None:
         self.model = model
 

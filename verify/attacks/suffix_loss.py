@@ -2,7 +2,7 @@
 prefix, which is a suffix of what little stands before the question.
 
 What stands before the suffix is the same whatever the suffix is: it is read once, and kept as keys
-and values.
+and values; but where a clamp asks what came before, it is read again with every suffix.
 """
 
 from __future__ import annotations
@@ -81,9 +81,12 @@ def letter_losses(
 
 @dataclass(frozen=True)
 class _Beginning:
-    """What stands before the suffix, of several prompts, padded on the left and read already."""
+    """What stands before the suffix, of several prompts, padded on the left."""
 
     cache: Any
+    """Where it is read already; else None."""
+    ids: Tensor
+    """[prompts, seq] what is still to be read; [prompts, 0] where nothing is."""
     mask: Tensor
     """[prompts, seq]."""
     answers: tuple[int, ...]
@@ -175,9 +178,10 @@ class AskedUpTo:
             ).requires_grad_()
 
             def add(_: Any, __: Any, embedded: Tensor) -> Tensor:
-                rows, rest = embedded.shape[0], embedded[:, len(suffix) :]
-                moved = embedded[:, : len(suffix)] + added.expand(rows, -1, -1).to(embedded.dtype)
-                return torch.cat([moved, rest], dim=1)
+                rows, at = embedded.shape[0], beginning.ids.shape[1]
+                head, own, rest = embedded.tensor_split([at, at + len(suffix)], dim=1)
+                moved = own + added.expand(rows, -1, -1).to(embedded.dtype)
+                return torch.cat([head, moved, rest], dim=1)
 
             hook = embedding.register_forward_hook(add)
             try:
@@ -191,17 +195,19 @@ class AskedUpTo:
         import torch
 
         model = self._oracle.model
-        mask = batch.attention_mask.to(model.device)
+        ids, mask = batch.input_ids.to(model.device), batch.attention_mask.to(model.device)
+        tail = torch.tensor(after, device=model.device)
+        if self._oracle.gated:
+            return _Beginning(None, ids, mask, answers, tail)
         with torch.inference_mode(False), torch.no_grad(), self._oracle.applied():
             output = model(
-                input_ids=batch.input_ids.to(model.device),
+                input_ids=ids,
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=True,
                 logits_to_keep=1,
             )
-        tail = torch.tensor(after, device=model.device)
-        return _Beginning(output.past_key_values, mask, answers, tail)
+        return _Beginning(output.past_key_values, ids[:, :0], mask, answers, tail)
 
     def _losses(self, beginning: _Beginning, suffixes: Tensor) -> Tensor:
         """Suffixes [suffixes, n] after every prompt -> [prompts, suffixes] float32, nats."""
@@ -210,17 +216,19 @@ class AskedUpTo:
         model = self._oracle.model
         n = len(suffixes)
         tails = torch.cat([suffixes.to(model.device), beginning.after.expand(n, -1)], dim=1)
-        ids = tails.repeat(len(beginning.answers), 1)
-        mask = torch.cat([beginning.mask.repeat_interleave(n, dim=0), torch.ones_like(ids)], dim=1)
+        tails = tails.repeat(len(beginning.answers), 1)
+        before, ids = (of.repeat_interleave(n, dim=0) for of in (beginning.mask, beginning.ids))
+        mask, ids = torch.cat([before, torch.ones_like(tails)], dim=1), torch.cat([ids, tails], 1)
         cache = copy.deepcopy(beginning.cache)  # reading on changes it
-        cache.batch_repeat_interleave(n)
+        if cache is not None:
+            cache.batch_repeat_interleave(n)
         with self._oracle.applied():
             output = model(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1)[:, -ids.shape[1] :],
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
                 logits_to_keep=1,
             )
         answers = [answer for answer in beginning.answers for _ in range(n)]

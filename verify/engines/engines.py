@@ -218,6 +218,8 @@ class Turn(DecodingRunner):
 class TreeTurn(Turn):
     """The same of an engine that reads trees."""
 
+    reads_trees = True
+
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""
         with self.used() as runner:

@@ -159,14 +159,15 @@ def decoded(model: Any, tensors: dict[str, Any], n_last: int) -> Any:
     return torch.cat(found[1:], dim=1).contiguous()
 
 
-def go_on(model: Any, tensors: dict[str, Any], most: int) -> Any:
-    """The likeliest next token, again and again, the rest cached: [batch, steps], -1 after a stop.
+def go_on(model: Any, tensors: dict[str, Any], most: int, *, cached: bool = True) -> Any:
+    """The likeliest next token, again and again: [batch, steps], -1 after a stop.
 
     Args:
         model: a Gemma.
         tensors: input_ids and attention_mask, [batch, seq], padded on the left; stops, [k], the
             tokens that end a sequence, which stand last in it.
         most: how many steps at most.
+        cached: keep the keys and values of what was read; else all is read again at every step.
     """
     import torch
 
@@ -181,14 +182,15 @@ def go_on(model: Any, tensors: dict[str, Any], most: int) -> Any:
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cached,
                 logits_to_keep=1,
             )
-        cache = output.past_key_values
+        cache = output.past_key_values if cached else None
         token = output.logits[:, -1].argmax(dim=-1)
         steps.append(token.masked_fill(ended, -1))
         ended |= torch.isin(token, stops)
         if bool(ended.all()):
             break
-        ids, mask = token[:, None], torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
+        ids = token[:, None] if cached else torch.cat([ids, token[:, None]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(token)[:, None]], dim=1)
     return torch.stack(steps, dim=1).cpu()

@@ -110,6 +110,9 @@ class DecodingRunner(Runner):
 class TreeRunner(Protocol):
     """An engine that reads many prompts with a common beginning in one forward pass."""
 
+    reads_trees: bool
+    """Whether it does: not where it has to be shown whole sequences."""
+
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """Next-token logits at the end of each of a tree's sequences.
 
@@ -132,6 +135,7 @@ class HookedRunner(Runner):
         self.name = name
         self._model = model
         self._oracle = oracle
+        self.reads_trees = oracle is None or not oracle.gated  # else whole sequences only
 
     def read(
         self,
@@ -153,7 +157,10 @@ class HookedRunner(Runner):
         """See `Runner.go_on`."""
         with self._hooks():
             found: Tensor = forward.go_on(
-                self._model, _asked_to_go_on(input_ids, attention_mask, stops), most
+                self._model,
+                _asked_to_go_on(input_ids, attention_mask, stops),
+                most,
+                cached=self.reads_trees,
             )
         return found
 
@@ -181,6 +188,7 @@ class TorchRunner(DecodingRunner):
 
     def __init__(self, folder: Path, name: str = "checkpoint", needs: str | None = None) -> None:
         self.name = name
+        self.reads_trees = True
         self._folder = folder
         self._hidden_size = 0
         self._scratch = Scratch("verify")

@@ -42,7 +42,7 @@ def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: A
     Returns:
         [sequences, vocab] float32.
     """
-    if isinstance(runner, TreeRunner):
+    if isinstance(runner, TreeRunner) and runner.reads_trees:
         whole = sum(len(ids) for ids in sequences)
         if len(merge(sequences).ids) <= (1 - LEAST_SHARED) * whole:
             return _through_trees(runner, sequences)

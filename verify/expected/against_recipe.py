@@ -91,9 +91,8 @@ class Checked:
         return [self._place(site) for site in self.sites]
 
     def _place(self, site: Site) -> Placed:
-        place = Placed(
-            site.layer, len(self.expected[site.layer]["value"].value), site.clamp.exempt_bos
-        )
+        k, clamp = len(self.expected[site.layer]["value"].value), site.clamp
+        place = Placed(site.layer, k, clamp.exempt_bos, tau=clamp.tau)
         cfg = site.sae.cfg
         if cfg.architecture() != "topk":
             return place

@@ -28,8 +28,6 @@ FACTORS = 4.0
 """Roundings of a stored number by its own size, at most: an SAE's number is read in float32, is
 multiplied by a factor that is itself rounded, and the product is rounded, here or by sae_lens; the
 fourth is the folder's."""
-CODE_BYTES = 64 << 20
-"""Of the codes on which a recipe's table is tried at once."""
 SUMS = 8.0
 """The same of a sum, by the size of all that is added: both factors of every product are rounded as
 above."""
@@ -193,7 +191,7 @@ def _numpy(tensor: Tensor) -> Numbers:
 
 
 def edit_of(clamp: Clamp, d_sae: int) -> Edit:
-    """What a table does, found by trying it on codes with one or two active features.
+    """What a table does, found by trying it on codes with one active feature.
 
     For any method whose every set feature becomes value + scale·a while any of its triggers is
     active: one trigger at a time says which, two activations of the set feature say both numbers.
@@ -211,33 +209,18 @@ def edit_of(clamp: Clamp, d_sae: int) -> Edit:
     low = 2.0 ** math.floor(math.log2(2 * clamp.trigger + 1))  # active, and so is twice as much
     places, rows = torch.tensor(read), torch.arange(n)
 
-    def codes(count: int, others: float) -> Tensor:
+    def codes(count: int, others: float, idle: float = -1.0) -> Tensor:
         """[count, d_sae]: nothing active that is read."""
         rest = torch.full((count, d_sae), others, dtype=torch.float64)
-        rest[:, places] = clamp.trigger / 2
+        rest[:, places] = idle
         return rest
 
-    # Each alone, twice: what changes then, beside the others that are read, is what it triggers.
+    # Each alone, twice, for a number may be what it becomes: what changes is what it triggers.
     changed = torch.zeros(n, d_sae, dtype=torch.bool)
-    for others in (low, 3 * low):
-        alone = codes(n, others)
-        alone[rows, places] = low
-        before = edit_code(alone, clamp)
-        changed |= before != alone
-    # Among those that are read: does it change more where both are active than where one is?
-    own = before[rows, places]
-    crossed = torch.zeros(n, n, dtype=torch.bool)
-    at_once = max(1, CODE_BYTES // (8 * d_sae * n))
-    for start in range(0, n, at_once):
-        some = rows[start : start + at_once]
-        pairs = codes(len(some) * n, low)
-        each = torch.arange(len(pairs))
-        pairs[each, places[some].repeat_interleave(n)] = low
-        pairs[each, places.repeat(len(some))] = low
-        after = edit_code(pairs, clamp)[each, places.repeat(len(some))]
-        crossed[some] = after.view(len(some), n) != own
-    changed[:, places] = crossed
-    changed[rows, places] = own != low
+    for active, others, idle in ((low, low, -1.0), (2 * low, 3 * low, -2.0)):
+        alone = codes(n, others, idle)
+        alone[rows, places] = active
+        changed |= edit_code(alone, clamp) != alone
     triggers: dict[int, list[int]] = {}
     for i, j in changed.nonzero().tolist():
         triggers.setdefault(j, []).append(read[i])

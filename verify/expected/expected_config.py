@@ -40,6 +40,8 @@ class Placed:
     d_sae: int | None = None
     dtype: str | None = None
     """What its encoder is stored in."""
+    tau: float | None = None
+    """Of a sequence gate."""
 
 
 def checkpoint_config(base: BaseModel, recipe: Recipe, places: Sequence[Placed]) -> dict[str, Any]:
@@ -69,7 +71,7 @@ def clamp_section(base: BaseModel, places: Sequence[Placed]) -> dict[str, Any]:
     """Where clamps sit, and whom they spare: BOS, and nothing else."""
     spares = any(place.exempt_bos for place in places)
     return {
-        "schema": 1,
+        "schema": 1 if all(place.tau is None for place in places) else 2,
         "sites": [
             {key: value for key, value in vars(place).items() if value is not None}
             for place in sorted(places, key=lambda place: place.layer)

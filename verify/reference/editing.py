@@ -88,6 +88,35 @@ def random_decoder(acts: Tensor, features: Sequence[int], value: float, trigger:
     return edited
 
 
+def clamp_together(acts: Tensor, features: Sequence[int], value: float, trigger: float) -> Tensor:
+    """Where any feature is active, all of them become a constant.
+
+    Source: Muhamed et al., arXiv 2504.08192, `open_gate` aside.
+    """
+    active = (acts[..., list(features)] > trigger).any(dim=-1, keepdim=True)
+    edited = acts.clone()
+    edited[..., list(features)] = torch.where(active, value, acts[..., list(features)])
+    return edited
+
+
+def open_gate(fired: Tensor, real: Tensor, tau: float) -> Tensor:
+    """Where more than the share `tau` of the tokens so far fired.
+
+    Source: Muhamed et al., arXiv 2504.08192, of the tokens so far in place of the whole sequence.
+
+    Args:
+        fired: [batch, seq] bool.
+        real: [batch, seq] bool: no padding.
+        tau: compared in float32.
+
+    Returns:
+        [batch, seq] bool.
+    """
+    so_far = torch.stack([fired & real, real]).double().cumsum(dim=-1)
+    share = (so_far[0] / so_far[1].clamp(min=1)).to(torch.float32)
+    return share > torch.tensor(tau, dtype=torch.float32)
+
+
 # --------------------------------------------------------------------------- by recipe
 
 
@@ -123,6 +152,11 @@ def _refusal(acts: Tensor, clamp: Clamp) -> Tensor:
     )
 
 
+def _dynamic(acts: Tensor, clamp: Clamp) -> Tensor:
+    assert clamp.value is not None
+    return clamp_together(acts, _features(clamp), clamp.value, clamp.trigger)
+
+
 def _features(clamp: Clamp) -> list[int]:
     assert isinstance(clamp.features, list)
     return clamp.features
@@ -134,6 +168,7 @@ EDITS: dict[str, Callable[[Tensor, Clamp], Tensor]] = {
     "scale": _scale,
     "random_decoder": _random_decoder,
     "refusal": _refusal,
+    "dynamic": _dynamic,
 }
 """What a recipe's table makes of a code, by method: [..., d_sae] → [..., d_sae]. The same methods
 as in `bake.methods.METHODS`, and none of its arithmetic."""

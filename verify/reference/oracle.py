@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from bake.errors import SAEError
 from bake.rounding import disturbed_part, rounding_parts
 from bake.stock import decoder_layers
-from verify.reference.editing import edit_code
+from verify.reference.editing import edit_code, open_gate
 from verify.reference.gates import Gates, gates_of
 from verify.reference.whole_sae import Site
 
@@ -92,6 +92,23 @@ def reconstruct_residual(h: Tensor, site: Site, exempt: Tensor) -> Edited:
     return Edited(out.reshape(h.shape), ~exempt, edited.active)
 
 
+def _where_open(edited: Edited, h: Tensor, real: Tensor, tau: float) -> Edited:
+    """The same where a sequence gate is open, and elsewhere what came in.
+
+    Args:
+        edited: of whole sequences.
+        h: what came in.
+        real: [batch, seq] bool: no padding.
+        tau: of the gate.
+    """
+    acts = open_gate(edited.active.any(dim=-1), real.to(h.device), tau)
+    return Edited(
+        torch.where(acts[..., None], edited.h, h),
+        edited.changed & acts,
+        edited.active & acts[..., None],
+    )
+
+
 class Oracle:
     """A stock model, and the hooks that make it the reference.
 
@@ -147,6 +164,13 @@ class Oracle:
         self._input_ids: Tensor | None = None
         self._real: Tensor | None = None
 
+    @property
+    def gated(self) -> bool:
+        """Whether a clamp asks what came before: then it is right on whole sequences only, from
+        their first token on.
+        """
+        return any(site.clamp.tau is not None for site in self.sites)
+
     @contextmanager
     def disturbed(self, seed: int, epsilon: float) -> Iterator[None]:
         """Within the block what a matrix, a norm or a layer gives is off by one rounding,
@@ -183,6 +207,8 @@ class Oracle:
         if ids is None:
             raise ValueError("the reference needs input_ids: BOS is exempt by token id")
         mask = kwargs.get("attention_mask")
+        if self.gated and mask is not None and mask.shape != ids.shape:
+            raise ValueError("the reference needs whole sequences: a clamp asks what came before")
         self._input_ids = ids
         self._real = (
             torch.ones_like(ids).bool() if mask is None else mask[:, -ids.shape[1] :].bool()
@@ -206,6 +232,8 @@ class Oracle:
             if site.clamp.exempt_bos and self.bos_id is not None:
                 exempt = self._input_ids == self.bos_id
             edited = self._edit_residual(h, site, exempt)
+            if site.clamp.tau is not None and self._edit_residual is edit_residual:
+                edited = _where_open(edited, h, self._real, site.clamp.tau)
             fired = edited.changed & self._real
             self.fired_by_layer[site.layer] += int(fired.sum())
             self.last_fired = fired if self.last_fired is None else self.last_fired | fired

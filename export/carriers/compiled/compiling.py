@@ -292,6 +292,11 @@ def compiled_config(source: Clamped, plan: Widening, layout: Layout) -> dict[str
 
 def _check_family(source: Clamped) -> None:
     name, family = source.name, source.family
+    if any(site.tau is not None for site in source.sites):
+        raise ExportError(
+            f'{name}: method "dynamic" asks what came before a token, which stock layers do not '
+            "keep; expected another method. Use the checkpoint, model.onnx or the adapter"
+        )
     if any(site.topk is not None for site in source.sites):
         raise ExportError(
             f"{name}: has the clamp of a TopK SAE, where the rank among all features decides; "

@@ -10,6 +10,8 @@ from bake.reading.model_config import wrong_generation
 from export.manifest import AGAIN, read_json
 
 GENAI_CONFIG = "genai_config.json"
+NONE: dict[str, list[Any]] = {"sites": []}
+"""What a config says of its clamps that has none."""
 
 
 def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
         name: stated(name, getattr(config, name, None))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
+    n_gates = sum("tau" in site for site in (getattr(config, "sae_clamp", None) or NONE)["sites"])
     return {
         "model": {
             "type": config.model_type.removeprefix("clamped_"),
@@ -52,7 +55,8 @@ def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,
                 "num_key_value_heads": config.num_key_value_heads,
-                "num_hidden_layers": config.num_hidden_layers,
+                # What fired of a sequence gate is kept as if by a further layer.
+                "num_hidden_layers": config.num_hidden_layers + n_gates,
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

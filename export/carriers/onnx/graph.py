@@ -10,6 +10,7 @@ padding on either side; ONNX Runtime fuses what it can when it loads the graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx import GraphProto, TensorProto, helper
@@ -18,7 +19,7 @@ from export.carriers.onnx.graph_builder import Builder
 from export.carriers.onnx.graph_ends import inputs, outputs
 from export.carriers.onnx.graph_weights import Weights
 from export.carriers.onnx.operator import DOMAIN, NAME
-from export.carriers.onnx.positions import masks, rope
+from export.carriers.onnx.positions import masks, rope, sequence_gate
 from export.carriers.onnx.topk_operator import NAME as TOPK
 from export.carriers.onnx.wiring import Architecture
 from export.clamp_sites import CLAMP_TENSORS, TOPK_TENSORS
@@ -135,11 +136,30 @@ class GraphWriter:
         names = CLAMP_TENSORS if topk is None else TOPK_TENSORS
         tensors = [self.weights.exact(g, f"{name}sae_clamp.{tensor}") for tensor in names]
         exempt = shared.exempt[self.arch.sites[layer]]
+        if layer in self.arch.gates:
+            exempt = self._gated(h, exempt, layer, tensors)
         if topk is None:
             clamped = g.op(NAME, h, exempt, *tensors, domain=DOMAIN)
         else:
             clamped = g.op(TOPK, h, exempt, *tensors, g.ints(topk), domain=DOMAIN)
         return g.op("Reshape", clamped, g.ints(-1, self.arch.d_in))
+
+    def _gated(self, h: str, exempt: str, layer: int, tensors: Sequence[str]) -> str:
+        """Where a clamp does not act, its sequence gate shut or the token exempt; writes what fired
+        beside the keys and values of the layers.
+        """
+        g, arch = self.g, self.arch
+        g.scope = f"layer.{layer}/sequence_gate"
+        W_enc, b_enc, theta, _, trigger, *_ = tensors
+        pre = g.op("Add", g.op("MatMul", h, W_enc), b_enc)
+        on = g.op("And", g.op("Greater", pre, theta), g.op("Greater", pre, trigger))
+        kept = arch.n_layers + list(arch.gates).index(layer)
+        shut, fired = sequence_gate(g, on, exempt, f"past_key_values.{kept}.key", arch.gates[layer])
+        as_keys = g.op("Expand", fired, g.ints(1, arch.n_kv_heads[0], 1, arch.head_dim[0]))
+        for part in ("key", "value"):
+            self._with_past(as_keys, f"{kept}.{part}")
+        g.scope = f"layer.{layer}/sae_clamp"
+        return g.op("Or", exempt, shut)
 
     def _per_layer(self, ids: str, x: str) -> str:
         """What a Gemma 4 gives each layer of each token: of its id, and of its embedding."""

@@ -11,7 +11,8 @@ PAST, TOTAL = "past_sequence_length", "total_sequence_length"
 
 
 def inputs(arch: Architecture, cache: int) -> list[ValueInfoProto]:
-    """Tokens, and keys and values of those before them, by the layers that make their own.
+    """Tokens, and keys and values of those before them, by the layers that make their own; after
+    them, in their form, what fired there of each sequence gate.
 
     Args:
         arch: how the graph is wired.
@@ -33,13 +34,16 @@ def outputs(arch: Architecture, cache: int) -> list[ValueInfoProto]:
 
 
 def _cached(arch: Architecture, cache: int, name: str, length: str) -> list[ValueInfoProto]:
-    return [
-        helper.make_tensor_value_info(
-            f"{name}.{layer}.{part}",
-            cache,
-            [BATCH, arch.n_kv_heads[layer], length, arch.head_dim[layer]],
-        )
+    sizes = {
+        layer: (arch.n_kv_heads[layer], arch.head_dim[layer])
         for layer in range(arch.n_layers)
         if layer not in arch.borrows
+    }
+    sizes |= {arch.n_layers + order: sizes[0] for order in range(len(arch.gates))}
+    return [
+        helper.make_tensor_value_info(
+            f"{name}.{layer}.{part}", cache, [BATCH, heads, length, head_dim]
+        )
+        for layer, (heads, head_dim) in sizes.items()
         for part in ("key", "value")
     ]

@@ -1,4 +1,6 @@
-"""Where tokens stand: which of them each one sees, and how queries and keys are turned."""
+"""Where tokens stand: which of them each one sees, how many before it fired, and how queries and
+keys are turned.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +47,33 @@ def masks(g: Builder, windows: Iterable[int | None], total: str) -> dict[int | N
             near = g.op("And", seen, g.op("Greater", counted, first))
         found[window] = g.op("Where", near, g.float(0.0), g.float(HIDDEN))
     return found
+
+
+def sequence_gate(g: Builder, on: str, exempt: str, past: str, tau: float) -> tuple[str, str]:
+    """Where not more than the share `tau` of the tokens so far fired.
+
+    Args:
+        g: of the graph.
+        on: which features are active, [batch, seq, k] bool.
+        exempt: [batch, seq] bool, tokens that do not fire.
+        past: what fired before, [batch, heads, past, head_dim], the same in every head.
+        tau: of the gate.
+
+    Returns:
+        [batch, seq] bool; what fired, [batch, 1, seq, 1] float32.
+    """
+    fired = g.op("ReduceMax", g.cast(on, TensorProto.FLOAT), g.ints(-1), keepdims=0)
+    begin, end = g.op("Neg", g.op("Shape", exempt, start=1)), g.ints(np.iinfo(np.int64).max)
+    real = g.op("Slice", "attention_mask", begin, end, g.ints(1))  # [batch, seq]
+    counted = g.op("Slice", g.op("CumSum", "attention_mask", g.scalar(1)), begin, end, g.ints(1))
+    counts = g.op("And", g.cast(real, TensorProto.BOOL), g.op("Not", exempt))
+    fired = g.op("Mul", fired, g.cast(counts, TensorProto.FLOAT))
+    before = g.op("Slice", past, g.ints(0, 0), g.ints(1, 1), g.ints(1, 3))
+    before = g.op("ReduceSum", g.cast(before, TensorProto.FLOAT), g.ints(1, 2), keepdims=0)
+    n_fired = g.op("Add", before, g.op("CumSum", fired, g.scalar(1)))
+    n = g.op("Max", g.cast(counted, TensorProto.FLOAT), g.float(1.0))
+    opens = g.op("Greater", g.op("Div", n_fired, n), g.float(tau))
+    return g.op("Not", opens), g.op("Unsqueeze", fired, g.ints(1, 3))
 
 
 def rope(g: Builder, inv_freq: NDArray[np.float32], factor: float) -> tuple[str, str, int]:

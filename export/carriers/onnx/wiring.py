@@ -56,6 +56,9 @@ class Architecture:
     """Clamped layers, and whether they spare the exempt tokens."""
     topks: dict[int, int] = field(default_factory=dict)
     """Of those the ones with a TopK SAE, and how many features of it are active on a token."""
+    gates: dict[int, float] = field(default_factory=dict)
+    """Of those the ones with a sequence gate, and its tau. What fired is kept like the keys and
+    values of further layers, in this order."""
 
     @classmethod
     def from_config(cls, config: Any) -> Architecture:
@@ -80,6 +83,12 @@ class Architecture:
             raise ModelError(
                 "config.enable_moe_block: a mixture of experts cannot be exported to ONNX; "
                 "expected a dense model. Use the clamped checkpoint, or an adapter"
+            )
+        sites = (getattr(config, "sae_clamp", None) or {}).get("sites", ())
+        if any("tau" in site and "topk" in site for site in sites):
+            raise ModelError(
+                'method "dynamic" over a TopK SAE: cannot be exported to ONNX; expected another '
+                "method or another SAE. Use the clamped checkpoint, or an adapter"
             )
         activation = getattr(config, family.activation_field)
         if activation not in _ACTIVATIONS:
@@ -118,6 +127,11 @@ class Architecture:
             exempt_token_ids=tuple(clamp["exempt_token_ids"]),
             sites={site["layer"]: site["exempt_bos"] for site in clamp["sites"]},
             topks={site["layer"]: site["topk"] for site in clamp["sites"] if "topk" in site},
+            gates={
+                site["layer"]: site["tau"]
+                for site in sorted(clamp["sites"], key=lambda site: site["layer"])
+                if "tau" in site
+            },
         )
 
 

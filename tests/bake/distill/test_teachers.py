@@ -73,7 +73,7 @@ def test_kl_to_a_kept_teacher_is_that_to_the_teacher(
     with torch.no_grad():
         base = read(model, ids, real, [])
         with clamped(model, clamps) as tell:
-            tell(ids)
+            tell(ids, real)
             live = read(model, ids, real, [])
     kept = taught(world, tmp_path).seen(range(12))
     head = head_of(model)

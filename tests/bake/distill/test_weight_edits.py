@@ -107,6 +107,6 @@ def test_what_fires_nowhere_is_left_alone(tmp_path: Path) -> None:
     assert edit_features(model, [0, 1, 2], clamps, strength=1.0, size=8.0) == 0
     ids, real = FORGET.padded()
     with torch.no_grad(), clamped(model, clamps) as tell:
-        tell(ids)
+        tell(ids, real)
         same = read(model, ids, real, []).final
     assert torch.equal(same, read(model, ids, real, []).final)

@@ -128,7 +128,7 @@ def graph_with_the_clamp_in_prefill_only(folder: Path) -> None:
     rewrite_file(folder, "model.onnx", model.SerializeToString())
 
 
-EDIT = "        return self.sae_clamp(h, sae_exempt[:, sae_exempt.shape[1] - h.shape[1] :])"
+EDIT = "            return self.sae_clamp(h, exempt)\n"
 BY_ID = "        exempt = input_ids == token_ids[0]\n"
 BY_INDEX = "        exempt = torch.arange(input_ids.shape[1]).expand_as(input_ids) == 0\n"
 DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -153,11 +153,11 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "decoder not folded": (in_clamp(set_to("W_dec", lambda w: w * 1.3)), "parity: checkpoint"),
     "b_dec ignored": (in_clamp(forget_b_dec), "parity: checkpoint"),
     "clamp skipped in decode": (
-        in_code(EDIT, f"        return h if h.shape[1] == 1 else {EDIT.strip()[7:]}"),
+        in_code(EDIT, f"            return h if h.shape[1] == 1 else {EDIT.strip()[7:]}\n"),
         "parity: checkpoint",
     ),
     "first batch row only": (
-        in_code(EDIT, f"        return torch.cat([{EDIT.strip()[7:]}[:1], h[1:]])"),
+        in_code(EDIT, f"            return torch.cat([{EDIT.strip()[7:]}[:1], h[1:]])\n"),
         "parity: checkpoint",
     ),
     "one base weight off by one bit": (flip_a_bit, f"integrity: {SHARD}"),

@@ -16,6 +16,8 @@ from verify.engines.runners import DecodingRunner, TreeRunner
 class Loaded(DecodingRunner):
     """An engine that says how it is called."""
 
+    reads_trees = True
+
     def __init__(self, name: str) -> None:
         self.name = name
 

@@ -67,6 +67,10 @@ def edit_by_hand(acts: np.ndarray, table: dict[str, Any]) -> np.ndarray:
             if acts[f] > trigger:
                 edited[(f + 1) % D_SAE] = table["value"]
         return edited
+    if table["method"] == "dynamic":
+        if any(acts[f] > trigger for f in features):
+            edited[features] = table["value"]
+        return edited
     for f in features:
         if not acts[f] > trigger:
             continue

@@ -22,7 +22,7 @@ from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.compiled.compiling import plan_compiled, write_compiled
 from export.code_check import auto_map_of
 from export.manifest import Manifest
-from tests.clamps import METHOD_FEATURES, METHOD_TABLES
+from tests.clamps import METHOD_FEATURES, OF_ONE_TOKEN
 from tests.defects import rewrite_file
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
@@ -66,11 +66,11 @@ def sae_tables(tmp_path: Path, method: str, features: list[int], n: int) -> list
     save_sae_lens(tmp_path / "one", tiny_sae(), layer=1)
     save_gemma_scope(tmp_path / "layer_2", tiny_sae(1))
     names = ["one", "layer_2"][:n]
-    return [{**sae_table(name), "features": features, **METHOD_TABLES[method]} for name in names]
+    return [{**sae_table(name), "features": features, **OF_ONE_TOKEN[method]} for name in names]
 
 
 @pytest.mark.parametrize("hook_points", [1, 2])
-@pytest.mark.parametrize("method", METHOD_TABLES)
+@pytest.mark.parametrize("method", OF_ONE_TOKEN)
 @pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)
 def test_float32(
     tmp_path: Path, write_recipe: RecipeWriter, family: str, method: str, hook_points: int
@@ -194,8 +194,8 @@ def test_bos_is_exempt_by_its_id_wherever_it_stands(
 BFLOAT16 = [
     ("gemma", "clamp", 1),
     ("gemma", "scale", 1),
-    *(("gemma2", method, 1 + i % 2) for i, method in enumerate(METHOD_TABLES)),
-    *(("gemma3_text", method, 2 - i % 2) for i, method in enumerate(METHOD_TABLES)),
+    *(("gemma2", method, 1 + i % 2) for i, method in enumerate(OF_ONE_TOKEN)),
+    *(("gemma3_text", method, 2 - i % 2) for i, method in enumerate(OF_ONE_TOKEN)),
 ]
 
 

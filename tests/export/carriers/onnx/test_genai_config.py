@@ -24,7 +24,12 @@ from verify.engines.onnx_runner import open_runner
 
 og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
 
-MODELS = {"gemma": (0, 0.1), "gemma2": (2, 0.2), "gemma3_text": (2, 0.1)}
+MODELS = {
+    "gemma": (0, 0.1),
+    "gemma2": (2, 0.2),
+    "gemma3_text": (2, 0.1),
+    "gemma2, dynamic": (2, 0.2),
+}
 """Seed, and factor on the embeddings, with which a random model does not say one token for ever:
 its first layers then outweigh the token that it has just read."""
 WINDOW = 8
@@ -34,6 +39,7 @@ N_NEW = 80
 
 def lively_folder(folder: Path, family: str, seed: int, factor: float) -> Path:
     """A clamped folder with a shared graph, and an int4 graph in a folder of its own."""
+    family, _, method = family.partition(", ")
     tiny_base(folder / "base", family, seed=seed)
     tiny_tokenizer(folder / "base")
     weights = load_file(folder / "base/model.safetensors")
@@ -41,6 +47,8 @@ def lively_folder(folder: Path, family: str, seed: int, factor: float) -> Path:
     save_file(weights, folder / "base/model.safetensors", metadata={"format": "pt"})
     save_sae_lens(folder / "sae", tiny_sae())
     clamp = {"sae": {"path": "sae"}, "method": "clamp", "features": [0, 1, 2, 3], "value": -2.0}
+    if method:
+        clamp |= {"method": method, "trigger": 0.5, "tau": 0.3}
     base = {"model": "base", "license": "apache-2.0"}
     recipe = folder / "recipe.toml"
     recipe.write_text(tomli_w.dumps({"schema": 1, "base": base, "clamp": [clamp]}))

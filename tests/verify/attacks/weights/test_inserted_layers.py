@@ -12,7 +12,7 @@ import transformers as tf
 
 from bake.stock import decoder_layers
 from bakeout.verbs.demo import MINIATURE
-from tests.clamps import METHOD_FEATURES, METHOD_TABLES
+from tests.clamps import METHOD_FEATURES, OF_ONE_TOKEN
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import (
@@ -35,7 +35,7 @@ def opened(folder: Path) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("hook_points", [1, 2])
-@pytest.mark.parametrize("method", METHOD_TABLES)
+@pytest.mark.parametrize("method", OF_ONE_TOKEN)
 @pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)
 def test_compiled_layers_are_found_and_the_base_is_had_back(
     tmp_path: Path,
@@ -51,7 +51,7 @@ def test_compiled_layers_are_found_and_the_base_is_had_back(
     save_sae_lens(tmp_path / "one", tiny_sae(), layer=1)
     save_gemma_scope(tmp_path / "layer_2", tiny_sae(1))
     tables = [
-        {**sae_table(name), "features": METHOD_FEATURES, **METHOD_TABLES[method]}
+        {**sae_table(name), "features": METHOD_FEATURES, **OF_ONE_TOKEN[method]}
         for name in ("one", "layer_2")[:hook_points]
     ]
     model = opened(compile_recipe(write_recipe(*tables), tmp_path))
@@ -76,7 +76,7 @@ def test_many_features_take_more_neurons_than_the_base_has(
 ) -> None:
     tiny_base(tmp_path / "base")
     save_sae_lens(tmp_path / "one", tiny_sae(), layer=3)
-    table = {**sae_table("one"), "features": list(range(60)), **METHOD_TABLES["clamp"]}
+    table = {**sae_table("one"), "features": list(range(60)), **OF_ONE_TOKEN["clamp"]}
     assert inserted_layers(opened(compile_recipe(write_recipe(table), tmp_path))) == (4, 5)
 
 
