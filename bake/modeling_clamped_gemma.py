@@ -14,8 +14,7 @@ wrong shape, or not finite; a clamp that was never loaded answers NaN.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -148,6 +147,9 @@ class SAEClamp(nn.Module):
     ) -> None:
         super().__init__()
         self.k, self.topk, self.tau = k, topk, tau
+        self.each_alone = False
+        """Every feature is set where it is active itself, and by nothing else: `settle` finds out
+        once the clamp is loaded, and forward takes half the kernels."""
         size = {"d_in": d_in, "k": k, "d_sae": d_sae}
         kinds = {"route": torch.bool, "W_enc": getattr(torch, dtype)}
         for name, *axes in self.TOPK_SHAPES if topk else self.SHAPES:
@@ -167,6 +169,11 @@ class SAEClamp(nn.Module):
         for buffer in self.buffers():
             if buffer.is_floating_point() and not getattr(buffer, "_is_hf_initialized", False):
                 buffer.fill_(float("nan"))
+
+    def settle(self) -> None:
+        """Find out, of the loaded tensors, what forward may leave out."""
+        alone = torch.eye(self.k, dtype=torch.bool, device=self.route.device)
+        self.each_alone = not self.topk and self.tau is None and torch.equal(self.route, alone)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAEClamp:
         """Follow the model to another device, but never to another dtype."""
@@ -191,6 +198,8 @@ class SAEClamp(nn.Module):
         Returns:
             [batch, seq, d_in], in h's dtype.
         """
+        if self.each_alone:
+            return self._each_alone(h, exempt)
         a = self.feature_acts(h)
         delta = (self.edited(a) - a) @ self.W_dec
         if self.tau is not None:
@@ -198,6 +207,16 @@ class SAEClamp(nn.Module):
         if exempt is not None:
             delta = delta.masked_fill(exempt.unsqueeze(-1), 0.0)
         return (h + delta).to(h.dtype)  # added in float32 and rounded once
+
+    def _each_alone(self, h: torch.Tensor, exempt: torch.Tensor | None) -> torch.Tensor:
+        """The same where every feature gates itself: a is pre there, and a' - a one sum."""
+        x = h.float().flatten(0, -2)
+        pre = torch.addmm(self.b_enc, x, self.W_enc)
+        on = pre > torch.maximum(self.theta, self.trigger)
+        change = torch.where(on, torch.addcmul(self.value, pre, self.scale - 1), 0.0)
+        if exempt is not None:
+            change.masked_fill_(exempt.reshape(-1, 1), 0.0)
+        return torch.addmm(x, change, self.W_dec).view_as(h).to(h.dtype)
 
     def shut(self, a: torch.Tensor, exempt: torch.Tensor | None, so_far: SoFar) -> torch.Tensor:
         """Where a sequence gate keeps the clamp from acting, or a position is exempt: [batch, seq]
@@ -243,8 +262,7 @@ class SAEClamp(nn.Module):
         return torch.where(gate, self.value + self.scale * a, a)
 
 
-@dataclass
-class SoFar:
+class SoFar(NamedTuple):
     """What a sequence gate counts: the tokens up to each one, and how many of them fired.
 
     What fired is kept in the cache, as if it were the keys and values of one more layer, so that
@@ -915,7 +933,7 @@ def gate_place(section: dict[str, Any], layer: int, n_layers: int) -> dict[str, 
 
 
 def refuse_broken_clamp(model: nn.Module, info: dict[str, Any]) -> None:
-    """Raise ValueError unless every clamp tensor was loaded, fits, and is finite.
+    """Raise ValueError unless every clamp tensor was loaded, fits, and is finite; then settle.
 
     Args:
         model: a clamped model.
@@ -935,6 +953,9 @@ def refuse_broken_clamp(model: nn.Module, info: dict[str, Any]) -> None:
             raise ValueError(
                 f"clamp tensor {name} is not finite; this folder is damaged, do not use it"
             )
+    for module in model.modules():
+        if isinstance(module, SAEClamp) and not module.route.is_meta:
+            module.settle()
 
 
 __all__ = [

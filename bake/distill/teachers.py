@@ -73,11 +73,12 @@ def clamped(
     """
     bos = model.config.get_text_config().bos_token_id
     exempt: dict[bool, Tensor] = {}
-    so_far = SoFar()
+    so_far: SoFar | None = None
 
     def about(ids: Tensor, real: Tensor) -> None:
+        nonlocal so_far
         exempt[True], exempt[False] = ids == bos, torch.zeros_like(ids, dtype=torch.bool)
-        so_far.mask = real
+        so_far = SoFar(real)
 
     def clamp(module: SAEClamp, exempt_bos: bool) -> Callable[[Any, Any, Any], Any]:
         return lambda _, __, h: module(h, exempt[exempt_bos], so_far)

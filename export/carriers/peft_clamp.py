@@ -155,6 +155,8 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
                     "(PeftModel.from_pretrained(base, folder)): transformers' model.load_adapter "
                     "does not fill it. If peft did load it, the adapter is damaged"
                 )
+        for site in self.sites:
+            site.settle()
         self.checked = True
 
     def _clamp(self, exempt_bos: bool, place: dict[str, int]) -> Any:

@@ -13,6 +13,7 @@ import torch
 import transformers as tf
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bake.modeling_clamped_gemma as clamped
 from bake.clamp import load_clamps
@@ -119,6 +120,47 @@ def test_exempt_positions_are_untouched_even_where_the_stream_is_infinite() -> N
     out = clamp(h, exempt)
     assert torch.equal(out[exempt], h[exempt])
     assert not torch.equal(out[~exempt], h[~exempt])
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is run; views and numbers are not."""
+
+    NONE = ("view", "t", "unsqueeze", "slice", "detach", "scalar_tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.run: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        self.run += [] if name in self.NONE else [name]
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_that_gate_themselves_take_ten_kernels_and_say_the_same(
+    dtype: torch.dtype,
+) -> None:
+    clamp = random_clamp()
+    clamp.route.copy_(torch.eye(6))
+    clamp.theta.mul_(3)
+    h = torch.randn(3, 7, D_IN, generator=torch.Generator().manual_seed(3)).to(dtype)
+    exempt = torch.zeros(3, 7, dtype=torch.bool)
+    exempt[:, 0] = True
+    expected = clamp(h, exempt)
+    clamp.settle()
+    assert clamp.each_alone
+    with Kernels() as kernels:
+        found = clamp(h, exempt)
+    assert len(kernels.run) <= 10, kernels.run
+    off = (found - expected).abs().float()
+    assert (off <= torch.finfo(dtype).eps * expected.abs().float() + 1e-5).all()
+    untouched = (expected == h).all(-1)
+    assert untouched.any() and not untouched.all()
+    assert torch.equal(found[untouched], h[untouched])
+    clamp.route[0, 1] = True
+    clamp.settle()
+    assert not clamp.each_alone
 
 
 def test_a_clamp_that_was_never_loaded_answers_nan() -> None:
@@ -297,7 +339,7 @@ def test_a_config_without_its_clamp_raises(checkpoint: Path, tmp_path: Path) -> 
     sites = config["sae_clamp"]["sites"]
     for broken, match in (
         ({**config, "sae_clamp": None}, "sae_clamp: missing"),
-        ({**config, "sae_clamp": {**config["sae_clamp"], "schema": 2}}, "schema"),
+        ({**config, "sae_clamp": {**config["sae_clamp"], "schema": 3}}, "schema"),
         ({**config, "sae_clamp": {**config["sae_clamp"], "sites": sites[:1]}}, "places no clamp"),
     ):
         (folder / "config.json").write_text(json.dumps(broken))
