@@ -1,1 +1,1 @@
-"""Which features to clamp: statistics over corpora, selection, sweeps, and training an SAE."""
+"""Which features to clamp: statistics over corpora, selection, sweeps."""

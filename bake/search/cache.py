@@ -33,7 +33,7 @@ from bake.search.statistics import FeatureStatistics
 SCHEMA = 1
 TABLE, CONTEXTS_FILE, ABOUT = "statistics.parquet", "contexts.safetensors", "about.json"
 _COLUMNS = ("fired", "total", "squares", "maximum", "near")
-_SAVING_SHARE = 0.05
+SAVING_SHARE = 0.05
 """Most of the time that saving the state of an unfinished pass may take."""
 
 
@@ -151,7 +151,7 @@ class Unfinished:
         def save(state: dict[str, Tensor]) -> None:
             nonlocal saved, took
             begun = time.monotonic()
-            if saved and took > _SAVING_SHARE * (begun - saved):
+            if saved and took > SAVING_SHARE * (begun - saved):
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.path) as new:

@@ -180,14 +180,21 @@ def distill(
 def train_sae(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="What to train (TOML).")],
     out: Annotated[Path, typer.Option(help="Folder to write the SAE to; it may not exist.")],
+    device: Device = "cpu",
 ) -> None:
-    """Train an SAE with sae_lens, for a model that has no public one."""
-    from bake.search.train_sae import train_config  # sae_lens
+    """Train an SAE with sae_lens, for a model that has no public one.
+
+    A run that was interrupted goes on.
+    """
+    from bake.training.train_sae import train_config  # sae_lens
 
     with progress("train-sae") as advance:
-        found = train_config(config, out, advance)
+        found = train_config(config, out, advance, device)
+    fit = found.fit
+    explained = "not finite" if fit.variance_explained is None else f"{fit.variance_explained:.1%}"
+    standardised = "not finite" if fit.standardised is None else f"{fit.standardised:.1%}"
     typer.echo(
-        f"written to {out}\non {found.n_tokens:,} tokens that it was not trained on: L0 "
-        f"{found.l0:.1f}, {found.explained:.1%} of the variance explained, {found.dead:,} features "
-        "never active"
+        f"written to {out}\non {fit.tokens:,} tokens that it was not trained on: L0 {fit.l0:.1f}, "
+        f"{explained} of the variance explained, {standardised} per standardised dimension, "
+        f"{found.dead:,} features never active"
     )

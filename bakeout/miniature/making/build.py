@@ -24,7 +24,7 @@ from bake.recipe import Recipe
 from bake.search.bench import Bench
 from bake.search.grid import Point
 from bake.search.sweep import SIDES, Scored, Sweep, scored
-from bake.search.train_sae import save_sae
+from bake.training.train_sae import save_sae
 from bakeout.miniature.making.miniature_sae import LAYER, cached_activations, train_site_sae
 from bakeout.miniature.making.shipping import (
     write_model,

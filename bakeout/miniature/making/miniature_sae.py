@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from bake.search.statistics import residuals
-from bake.search.train_sae import SAETable, Schedule, train_sae
+from bake.training.train_sae import SAETable, Schedule, train_sae
 from bakeout.miniature.making.tokenizer import BOS, EOS, PAD
 from bakeout.miniature.making.train_model import ModelSchedule, collate, encode
 from bakeout.miniature.making.world import World

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bake.search.statistics import residuals
-from bake.search.train_sae import save_sae, train_config
+from bake.training.standard import Standard
+from bake.training.train_sae import save_sae, train_config
 from bakeout.cli import run
 from bakeout.miniature.making.miniature_sae import SAE_TABLE, SCHEDULE, train_site_sae
 from bakeout.verbs.demo import MINIATURE
@@ -56,9 +58,9 @@ def test_it_trains_what_can_be_baked(
     sae = SAE.load_from_disk(out)
     assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
     assert sae.cfg.architecture() == ("standard" if architecture == "standard" else "jumprelu")
-    assert found.explained > 0.5 and found.n_tokens > 0
+    assert found.fit.variance_explained > 0.5 and found.fit.standardised > 0.5
     if architecture == "batchtopk":
-        assert 3 < found.l0 < 12
+        assert 3 < found.fit.l0 < 12
     table = {"sae": {"path": "sae"}, "method": "clamp", "features": [1, 2], "value": -5.0}
     assert run(["bake", str(write_recipe(table)), "--out", str(tmp_path / "baked")]) == 0
 
@@ -71,6 +73,61 @@ def test_the_same_seed_gives_the_same_sae(write_config: Any, tmp_path: Path) -> 
         assert [file.name for file in files] == ["cfg.json", "sae_weights.safetensors"]
         weights.append([file.read_bytes() for file in files])
     assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "standard"])
+def test_an_interrupted_training_goes_on_to_the_same_bytes(
+    write_config: Any, tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAKEOUT_CACHE", str(tmp_path / "cache"))
+    config = write_config({"architecture": architecture}, n_tokens=12_000)
+    steps: list[int] = []
+
+    def watch(_: str, share: float) -> None:
+        steps.append(round(share * 100))
+        if len(steps) == 80:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_config(config, tmp_path / "sae", watch)
+    assert not (tmp_path / "sae").exists()
+    again: list[int] = []
+    train_config(config, tmp_path / "sae", lambda _, share: again.append(round(share * 100)))
+    assert steps[0] == 0 and 0 < again[0] < steps[-1]  # from what was kept on
+    train_config(config, tmp_path / "whole")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / "sae" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "cache" / "train-sae").iterdir())
+
+
+def test_a_few_large_dimensions_do_not_hide_the_others(
+    write_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a real Gemma: two dimensions with most of the norm."""
+    config, weights = write_config(), tmp_path / "base" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][:, [3, 11]] *= 200
+    save_file(tensors, weights, metadata={"format": "pt"})
+    found = train_config(config, tmp_path / "standardised").fit
+    monkeypatch.setattr(Standard, "of", lambda *_: Standard(torch.zeros(32), torch.full((32,), 9)))
+    bare = train_config(config, tmp_path / "bare").fit
+    assert found.standardised is not None and bare.standardised is not None
+    assert found.standardised > 0.5 > bare.standardised
+
+
+def test_folding_changes_no_reconstruction() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=8, d_sae=20))
+    for tensor in sae.state_dict().values():
+        tensor.normal_(generator=generator)
+    sae.threshold.data.abs_()
+    standard = Standard(torch.randn(8, generator=generator), torch.rand(8, generator=generator) + 1)
+    h = torch.randn(50, 8, generator=generator) * 5
+    expected = sae.decode(sae.encode(standard.of_tokens(h))) * standard.scale + standard.mean
+    standard.fold(sae)
+    torch.testing.assert_close(sae.decode(sae.encode(h)), expected, rtol=1e-4, atol=1e-4)
+    assert bool((sae.encode(h) > 0).any())
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(20))
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,7 +30,6 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
@@ -37,12 +38,13 @@ from bake.errors import DataError, ModelError, RecipeError
 from bake.new_folder import check_output, new_folder
 from bake.questions.corpora import Windows, load_windows
 from bake.recipe import Base, Recipe
-from bake.search.statistics import BATCH_TOKENS, residuals
+from bake.sae.fit_figures import Fit
+from bake.search.cache import model_sha256
 from bake.sources import Corpus, Table, layer_of, one_line, read_toml
 from bake.stock import load_base, load_tokenizer
+from bake.training.kept_training import Kept
+from bake.training.standard import Standard, activations_of, mixed
 
-MIXED_BATCHES = 64
-"""Batches of activations among which tokens are mixed."""
 HELD_OUT_TOKENS = 16_384
 """Tokens that the SAE is not trained on, or a tenth of the corpus if that is less: by them it is
 judged."""
@@ -125,19 +127,26 @@ class Schedule:
 class Quality:
     """How well an SAE does on tokens that it was not trained on."""
 
-    l0: float
-    """Mean number of features active per token."""
-    explained: float
-    """Share of the variance that the reconstruction explains."""
+    fit: Fit
+    """On these tokens; its share of dead features is of them too."""
     dead: int
-    """Features that fire on none of these tokens."""
-    n_tokens: int
+    """Features that fire on none of them."""
 
 
 def train_config(
-    file: Path, out: Path, progress: Callable[[str, float], None] = lambda _what, _share: None
+    file: Path,
+    out: Path,
+    progress: Callable[[str, float], None] = lambda _what, _share: None,
+    device: str = "cpu",
 ) -> Quality:
-    """Train what a configuration file asks for, and write the SAE as a sae_lens folder.
+    """Train what a configuration file asks for, and write the SAE as a sae_lens folder. A run that
+    was killed goes on, to the same result.
+
+    Args:
+        file: the configuration.
+        out: folder of the SAE; it may not exist.
+        progress: called with what is done, and the share of it.
+        device: as torch names it; on a GPU in bfloat16, the weights and their sums in float32.
 
     Raises:
         BakeoutError: of the kind of trouble it meets; nothing is written then.
@@ -154,7 +163,7 @@ def train_config(
         )
     size = 8 * base.d_in * sae.d_sae
     check_output(out, inputs=[file, base.folder], size=size, force=False)
-    tokenizer, model = load_tokenizer(recipe), load_base(recipe)
+    tokenizer, model = load_tokenizer(recipe), load_base(recipe).to(device)
     windows = load_windows(
         train.text,
         recipe,
@@ -175,18 +184,6 @@ def train_config(
             f"{train.batch_tokens:,}; expected at least 4"
         )
     held_out = max(1, min(len(windows.ids) // 10, HELD_OUT_TOKENS // train.seq_len))
-    torch.manual_seed(train.seed)
-    done = 0
-
-    def told() -> Iterator[Tensor]:
-        nonlocal done
-        loader = activations(model, layer, windows, held_out)
-        mixed = MIXED_BATCHES * train.batch_tokens
-        for batch in mixing_buffer(mixed, train.batch_tokens, loader):
-            progress("train", min(1.0, done / n_steps))
-            done += 1
-            yield batch
-
     schedule = Schedule(
         sae,
         n_steps,
@@ -201,15 +198,37 @@ def train_config(
         prepend_bos=True,
         exclude_special_tokens=list(windows.special_ids),
     )
-    trained = train_sae(told(), base.d_in, train.seed, schedule, metadata)
+    trainer = trainer_of(base.d_in, train.seed, schedule, metadata, device, scaled=False)
+    standard = Standard.of(model, layer, windows, held_out)
+    kept = Kept.of([config.model_dump_json(), model_sha256(base), windows.ids.tobytes(), device])
+    first = kept.restore(trainer)
+
+    def told() -> Iterator[Tensor]:
+        for block in count(first):
+            if block > first:
+                kept.save(trainer, block)
+            for batch in mixed(model, layer, windows, held_out, train, block):
+                progress("train", min(1.0, trainer.n_training_steps / n_steps))
+                yield standard.of_tokens(batch)
+
+    trained = fit(trainer, told())
     with new_folder(out) as folder:
         save_sae(trained, folder)
+        folded = SAE.load_from_disk(folder)
+        standard.fold(folded)
+        folded.save_model(folder)
+        _in_order(folder)
+    kept.remove()
     return quality(SAE.load_from_disk(out), model, layer, windows, held_out)
 
 
 def save_sae(trained: Any, folder: Path) -> None:
     """Write a trained SAE into a folder; the same SAE gives the same bytes."""
     trained.save_inference_model(folder)
+    _in_order(folder)
+
+
+def _in_order(folder: Path) -> None:
     cfg = folder / "cfg.json"  # sae_lens writes its keys in an order that changes from run to run
     config = json.loads(cfg.read_text(encoding="utf-8"))
     cfg.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -217,22 +236,7 @@ def save_sae(trained: Any, folder: Path) -> None:
         path.chmod(0o644)
 
 
-def activations(model: Any, layer: int, windows: Windows, first: int) -> Iterator[Tensor]:
-    """A layer's output on the counted tokens of windows from `first` on, over and over.
-
-    Yields:
-        [n, d_in] float32.
-    """
-    step = max(1, BATCH_TOKENS // windows.ids.shape[1])
-    while True:
-        for start in range(first, len(windows.ids), step):
-            yield _batch(model, layer, windows, slice(start, start + step))
-
-
-def _batch(model: Any, layer: int, windows: Windows, part: slice) -> Tensor:
-    ids = torch.from_numpy(windows.ids[part].astype("int64")).to(model.device)
-    counted = torch.from_numpy(windows.counted[part]).to(model.device)
-    return residuals(model, [layer], ids)[layer][counted].float().clone()
+# --------------------------------------------------------------------------- training
 
 
 def train_sae(
@@ -250,6 +254,29 @@ def train_sae(
     Returns:
         The SAE in training form; `save_inference_model` writes it ready for use.
     """
+    return fit(trainer_of(d_in, seed, schedule, metadata, "cpu", scaled=True), batches)
+
+
+def fit(trainer: Any, batches: Iterator[Tensor]) -> Any:
+    """Train to the end; returns the SAE in training form. Changes the trainer."""
+    trainer.data_provider = batches
+    with contextlib.redirect_stderr(io.StringIO()):
+        return trainer.fit()
+
+
+def trainer_of(
+    d_in: int, seed: int, schedule: Schedule, metadata: SAEMetadata, device: str, *, scaled: bool
+) -> Any:
+    """sae_lens's trainer of a new SAE.
+
+    Args:
+        d_in: width of the residual stream.
+        seed: of the initial weights.
+        schedule: sizes and steps.
+        metadata: what the SAE says of itself.
+        device: as torch names it.
+        scaled: let it bring activations to a common size; else they have it.
+    """
     torch.manual_seed(seed)
     random.seed(seed)
     cfg = SAETrainerConfig(
@@ -262,18 +289,18 @@ def train_sae(
         dead_feature_window=100,
         feature_sampling_window=schedule.n_steps + 1,
         n_batches_for_norm_estimate=20,
+        device=device,
+        autocast=torch.device(device).type == "cuda",
     )
-    sae = _untrained(d_in, schedule, metadata)
-    with contextlib.redirect_stderr(io.StringIO()):
-        SAETrainer(cfg=cfg, sae=sae, data_provider=batches).fit()
-    return sae
+    sae = _untrained(d_in, schedule, metadata, scaled).to(device)
+    return SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
 
 
-def _untrained(d_in: int, schedule: Schedule, metadata: SAEMetadata) -> Any:
+def _untrained(d_in: int, schedule: Schedule, metadata: SAEMetadata, scaled: bool) -> Any:
     common: dict[str, Any] = {
         "d_in": d_in,
         "d_sae": schedule.sae.d_sae,
-        "normalize_activations": "expected_average_only_in",
+        "normalize_activations": "expected_average_only_in" if scaled else "none",
         "metadata": metadata,
     }
     warm_up = schedule.n_steps // 10
@@ -295,16 +322,15 @@ def _untrained(d_in: int, schedule: Schedule, metadata: SAEMetadata) -> Any:
 @torch.no_grad()
 def quality(sae: Any, model: Any, layer: int, windows: Windows, n_windows: int) -> Quality:
     """An SAE on the first windows of a corpus."""
-    h = _batch(model, layer, windows, slice(0, n_windows)).cpu()
+    h = activations_of(model, layer, windows, slice(0, n_windows)).cpu()
     acts = sae.encode(h)
-    residue = (h - sae.decode(acts)).square().sum()
+    errors = (h - sae.decode(acts)).double().square().sum(0)
+    variances = (h - h.mean(0)).double().square().sum(0)
     fired = acts > 0
-    return Quality(
-        l0=float(fired.sum(-1).float().mean()),
-        explained=1.0 - float(residue / (h - h.mean(0)).square().sum()),
-        dead=int((~fired.any(0)).sum()),
-        n_tokens=len(h),
-    )
+    dead = int((~fired.any(0)).sum())
+    l0, share = float(fired.sum(-1).float().mean()), dead / fired.shape[1]
+    fit = Fit.of(len(h), errors.tolist(), variances.tolist(), l0=l0, dead=share, agreement=math.nan)
+    return Quality(fit, dead)
 
 
 def _as_recipe(config: TrainConfig, folder: Path) -> Recipe:

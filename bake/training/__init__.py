@@ -1,0 +1,1 @@
+"""Training of an SAE where a model has no public one."""

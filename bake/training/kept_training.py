@@ -1,0 +1,61 @@
+"""The state of a training that may be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bake.search.cache import SAVING_SHARE, cache_folder
+
+
+@dataclass
+class Kept:
+    """The state of a training that may be killed, in the cache."""
+
+    folder: Path
+    """One folder in it for each state; the highest is the last."""
+    saved: float = 0.0
+    took: float = 0.0
+
+    @classmethod
+    def of(cls, made_from: Sequence[str | bytes]) -> Kept:
+        """Where the state of a training lies that depends on all of this."""
+        digest = hashlib.sha256()
+        for part in made_from:
+            digest.update(part.encode() if isinstance(part, str) else part)
+        return cls(cache_folder() / "train-sae" / digest.hexdigest()[:32])
+
+    def restore(self, trainer: Any) -> int:
+        """Bring a new trainer to the last state that was kept; gives the block that comes next."""
+        for path in sorted(self.folder.glob("block-*[0-9]"), reverse=True):
+            trainer.sae.load_weights_from_checkpoint(path)
+            trainer.load_trainer_state(path)
+            return int(path.name.partition("-")[2])
+        return 0
+
+    def save(self, trainer: Any, block: int) -> None:
+        """Keep the state before a block, but so seldom that it costs next to nothing."""
+        begun = time.monotonic()
+        if self.saved and self.took > SAVING_SHARE * (begun - self.saved):
+            return
+        before = list(self.folder.glob("block-*"))
+        new = self.folder / f"block-{block:09}.new"
+        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.save_checkpoint(new.name, self.folder)
+        new.rename(new.with_suffix(""))
+        for path in before:
+            shutil.rmtree(path, ignore_errors=True)
+        self.saved = time.monotonic()
+        self.took = self.saved - begun
+
+    def remove(self) -> None:
+        """The training is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
