@@ -328,18 +328,27 @@ class SoFar(NamedTuple):
             return self._share_of_seen(mask[:, 0], fired, record, past)
         real = torch.ones_like(fired) if mask is None else mask[:, -seq:].bool()
         fired = fired & real
-        n_fired, n = fired.cumsum(1), real.cumsum(1)
-        if record is not None:
-            all_fired, all_real = self._keep(record, fired, real)
-            n_fired = n_fired + (all_fired.sum(1) - fired.sum(1))[:, None]
-            n = n + (all_real.sum(1) - real.sum(1))[:, None]
-        if self.position_ids is not None:  # of sequences in one row, each counts for itself
-            begins = self.position_ids == 0
-            n_fired, n = (
-                of - torch.where(begins, of - one.long(), 0).cummax(1).values
-                for of, one in ((n_fired, fired), (n, real))
-            )
+        if record is None:
+            n_fired, n = (self._counted(of) for of in (fired, real))
+        else:
+            kept = self._keep(record, fired, real)
+            n_fired, n = (of.sum(1, keepdim=True) for of in kept)
+            if seq > 1:
+                n_fired, n = (
+                    of - here.sum(1, keepdim=True) + here.cumsum(1)
+                    for of, here in ((n_fired, fired), (n, real))
+                )
         return n_fired.float() / n.clamp(min=1).float()
+
+    def _counted(self, flags: torch.Tensor) -> torch.Tensor:
+        """flags: [batch, seq] bool -> how many up to each token: of sequences in one row each counts
+        for itself.
+        """
+        n = flags.cumsum(1)
+        if self.position_ids is None:
+            return n
+        before = torch.where(self.position_ids == 0, n - flags.long(), 0)
+        return n - before.cummax(1).values
 
     def _share_of_seen(
         self, mask: torch.Tensor, fired: torch.Tensor, record: Any, past: Any
@@ -368,11 +377,11 @@ class SoFar(NamedTuple):
             static = isinstance(layers[0], StaticLayer)
             layers.append(StaticLayer(self.cache.get_max_length()) if static else DynamicLayer())
         past, known = layers[index].get_seq_length(), layers[0].get_seq_length()
-        tells = isinstance(known, int) or not layers[index].is_initialized  # else it would wait
-        if tells and int(known) != int(past) + seq:
+        # A static layer's own count is a tensor once it is filled: asking it would wait for a GPU.
+        if isinstance(past, int) and int(known) != past + seq:
             raise ValueError(
                 f"the cache holds {int(known) - seq} tokens, of which the sequence gate saw "
-                f"{int(past)}; use a cache that this model alone has filled"
+                f"{past}; use a cache that this model alone has filled"
             )
         return index, past
 

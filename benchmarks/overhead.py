@@ -58,6 +58,7 @@ def build(
             tensor.copy_(torch.eye(K))
         else:
             tensor.normal_(std=D_IN**-0.5)
+    clamp.settle()
     return base, clamped
 
 

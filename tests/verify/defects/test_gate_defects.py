@@ -44,11 +44,9 @@ def take_the_gate_off(config: dict[str, Any]) -> None:
     config["sae_clamp"]["schema"] = 1
 
 
-COUNTED = "n_fired, n = fired.cumsum(1), real"
-ONE_LATE = in_code(COUNTED, COUNTED.replace("fired.cumsum(1)", "fired.cumsum(1) - fired.long()"))
-HARDLY_KEPT = in_code(
-    "(all_fired.sum(1) - fired.sum(1))", "((all_fired.sum(1) - fired.sum(1)) // 8)"
-)
+SUM = "n_fired, n = (of.sum(1, keepdim=True) for of in kept)"
+HARDLY_KEPT = in_code(SUM, SUM.replace("keepdim=True)", "keepdim=True) // 8"))
+ONE_LATE = in_code("n = flags.cumsum(1)", "n = flags.cumsum(1) - flags.long()")
 
 
 @pytest.mark.parametrize("change", [set_tau, take_the_gate_off])
