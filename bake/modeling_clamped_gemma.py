@@ -317,7 +317,9 @@ class SoFar(NamedTuple):
             ValueError: the cache was filled without this clamp.
         """
         seq = fired.shape[1]
-        mask = self.mask["full_attention"] if isinstance(self.mask, dict) else self.mask
+        mask = self.mask
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", mask)
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim in (2, 4)):
             raise ValueError(
                 f"a sequence gate cannot read an attention mask of type {type(mask).__name__}; "

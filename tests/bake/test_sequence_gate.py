@@ -330,6 +330,8 @@ def test_a_cache_that_others_filled_is_refused(one: World) -> None:
 def test_what_cannot_carry_the_gate_is_refused(one: World) -> None:
     with pytest.raises(ValueError, match="attn_implementation sdpa or eager"):
         SoFar("a block mask").share(torch.ones(1, 2).bool())
+    with pytest.raises(ValueError, match="type dict"):
+        SoFar({"sliding_attention": torch.ones(1, 1, 2, 2)}).share(torch.ones(1, 2).bool())
     with pytest.raises(ValueError, match="continuous batching"):
         SoFar.at({"n_layers": 4, "order": 0}, None, cache="paged")
 
