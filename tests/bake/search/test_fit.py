@@ -72,9 +72,11 @@ def test_a_sound_sae_fits(
     assert f"fit    {fit.said}" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["clamps"][0]["fit"] == vars(fit)
-    assert f"Fit of the SAE at layer 0: {fit.said}." in (tmp_path / "out/README.md").read_text()
+    said = f"Fit of the SAE at layer 0: by the word of whoever baked it, {fit.said}."
+    assert said in (tmp_path / "out" / "README.md").read_text()
     assert run(["show", str(tmp_path / "out")]) == 0
-    assert fit.said in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"by the word of whoever baked it, {fit.said}" in shown
 
 
 @pytest.mark.parametrize("name", UNFIT)
