@@ -301,8 +301,9 @@ def test_a_request_that_takes_too_much_memory_is_told_from_a_refusal(
         torch.empty(1 << 58)
     answer = torch_worker.pack({"error": f"RuntimeError: {' '.join(str(caught.value).split())}"})
     monkeypatch.setattr(torch_worker, "read_message", lambda _: answer)
-    with TorchRunner(bases["gemma2"]) as runner, pytest.raises(
-        RanOutError, match=r"gemma2: RuntimeError: .*; take a machine with more"
+    with (
+        TorchRunner(bases["gemma2"]) as runner,
+        pytest.raises(RanOutError, match=r"gemma2: RuntimeError: .*; take a machine with more"),
     ):
         runner.load("float32")
 
