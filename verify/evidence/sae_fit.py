@@ -18,7 +18,6 @@ from pydantic import TypeAdapter, ValidationError
 from bake.errors import BakeoutError
 from bake.questions.prompts import TEXT, Batch
 from bake.sae.fit_figures import AGREEING, CLEARLY_MORE, LEAST_EXPLAINED, TIED, UNMEASURED, Fit
-from bake.stock import decoder_layers
 from verify.compare.comparison import BASE
 from verify.engines.runners import HookedRunner
 from verify.report.findings import Failure, VerifyReport
@@ -106,6 +105,8 @@ def measured_fits(
     """
     import torch
 
+    from bake.stock import decoder_layers
+
     n_layers = len(decoder_layers(model))
     near = {
         site.layer: range(max(0, site.layer - 1), min(n_layers, site.layer + 2))
@@ -136,6 +137,8 @@ def _given(
 ) -> Iterator[dict[int, Tensor]]:
     """What some layers give for the counted tokens of each batch: [tokens, d_in] by layer."""
     import torch
+
+    from bake.stock import decoder_layers
 
     given: dict[int, Tensor] = {}
 
