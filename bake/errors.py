@@ -32,6 +32,10 @@ class FolderError(BakeoutError):
     """A folder that was expected to be a clamped checkpoint and is not."""
 
 
+class RanOutError(FolderError):
+    """An engine had too little memory or time, which says nothing of its folder."""
+
+
 class ReportError(BakeoutError):
     """A report that cannot be read, is of a newer schema, or is of another state of the folder."""
 

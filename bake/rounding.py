@@ -44,8 +44,8 @@ LOADS: dict[str, tuple[str, int | None]] = {
 """Ways in which loaders take a folder, whatever it is stored in: dtype, and to how many bits they
 round the matrices of decoder layers."""
 WORDS = SAME, ROUNDS, LOUD, BASE_LIKE = "same", "rounds", "breaks loudly", "silently base-like"
-REFUSES = "refuses"
-"""Of what does not load so, or does not run."""
+REFUSES, UNTRIED = "refuses", "not measured"
+"""Of what does not load so, or does not run; and of what memory or time ran out for."""
 _SAME, _LOUD = 1e-5, 1.0
 """How far from the hook is no distance, and how far from hook and base is neither; in nats per
 token, or of the length of a residual stream."""

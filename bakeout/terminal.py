@@ -307,7 +307,7 @@ def _clamp_text(clamp: ClampEntry) -> str:
         f"{clamp.method} at {clamp.hook_point}{word} ({parameters})\n"
         f"features {features}\n"
         f"of {clamp.sae.name} ({clamp.sae.architecture}, sha256 {clamp.sae.sha256[:16]}…)"
-        f"{'' if clamp.fit is None else f', {clamp.fit.as_baked}'}"
+        f"{'' if clamp.fit is None else f', {clamp.fit.as_told}'}"
     )
 
 

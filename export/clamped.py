@@ -202,10 +202,6 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     clamped = Clamped(folder, manifest, config, model_class, tensors, prefixes[0])
     if not own:
         return clamped
-    text = config.get_text_config()
-    wrong = wrong_clamp(section, n_layers=text.num_hidden_layers, vocab_size=text.vocab_size)
-    if wrong is not None:
-        raise FolderError(f"{folder / 'config.json'}: {wrong}; {AGAIN}")
     try:
         sites = tuple(read_site(tensors, prefixes[0], site) for site in section["sites"])
         exempt = tuple(int(token) for token in section["exempt_token_ids"])
@@ -271,6 +267,12 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
             f"{path}: has no clamp; expected sae_clamp.sites, each with its layer, exempt_bos as "
             "true or false, and exempt_token_ids as a list of tokens"
         )
+    if path.name != MANIFEST:
+        text = {**config, **(config.get("text_config") or {})}
+        n_layers, vocab_size = text.get("num_hidden_layers"), text.get("vocab_size")
+        sizes = {"n_layers": n_layers or 1 << 10, "vocab_size": vocab_size or 1 << 24}
+        if (wrong := wrong_clamp(config["sae_clamp"], **sizes)) is not None:
+            raise FolderError(f"{path}: {wrong}; {AGAIN}")
     return config
 
 

@@ -81,7 +81,7 @@ def facts_at_bake(
     recipe: Recipe, base: BaseModel, clamps: Sequence[ClampWeights], fits: Mapping[int, Fit]
 ) -> CardFacts:
     """Before a checkpoint is written."""
-    fitting = {layer: fit.as_baked for layer, fit in fits.items()}
+    fitting = {layer: fit.as_told for layer, fit in fits.items()}
     facts = tuple(
         _clamp_facts(
             clamp.clamp,
@@ -143,7 +143,7 @@ def facts_of_manifest(
                 clamp.features,
                 clamp.sae.name,
                 tuple(said(clamp.layer, clamp.old_keys, clamp.embedded_again)),
-                UNMEASURED if clamp.fit is None else clamp.fit.as_baked,
+                UNMEASURED if clamp.fit is None else clamp.fit.as_told,
             )
             for clamp in manifest.clamps
         ),

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from bake.recipe import Recipe
@@ -125,3 +127,73 @@ def drop_graph(folder: Path) -> None:
         (folder / name).unlink()
         del manifest["files"][name]
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _alter_sae(sae: Path, alter: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = load_file(sae / "sae_weights.safetensors")
+    alter(tensors)
+    save_file(tensors, sae / "sae_weights.safetensors")
+
+
+def _scaled(by: float) -> Callable[[Path], None]:
+    """The SAE of a model whose activations are so many times as large."""
+
+    def alter(tensors: dict[str, np.ndarray]) -> None:
+        tensors["W_enc"] /= np.float32(by)
+        for name in ("W_dec", "b_dec"):
+            tensors[name] *= np.float32(by)
+
+    return lambda root: _alter_sae(root / "sae", alter)
+
+
+def at_layer(layer: int) -> Callable[[Path], None]:
+    """The SAE says another layer."""
+
+    def move(root: Path) -> None:
+        config = json.loads((root / "sae" / "cfg.json").read_text())
+        config["metadata"]["hook_name"] = f"blocks.{layer}.hook_resid_post"
+        (root / "sae" / "cfg.json").write_text(json.dumps(config))
+
+    return move
+
+
+def _another_model(root: Path) -> None:
+    torch.manual_seed(5)
+    config = transformers.AutoConfig.from_pretrained(root / "model")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
+
+
+def _permuted(root: Path) -> None:
+    """Dimensions in another order: the same model, of another run."""
+
+    def alter(tensors: dict[str, np.ndarray]) -> None:
+        order = np.random.default_rng(0).permutation(len(tensors["b_dec"]))
+        tensors["W_enc"], tensors["b_dec"] = tensors["W_enc"][order], tensors["b_dec"][order]
+        tensors["W_dec"] = np.ascontiguousarray(tensors["W_dec"][:, order])
+
+    _alter_sae(root / "sae", alter)
+
+
+def _alike(root: Path) -> None:
+    """Layer 1 adds little to layer 0's output, of which the SAE is."""
+    path = root / "model" / "model.safetensors"
+    weights = load_file(path)
+    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        norm = weights[f"model.layers.1.{name}.weight"]
+        norm[:] = (1 + norm) * 0.4 - 1
+    save_file(weights, path, metadata={"format": "pt"})
+    at_layer(1)(root)
+
+
+UNFIT: dict[str, Callable[[Path], None]] = {
+    **{f"layer {layer}": at_layer(layer) for layer in range(1, 6)},
+    "another model": _another_model,
+    "another run": _permuted,
+    "a tenth": _scaled(0.1),
+    "ten times": _scaled(10.0),
+    "half": _scaled(0.5),
+    "twice": _scaled(2.0),
+    "the layer before, which is much alike": _alike,
+    "the root of d_in": _scaled(128**0.5),
+}
+"""SAEs that do not fit: what is altered in a folder with the miniature's `model/` and `sae/`."""

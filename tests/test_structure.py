@@ -146,29 +146,53 @@ def test_importing_loads_nothing_heavy_and_prints_nothing(statement: str) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    "first",
-    ["from transformers import AutoConfig", "from transformers import AutoModelForCausalLM"],
-)
-@pytest.mark.parametrize("before", [True, False])
-def test_importing_bakeout_registers_with_the_auto_classes(first: str, before: bool) -> None:
-    lines = ["import bakeout", first] if before else [first, "import bakeout"]
-    code = "\n".join(
-        [
-            *lines,
-            "from transformers import AutoConfig, AutoModelForCausalLM",
-            "sites = {'schema': 1, 'sites': [], 'exempt_token_ids': []}",
-            "for name in ('gemma', 'gemma2', 'gemma3_text', 'gemma3'):",
-            "    config = AutoConfig.for_model(f'clamped_{name}', sae_clamp=sites)",
-            "    assert type(config) in AutoModelForCausalLM._model_mapping, name",
-        ]
+FORKING = """
+import importlib, os, sys, traceback
+for name in ("torch._dynamo", "torch.distributed.tensor", "scipy.optimize"):  # slow to import
+    importlib.import_module(name)
+known = {name.partition(".")[0] for name in sys.modules}
+assert not known & {"bakeout", "bake", "export", "transformers", "peft", "sae_lens"}
+failed = []
+for code in sys.argv[1:]:
+    if not (child := os.fork()):
+        try:
+            exec(code, {})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(code)
+sys.exit("\\n".join(failed) or 0)
+"""
+
+
+def run_apart(codes: list[str]) -> None:
+    """Run each in a process of its own, forked from one that knows nothing of what it imports but
+    the libraries beneath.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", FORKING, *codes]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_bakeout_registers_with_the_auto_classes() -> None:
+    use = (
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "sites = {'schema': 1, 'sites': [], 'exempt_token_ids': []}\n"
+        "for name in ('gemma', 'gemma2', 'gemma3_text', 'gemma3'):\n"
+        "    config = AutoConfig.for_model(f'clamped_{name}', sae_clamp=sites)\n"
+        "    assert type(config) in AutoModelForCausalLM._model_mapping, name\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    autos = [f"from transformers import {name}" for name in ("AutoConfig", "AutoModelForCausalLM")]
+    run_apart(
+        [f"import bakeout\n{auto}\n{use}" for auto in autos]
+        + [f"{auto}\nimport bakeout\n{use}" for auto in autos]
+    )
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
+def test_registration_survives_any_order_of_imports() -> None:
+    first = [
         "import transformers.modeling_layers",
         "import transformers.modeling_utils",
         "from transformers import AutoTokenizer",
@@ -176,11 +200,9 @@ def test_importing_bakeout_registers_with_the_auto_classes(first: str, before: b
         "import sae_lens",
         "import bake.modeling_clamped_gemma",
         "import tests.insertion",
-    ],
-)
-def test_registration_survives_any_order_of_imports(first: str) -> None:
-    code = (
-        f"import bakeout\n{first}\nfrom transformers import AutoConfig\n"
+    ]
+    use = (
+        "from transformers import AutoConfig\n"
         "AutoConfig.for_model('clamped_gemma2', sae_clamp={'schema': 1})\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+    run_apart([f"import bakeout\n{line}\n{use}" for line in first])

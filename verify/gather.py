@@ -16,7 +16,6 @@ from bake.questions.multiple_choice import load_texts
 from bake.questions.prompts import TEXT_TOKENS, Batch, text_prompts
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
-from export.manifest import Manifest
 from verify.compare.comparing import compare
 from verify.compare.comparison import REFERENCE, Comparison
 from verify.compare.feature_trial import trial_failures
@@ -87,7 +86,6 @@ def gather(
         check_harness(options.tasks, options.evals)
     hooked = load_hooked(folder, recipe, engines, progress, sites)
     hooked, progress = _paced(hooked, recipe, kinds, engines, journal, progress, options)
-    clamps = Manifest.read(folder).clamps
     shown, form = shown_for(kinds), recipe.verify.prompt
     asks = "questions" in shown
     here: list[HookedRunner] = [hooked.base] if any(KINDS[name].with_base for name in kinds) else []
@@ -123,7 +121,6 @@ def gather(
                 *(recipe, kinds, hooked, comparison, in_float32, elsewhere),
                 *(options, journal, progress),
                 partial(_otherwise, engines, room, recipe, threads),
-                frozenset(clamp.layer for clamp in clamps if clamp.fit and clamp.fit.unfit),
             )
             if "known" in kinds:
                 work.known  # noqa: B018  beside the engine, which has the other threads

@@ -121,7 +121,6 @@ def verify_folder(
     tell = progress or _say_nothing
     manifest = Manifest.read(folder)
     carrier = CARRIERS.get(manifest.carrier)
-    own = carrier is not None and carrier.own_code
     graphs = None
     broken = code_failures(folder, manifest)  # whatever is asked for
     if not broken and "integrity" in kinds:
@@ -136,9 +135,11 @@ def verify_folder(
     if broken:
         return _report(folder, manifest, {"integrity"}, said, broken)
     if "integrity" in kinds:
+        layers: list[int] = []
+        if carrier is not None and carrier.strips:
+            layers = clamped_layers(read_config(folder, manifest.carrier))
         if carrier is not None and not carrier.over_base:
             graphs = find_graphs(folder)
-            layers = clamped_layers(read_config(folder, manifest.carrier)) if own else []
             broken = graph_failures(graphs, layers, manifest.files)
         if not broken and carrier is not None:
             broken = tuple(own_failures(folder, manifest, graphs or ()))

@@ -44,8 +44,6 @@ class Work:
     otherwise: Callable[[str, int | None], AbstractContextManager[Runner]]
     """The folder in torch, loaded otherwise: dtype, and to how many bits its matrices are
     rounded."""
-    unfit: frozenset[int] = frozenset()
-    """Layers whose SAE, as the folder's manifest says, was baked although it does not fit."""
 
     @property
     def unlearned(self) -> Runner:

@@ -128,6 +128,11 @@ class Fit:
         chosen = ": it does not fit, and was baked with --unfit all the same"
         return f"{self.said}{chosen if self.unfit else ''}"
 
+    @property
+    def as_told(self) -> str:
+        """The same as a folder repeats it, where nobody else measured it."""
+        return f"by the word of whoever baked it, {self.as_baked}"
+
 
 def _short(share: float) -> float | None:
     """Four digits: further ones are another machine's."""

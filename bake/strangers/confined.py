@@ -27,6 +27,12 @@ _KEPT = re.compile(
     r"|NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES|TF32_OVERRIDE)|PYTORCH_(CUDA_)?ALLOC_CONF"
 )
 """Variables that such a process gets: how numbers are computed, on what, in which language."""
+_KILLED = (-9, 137)
+"""How a process ends that the system kills for want of memory, by itself or behind a wall."""
+_NO_MEMORY = re.compile(
+    r"MemoryError|OutOfMemory|bad_alloc|(allocate|not enough|out of) memory", re.IGNORECASE
+)
+"""What Python, torch, C++ and the system say where there is none."""
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH")
 
 
@@ -118,6 +124,11 @@ def last_words(process: subprocess.Popen[bytes], stderr: Path) -> str:
     lines = stderr.read_text(errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
     return f"ended with exit code {code} ({last.strip()})"
+
+
+def ran_out_of_memory(said: str, exit_code: int | None = None) -> bool:
+    """Whether a process had too little memory, by what it said last and how it ended."""
+    return exit_code in _KILLED or _NO_MEMORY.search(said) is not None
 
 
 def _walls(tool: str | None, scratch: Path) -> Sequence[str]:

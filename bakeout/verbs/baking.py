@@ -149,7 +149,7 @@ def bake(
         ),
     ] = None,
     unfit: Annotated[
-        bool, typer.Option("--unfit", help="Bake SAEs that do not fit the base; the card says so.")
+        bool, typer.Option("--unfit", help="Bake SAEs that do not fit; card and verify say so.")
     ] = False,
 ) -> None:
     """Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them."""

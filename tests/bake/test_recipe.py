@@ -12,8 +12,8 @@ import tomli_w
 from bake.errors import RecipeError
 from bake.recipe import Recipe
 from bake.sae.layouts import LAYOUTS, find_sae, resolve_layer
-from bake.sources import layer_of
-from tests.worlds import save_sae_lens, tiny_sae
+from bake.sources import SAESource, layer_of
+from tests.worlds import save_gemma_scope, save_gemma_scope_2, save_sae_lens, tiny_sae
 
 GEMMA_4 = "decoderesearch/gemma-4-saes"
 RECIPES = Path(__file__).parents[2] / "bake" / "recipes"
@@ -221,8 +221,68 @@ def test_shipped_recipes_name_what_sae_lens_lists() -> None:
             of_model = release.model.removeprefix("google/")
             own = recipe.base.model.removeprefix("google/")
             assert own.removesuffix("-it") == of_model.removesuffix("-it"), path.name
-    sizes = {"270m", "270m-it", "1b-pt", "1b-it", "4b-pt", "4b-it"}
-    assert {f"google/gemma-3-{size}" for size in sizes} <= models
+    larger = {f"{size}-{kind}" for size in ("1b", "4b", "12b", "27b") for kind in ("pt", "it")}
+    assert {f"google/gemma-3-{size}" for size in ("270m", "270m-it", *larger)} <= models
+
+
+@pytest.mark.parametrize("kind", ["pt", "it"])
+@pytest.mark.parametrize("size", ["270m", "1b", "4b", "12b", "27b"])
+def test_gemma_scope_2_saes_are_found(
+    size: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the ids that sae_lens lists, of some layers (`-res`) and of all of them (`-res-all`)."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    asked: list[tuple[str, str]] = []
+
+    def download(repo: str, file: str, **_: Any) -> str:
+        asked.append((repo, file))
+        save_gemma_scope_2((tmp_path / file).parent, tiny_sae())
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    base = (
+        "google/gemma-3-270m" if (size, kind) == ("270m", "pt") else f"google/gemma-3-{size}-{kind}"
+    )
+    shipped = [Recipe.load(path) for path in RECIPES.glob("gemma-3-*.toml")]
+    (recipe,) = [recipe for recipe in shipped if recipe.base.model == base]
+    layers = {}
+    for name, folder in (("res", "resid_post"), ("res-all", "resid_post_all")):
+        release = f"gemma-scope-2-{size}-{kind}-{name}"
+        ids = [id for id in get_pretrained_saes_directory()[release].saes_map if "16k" in id]
+        found = set()
+        for sae_id in (id for id in ids if id.endswith("l0_small")):
+            files = find_sae(SAESource(release=release, id=sae_id), recipe)
+            repo, file = asked.pop()
+            assert repo == f"google/gemma-scope-2-{size}-{kind}"
+            assert file == f"{folder}/{sae_id}/params.safetensors"
+            found.add(resolve_layer(files, None, sae_id)[0])
+        layers[name] = found
+    assert len(layers["res"]) == 4 and layers["res"] < layers["res-all"]
+    assert layers["res-all"] == set(range(len(layers["res-all"])))
+    (clamp,) = recipe.clamp
+    files, hook_point = find_sae(clamp.sae, recipe), str(clamp.hook_point)
+    assert resolve_layer(files, hook_point, "sae") == (layer_of(hook_point), hook_point)
+
+
+def test_crisps_setting_is_its_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second layer from 4 to 14, and ten features of each."""
+
+    def download(repo: str, file: str, **_: Any) -> str:
+        assert repo == "google/gemma-scope-2b-pt-res" and "/width_16k/average_l0_" in file
+        save_gemma_scope((tmp_path / file).parent, tiny_sae())
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    recipe = Recipe.load(RECIPES / "gemma-2-2b-wmdp-bio-crisp-select.toml")
+    assert recipe.base.model == "google/gemma-2-2b" and recipe.select is not None
+    assert (recipe.select.n_features, recipe.select.by) == (10, "sparsity")
+    assert {(clamp.method, clamp.features) for clamp in recipe.clamp} == {("zero", "select")}
+    found = [
+        resolve_layer(find_sae(clamp.sae, recipe), clamp.hook_point, "sae")
+        for clamp in recipe.clamp
+    ]
+    assert [layer for layer, _ in found] == [4, 6, 8, 10, 12, 14]
 
 
 @pytest.mark.parametrize(

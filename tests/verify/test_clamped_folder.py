@@ -41,7 +41,8 @@ def parse(data: dict[str, Any], folder: Path) -> Recipe:
 
 def write(folder: Path, layers: list[int], recipe: dict[str, Any] | None = None) -> dict[str, Any]:
     sites = [{"layer": layer, "k": 1, "exempt_bos": True} for layer in layers]
-    config = {"sae_clamp": {"schema": 1, "sites": sites}, "hidden_size": 32, "vocab_size": 99}
+    section = {"schema": 1, "sites": sites, "exempt_token_ids": [2]}
+    config = {"sae_clamp": section, "hidden_size": 32, "vocab_size": 99}
     (folder / "config.json").write_text(json.dumps(config))
     if recipe is not None:
         (folder / "recipe.toml").write_text(tomli_w.dumps(recipe))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-from bake.errors import FolderError
+from bake.errors import FolderError, RanOutError
 from bake.files.scratch import Scratch
 from bake.strangers import confined
 from bake.strangers.model_view import show_adapter, show_model
@@ -222,6 +222,7 @@ class TorchRunner(DecodingRunner):
 
         Raises:
             FolderError: it does not load; the message is transformers' own.
+            RanOutError: for want of memory or time.
         """
         shown = self._scratch.path.resolve() / "shown"
         shutil.rmtree(shown, ignore_errors=True)
@@ -314,19 +315,22 @@ class TorchRunner(DecodingRunner):
             except BrokenPipeError:
                 data = None
         if data is None and late.is_set():
-            raise FolderError(
+            raise RanOutError(
                 f"{self._folder.name}: {words['op']} took over {confined.SECONDS:.0f} seconds, and "
                 "was stopped; take a faster device, or check its files by --only integrity"
             )
         if data is None:
             self._stderr.flush()
             said = confined.last_words(self._process, Path(self._stderr.name))
-            raise FolderError(
-                f"{self._folder.name}: the process that loaded it {said}; check its files"
-            )
+            who = f"{self._folder.name}: the process that loaded it {said}"
+            if confined.ran_out_of_memory(said, self._process.returncode):
+                raise RanOutError(f"{who}: memory ran out, it seems; take a machine with more")
+            raise FolderError(f"{who}; check its files")
         found, answered = torch_worker.unpack(data)
         if "error" in found:
             said = found["error"].replace(words.get("model", "…"), str(self._folder))
+            if confined.ran_out_of_memory(said):
+                raise RanOutError(f"{self._folder.name}: {said}; take a machine with more memory")
             raise FolderError(
                 f"{self._folder.name}: transformers alone cannot run it: {said}; "
                 "check its files by --only integrity"

@@ -8,7 +8,7 @@ To add one: an entry here, and a file beside this one that gathers it. What it f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from bake.errors import BakeoutError
@@ -178,9 +178,12 @@ def chosen_kinds(only: frozenset[str]) -> frozenset[str]:
     return only or frozenset(KINDS)
 
 
-def other_lines(report: VerifyReport) -> tuple[str, ...]:
-    """What kinds of evidence found that page and card have no place of their own for."""
-    return tuple(line for name in report.more for line in KINDS[name].lines(report))
+def other_lines(report: VerifyReport, placed: Collection[str] = ()) -> tuple[str, ...]:
+    """What kinds of evidence found that page and card have no place of their own for; the page's
+    own are `placed`.
+    """
+    others = [name for name in report.more if name not in placed]
+    return tuple(line for name in others for line in KINDS[name].lines(report))
 
 
 def lines_of(report: VerifyReport) -> list[str]:

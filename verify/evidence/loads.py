@@ -3,7 +3,8 @@
 A loader that casts a folder to another dtype, or rounds its weights, says nothing of it. So the
 folder is loaded so, one way after another in its own process, and shown a few prompts on which the
 clamp fires: from the first firing on, its distance to the hook is told beside that to the base. It
-may do the same, round, refuse, or break; a folder that quietly becomes the base is a failure.
+may do the same, round, refuse, or break; a folder that quietly becomes the base is a failure, and
+so is a load for which memory or time ran out, since nobody knows whether it does.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bake.errors import BakeoutError, FolderError
+from bake.errors import BakeoutError, FolderError, RanOutError
 from bake.questions.prompts import Batch
-from bake.rounding import BASE_LIKE, LOADS, MIN_EFFECT, REFUSES, load_word
+from bake.rounding import BASE_LIKE, LOADS, MIN_EFFECT, REFUSES, UNTRIED, load_word
 from verify.compare.comparison import REFERENCE
 from verify.compare.logits import compare_logits
 from verify.engines.engines import TreeTurn
@@ -53,7 +54,13 @@ class Loaded:
     effect: float | None
     """Share of the clamp's effect that is shown, 1 being all of it."""
     word: str
-    """Of `load_word`, or that it refuses."""
+    """Of `load_word`, or that it refuses, or was not measured."""
+
+    @property
+    def why(self) -> str:
+        """Why there are no distances."""
+        reasons = {REFUSES: "nothing was said", UNTRIED: "memory or time ran out"}
+        return reasons.get(self.word, "not finite")
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:
@@ -88,8 +95,9 @@ def _tried(work: Work) -> list[dict[str, Any]]:
             try:
                 with work.otherwise(dtype, bits) as otherwise:
                     add(otherwise, load)
-            except FolderError:  # that it runs at all was seen before
-                rows.append({"engine": engine.name, "load": load, **_NOTHING, "word": REFUSES})
+            except FolderError as error:  # that it runs at all was seen before
+                word = UNTRIED if isinstance(error, RanOutError) else REFUSES
+                rows.append({"engine": engine.name, "load": load, **_NOTHING, "word": word})
     return rows
 
 
@@ -147,8 +155,10 @@ def compared(said: Tensor, hook: Tensor, base: Tensor) -> dict[str, Any]:
 
 
 def failures(report: VerifyReport) -> Iterator[Failure]:
-    """Loads in which the folder quietly is the base."""
-    for row in _rows(report):
+    """Loads in which the folder quietly is the base, or may be."""
+    for row in loaded(report):
+        if row.word == UNTRIED:
+            yield Failure("loads", row.engine, row.load, f"{UNTRIED}: {row.why}", "a load")
         if row.word == BASE_LIKE:
             what = f"{row.load}: {BASE_LIKE}, share of the clamp's effect"
             yield Failure("loads", row.engine, what, row.effect, MIN_EFFECT)
@@ -156,16 +166,20 @@ def failures(report: VerifyReport) -> Iterator[Failure]:
 
 def lines(report: VerifyReport) -> Iterator[str]:
     """Each load, in a line."""
-    for row in _rows(report):
-        far = "nothing was said" if row.word == REFUSES else "not finite"
+    for row in loaded(report):
+        far = row.why
         if row.kl_to_hook is not None and row.kl_to_base is not None:
             hook, base = number(row.kl_to_hook), number(row.kl_to_base)
             far = f"mean KL {hook} to the hook, {base} to the base"
         yield f"loads      {row.engine} {row.load}: {row.word}; {far}"
 
 
-def _rows(report: VerifyReport) -> list[Loaded]:
-    """What was found, which may come from a file."""
+def loaded(report: VerifyReport) -> list[Loaded]:
+    """What was found, which may come from a file.
+
+    Raises:
+        BakeoutError: it is no list of loads.
+    """
     try:
         return TypeAdapter(list[Loaded]).validate_python(report.more.get("loads", []))
     except ValidationError as error:

@@ -1,13 +1,15 @@
 """Fit: do the SAEs belong to this checkpoint at all?
 
-What the whole SAE reconstructs of the base's activations at its hook point, in float64. One of
-another layer, model, place or scale has features too, and a clamp on them is exact too.
+What the whole SAE reconstructs of the base's activations at its hook point, in float64, and of what
+lies nearby: the layers before and after, its own input halved and doubled. One of another layer,
+model, place or scale has features too, and a clamp on them is exact too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import BakeoutError
 from bake.questions.prompts import TEXT, Batch
-from bake.sae.fit_figures import AGREEING, LEAST_EXPLAINED, TIED, UNMEASURED, Fit
+from bake.sae.fit_figures import AGREEING, CLEARLY_MORE, LEAST_EXPLAINED, TIED, UNMEASURED, Fit
 from verify.compare.comparison import BASE
 from verify.engines.runners import HookedRunner
 from verify.report.findings import Failure, VerifyReport
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
     from verify.material import Material
     from verify.reference.whole_sae import Site
 
-TOKENS = 2048
-"""Of text, on which it is measured, about."""
+TOKENS, NEARBY_TOKENS = 2048, 256
+"""Of text, on which it is measured, about; and on which it is compared with what lies nearby."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +40,36 @@ class SiteFit:
     layer: int
     fit: Fit | None
     """None of a slice, which reconstructs nothing."""
-    chosen: bool
-    """The folder says that it was baked with --unfit."""
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:
     """Add the figures of every SAE."""
     batches = shown_batches(work.hooked.material)
-    name = f"fit {' '.join(batch.digest for batch in batches)}"
+    name = f"fit here and nearby {' '.join(batch.digest for batch in batches)}"
     found = work.journal.shared.once(name, lambda: _measured(work, batches))
-    rows = [{**row, "chosen": row["layer"] in work.unfit} for row in found]
-    return replace(report, more={**report.more, "fit": rows})
+    return replace(report, more={**report.more, "fit": found})
 
 
 def failures(report: VerifyReport) -> Iterator[Failure]:
-    """SAEs that do not fit, where nobody chose that."""
+    """SAEs that do not fit, whatever the folder says of them."""
     for row in _rows(report):
-        if row.fit is not None and row.fit.unfit and not row.chosen:
-            shares = (row.fit.variance_explained, row.fit.standardised)
-            measured = min(of for of in shares if of is not None) if None not in shares else None
-            what = f"variance that the SAE at layer {row.layer} explains"
-            yield Failure("fit", BASE, what, measured, LEAST_EXPLAINED)
+        if (fit := row.fit) is None or not fit.unfit:
+            continue
+        shares = (fit.variance_explained, fit.standardised)
+        measured = min(of for of in shares if of is not None) if None not in shares else None
+        bar: float | str = LEAST_EXPLAINED
+        if fit.explains:
+            bar = f"that of {fit.elsewhere} to be at most {CLEARLY_MORE:g} more"
+        what = f"variance that the SAE at layer {row.layer} explains"
+        yield Failure("fit", BASE, what, measured, bar)
 
 
 def lines(report: VerifyReport) -> Iterator[str]:
     """Each SAE, in a line."""
     for row in _rows(report):
-        said = UNMEASURED
-        if row.fit is not None:
-            said = row.fit.as_baked if row.chosen else row.fit.said
-        yield f"fit        layer {row.layer}: {said}"
+        said = UNMEASURED if row.fit is None else row.fit.said
+        unfit = row.fit is not None and row.fit.unfit
+        yield f"fit        layer {row.layer}: {said}{': it does not fit' if unfit else ''}"
 
 
 def shown_batches(material: Material) -> list[Batch]:
@@ -92,7 +94,8 @@ def _measured(work: Work, batches: Sequence[Batch]) -> list[dict[str, Any]]:
 def measured_fits(
     model: Any, sites: Sequence[Site], batches: Sequence[Batch], special_ids: Sequence[int]
 ) -> dict[int, Fit | None]:
-    """The figures of every SAE, by layer.
+    """The figures of every SAE, by layer; of one that explains what it reads, also what it explains
+    clearly more of, if anything nearby.
 
     Args:
         model: the stock base.
@@ -102,22 +105,83 @@ def measured_fits(
     """
     import torch
 
-    from verify.reference.oracle import Edited, Oracle
+    from bake.stock import decoder_layers
 
-    sums = {site.layer: Sums(site) for site in sites if site.reconstructs}
-    counted = torch.empty(0)
+    n_layers = len(decoder_layers(model))
+    near = {
+        site.layer: range(max(0, site.layer - 1), min(n_layers, site.layer + 2))
+        for site in sites
+        if site.reconstructs
+    }
+    sums = {site.layer: Sums(site) for site in sites if site.layer in near}
+    first: dict[int, Tensor] = {}
+    for given in _given(
+        model, {of for around in near.values() for of in around}, batches, special_ids
+    ):
+        for layer, of in sums.items():
+            of.add(given[layer])
+        for layer, h in given.items():
+            so_far = first.get(layer, h[:0])
+            first[layer] = torch.cat([so_far, h[: NEARBY_TOKENS - len(so_far)]])
+    found: dict[int, Fit | None] = {site.layer: None for site in sites}
+    for layer, of in sums.items():
+        fit = found[layer] = of.fit()
+        if fit is not None and fit.explains and fit.trained:
+            around = {other: first[other] for other in near[layer]}
+            found[layer] = replace(fit, elsewhere=_elsewhere(of.site, around))
+    return found
 
-    def add(h: Tensor, site: Site, exempt: Tensor) -> Edited:
-        if site.layer in sums:
-            sums[site.layer].add(h[counted.to(h.device)])
-        return Edited(h, exempt & False, h.new_zeros(*exempt.shape, len(site.features)).bool())
 
-    runner = HookedRunner("fit", model, Oracle(model, sites, add))
-    special = torch.tensor(special_ids)
-    for batch in batches:
-        counted = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
-        runner.logits(batch.input_ids, batch.attention_mask)
-    return {site.layer: sums[site.layer].fit() if site.layer in sums else None for site in sites}
+def _given(
+    model: Any, layers: Collection[int], batches: Sequence[Batch], special_ids: Sequence[int]
+) -> Iterator[dict[int, Tensor]]:
+    """What some layers give for the counted tokens of each batch: [tokens, d_in] by layer."""
+    import torch
+
+    from bake.stock import decoder_layers
+
+    given: dict[int, Tensor] = {}
+
+    def keep(layer: int, output: Any) -> None:
+        h = output[0] if isinstance(output, tuple) else output
+        given[layer] = h[counted.to(h.device)]
+
+    runner, special = HookedRunner("fit", model), torch.tensor(special_ids)
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = decoder_layers(model)[layer].register_forward_hook(
+                lambda _, __, output, layer=layer: keep(layer, output)
+            )
+            hooks.callback(hook.remove)
+        for batch in batches:
+            counted = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
+            runner.logits(batch.input_ids, batch.attention_mask)
+            yield given
+
+
+def _elsewhere(site: Site, near: Mapping[int, Tensor]) -> str | None:
+    """What of all nearby an SAE explains most, if that is clearly more than of what it reads.
+
+    Args:
+        site: the SAE.
+        near: by layer, the same tokens' activations [tokens, d_in], its own layer's among them.
+    """
+    own = near[site.layer]
+    places = {f"layer {layer}'s output": h for layer, h in near.items() if layer != site.layer}
+    places |= {"its half": own * 0.5, "its double": own * 2.0}
+
+    def explained(h: Tensor) -> Fit:
+        sums = Sums(site)
+        sums.add(h)
+        fit = sums.fit()
+        assert fit is not None  # there were tokens
+        return fit
+
+    here, there = explained(own), {name: explained(h) for name, h in places.items()}
+    above = {
+        name: fit.standardised or 0.0 for name, fit in there.items() if fit.clearly_above(here)
+    }
+    return max(above, key=lambda name: above[name]) if above else None
 
 
 class Sums:

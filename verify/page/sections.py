@@ -9,6 +9,7 @@ from typing import Any
 from verify.attacks.attacks import ATTACKS
 from verify.engines.engine_names import engine_of
 from verify.evidence.kinds import other_lines
+from verify.evidence.loads import Loaded, loaded
 from verify.page.forgetting_plots import (
     LetterPlot,
     attack_plot,
@@ -117,6 +118,7 @@ class Page:
     attacks: Plot | None
     fired: Plot | None
     flips: list[Listed]
+    loads: list[Loaded]
     more: tuple[str, ...]
     """What kinds of evidence without a section of their own found."""
     provenance: tuple[tuple[str, str], ...]
@@ -158,6 +160,7 @@ SECTIONS: dict[str, Section] = {
     "controls": Section("Controls", "forgetting", lambda page: page.report.controls),
     "completions": Section("Completions", "attack", lambda page: page.report.completions),
     "robustness": Section("Under attack", "attack", lambda page: page.report.robustness),
+    "loads": Section("As loaders take it", "match", lambda page: page.loads),
     "others": Section("More evidence", "match", lambda page: page.more),
     "fires": Section(
         "Where the clamp fires", "match", lambda page: page.fired or page.report.examples
@@ -216,7 +219,8 @@ def page_of(report: VerifyReport, provenance: tuple[tuple[str, str], ...] = ()) 
         attacks=attack_plot(report),
         fired=fired_plot(report),
         flips=_flips(report),
-        more=other_lines(report),
+        loads=loaded(report),
+        more=other_lines(report, SECTIONS),
         provenance=provenance,
         unmeasured=_unmeasured(report),
     )

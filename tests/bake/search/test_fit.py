@@ -14,7 +14,6 @@ import pytest
 import tomli_w
 import torch
 import transformers
-from safetensors.numpy import load_file, save_file
 
 from bake.base import find_base
 from bake.clamp import find_site
@@ -23,6 +22,7 @@ from bake.sae.fit_figures import UNMEASURED, Fit
 from bake.search.fit import checked_fits, measure_fits
 from bakeout.cli import run
 from bakeout.verbs.demo import MINIATURE
+from tests.defects import UNFIT, at_layer
 from tests.reports import error_line
 from tests.worlds import (
     RecipeWriter,
@@ -60,73 +60,6 @@ def recipe_of(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def change(sae: Path, alter: Callable[[dict[str, np.ndarray]], None]) -> None:
-    tensors = load_file(sae / "sae_weights.safetensors")
-    alter(tensors)
-    save_file(tensors, sae / "sae_weights.safetensors")
-
-
-def scaled(by: float) -> Callable[[Path], None]:
-    """The SAE of a model whose activations are so many times as large."""
-
-    def alter(tensors: dict[str, np.ndarray]) -> None:
-        tensors["W_enc"] /= np.float32(by)
-        for name in ("W_dec", "b_dec"):
-            tensors[name] *= np.float32(by)
-
-    return lambda root: change(root / "sae", alter)
-
-
-def at_layer(layer: int) -> Callable[[Path], None]:
-    def move(root: Path) -> None:
-        config = json.loads((root / "sae" / "cfg.json").read_text())
-        config["metadata"]["hook_name"] = f"blocks.{layer}.hook_resid_post"
-        (root / "sae" / "cfg.json").write_text(json.dumps(config))
-
-    return move
-
-
-def another_model(root: Path) -> None:
-    torch.manual_seed(5)
-    config = transformers.AutoConfig.from_pretrained(root / "model")
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
-
-
-def permuted(root: Path) -> None:
-    """Dimensions in another order: the same model, of another run."""
-
-    def alter(tensors: dict[str, np.ndarray]) -> None:
-        order = np.random.default_rng(0).permutation(len(tensors["b_dec"]))
-        tensors["W_enc"], tensors["b_dec"] = tensors["W_enc"][order], tensors["b_dec"][order]
-        tensors["W_dec"] = np.ascontiguousarray(tensors["W_dec"][:, order])
-
-    change(root / "sae", alter)
-
-
-def alike(root: Path) -> None:
-    """Layer 1 adds little to layer 0's output, of which the SAE is."""
-    path = root / "model" / "model.safetensors"
-    weights = load_file(path)
-    for name in ("post_attention_layernorm", "post_feedforward_layernorm"):
-        norm = weights[f"model.layers.1.{name}.weight"]
-        norm[:] = (1 + norm) * 0.4 - 1
-    save_file(weights, path, metadata={"format": "pt"})
-    at_layer(1)(root)
-
-
-UNFIT: dict[str, Callable[[Path], None]] = {
-    **{f"layer {layer}": at_layer(layer) for layer in range(1, 6)},
-    "another model": another_model,
-    "another run": permuted,
-    "a tenth": scaled(0.1),
-    "ten times": scaled(10.0),
-    "half": scaled(0.5),
-    "twice": scaled(2.0),
-    "the layer before, which is much alike": alike,
-    "the root of d_in": scaled(128**0.5),
-}
-
-
 def test_a_sound_sae_fits(
     recipe_of: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,9 +72,11 @@ def test_a_sound_sae_fits(
     assert f"fit    {fit.said}" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["clamps"][0]["fit"] == vars(fit)
-    assert f"Fit of the SAE at layer 0: {fit.said}." in (tmp_path / "out/README.md").read_text()
+    said = f"Fit of the SAE at layer 0: by the word of whoever baked it, {fit.said}."
+    assert said in (tmp_path / "out" / "README.md").read_text()
     assert run(["show", str(tmp_path / "out")]) == 0
-    assert fit.said in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"by the word of whoever baked it, {fit.said}" in shown
 
 
 @pytest.mark.parametrize("name", UNFIT)

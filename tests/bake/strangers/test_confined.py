@@ -7,8 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from bake.strangers import confined
 from bake.strangers.start_confined import FILE_BYTES, OPEN_FILES, landlock_version
@@ -172,3 +175,14 @@ def test_bubblewrap_is_given_a_view_that_cannot_be_written(tmp_path: Path) -> No
     line = " ".join(confined._walls("/usr/bin/bwrap", tmp_path))
     assert "--ro-bind / / --dev-bind /dev /dev" in line and "--unshare-net" in line
     assert f"--bind {tmp_path.resolve()} {tmp_path.resolve()}" in line
+
+
+@pytest.mark.parametrize("where", [torch.empty, np.empty, bytearray])
+def test_memory_that_there_is_not_is_told_from_other_errors(where: Callable[[int], Any]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        where(1 << 58)
+    said = f"{type(caught.value).__name__}: {caught.value}"
+    assert confined.ran_out_of_memory(f"ended with exit code 1 ({said.splitlines()[0]})", 1)
+    assert confined.ran_out_of_memory("it said nothing", -9)
+    for other in ("it said nothing", "OSError: no memory_map in config.json", "ValueError: k is 3"):
+        assert not confined.ran_out_of_memory(other, 1)

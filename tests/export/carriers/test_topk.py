@@ -245,6 +245,29 @@ def test_a_planted_defect_is_found(
     assert "integrity" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("folder", ["out", "adapter"])
+@pytest.mark.parametrize(
+    ("field", "value"), [("topk", "6"), ("topk", None), ("d_sae", "64"), ("dtype", 3), ("k", "6")]
+)
+def test_fields_of_another_type_are_refused_without_a_recipe(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    field: str,
+    value: Any,
+) -> None:
+    out = shutil.copytree(world / folder, tmp_path / "out")
+    name = "config.json" if folder == "out" else "adapter_config.json"
+    config = json.loads((out / name).read_text())
+    config["sae_clamp"]["sites"][0][field] = value
+    (out / name).write_text(json.dumps(config))
+    rehash(out)
+    capsys.readouterr()
+    assert run(["verify", str(out), "--only", "integrity"]) == 2
+    assert f"{name}: sae_clamp.sites: {field} is {value!r}; expected" in error_line(capsys)
+
+
 def test_an_encoder_of_another_dtype_is_refused(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

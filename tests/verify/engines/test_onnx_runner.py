@@ -253,7 +253,7 @@ def test_folders_that_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
         open_runner(folder.parent / "base")
     copy = shutil.copytree(folder, tmp_path / "baked")
     config = json.loads((copy / "config.json").read_text())
-    config["sae_clamp"]["sites"] *= 2
+    config["sae_clamp"]["sites"].append({**config["sae_clamp"]["sites"][0], "layer": 3})
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(FolderError, match=r"holds 1 clamps, config\.json places 2"):
         open_runner(copy)

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bake.errors import FolderError
+from bake.errors import FolderError, RanOutError
 from bake.questions.prompts import Batch, Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.logits import every_logit, token_losses
 from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae
+from verify.engines import torch_worker
 from verify.engines.runners import HookedRunner, TorchRunner
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
@@ -225,11 +226,12 @@ def test_the_same_model_gives_the_same_logits_in_another_process(
     # A request that cannot be answered is one line, and the next one is answered again.
     with pytest.raises(FolderError, match="IndexError") as caught:
         worker.logits(torch.tensor([[2, 5000]]), torch.tensor([[1, 1]]))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, RanOutError)
     assert worker.logits(*inputs[:2]).shape[0] == 4
     # So is its end.
     worker._process.kill()
-    with pytest.raises(FolderError, match=r"gemma2: the process that loaded it ended .* -9"):
+    ended = r"gemma2: the process that loaded it ended .* -9 .* memory ran out, it seems"
+    with pytest.raises(RanOutError, match=ended):
         worker.read(*inputs)
 
 
@@ -287,9 +289,23 @@ def test_a_request_that_takes_too_long_is_one_line(
 ) -> None:
     monkeypatch.setattr("bake.strangers.confined.SECONDS", 0.01)
     with TorchRunner(bases["gemma2"]) as runner:
-        with pytest.raises(FolderError, match="gemma2: load took over 0 seconds, and was stopped"):
+        with pytest.raises(RanOutError, match="gemma2: load took over 0 seconds, and was stopped"):
             runner.load("float32")
         assert runner._process.wait() == -9
+
+
+def test_a_request_that_takes_too_much_memory_is_told_from_a_refusal(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 58)
+    answer = torch_worker.pack({"error": f"RuntimeError: {' '.join(str(caught.value).split())}"})
+    monkeypatch.setattr(torch_worker, "read_message", lambda _: answer)
+    with (
+        TorchRunner(bases["gemma2"]) as runner,
+        pytest.raises(RanOutError, match=r"gemma2: RuntimeError: .*; take a machine with more"),
+    ):
+        runner.load("float32")
 
 
 def test_a_damaged_folder_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:
