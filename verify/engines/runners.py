@@ -155,13 +155,9 @@ class HookedRunner(Runner):
         self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
     ) -> Tensor:
         """See `Runner.go_on`."""
+        asked = _asked_to_go_on(input_ids, attention_mask, stops)
         with self._hooks():
-            found: Tensor = forward.go_on(
-                self._model,
-                _asked_to_go_on(input_ids, attention_mask, stops),
-                most,
-                cached=self.reads_trees,
-            )
+            found: Tensor = forward.go_on(self._model, asked, most, cached=self.reads_trees)
         return found
 
     def _hooks(self) -> AbstractContextManager[Any]:

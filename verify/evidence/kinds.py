@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
     "witnesses": Kind("prompts with the logits that were seen at export", lines=witnesses.lines),
     "fit": Kind(
         "how much of the variance of the base's activations each SAE explains, plain and per "
-        "standardised dimension; its L0 and dead share",
+        "standardised dimension, and what those beside it would; its L0 and dead share",
         sae_fit.gather,
         failures=sae_fit.failures,
         passes=lambda of: float(sae_fit.TOKENS),
