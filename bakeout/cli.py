@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -160,6 +161,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     debug = "--debug" in arguments
     arguments = _spread_kinds([argument for argument in arguments if argument != "--debug"])
+    arguments = _own_ray(arguments)
     for name, value in {"TOKENIZERS_PARALLELISM": "false", **LARGE_PAGES}.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -225,6 +227,16 @@ def _spread_kinds(arguments: list[str]) -> list[str]:
         among = False
         spread.append(argument)
     return [*spread, "--only"] if expected else spread
+
+
+def _own_ray(arguments: list[str]) -> list[str]:
+    """`--ray` that no address (HOST:PORT) follows, as `--ray=local`."""
+    alone = {
+        i
+        for i, following in enumerate([*arguments[1:], ""])
+        if arguments[i] == "--ray" and not re.search(r"://|:\w*$", following)
+    }
+    return ["--ray=local" if i in alone else argument for i, argument in enumerate(arguments)]
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

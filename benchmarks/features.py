@@ -75,7 +75,8 @@ def plain_loop(model: Any, sae: Any, windows: Windows) -> np.ndarray:
     handle = model.model.layers[HOOK].register_forward_hook(lambda _, __, h: seen.append(h))
     fired = torch.zeros(D_SAE, dtype=torch.int64)
     total, squares, largest = torch.zeros(3, D_SAE, dtype=torch.float64)
-    ids, counted = torch.from_numpy(windows.ids.astype("int64")), torch.from_numpy(windows.counted)
+    ids = torch.from_numpy(windows.ids.astype("int64"))
+    counted = torch.from_numpy(windows.counts(windows.ids))
     step = BATCH_TOKENS // SEQ
     for start in range(0, len(ids), step):
         model(input_ids=ids[start : start + step], use_cache=False)

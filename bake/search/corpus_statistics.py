@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from bake.errors import RecipeError
 from bake.questions.corpora import Windows, load_windows
 from bake.recipe import Recipe, Select
 from bake.sae.folding import load_encoder, sha256_of
+from bake.scale.counting import counted_on, encoded_on, start_workers
+from bake.scale.crew import Crew
 from bake.search.cache import SCHEMA, Entry, Unfinished, cache_folder, model_sha256
 from bake.search.statistics import (
     CONTEXTS,
@@ -89,6 +91,7 @@ def measure(
     *,
     material: Material | None = None,
     cache: Path | None = None,
+    crew: Crew | None = None,
     progress: Progress = lambda _what, _share: None,
 ) -> Measured:
     """Take the statistics of every table's SAE on both corpora, or read them.
@@ -97,6 +100,8 @@ def measure(
         recipe: with a [select] table.
         material: the recipe's, where it is loaded already.
         cache: folder for statistics; the user's cache folder by default.
+        crew: workers that tokenise and count; without it, this process does. The windows of the
+            corpora lie in files then.
         progress: told how far it is.
 
     Raises:
@@ -107,6 +112,9 @@ def measure(
     sites = [find_site(clamp, recipe, material.base) for clamp in recipe.clamp]
     for site in sites:
         check_memory(site.name, site.d_in, site.d_sae)
+    cache = cache or cache_folder()
+    if crew is not None:
+        start_workers(crew, recipe, material.base, sites)
     corpora = {
         side: load_windows(
             getattr(select, side),
@@ -115,17 +123,18 @@ def measure(
             seq_len=select.seq_len,
             n_seqs=select.n_seqs,
             seed=select.seed,
+            encode=None if crew is None else partial(encoded_on, crew),
+            on_disk=None if crew is None else cache,
+            progress=partial(progress, f"{side} texts"),
         )
         for side in SIDES
     }
     weights = model_sha256(material.base)
     found: dict[str, list[FeatureStatistics]] = {}
     for side, windows in corpora.items():
-        entries = [
-            _entry(cache or cache_folder(), site, weights, recipe, material.base, windows)
-            for site in sites
-        ]
-        found[side] = _read_or_take(sites, entries, windows, material, progress, side)
+        entries = [_entry(cache, site, weights, recipe, material.base, windows) for site in sites]
+        told = partial(progress, f"{side} corpus")
+        found[side] = _read_or_take(sites, entries, windows, material, crew, told)
     both = zip(sites, found["forget"], found["retain"], strict=True)
     return Measured([SiteStatistics(*of_site) for of_site in both], corpora, material)
 
@@ -158,8 +167,8 @@ def _read_or_take(
     entries: list[Entry],
     windows: Windows,
     material: Material,
-    progress: Progress,
-    side: str,
+    crew: Crew | None,
+    progress: Callable[[float], None],
 ) -> list[FeatureStatistics]:
     """One pass over the corpus for all SAEs whose statistics are not there yet."""
     found = [entry.read() for entry in entries]
@@ -167,16 +176,27 @@ def _read_or_take(
     if absent:
         wanted = [entries[i] for i in absent]
         unfinished = Unfinished.beside(wanted)
-        taken = statistics(
-            material.model,
-            [FeatureSite(sites[i].layer, load_encoder(sites[i].files)) for i in absent],
-            windows,
-            resume=unfinished.load,
-            keep=unfinished.saver(),
-            progress=lambda share: progress(f"{side} corpus", share),
-        )
+        if crew is None:
+            taken = statistics(
+                material.model,
+                [FeatureSite(sites[i].layer, load_encoder(sites[i].files)) for i in absent],
+                windows,
+                resume=unfinished.load,
+                keep=unfinished.saver(),
+                progress=progress,
+            )
+        else:
+            taken = counted_on(
+                crew,
+                {i: sha256_of(sites[i].files) for i in absent},
+                entries[0].about["model"],
+                windows,
+                sum(sites[i].d_sae for i in absent),
+                unfinished,
+                progress,
+            )
         for i, new in zip(absent, taken, strict=True):
-            entries[i].write(new, windows)
+            entries[i].write(new)
             found[i] = new
         unfinished.remove()
     return [known for known in found if known is not None]

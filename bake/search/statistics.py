@@ -34,6 +34,7 @@ NEAR = 1e-6
 _ROUNDING = 2e-6
 """float32 is trusted beyond this share of |h|·|W_enc|; nearer to the threshold, float64 decides."""
 _EXACT_AT_ONCE = 8192
+_STATE = ("fired", "total", "squares", "near", "histogram", "top_values", "top_places")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def statistics(
     windows: Windows,
     *,
     resume: Callable[[], dict[str, Tensor] | None] = lambda: None,
-    keep: Callable[[dict[str, Tensor]], None] = lambda _: None,
+    keep: Callable[[dict[str, Tensor]], object] = lambda _: None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[FeatureStatistics]:
     """Run a corpus through the model up to the last hook layer, and count.
@@ -113,26 +114,74 @@ def statistics(
     Raises:
         SAEError: an SAE does not fit the model, or not into memory.
     """
-    counters = [_Counter(site, model) for site in sites]
-    ids = torch.from_numpy(windows.ids.astype(np.int64))
-    counted = torch.from_numpy(windows.counted)
+    counters = [Counter(site, model) for site in sites]
     start = 0
     if (state := resume()) is not None:
         start = int(state["start"])
         for i, counter in enumerate(counters):
-            counter.load({name: state[f"{i}.{name}"] for name in counter.state})
-    step = max(1, BATCH_TOKENS // ids.shape[1])
-    layers = sorted({site.layer for site in sites})
-    while start < len(ids):
-        part = slice(start, start + step)
-        at = residuals(model, layers, ids[part].to(model.device))
-        for counter in counters:
-            counter.add(at[counter.layer], counted[part].to(model.device), start)
-        start = min(start + step, len(ids))
-        state = {f"{i}.{k}": v for i, c in enumerate(counters) for k, v in c.state.items()}
-        keep({"start": torch.tensor(start), **state})
-        progress(start / len(ids))
-    return [counter.result(windows.n_tokens) for counter in counters]
+            counter.load({name: state[f"{i}.{name}"] for name in _STATE})
+    step = batch_windows(windows.ids.shape[1])
+    while start < len(windows.ids):
+        ids = windows.ids[start : start + step]
+        count(model, counters, ids, windows.counts(ids), start)
+        start += len(ids)
+        keep({"start": torch.tensor(start), **state_of(counters)})
+        progress(start / len(windows.ids))
+    return [finished(state_of(counters), i, windows.n_tokens) for i in range(len(sites))]
+
+
+def count(
+    model: Any,
+    counters: Sequence[Counter],
+    ids: NDArray[np.int32],
+    counted: NDArray[np.bool_],
+    start: int,
+) -> None:
+    """Run a batch of windows through the model, and add it up in the counters.
+
+    Args:
+        model: a stock Gemma.
+        counters: of SAEs of its residual stream.
+        ids: [windows, seq].
+        counted: [windows, seq]: tokens that are counted.
+        start: index of the first window in the corpus.
+    """
+    layers = sorted({counter.layer for counter in counters})
+    at = residuals(model, layers, torch.from_numpy(ids.astype(np.int64)).to(model.device))
+    for counter in counters:
+        counter.add(at[counter.layer], torch.from_numpy(counted).to(model.device), start)
+
+
+def state_of(counters: Sequence[Counter]) -> dict[str, Tensor]:
+    """What counters added up, by their place and the name in `FeatureStatistics`."""
+    return {f"{i}.{k}": tensor for i, c in enumerate(counters) for k, tensor in c.state.items()}
+
+
+def batch_windows(seq: int) -> int:
+    """How many windows of a length go through the model at once."""
+    return max(1, BATCH_TOKENS // seq)
+
+
+def finished(state: dict[str, Tensor], site: int, n_tokens: int) -> FeatureStatistics:
+    """The statistics of one site.
+
+    Args:
+        state: of counters, after the whole corpus.
+        site: its place among the sites.
+        n_tokens: how many tokens were counted.
+    """
+    arrays = {name: state[f"{site}.{name}"].cpu().numpy() for name in _STATE}
+    return FeatureStatistics(n_tokens=n_tokens, maximum=arrays["top_values"][0].copy(), **arrays)
+
+
+def strongest(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, places) of the `CONTEXTS` greatest values, [rows, features] each; of equal ones,
+    those that stand first.
+    """
+    # The bits of floats from 0 are in their order; the row decides between equal ones.
+    rows = torch.arange(len(values) - 1, -1, -1, device=values.device)[:, None]
+    order = (values.view(torch.int32).long() << 32 | rows).topk(CONTEXTS, dim=0).indices
+    return values.gather(0, order), places.gather(0, order)
 
 
 class _Reached(Exception):  # noqa: N818
@@ -181,7 +230,7 @@ def residuals(
     return seen
 
 
-class _Counter:
+class Counter:
     """Counts one SAE's features, batch by batch."""
 
     def __init__(self, site: FeatureSite, model: Any) -> None:
@@ -198,9 +247,13 @@ class _Counter:
         self._b_enc = torch.from_numpy(site.encoder.b_enc).to(device)
         self._theta = torch.from_numpy(site.encoder.theta).to(device)
         self._longest = float(torch.linalg.vector_norm(self._W_enc, dim=0).max())
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+            return torch.zeros(*shape, dtype=dtype, device=self._b_enc.device)
 
         self.state = {
             "fired": zeros(self.d_sae),
@@ -211,7 +264,7 @@ class _Counter:
             "top_values": zeros(CONTEXTS, self.d_sae, dtype=torch.float32),
             "top_places": zeros(CONTEXTS, self.d_sae) - 1,
         }
-        """What is added up over a corpus, named as in `FeatureStatistics`."""
+        """`_STATE`: what is added up over a corpus, named as in `FeatureStatistics`."""
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from the sums of an earlier run."""
@@ -267,22 +320,20 @@ class _Counter:
 
     def _add_contexts(self, acts: Tensor, start: int, part: slice) -> None:
         """Merge the strongest place of each window into the best so far."""
-        n_windows, seq, _ = acts.shape
+        n_windows, seq = acts.shape[:2]
         best, at = acts.max(dim=1)  # [windows, features]
         windows = torch.arange(start, start + n_windows, device=acts.device)[:, None]
         places = torch.where(best > 0, windows * seq + at, -1)
         values = torch.cat([self.state["top_values"][:, part], best])
         places = torch.cat([self.state["top_places"][:, part], places])
-        top, order = values.topk(CONTEXTS, dim=0)
-        self.state["top_values"][:, part] = top
-        self.state["top_places"][:, part] = places.gather(0, order)
+        top = strongest(values, places)
+        self.state["top_values"][:, part], self.state["top_places"][:, part] = top
 
-    def result(self, n_tokens: int) -> FeatureStatistics:
-        """The finished statistics."""
-        arrays = {name: tensor.cpu().numpy() for name, tensor in self.state.items()}
-        return FeatureStatistics(
-            n_tokens=n_tokens, maximum=arrays["top_values"][0].copy(), **arrays
-        )
+
+def memory_of(d_in: int, d_sae: int, *, decoder: bool = False) -> int:
+    """Bytes that counting an SAE's features takes, about."""
+    weights, sums = 4 * d_in * (2 if decoder else 1), 8 * (4 + BINS) + 12 * CONTEXTS * 2
+    return d_sae * (weights + sums) + 8 * BLOCK_BYTES
 
 
 def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> None:
@@ -291,9 +342,7 @@ def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> 
     Raises:
         SAEError: says how much it needs and how much there is.
     """
-    per_feature = 4 * d_in * (2 if decoder else 1) + 8 * (4 + BINS) + 12 * CONTEXTS * 2
-    needed, free = d_sae * per_feature + 8 * BLOCK_BYTES, available_memory()
-    if needed > free:
+    if (needed := memory_of(d_in, d_sae, decoder=decoder)) > (free := available_memory()):
         raise SAEError(
             f"SAE {name}: d_sae {d_sae:,} × d_in {d_in:,} needs {needed / 1e9:,.1f} GB of memory, "
             f"{free / 1e9:,.1f} GB are free; take a narrower SAE, or a machine with more"

@@ -230,9 +230,10 @@ def activations(model: Any, layer: int, windows: Windows, first: int) -> Iterato
 
 
 def _batch(model: Any, layer: int, windows: Windows, part: slice) -> Tensor:
-    ids = torch.from_numpy(windows.ids[part].astype("int64")).to(model.device)
-    counted = torch.from_numpy(windows.counted[part]).to(model.device)
-    return residuals(model, [layer], ids)[layer][counted].float().clone()
+    ids = windows.ids[part]
+    counted = torch.from_numpy(windows.counts(ids)).to(model.device)
+    tokens = torch.from_numpy(ids.astype("int64")).to(model.device)
+    return residuals(model, [layer], tokens)[layer][counted].float().clone()
 
 
 def train_sae(

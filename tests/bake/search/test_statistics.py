@@ -64,7 +64,7 @@ def plain_codes(model: Any, sae: Any, layer: int, windows: Windows) -> tuple[Any
 
 def assert_same(found: FeatureStatistics, acts: Any, gap: Any, windows: Windows) -> None:
     """Against sums over a plain loop; counts may differ only where a threshold is that near."""
-    counted = windows.counted
+    counted = windows.counts(windows.ids)
     assert found.n_tokens == counted.sum() == windows.n_tokens
     a = acts[counted]
     near = (np.abs(gap[counted]) <= NEAR).sum(0)
