@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -76,6 +76,10 @@ class Windows:
     """BOS, EOS and PAD: never counted."""
     n_texts: int
     """How many texts the windows were cut from."""
+
+    def part(self, start: int, stop: int) -> Windows:
+        """Some of the windows, in memory."""
+        return replace(self, ids=self.ids[start:stop])
 
     def counts(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
         """Of some tokens, those that statistics count."""

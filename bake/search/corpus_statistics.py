@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,13 +16,16 @@ from bake.recipe import Recipe, Select
 from bake.sae.folding import load_encoder, sha256_of
 from bake.scale.counting import counted_on, encoded_on, start_workers
 from bake.scale.crew import Crew
+from bake.scale.parts import Count, Part, count_parts
 from bake.search.cache import SCHEMA, Entry, Unfinished, cache_folder, model_sha256
 from bake.search.statistics import (
     CONTEXTS,
+    Counter,
     FeatureSite,
     FeatureStatistics,
     check_memory,
-    statistics,
+    count_windows,
+    finished,
 )
 from bake.stock import load_base, load_tokenizer
 
@@ -177,26 +180,34 @@ def _read_or_take(
         wanted = [entries[i] for i in absent]
         unfinished = Unfinished.beside(wanted)
         if crew is None:
-            taken = statistics(
-                material.model,
-                [FeatureSite(sites[i].layer, load_encoder(sites[i].files)) for i in absent],
-                windows,
-                resume=unfinished.load,
-                keep=unfinished.saver(),
-                progress=progress,
-            )
+            count = _own_count(material.model, [sites[i] for i in absent], windows, progress)
         else:
-            taken = counted_on(
-                crew,
-                {i: sha256_of(sites[i].files) for i in absent},
-                entries[0].about["model"],
-                windows,
-                sum(sites[i].d_sae for i in absent),
-                unfinished,
-                progress,
-            )
+            which = {i: sha256_of(sites[i].files) for i in absent}
+            count = partial(counted_on, crew, which, entries[0].about["model"])
+        n_features = sum(sites[i].d_sae for i in absent)
+        state = count_parts(count, windows, n_features, unfinished, progress)
+        taken = [finished(state, i, windows.n_tokens) for i in range(len(absent))]
         for i, new in zip(absent, taken, strict=True):
             entries[i].write(new)
             found[i] = new
         unfinished.remove()
     return [known for known in found if known is not None]
+
+
+def _own_count(
+    model: Any, sites: list[SAESite], windows: Windows, progress: Callable[[float], None]
+) -> Count:
+    """Counts in this process, and tells after every batch how far it is."""
+    at = [FeatureSite(site.layer, load_encoder(site.files)) for site in sites]
+    counters = [Counter(site, model) for site in at]
+
+    def count(parts: Iterator[tuple[Windows, int]]) -> Iterator[Part]:
+        for part, start in parts:
+
+            def told(done: int, start: int = start) -> None:
+                progress((start + done) / len(windows.ids))
+
+            state = count_windows(model, counters, part, start, told)
+            yield start, start + len(part.ids), state
+
+    return count

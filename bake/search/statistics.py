@@ -89,72 +89,38 @@ def bin_edges() -> NDArray[np.float64]:
     return np.exp2(LOWEST_BIN + np.arange(BINS + 1) / BINS_PER_OCTAVE)
 
 
-def statistics(
-    model: Any,
-    sites: Sequence[FeatureSite],
-    windows: Windows,
-    *,
-    resume: Callable[[], dict[str, Tensor] | None] = lambda: None,
-    keep: Callable[[dict[str, Tensor]], object] = lambda _: None,
-    progress: Callable[[float], None] = lambda _: None,
-) -> list[FeatureStatistics]:
-    """Run a corpus through the model up to the last hook layer, and count.
-
-    Args:
-        model: a stock Gemma.
-        sites: SAEs of its residual stream; all are served by the same pass.
-        windows: the corpus.
-        resume: gives what `keep` was last given, or None to begin anew.
-        keep: called after each batch with everything that is needed to go on from there.
-        progress: called with the share that is done.
-
-    Returns:
-        One for each site; interrupted and resumed or not, the same to the last bit.
-
-    Raises:
-        SAEError: an SAE does not fit the model, or not into memory.
-    """
-    counters = [Counter(site, model) for site in sites]
-    start = 0
-    if (state := resume()) is not None:
-        start = int(state["start"])
-        for i, counter in enumerate(counters):
-            counter.load({name: state[f"{i}.{name}"] for name in _STATE})
-    step = batch_windows(windows.ids.shape[1])
-    while start < len(windows.ids):
-        ids = windows.ids[start : start + step]
-        count(model, counters, ids, windows.counts(ids), start)
-        start += len(ids)
-        keep({"start": torch.tensor(start), **state_of(counters)})
-        progress(start / len(windows.ids))
-    return [finished(state_of(counters), i, windows.n_tokens) for i in range(len(sites))]
-
-
-def count(
+def count_windows(
     model: Any,
     counters: Sequence[Counter],
-    ids: NDArray[np.int32],
-    counted: NDArray[np.bool_],
-    start: int,
-) -> None:
-    """Run a batch of windows through the model, and add it up in the counters.
+    windows: Windows,
+    start: int = 0,
+    told: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """Run windows through the model up to the last hook layer, and count.
 
     Args:
         model: a stock Gemma.
-        counters: of SAEs of its residual stream.
-        ids: [windows, seq].
-        counted: [windows, seq]: tokens that are counted.
+        counters: of SAEs of its residual stream, which begin anew; the same pass serves all.
+        windows: a corpus, or a part of one.
         start: index of the first window in the corpus.
+        told: called with how many windows are done.
+
+    Returns:
+        What the counters added up, by their place and the name in `FeatureStatistics`.
     """
-    layers = sorted({counter.layer for counter in counters})
-    at = residuals(model, layers, torch.from_numpy(ids.astype(np.int64)).to(model.device))
     for counter in counters:
-        counter.add(at[counter.layer], torch.from_numpy(counted).to(model.device), start)
-
-
-def state_of(counters: Sequence[Counter]) -> dict[str, Tensor]:
-    """What counters added up, by their place and the name in `FeatureStatistics`."""
-    return {f"{i}.{k}": tensor for i, c in enumerate(counters) for k, tensor in c.state.items()}
+        counter.clear()
+    layers = sorted({counter.layer for counter in counters})
+    n_windows, seq = windows.ids.shape
+    step = batch_windows(seq)
+    for first in range(0, n_windows, step):
+        ids = windows.ids[first : first + step]
+        at = residuals(model, layers, torch.from_numpy(ids.astype(np.int64)).to(model.device))
+        counted = torch.from_numpy(windows.counts(ids)).to(model.device)
+        for counter in counters:
+            counter.add(at[counter.layer], counted, start + first)
+        told(first + len(ids))
+    return {f"{i}.{k}": v.cpu() for i, c in enumerate(counters) for k, v in c.state.items()}
 
 
 def batch_windows(seq: int) -> int:
@@ -166,11 +132,11 @@ def finished(state: dict[str, Tensor], site: int, n_tokens: int) -> FeatureStati
     """The statistics of one site.
 
     Args:
-        state: of counters, after the whole corpus.
+        state: of the whole corpus, as `count_windows` gives it.
         site: its place among the sites.
         n_tokens: how many tokens were counted.
     """
-    arrays = {name: state[f"{site}.{name}"].cpu().numpy() for name in _STATE}
+    arrays = {name: state[f"{site}.{name}"].numpy() for name in _STATE}
     return FeatureStatistics(n_tokens=n_tokens, maximum=arrays["top_values"][0].copy(), **arrays)
 
 
@@ -231,7 +197,11 @@ def residuals(
 
 
 class Counter:
-    """Counts one SAE's features, batch by batch."""
+    """Counts one SAE's features, batch by batch.
+
+    Raises:
+        SAEError: the SAE does not fit the model.
+    """
 
     def __init__(self, site: FeatureSite, model: Any) -> None:
         W_enc = site.encoder.W_enc
@@ -265,11 +235,6 @@ class Counter:
             "top_places": zeros(CONTEXTS, self.d_sae) - 1,
         }
         """`_STATE`: what is added up over a corpus, named as in `FeatureStatistics`."""
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from the sums of an earlier run."""
-        device = self._b_enc.device
-        self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
     @torch.inference_mode()
     def add(self, h: Tensor, counted: Tensor, start: int) -> None:
@@ -333,7 +298,7 @@ class Counter:
 def memory_of(d_in: int, d_sae: int, *, decoder: bool = False) -> int:
     """Bytes that counting an SAE's features takes, about."""
     weights, sums = 4 * d_in * (2 if decoder else 1), 8 * (4 + BINS) + 12 * CONTEXTS * 2
-    return d_sae * (weights + sums) + 8 * BLOCK_BYTES
+    return d_sae * (weights + 3 * sums) + 8 * BLOCK_BYTES
 
 
 def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> None:
