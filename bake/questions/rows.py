@@ -115,12 +115,9 @@ def _store_rows(name: str, address: str) -> Rows:
     """Rows of the Parquet files at an address that fsspec knows, in the order of their names."""
     import fsspec
 
-    try:
-        store, path = fsspec.core.url_to_fs(address)
-    except ImportError as error:
-        raise DataError(f"{name}: {short(str(error))}; expected that store's library") from error
     number = 0
-    with _readable(name, "Parquet in a store that this machine may read"):
+    with _readable(name, "Parquet in a store that this machine knows and may read"):
+        store, path = fsspec.core.url_to_fs(address)
         pattern = path if "*" in path else f"{path.rstrip('/')}/**/*.parquet"
         alone = "*" not in path and path.endswith(".parquet")
         files = [path] if alone else sorted(store.glob(pattern))
