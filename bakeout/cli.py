@@ -231,12 +231,11 @@ def _spread_kinds(arguments: list[str]) -> list[str]:
 
 def _own_ray(arguments: list[str]) -> list[str]:
     """`--ray` that no address (HOST:PORT) follows, as `--ray=local`."""
-    alone = {
-        i
-        for i, following in enumerate([*arguments[1:], ""])
-        if arguments[i] == "--ray" and not re.search(r"://|:\w*$", following)
-    }
-    return ["--ray=local" if i in alone else argument for i, argument in enumerate(arguments)]
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
+    return [
+        "--ray=local" if name == "--ray" and not re.search(r"://|:\w*$", following) else name
+        for name, following in pairs
+    ]
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
