@@ -18,6 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bake.errors import BakeoutError, ScaleError, printable, short
+from bake.files.scratch import Scratch
 
 LOCAL = "local"
 """In place of an address: a Ray of this run's own, on this machine's cores."""
@@ -27,6 +28,8 @@ MOST_DEATHS = 4
 """A piece of work that this many workers died of is given up."""
 AHEAD = 4
 """Pieces of work, for each worker, that may be begun before the oldest one has ended."""
+_LONGEST_FOLDER = 36
+"""Most characters of a folder in which Ray's sockets can lie, whose names are long themselves."""
 _SAME = ("bakeout", "torch", "transformers")
 """Packages of which workers must have the versions that are here."""
 _QUIET = {
@@ -272,12 +275,19 @@ def cluster(address: str | None) -> Iterator[Crew | None]:
     # It prints what happens to workers to stdout.
     ray._private.worker.print_to_stdstream = lambda *_args, **_options: None
     where = "--ray" if address == LOCAL else f"--ray {address}"
-    own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+    own: dict[str, Any] = {}
+    if address == LOCAL:
+        logs = Scratch("ray")
+        own["include_dashboard"] = False
+        if len(logs.name) <= _LONGEST_FOLDER:
+            own["_temp_dir"] = logs.name
     terminate = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     try:
         with _silent():
             ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
+    except SystemExit as ended:  # Ray makes that of SIGTERM
+        raise KeyboardInterrupt from ended
     except Exception as error:  # Ray raises every kind
         reason = printable(short(next(iter(str(error).splitlines()), type(error).__name__)))
         raise ScaleError(

@@ -41,6 +41,8 @@ def test_two_nodes_and_this_machine_alone_select_as_the_single_process(
     counted_recipe: Path,
     tmp_path: Path,
     two_nodes: Cluster,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = Recipe.load(counted_recipe)
     single = measure(recipe, cache=tmp_path / "single")
@@ -60,19 +62,23 @@ def test_two_nodes_and_this_machine_alone_select_as_the_single_process(
     }
     assert [share for what, share in told if what == "retain corpus"][-1] == 1
 
-    said = []
+    shown = []
     for options in (["--ray"], []):
-        command = [sys.executable, "-m", "bakeout", "select", *options, str(counted_recipe)]
+        cache, page = tmp_path / f"own{options}", tmp_path / "page.html"
+        command = [sys.executable, "-m", "bakeout", "features", *options, str(counted_recipe)]
         done = subprocess.run(
-            [*command, "--json", "-"],
+            [*command, "--html", str(page), "--force"],
             capture_output=True,
             text=True,
             check=False,
-            env=os.environ | {"BAKEOUT_CACHE": str(tmp_path / f"own{options}")},
+            env=os.environ | {"BAKEOUT_CACHE": str(cache)},
         )
         assert (done.returncode, done.stderr) == (0, "")
-        said.append(done.stdout)
-    assert said[0] == said[1] and '"feature"' in said[0]
+        monkeypatch.setenv("BAKEOUT_CACHE", str(cache))
+        capsys.readouterr()
+        assert run(["select", str(counted_recipe), "--json", "-"]) == 0  # of what was counted
+        shown.append((page.read_text(), capsys.readouterr().out))
+    assert shown[0] == shown[1] and '"feature"' in shown[0][1]
 
 
 def workers_here() -> list[psutil.Process]:
@@ -218,6 +224,26 @@ def test_the_driver_killed_and_started_again(counted_recipe: Path, tmp_path: Pat
     assert_all_same(measure(recipe, cache=tmp_path / "single"), found)
     alive = [path for path in cache.iterdir() if path.name.startswith("bakeout-corpus-")]
     assert len(alive) == 2  # those of the killed are gone
+
+
+def test_a_driver_that_is_told_to_stop_says_so_in_one_line(
+    counted_recipe: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bakeout", "select", str(counted_recipe), "--ray"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"BAKEOUT_CACHE": str(cache)},
+    )
+    while not list(cache.glob("bakeout-corpus-*")):  # its workers are about to load the model
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert said == "error: interrupted; the same command goes on where it was\n"
+    assert not list(cache.glob("bakeout-corpus-*"))
 
 
 def test_addresses_that_lead_nowhere(
