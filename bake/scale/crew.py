@@ -132,7 +132,7 @@ class Crew:
                 try:
                     found.append((number, self._result(done)))
                     self._idle.append(actor)
-                except _LostError as lost:
+                except _Lost as lost:
                     deaths[number] += 1
                     if deaths[number] >= MOST_DEATHS:
                         raise ScaleError(
@@ -161,7 +161,7 @@ class Crew:
         new = self._left.pop(done, None) is None
         try:
             found = self._result(done)
-        except _LostError as lost:
+        except _Lost as lost:
             self._failed_starts += new
             if lost.for_good or self._failed_starts >= MOST_DEATHS:
                 raise ScaleError(
@@ -183,7 +183,7 @@ class Crew:
         """What came of a call.
 
         Raises:
-            _LostError: the worker died, or its machine with what it had found.
+            _Lost: the worker died, or its machine with what it had found.
         """
         errors = self._ray.exceptions
         try:
@@ -193,7 +193,7 @@ class Crew:
         except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError) as error:
             for_good = getattr(error, "actor_init_failed", False)
             lines = [line for line in str(error).splitlines() if line.strip()]
-            raise _LostError(printable(short(lines[-1 if for_good else 0])), for_good) from error
+            raise _Lost(printable(short(lines[-1 if for_good else 0])), for_good) from error
 
 
 class _Todo:
@@ -236,7 +236,7 @@ class _Todo:
         return self._begun - 1, item
 
 
-class _LostError(Exception):
+class _Lost(Exception):  # noqa: N818
     """A worker is gone."""
 
     def __init__(self, reason: str, for_good: bool) -> None:

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bake.files.locks import folder_lock
 from bake.new_folder import whole_file
 from bake.questions.corpora import Windows
 from bake.search.cache import Unfinished
@@ -39,7 +38,7 @@ def count_parts(
     unfinished: Unfinished,
     progress: Callable[[float], None],
 ) -> State:
-    """Count a corpus.
+    """Count a corpus, which no other process may do at the same time.
 
     What comes of a part lies beside the unfinished state as soon as it is there, and is removed
     once the state that has it is on disk.
@@ -53,41 +52,35 @@ def count_parts(
 
     Returns:
         What `count_windows` gives for the whole, but for the rounding of sums.
-
-    Raises:
-        OutputError: another process is at it.
     """
     n_windows, seq = windows.ids.shape
-    folder = unfinished.path.with_suffix("").with_suffix(".parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
-        merging = _Merging(folder, unfinished)
-        step = batch_windows(seq)
-        tokens = max(PART_TOKENS, TOKENS_PER_FEATURE * n_features)
-        size = step * -(-tokens // (seq * step))
+    merging = _Merging(unfinished)
+    step = batch_windows(seq)
+    tokens = max(PART_TOKENS, TOKENS_PER_FEATURE * n_features)
+    size = step * -(-tokens // (seq * step))
 
-        def parts() -> Iterator[tuple[Windows, int]]:
-            for start in range(merging.start, n_windows, size):
-                stop = min(start + size, n_windows)
-                if not merging.has(start, stop):
-                    yield windows.part(start, stop), start
+    def parts() -> Iterator[tuple[Windows, int]]:
+        for start in range(merging.start, n_windows, size):
+            stop = min(start + size, n_windows)
+            if not merging.has(start, stop):
+                yield windows.part(start, stop), start
 
-        for part in count(parts()):
-            merging.take(*part)
-            progress(merging.n_windows / n_windows)
-        return merging.result()
+    for part in count(parts()):
+        merging.take(*part)
+        progress(merging.n_windows / n_windows)
+    return merging.result()
 
 
 class _Merging:
     """Parts of a corpus, merged as far as they reach without a gap; the others wait on disk.
 
     Args:
-        folder: of the parts.
         unfinished: where what is merged is kept from time to time.
     """
 
-    def __init__(self, folder: Path, unfinished: Unfinished) -> None:
-        self._folder, self._unfinished = folder, unfinished
+    def __init__(self, unfinished: Unfinished) -> None:
+        self._folder, self._unfinished = unfinished.parts, unfinished
+        self._folder.mkdir(parents=True, exist_ok=True)
         state = unfinished.load()
         self.start = 0 if state is None else int(state.pop("start"))
         """How many windows are merged."""

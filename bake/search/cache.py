@@ -134,6 +134,11 @@ class Unfinished:
         name = f"{hashlib.sha256(keys).hexdigest()[:32]}.unfinished.safetensors"
         return cls(entries[0].path.parent / name)
 
+    @property
+    def parts(self) -> Path:
+        """Folder of what was counted and is not in the state yet."""
+        return self.path.with_suffix("").with_suffix(".parts")
+
     def load(self) -> dict[str, Tensor] | None:
         """What was last saved, if anything readable was."""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,6 +12,7 @@ from typing import Any
 from bake.base import BaseModel, find_base
 from bake.clamp import SAESite, find_site
 from bake.errors import RecipeError
+from bake.files.locks import TakenError, folder_lock
 from bake.questions.corpora import Windows, load_windows
 from bake.recipe import Recipe, Select
 from bake.sae.folding import load_encoder, sha256_of
@@ -32,6 +34,8 @@ from bake.stock import load_base, load_tokenizer
 Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
 SIDES = ("forget", "retain")
+LOOK_AGAIN_SECONDS = 1.0
+"""How often another process that counts the same is looked after."""
 
 
 @dataclass(frozen=True)
@@ -173,24 +177,36 @@ def _read_or_take(
     crew: Crew | None,
     progress: Callable[[float], None],
 ) -> list[FeatureStatistics]:
-    """One pass over the corpus for all SAEs whose statistics are not there yet."""
-    found = [entry.read() for entry in entries]
-    absent = [i for i, known in enumerate(found) if known is None]
-    if absent:
-        wanted = [entries[i] for i in absent]
-        unfinished = Unfinished.beside(wanted)
-        if crew is None:
-            count = _own_count(material.model, [sites[i] for i in absent], windows, progress)
-        else:
-            which = {i: sha256_of(sites[i].files) for i in absent}
-            count = partial(counted_on, crew, which, entries[0].about["model"])
-        n_features = sum(sites[i].d_sae for i in absent)
-        state = count_parts(count, windows, n_features, unfinished, progress)
-        taken = [finished(state, i, windows.n_tokens) for i in range(len(absent))]
-        for i, new in zip(absent, taken, strict=True):
-            entries[i].write(new)
-            found[i] = new
-        unfinished.remove()
+    """One pass over the corpus for all SAEs whose statistics are not there yet.
+
+    Another process that counts the same is waited for.
+    """
+    while True:
+        found = [entry.read() for entry in entries]
+        absent = [i for i, known in enumerate(found) if known is None]
+        if not absent:
+            break
+        unfinished = Unfinished.beside([entries[i] for i in absent])
+        unfinished.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with folder_lock(unfinished.parts):
+                if entries[absent[0]].read() is not None:
+                    continue  # which has just ended
+                if crew is None:
+                    at = [sites[i] for i in absent]
+                    count = _own_count(material.model, at, windows, progress)
+                else:
+                    which = {i: sha256_of(sites[i].files) for i in absent}
+                    count = partial(counted_on, crew, which, entries[0].about["model"])
+                n_features = sum(sites[i].d_sae for i in absent)
+                state = count_parts(count, windows, n_features, unfinished, progress)
+                for place, i in enumerate(absent):
+                    found[i] = taken = finished(state, place, windows.n_tokens)
+                    entries[i].write(taken)
+                unfinished.remove()
+                break
+        except TakenError:
+            time.sleep(LOOK_AGAIN_SECONDS)
     return [known for known in found if known is not None]
 
 

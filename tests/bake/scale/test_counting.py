@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from bake.sae.folding import load_encoder, sha256_of
 from bake.scale.counting import FeatureWorker
 from bake.scale.parts import merged
 from bake.search.cache import model_sha256
-from bake.search.corpus_statistics import Material, measure
+from bake.search.corpus_statistics import Material, Measured, measure
 from bake.search.statistics import CONTEXTS, Counter, FeatureSite, count_windows, finished
 from tests.bake.scale.counted import BATCH, SEQ, InProcess, assert_all_same, assert_same, statistics
 from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae
@@ -187,3 +189,35 @@ def test_a_damaged_part_is_counted_anew(
     found = measure(recipe, cache=cache, crew=crew)
     assert crew.counted[0] == 2 * BATCH
     assert_all_same(measure(recipe, cache=tmp_path / "single"), found)
+
+
+def test_who_counts_the_same_at_the_same_time_waits_and_reads(
+    counted_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bake.search.corpus_statistics.LOOK_AGAIN_SECONDS", 0.01)
+    recipe, cache = Recipe.load(counted_recipe), tmp_path / "cache"
+    ran: list[str] = []
+    begun = threading.Event()
+    found: list[Measured] = []
+
+    def second() -> None:
+        def told(what: str, _share: float) -> None:
+            ran.append(what)
+            if what == "retain texts":  # it counts next
+                begun.set()
+
+        found.append(measure(recipe, cache=cache, progress=told))
+
+    other = threading.Thread(target=second)
+
+    def told(what: str, _share: float) -> None:
+        if what == "forget corpus" and other.ident is None:
+            other.start()
+            assert begun.wait(60)
+            time.sleep(0.2)
+
+    crew: Any = InProcess()
+    first = measure(recipe, cache=cache, crew=crew, progress=told)
+    other.join()
+    assert "forget corpus" not in ran
+    assert_all_same(first, found[0])
