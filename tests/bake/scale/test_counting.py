@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -221,3 +224,25 @@ def test_who_counts_the_same_at_the_same_time_waits_and_reads(
     other.join()
     assert "forget corpus" not in ran
     assert_all_same(first, found[0])
+
+
+def test_ray_is_neither_needed_nor_imported_where_it_is_not_asked_for(
+    counted_recipe: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\n"
+        "from bakeout.cli import run\n"
+        "assert run(['select', sys.argv[1]]) == 0\n"
+        "assert 'ray' not in sys.modules\n"
+        "sys.modules['ray'] = None\n"  # as where it is not installed
+        "assert run(['select', sys.argv[1], '--ray']) == 2\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(counted_recipe)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"BAKEOUT_CACHE": str(tmp_path / "cache")},
+    )
+    said = "error: --ray: Ray is not here; pip install 'bakeout[scale]'\n"
+    assert (done.returncode, done.stderr) == (0, said)

@@ -247,7 +247,7 @@ def test_a_driver_that_is_told_to_stop_says_so_in_one_line(
 
 
 def test_addresses_that_lead_nowhere(
-    counted_recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    counted_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for address, said in (
         ("127.0.0.1:1", "does not answer"),
@@ -257,7 +257,3 @@ def test_addresses_that_lead_nowhere(
         line = capsys.readouterr().err
         assert line.startswith(f"error: --ray {address}: ") and said in line
         assert line.count("\n") == 1
-    monkeypatch.setitem(sys.modules, "ray", None)
-    assert run(["select", str(counted_recipe), "--ray"]) == 2
-    expected = "error: --ray: Ray is not here; pip install 'bakeout[scale]'\n"
-    assert capsys.readouterr().err == expected
