@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -35,10 +36,11 @@ class FeatureWorker:
 
     Args:
         recipe: whose base and SAEs must lie at the same paths on all machines.
+        tokenizer: sha256 of the base's.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, tokenizer: str) -> None:
+        self._recipe, self._tokenizer_sha256 = recipe, tokenizer
         self._ready: tuple[tuple[int, ...], Any, list[Counter]] | None = None
 
     def about(self) -> dict[str, str]:
@@ -47,10 +49,16 @@ class FeatureWorker:
 
     @cached_property
     def _tokenizer(self) -> Any:
+        base = find_base(self._recipe)
+        _check_same(f"{base.name}'s tokenizer", tokenizer_sha256(base), self._tokenizer_sha256)
         return load_tokenizer(self._recipe)
 
     def encode(self, texts: list[str]) -> tuple[NDArray[np.int32], list[int]]:
-        """(tokens of all texts, how many each has), without special ones."""
+        """(tokens of all texts, how many each has), without special ones.
+
+        Raises:
+            ScaleError: the tokenizer is another one here.
+        """
         ids = tokenised(texts, self._tokenizer)
         return np.array([i for of in ids for i in of], np.int32), [len(of) for of in ids]
 
@@ -83,20 +91,32 @@ class FeatureWorker:
             self._ready = None
             base = find_base(self._recipe)
             sites = [find_site(self._recipe.clamp[i], self._recipe, base) for i in places]
-            there = [model_sha256(base), *(sha256_of(site.files) for site in sites)]
-            names = [base.name, *(site.name for site in sites)]
-            for name, here, expected in zip(names, there, [model, *which.values()], strict=True):
-                if here != expected:
-                    raise ScaleError(
-                        f"{name}: is another one on {socket.gethostname()} than where bakeout was "
-                        "started; expected the same files on all machines. Copy them there"
-                    )
+            _check_same(base.name, model_sha256(base), model)
+            for site, expected in zip(sites, which.values(), strict=True):
+                _check_same(site.name, sha256_of(site.files), expected)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             loaded = load_base(self._recipe, device)
             del decoder_layers(loaded)[max(site.layer for site in sites) + 1 :]
             encoders = [FeatureSite(site.layer, load_encoder(site.files)) for site in sites]
             self._ready = (places, loaded, [Counter(site, loaded) for site in encoders])
         return self._ready[1], self._ready[2]
+
+
+def _check_same(name: str, here: str, expected: str) -> None:
+    if here != expected:
+        raise ScaleError(
+            f"{name}: is another one on {socket.gethostname()} than where bakeout was started; "
+            "expected the same files on all machines. Copy them there"
+        )
+
+
+def tokenizer_sha256(base: BaseModel) -> str:
+    """Of the files that a base's tokenizer is made of."""
+    digest = hashlib.sha256()
+    for path in sorted(base.folder.glob("*token*")):
+        if path.is_file():
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def start_workers(crew: Crew, recipe: Recipe, base: BaseModel, sites: Sequence[SAESite]) -> None:
@@ -108,7 +128,8 @@ def start_workers(crew: Crew, recipe: Recipe, base: BaseModel, sites: Sequence[S
     stored = sum((base.folder / shard).stat().st_size for shard in base.shards)
     weights = 2 * stored if recipe.base.dtype == "float32" else stored
     saes = sum(memory_of(site.d_in, site.d_sae) for site in sites)
-    crew.start(FeatureWorker, recipe, memory=_PROCESS_BYTES + weights + saes)
+    memory = _PROCESS_BYTES + weights + saes
+    crew.start(FeatureWorker, recipe, tokenizer_sha256(base), memory=memory)
 
 
 def encoded_on(crew: Crew, texts: Iterator[str]) -> Iterator[list[int]]:

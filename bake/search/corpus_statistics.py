@@ -117,10 +117,11 @@ def measure(
     select = select_table(recipe)
     material = material or Material(recipe)
     sites = [find_site(clamp, recipe, material.base) for clamp in recipe.clamp]
-    for site in sites:
-        check_memory(site.name, site.d_in, site.d_sae)
     cache = cache or cache_folder()
-    if crew is not None:
+    if crew is None:
+        for site in sites:
+            check_memory(site.name, site.d_in, site.d_sae)
+    else:
         start_workers(crew, recipe, material.base, sites)
     corpora = {
         side: load_windows(

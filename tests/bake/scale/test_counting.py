@@ -21,13 +21,13 @@ from bake.errors import ScaleError
 from bake.questions.corpora import OnDisk, Windows
 from bake.recipe import Recipe
 from bake.sae.folding import load_encoder, sha256_of
-from bake.scale.counting import FeatureWorker
+from bake.scale.counting import FeatureWorker, tokenizer_sha256
 from bake.scale.parts import merged
 from bake.search.cache import model_sha256
 from bake.search.corpus_statistics import Material, Measured, measure
 from bake.search.statistics import CONTEXTS, Counter, FeatureSite, count_windows, finished
 from tests.bake.scale.counted import BATCH, SEQ, InProcess, assert_all_same, assert_same, statistics
-from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
 
 
 def plain_recipe(folder: Path) -> Recipe:
@@ -84,7 +84,7 @@ def test_a_worker_counts_as_the_single_process_with_the_layers_it_needs(
     windows = Windows("w", ids, (0, 1, 2), 9)
     encoder = FeatureSite(site.layer, load_encoder(site.files))
     (whole,) = statistics(material.model, [encoder], windows)
-    worker = FeatureWorker(recipe)
+    worker = FeatureWorker(recipe, tokenizer_sha256(material.base))
     which = {0: sha256_of(site.files)}
     for _ in range(2):  # the second time with what the first one loaded
         start, stop, state = worker.count(which, model_sha256(material.base), windows, 0)
@@ -92,9 +92,21 @@ def test_a_worker_counts_as_the_single_process_with_the_layers_it_needs(
         tensors = {name: torch.from_numpy(array) for name, array in state.items()}
         assert_same(whole, finished(tensors, 0, windows.n_tokens))
     with pytest.raises(ScaleError, match=r"base: is another one on .*Copy them there"):
-        FeatureWorker(recipe).count(which, "0" * 64, windows, 0)
+        FeatureWorker(recipe, "").count(which, "0" * 64, windows, 0)
     with pytest.raises(ScaleError, match="sae: is another one on "):
-        FeatureWorker(recipe).count({0: "0" * 64}, model_sha256(material.base), windows, 0)
+        FeatureWorker(recipe, "").count({0: "0" * 64}, model_sha256(material.base), windows, 0)
+
+
+def test_a_worker_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    recipe = plain_recipe(tmp_path)
+    tiny_tokenizer(tiny_base(tmp_path / "base"))
+    there = tokenizer_sha256(Material(recipe).base)
+    ids, lengths = FeatureWorker(recipe, there).encode(["one two", "three"])
+    assert len(lengths) == 2 and len(ids) == sum(lengths) > 2
+    with (tmp_path / "base" / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ScaleError, match="base's tokenizer: is another one on "):
+        FeatureWorker(recipe, there).encode(["one two"])
 
 
 def test_windows_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
@@ -199,6 +211,7 @@ def test_who_counts_the_same_at_the_same_time_waits_and_reads(
 ) -> None:
     monkeypatch.setattr("bake.search.corpus_statistics.LOOK_AGAIN_SECONDS", 0.01)
     recipe, cache = Recipe.load(counted_recipe), tmp_path / "cache"
+    recipe = recipe.with_clamps(recipe.clamp[:1])
     ran: list[str] = []
     begun = threading.Event()
     found: list[Measured] = []
