@@ -48,6 +48,10 @@ class ExportError(BakeoutError):
     """A clamp that cannot be carried in the form that was asked for."""
 
 
+class ScaleError(BakeoutError):
+    """A Ray cluster that does not answer, or whose workers cannot do what is asked for."""
+
+
 class CheckError(BakeoutError):
     """What was written and does not say what it was made from."""
 

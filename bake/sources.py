@@ -43,6 +43,11 @@ def _short_enough(name: str) -> str:
     return name
 
 
+def in_store(path: str) -> bool:
+    """Whether a path is an address in a store, `s3://bucket/folder`, and no file here."""
+    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
+
+
 PathName = Annotated[str, AfterValidator(_short_enough)]
 """A path, or a hub id."""
 
@@ -84,7 +89,12 @@ class Source(Table):
             raise ValueError("expected either `path` or `dataset`")
         if self.path is not None and {"config", "split"} & self.model_fields_set:
             raise ValueError("`config` and `split` go with `dataset`, not with `path`")
+        if self.path is not None and in_store(self.path):
+            self._check_store(self.path)
         return self
+
+    def _check_store(self, _: str) -> None:
+        raise ValueError("`path` is an address; expected a file beside the recipe")
 
 
 class TextSource(Source):
@@ -97,10 +107,24 @@ class TextSource(Source):
 
 
 class Corpus(TextSource):
-    """Texts that feature statistics are taken over."""
+    """Texts that feature statistics are taken over.
+
+    `path` may also be Parquet in a store that fsspec knows: s3://…, gs://…, https://…; one file, a
+    folder, or a pattern with `*`.
+    """
 
     chat: bool = False
     """Put each text (or list of messages) through the tokenizer's chat template first."""
+
+    def _check_store(self, address: str) -> None:
+        store, _, rest = address.partition("://")
+        if store in ("file", "local"):
+            raise ValueError(f"`path` is a {store}:// address; expected the file's path")
+        if ":" in rest.partition("/")[0].rpartition("@")[0]:
+            raise ValueError(
+                f"`path` is a {store}:// address with a password, which would go wherever the "
+                "recipe goes; expected none. Put it where the store's own library looks for it"
+            )
 
 
 class RowSource(Source):
@@ -132,7 +156,8 @@ def rewrite_paths(table: dict[str, Any], folder: Path, rewrite: Callable[[Path],
         if not isinstance(entry, str):  # a table may be called as a key is
             continue
         hub_key = key in ("model", "dataset")
-        if key == "path" or (hub_key and (entry[0] in "./~" or (folder / entry).exists())):
+        local = key == "path" and not in_store(entry)
+        if local or (hub_key and (entry[0] in "./~" or (folder / entry).exists())):
             table[key] = rewrite(folder / entry)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -160,6 +161,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     debug = "--debug" in arguments
     arguments = _spread_kinds([argument for argument in arguments if argument != "--debug"])
+    arguments = _own_ray(arguments)
     for name, value in {"TOKENIZERS_PARALLELISM": "false", **LARGE_PAGES}.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -225,6 +227,15 @@ def _spread_kinds(arguments: list[str]) -> list[str]:
         among = False
         spread.append(argument)
     return [*spread, "--only"] if expected else spread
+
+
+def _own_ray(arguments: list[str]) -> list[str]:
+    """`--ray` that no address (HOST:PORT) follows, as `--ray=local`."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
+    return [
+        "--ray=local" if name == "--ray" and not re.search(r"://|:\w*$", following) else name
+        for name, following in pairs
+    ]
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

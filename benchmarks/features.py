@@ -28,7 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.questions.corpora import Windows
 from bake.sae.folding import SAEEncoder
-from bake.search.statistics import BATCH_TOKENS, FeatureSite, statistics
+from bake.search.statistics import BATCH_TOKENS, Counter, FeatureSite, count_windows
 from bakeout.verbs.demo import MINIATURE
 
 D_IN, D_SAE, LAYERS, HOOK, VOCAB, SEQ, N_SEQS = 512, 8192, 24, 5, 32_000, 256, 24
@@ -75,7 +75,8 @@ def plain_loop(model: Any, sae: Any, windows: Windows) -> np.ndarray:
     handle = model.model.layers[HOOK].register_forward_hook(lambda _, __, h: seen.append(h))
     fired = torch.zeros(D_SAE, dtype=torch.int64)
     total, squares, largest = torch.zeros(3, D_SAE, dtype=torch.float64)
-    ids, counted = torch.from_numpy(windows.ids.astype("int64")), torch.from_numpy(windows.counted)
+    ids = torch.from_numpy(windows.ids.astype("int64"))
+    counted = torch.from_numpy(windows.counts(windows.ids))
     step = BATCH_TOKENS // SEQ
     for start in range(0, len(ids), step):
         model(input_ids=ids[start : start + step], use_cache=False)
@@ -115,9 +116,9 @@ def speed(rounds: int) -> None:
             if name == "plain":
                 expected = plain_loop(model, sae, windows)
             else:
-                (found,) = statistics(model, [site], windows)
+                found = count_windows(model, [Counter(site, model)], windows)["0.fired"].numpy()
             seconds[name] = time.perf_counter() - begun
-        differing = int((found.fired != expected).sum())
+        differing = int((found != expected).sum())
         if not round_number:
             continue  # warm-up
         ratios.append(seconds["plain"] / seconds["ours"])

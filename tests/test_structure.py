@@ -139,7 +139,7 @@ def test_help_says_what_each_verb_says_of_itself() -> None:
 def test_importing_loads_nothing_heavy_and_prints_nothing(statement: str) -> None:
     code = (
         f"import sys; {statement}; "
-        "heavy = {'torch', 'transformers', 'sae_lens', 'onnxruntime', 'datasets', 'peft'}; "
+        "heavy = {'torch', 'transformers', 'sae_lens', 'onnxruntime', 'datasets', 'peft', 'ray'}; "
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -16,6 +16,10 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What file systems say that have none, as some of clusters."""
 
 
+class TakenError(OutputError):
+    """Another process has the lock."""
+
+
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which may not exist yet; the system drops it when the process
@@ -25,7 +29,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     locks keeps nobody away.
 
     Raises:
-        OutputError: another process has it, or no lock can be had there.
+        TakenError: another process has it.
+        OutputError: no lock can be had there.
     """
     folder = folder.resolve()
     beside = folder.parent / f".{folder.name}.bakeout-lock"
@@ -59,7 +64,7 @@ def _take(folder: Path, path: Path) -> int:
             pass  # whoever had it removed it meanwhile
         except BlockingIOError as error:
             os.close(lock)
-            raise OutputError(
+            raise TakenError(
                 f"output {folder}: is being written by another process, which must end first; "
                 "choose another folder, or run this again then"
             ) from error

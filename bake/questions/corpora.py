@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bake.errors import DataError, ModelError, shown
+from bake.files.scratch import Scratch
 from bake.questions.rows import field_of, rows_of
 from bake.recipe import Recipe
 from bake.sources import Corpus
@@ -25,6 +28,40 @@ SHUFFLE_BUFFER = 10_000
 _TOKENISED_AT_ONCE = 64
 CHATS_AT_ONCE = 256
 """How many go through a chat template together, in a process of their own."""
+_READ_AT_ONCE = 1 << 20
+"""Tokens of a corpus that are looked at together."""
+Encode = Callable[[Iterator[str]], Iterator[list[int]]]
+"""From texts to the tokens of each, in their order."""
+
+
+class OnDisk:
+    """Windows of tokens in a file that goes with it: [n_windows, seq] int32, read a few at a time.
+
+    Args:
+        rows: at least one, [seq] each.
+        where: the folder that the file is to lie in, which need not exist.
+    """
+
+    def __init__(self, rows: Iterator[NDArray[np.int32]], where: Path) -> None:
+        self._scratch = Scratch("corpus", where)
+        self._file = self._scratch.path / "ids"
+        n_windows = 0
+        with self._file.open("wb") as file:
+            for row in rows:
+                file.write(row.astype(np.int32).tobytes())
+                n_windows, seq = n_windows + 1, len(row)
+        self.shape = (n_windows, seq)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: Any) -> NDArray[np.int32]:
+        """One window, by its number, or some, by a slice of neighbours: read anew each time."""
+        first, stop, _ = part.indices(len(self)) if type(part) is slice else (part, part + 1, 1)
+        width = self.shape[1]
+        n_windows = max(0, stop - first)
+        ids = np.fromfile(self._file, np.int32, n_windows * width, offset=4 * width * first)
+        return ids.reshape(n_windows, width) if type(part) is slice else ids
 
 
 @dataclass(frozen=True)
@@ -33,32 +70,51 @@ class Windows:
 
     name: str
     """Of its source."""
-    ids: NDArray[np.int32] = field(repr=False)
+    ids: NDArray[np.int32] | OnDisk = field(repr=False)
     """[n_windows, seq], BOS first."""
     special_ids: tuple[int, ...]
     """BOS, EOS and PAD: never counted."""
     n_texts: int
     """How many texts the windows were cut from."""
 
-    @property
-    def counted(self) -> NDArray[np.bool_]:
-        """[n_windows, seq]: tokens that statistics count."""
-        return ~np.isin(self.ids, self.special_ids)
+    def part(self, start: int, stop: int) -> Windows:
+        """Some of the windows, in memory."""
+        return replace(self, ids=self.ids[start:stop])
 
-    @property
+    def counts(self, ids: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Of some tokens, those that statistics count."""
+        return ~np.isin(ids, self.special_ids)
+
+    @cached_property
     def n_tokens(self) -> int:
         """How many tokens are counted."""
-        return int(self.counted.sum())
+        return sum(int(self.counts(ids).sum()) for ids in self._blocks())
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of the tokens, their layout and what is not counted."""
-        about = f"{self.ids.shape} {self.special_ids} ".encode()
-        return hashlib.sha256(about + self.ids.astype("<i4").tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{self.ids.shape} {self.special_ids} ".encode())
+        for ids in self._blocks():
+            digest.update(ids.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def _blocks(self) -> Iterator[NDArray[np.int32]]:
+        step = max(1, _READ_AT_ONCE // self.ids.shape[1])
+        for start in range(0, len(self.ids), step):
+            yield self.ids[start : start + step]
 
 
 def load_windows(
-    source: Corpus, recipe: Recipe, tokenizer: Any, *, seq_len: int, n_seqs: int, seed: int | None
+    source: Corpus,
+    recipe: Recipe,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    n_seqs: int,
+    seed: int | None,
+    encode: Encode | None = None,
+    on_disk: Path | None = None,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Windows:
     """Read, tokenise and pack a corpus; reading stops when there are enough windows.
 
@@ -69,6 +125,9 @@ def load_windows(
         seq_len: window length, BOS included.
         n_seqs: most windows.
         seed: of the order of the texts; None takes them as they come.
+        encode: what tokenises; the tokenizer itself by default.
+        on_disk: a folder in which the windows lie, as long as they are used; in memory by default.
+        progress: called with the share of `n_seqs` that is there.
 
     Raises:
         DataError: the source cannot be read, a row lacks the field, or no text is long enough.
@@ -82,19 +141,38 @@ def load_windows(
 
     def encoded() -> Iterator[list[int]]:
         nonlocal n_texts
-        while some := list(islice(texts, _TOKENISED_AT_ONCE)):
-            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-                n_texts += 1
-                yield ids
+        for ids in encode(texts) if encode else _encoded(texts, tokenizer):
+            n_texts += 1
+            yield ids
+
+    def told() -> Iterator[NDArray[np.int32]]:
+        rows = pack(encoded(), bos=bos, eos=eos, seq_len=seq_len, n_seqs=n_seqs)
+        for n_windows, row in enumerate(rows, 1):
+            yield row
+            progress(n_windows / n_seqs)
 
     name = " ".join(filter(None, (source.path, source.dataset, source.config)))
-    rows = list(pack(encoded(), bos=bos, eos=eos, seq_len=seq_len, n_seqs=n_seqs))
-    if not rows:
+    rows = told()
+    first = next(rows, None)
+    if first is None:
         raise DataError(
             f"{name}: holds no text over {MIN_CHARACTERS} characters; expected at least one"
         )
+    rows = chain([first], rows)
+    ids = np.stack(list(rows)) if on_disk is None else OnDisk(rows, on_disk)
     special = tuple(sorted({bos, eos, *([] if pad is None else [pad])}))
-    return Windows(name, np.stack(rows), special, n_texts)
+    return Windows(name, ids, special, n_texts)
+
+
+def _encoded(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
+    while some := list(islice(texts, _TOKENISED_AT_ONCE)):
+        yield from tokenised(some, tokenizer)
+
+
+def tokenised(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of texts, without special ones."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def pack(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bake.errors import DataError, printable, short, shown
 from bake.reading.capped import ROW_BYTES, UnreadableError, open_regular, parse_json
 from bake.recipe import Recipe
-from bake.sources import RowSource, TextSource, offline
+from bake.sources import RowSource, TextSource, in_store, offline
 
 Rows = Iterator[tuple[int, Any]]
 """(number from 1, row); of a file of lines, the number is that of the line."""
@@ -31,6 +32,8 @@ def rows_of(
     """
     if source.path is not None:
         path, name = recipe.local(source.path), printable(source.path)
+        if in_store(source.path):
+            return name, _store_rows(name, source.path)
         if path.suffix == ".parquet":
             return name, _parquet_rows(name, path)
         field = getattr(source, "field", None) if path.suffix == ".txt" else None
@@ -104,23 +107,47 @@ def _json(name: str, number: int, line: str) -> Any:
 
 
 def _parquet_rows(name: str, path: Path) -> Rows:
-    import pyarrow
-    from pyarrow import parquet
+    with _readable(name, "a Parquet file beside the recipe"), open_regular(path) as opened:
+        yield from enumerate(_parquet(opened), 1)
+
+
+def _store_rows(name: str, address: str) -> Rows:
+    """Rows of the Parquet files at an address that fsspec knows, in the order of their names."""
+    import fsspec
 
     number = 0
-    try:
-        with open_regular(path) as opened, parquet.ParquetFile(opened) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+    with _readable(name, "Parquet in a store that this machine knows and may read"):
+        store, path = fsspec.core.url_to_fs(address)
+        pattern = path if "*" in path else f"{path.rstrip('/')}/**/*.parquet"
+        alone = "*" not in path and path.endswith(".parquet")
+        files = [path] if alone else sorted(store.glob(pattern))
+        if not files:
+            raise DataError(f"{name}: holds no Parquet file (.parquet); expected at least one")
+        for file in files:
+            with store.open(file) as opened:
+                for row in _parquet(opened):
                     number += 1
                     yield number, row
-    except DataError:
+
+
+def _parquet(opened: Any) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(opened) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def _readable(name: str, expected: str) -> Iterator[None]:
+    """What libraries raise within the block becomes a line; stores raise every kind."""
+    try:
+        yield
+    except (DataError, GeneratorExit):
         raise
-    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-        reason = short(next(iter(str(error).splitlines()), type(error).__name__))
-        raise DataError(
-            f"{name}: cannot be read ({reason}); expected a Parquet file beside the recipe"
-        ) from error
+    except Exception as error:
+        reason = short(printable(next(iter(str(error).splitlines()), "") or type(error).__name__))
+        raise DataError(f"{name}: cannot be read ({reason}); expected {expected}") from error
 
 
 def _dataset_rows(

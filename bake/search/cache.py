@@ -26,7 +26,6 @@ from torch import Tensor
 from bake.base import BaseModel
 from bake.errors import OutputError
 from bake.new_folder import whole_file
-from bake.questions.corpora import Windows
 from bake.reading.capped import read_json
 from bake.search.statistics import FeatureStatistics
 
@@ -96,7 +95,7 @@ class Entry:
         except (OSError, ValueError, KeyError, pa.ArrowException, SafetensorError):
             return None
 
-    def write(self, statistics: FeatureStatistics, windows: Windows) -> None:
+    def write(self, statistics: FeatureStatistics) -> None:
         """Keep finished statistics; they appear whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent) as name:
@@ -115,7 +114,6 @@ class Entry:
                 "histogram": statistics.histogram,
                 "top_values": statistics.top_values,
                 "top_places": statistics.top_places,
-                "ids": windows.ids,
             }
             save_arrays(contexts, new / CONTEXTS_FILE)
             (new / ABOUT).write_text(json.dumps(self.about, indent=2), encoding="utf-8")
@@ -136,6 +134,11 @@ class Unfinished:
         name = f"{hashlib.sha256(keys).hexdigest()[:32]}.unfinished.safetensors"
         return cls(entries[0].path.parent / name)
 
+    @property
+    def parts(self) -> Path:
+        """Folder of what was counted and is not in the state yet."""
+        return self.path.with_suffix("").with_suffix(".parts")
+
     def load(self) -> dict[str, Tensor] | None:
         """What was last saved, if anything readable was."""
         try:
@@ -144,20 +147,27 @@ class Unfinished:
         except (OSError, SafetensorError):
             return None
 
-    def saver(self) -> Callable[[dict[str, Tensor]], None]:
-        """Saves the first state and then so seldom that it costs next to nothing."""
+    def save(self, state: dict[str, Tensor]) -> None:
+        """Keep a state in place of the last one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(self.path) as new:
+            save_tensors({name: tensor.contiguous() for name, tensor in state.items()}, new)
+
+    def saver(self) -> Callable[[dict[str, Tensor]], bool]:
+        """Saves the first state and then so seldom that it costs next to nothing; says whether it
+        did.
+        """
         saved = took = 0.0
 
-        def save(state: dict[str, Tensor]) -> None:
+        def save(state: dict[str, Tensor]) -> bool:
             nonlocal saved, took
             begun = time.monotonic()
             if saved and took > SAVING_SHARE * (begun - saved):
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.path) as new:
-                save_tensors({name: tensor.contiguous() for name, tensor in state.items()}, new)
+                return False
+            self.save(state)
             saved = time.monotonic()
             took = saved - begun
+            return True
 
         return save
 

@@ -22,6 +22,7 @@ from bake.recipe import Recipe
 from bake.sae.codes import agreement, decode, encode
 from bake.sae.fit_figures import AGREEING, LEAST_AGREEMENT, LEAST_EXPLAINED, Fit
 from bake.search.neutral_text import NEUTRAL_TEXT
+from bake.sources import in_store
 from bake.tensors import Array
 
 WINDOW = 128
@@ -169,7 +170,7 @@ def _tokens(recipe: Recipe, tokenizer: object) -> Iterator[int]:
     sources += [] if select is None else [select.retain]
     texts: list[str] = []
     for source in sources:
-        if source.path is not None and not texts:
+        if source.path is not None and not in_store(source.path) and not texts:
             try:
                 texts = [text.text for text in load_texts(source, recipe)]
             except DataError:  # said by whoever needs it

@@ -34,6 +34,7 @@ NEAR = 1e-6
 _ROUNDING = 2e-6
 """float32 is trusted beyond this share of |h|·|W_enc|; nearer to the threshold, float64 decides."""
 _EXACT_AT_ONCE = 8192
+_STATE = ("fired", "total", "squares", "near", "histogram", "top_values", "top_places")
 
 
 @dataclass(frozen=True)
@@ -88,51 +89,65 @@ def bin_edges() -> NDArray[np.float64]:
     return np.exp2(LOWEST_BIN + np.arange(BINS + 1) / BINS_PER_OCTAVE)
 
 
-def statistics(
+def count_windows(
     model: Any,
-    sites: Sequence[FeatureSite],
+    counters: Sequence[Counter],
     windows: Windows,
-    *,
-    resume: Callable[[], dict[str, Tensor] | None] = lambda: None,
-    keep: Callable[[dict[str, Tensor]], None] = lambda _: None,
-    progress: Callable[[float], None] = lambda _: None,
-) -> list[FeatureStatistics]:
-    """Run a corpus through the model up to the last hook layer, and count.
+    start: int = 0,
+    told: Callable[[int], None] = lambda _: None,
+) -> dict[str, Tensor]:
+    """Run windows through the model up to the last hook layer, and count.
 
     Args:
         model: a stock Gemma.
-        sites: SAEs of its residual stream; all are served by the same pass.
-        windows: the corpus.
-        resume: gives what `keep` was last given, or None to begin anew.
-        keep: called after each batch with everything that is needed to go on from there.
-        progress: called with the share that is done.
+        counters: of SAEs of its residual stream, which begin anew; the same pass serves all.
+        windows: a corpus, or a part of one.
+        start: index of the first window in the corpus.
+        told: called with how many windows are done.
 
     Returns:
-        One for each site; interrupted and resumed or not, the same to the last bit.
-
-    Raises:
-        SAEError: an SAE does not fit the model, or not into memory.
+        What the counters added up, by their place and the name in `FeatureStatistics`.
     """
-    counters = [_Counter(site, model) for site in sites]
-    ids = torch.from_numpy(windows.ids.astype(np.int64))
-    counted = torch.from_numpy(windows.counted)
-    start = 0
-    if (state := resume()) is not None:
-        start = int(state["start"])
-        for i, counter in enumerate(counters):
-            counter.load({name: state[f"{i}.{name}"] for name in counter.state})
-    step = max(1, BATCH_TOKENS // ids.shape[1])
-    layers = sorted({site.layer for site in sites})
-    while start < len(ids):
-        part = slice(start, start + step)
-        at = residuals(model, layers, ids[part].to(model.device))
+    for counter in counters:
+        counter.clear()
+    layers = sorted({counter.layer for counter in counters})
+    n_windows, seq = windows.ids.shape
+    step = batch_windows(seq)
+    for first in range(0, n_windows, step):
+        ids = windows.ids[first : first + step]
+        at = residuals(model, layers, torch.from_numpy(ids.astype(np.int64)).to(model.device))
+        counted = torch.from_numpy(windows.counts(ids)).to(model.device)
         for counter in counters:
-            counter.add(at[counter.layer], counted[part].to(model.device), start)
-        start = min(start + step, len(ids))
-        state = {f"{i}.{k}": v for i, c in enumerate(counters) for k, v in c.state.items()}
-        keep({"start": torch.tensor(start), **state})
-        progress(start / len(ids))
-    return [counter.result(windows.n_tokens) for counter in counters]
+            counter.add(at[counter.layer], counted, start + first)
+        told(first + len(ids))
+    return {f"{i}.{k}": v.cpu() for i, c in enumerate(counters) for k, v in c.state.items()}
+
+
+def batch_windows(seq: int) -> int:
+    """How many windows of a length go through the model at once."""
+    return max(1, BATCH_TOKENS // seq)
+
+
+def finished(state: dict[str, Tensor], site: int, n_tokens: int) -> FeatureStatistics:
+    """The statistics of one site.
+
+    Args:
+        state: of the whole corpus, as `count_windows` gives it.
+        site: its place among the sites.
+        n_tokens: how many tokens were counted.
+    """
+    arrays = {name: state[f"{site}.{name}"].numpy() for name in _STATE}
+    return FeatureStatistics(n_tokens=n_tokens, maximum=arrays["top_values"][0].copy(), **arrays)
+
+
+def strongest(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, places) of the `CONTEXTS` greatest values, [rows, features] each; of equal ones,
+    those that stand first.
+    """
+    # The bits of floats from 0 are in their order; the row decides between equal ones.
+    rows = torch.arange(len(values) - 1, -1, -1, device=values.device)[:, None]
+    order = (values.view(torch.int32).long() << 32 | rows).topk(CONTEXTS, dim=0).indices
+    return values.gather(0, order), places.gather(0, order)
 
 
 class _Reached(Exception):  # noqa: N818
@@ -181,8 +196,12 @@ def residuals(
     return seen
 
 
-class _Counter:
-    """Counts one SAE's features, batch by batch."""
+class Counter:
+    """Counts one SAE's features, batch by batch.
+
+    Raises:
+        SAEError: the SAE does not fit the model.
+    """
 
     def __init__(self, site: FeatureSite, model: Any) -> None:
         W_enc = site.encoder.W_enc
@@ -198,9 +217,13 @@ class _Counter:
         self._b_enc = torch.from_numpy(site.encoder.b_enc).to(device)
         self._theta = torch.from_numpy(site.encoder.theta).to(device)
         self._longest = float(torch.linalg.vector_norm(self._W_enc, dim=0).max())
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+            return torch.zeros(*shape, dtype=dtype, device=self._b_enc.device)
 
         self.state = {
             "fired": zeros(self.d_sae),
@@ -211,12 +234,7 @@ class _Counter:
             "top_values": zeros(CONTEXTS, self.d_sae, dtype=torch.float32),
             "top_places": zeros(CONTEXTS, self.d_sae) - 1,
         }
-        """What is added up over a corpus, named as in `FeatureStatistics`."""
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from the sums of an earlier run."""
-        device = self._b_enc.device
-        self.state = {name: tensor.to(device) for name, tensor in state.items()}
+        """`_STATE`: what is added up over a corpus, named as in `FeatureStatistics`."""
 
     @torch.inference_mode()
     def add(self, h: Tensor, counted: Tensor, start: int) -> None:
@@ -267,22 +285,20 @@ class _Counter:
 
     def _add_contexts(self, acts: Tensor, start: int, part: slice) -> None:
         """Merge the strongest place of each window into the best so far."""
-        n_windows, seq, _ = acts.shape
+        n_windows, seq = acts.shape[:2]
         best, at = acts.max(dim=1)  # [windows, features]
         windows = torch.arange(start, start + n_windows, device=acts.device)[:, None]
         places = torch.where(best > 0, windows * seq + at, -1)
         values = torch.cat([self.state["top_values"][:, part], best])
         places = torch.cat([self.state["top_places"][:, part], places])
-        top, order = values.topk(CONTEXTS, dim=0)
-        self.state["top_values"][:, part] = top
-        self.state["top_places"][:, part] = places.gather(0, order)
+        top = strongest(values, places)
+        self.state["top_values"][:, part], self.state["top_places"][:, part] = top
 
-    def result(self, n_tokens: int) -> FeatureStatistics:
-        """The finished statistics."""
-        arrays = {name: tensor.cpu().numpy() for name, tensor in self.state.items()}
-        return FeatureStatistics(
-            n_tokens=n_tokens, maximum=arrays["top_values"][0].copy(), **arrays
-        )
+
+def memory_of(d_in: int, d_sae: int, *, decoder: bool = False) -> int:
+    """Bytes that counting an SAE's features takes, about."""
+    weights, sums = 4 * d_in * (2 if decoder else 1), 8 * (4 + BINS) + 12 * CONTEXTS * 2
+    return d_sae * (weights + 3 * sums) + 8 * BLOCK_BYTES
 
 
 def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> None:
@@ -291,9 +307,7 @@ def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> 
     Raises:
         SAEError: says how much it needs and how much there is.
     """
-    per_feature = 4 * d_in * (2 if decoder else 1) + 8 * (4 + BINS) + 12 * CONTEXTS * 2
-    needed, free = d_sae * per_feature + 8 * BLOCK_BYTES, available_memory()
-    if needed > free:
+    if (needed := memory_of(d_in, d_sae, decoder=decoder)) > (free := available_memory()):
         raise SAEError(
             f"SAE {name}: d_sae {d_sae:,} × d_in {d_in:,} needs {needed / 1e9:,.1f} GB of memory, "
             f"{free / 1e9:,.1f} GB are free; take a narrower SAE, or a machine with more"

@@ -35,12 +35,19 @@ class Standard:
 
     @classmethod
     def of(cls, model: Any, layer: int, windows: Windows, first: int) -> Standard:
-        """By the tokens of windows from `first` on. Arguments as `activations` has them."""
+        """By the tokens of windows from `first` on.
+
+        Args:
+            model: a stock Gemma.
+            layer: whose output.
+            windows: of a corpus.
+            first: of them.
+        """
         n, total, squares = 0, torch.zeros(()), torch.zeros(())
-        for h in activations(model, layer, windows, first):
-            h = h.double()
+        for part in _slices(windows, first, 0, len(windows.ids) - first):
+            h = activations_of(model, layer, windows, part).double()
             n, total, squares = n + len(h), total + h.sum(0), squares + h.square().sum(0)
-            if n >= min(SAMPLED_TOKENS, int(windows.counted[first:].sum())):
+            if n >= SAMPLED_TOKENS:
                 break
         mean = total / n
         spread = (squares / n - mean.square()).clamp(min=0).sqrt()
@@ -64,19 +71,23 @@ def mixed(
     model: Any, layer: int, windows: Windows, first: int, train: TrainTable, block: int
 ) -> Iterator[Tensor]:
     """The batches of one block of windows, its tokens in an order of its own: which they are
-    depends on the block's number alone. Other arguments as `activations` has them.
+    depends on the block's number alone. Behind the last window the first comes again.
+
+    Args:
+        model: a stock Gemma.
+        layer: whose output.
+        windows: of a corpus.
+        first: of them.
+        train: how large a batch is, and the seed.
+        block: its number.
 
     Yields:
         [batch_tokens, d_in] float32.
     """
-    per_window = max(1, int(windows.counted[first:].sum()) // (len(windows.ids) - first))
+    per_window = max(1, windows.n_tokens // len(windows.ids))
     n = math.ceil(MIXED_BATCHES * train.batch_tokens / per_window)
-    places = range(block * n, (block + 1) * n)
-    numbers = torch.tensor(places) % (len(windows.ids) - first) + first
-    step = max(1, BATCH_TOKENS // windows.ids.shape[1])
-    h = torch.cat(
-        [activations_of(model, layer, windows, part.numpy()) for part in torch.split(numbers, step)]
-    )
+    parts = _slices(windows, first, block * n, (block + 1) * n)
+    h = torch.cat([activations_of(model, layer, windows, part) for part in parts])
     generator = torch.Generator().manual_seed(train.seed * 1_000_003 + block)
     order = torch.randperm(len(h), generator=generator).to(h.device)
     for rows in torch.split(order, train.batch_tokens):
@@ -84,33 +95,26 @@ def mixed(
             yield h[rows]
 
 
-def activations(model: Any, layer: int, windows: Windows, first: int) -> Iterator[Tensor]:
-    """A layer's output on the counted tokens of windows from `first` on, over and over.
-
-    Args:
-        model: a stock Gemma.
-        layer: whose output.
-        windows: of a corpus.
-        first: of them.
-
-    Yields:
-        [n, d_in] float32.
-    """
-    step = max(1, BATCH_TOKENS // windows.ids.shape[1])
-    while True:
-        for start in range(first, len(windows.ids), step):
-            yield activations_of(model, layer, windows, slice(start, start + step))
+def _slices(windows: Windows, first: int, begin: int, end: int) -> Iterator[slice]:
+    """Places in the windows from `first` on, over and over, as slices that are run at once."""
+    step, count = max(1, BATCH_TOKENS // windows.ids.shape[1]), len(windows.ids) - first
+    while begin < end:
+        at = begin % count
+        n = min(step, end - begin, count - at)
+        yield slice(first + at, first + at + n)
+        begin += n
 
 
-def activations_of(model: Any, layer: int, windows: Windows, part: Any) -> Tensor:
+def activations_of(model: Any, layer: int, windows: Windows, part: slice) -> Tensor:
     """A layer's output on the counted tokens of some windows: [n, d_in] float32.
 
     Args:
         model: a stock Gemma.
         layer: whose output.
         windows: of a corpus.
-        part: which of them, as numpy indexes.
+        part: which of them.
     """
-    ids = torch.from_numpy(windows.ids[part].astype("int64")).to(model.device)
-    counted = torch.from_numpy(windows.counted[part]).to(model.device)
-    return residuals(model, [layer], ids)[layer][counted].float().clone()
+    ids = windows.ids[part]
+    counted = torch.from_numpy(windows.counts(ids)).to(model.device)
+    tokens = torch.from_numpy(ids.astype("int64")).to(model.device)
+    return residuals(model, [layer], tokens)[layer][counted].float().clone()

@@ -200,7 +200,7 @@ def train_config(
     )
     trainer = trainer_of(base.d_in, train.seed, schedule, metadata, device, scaled=False)
     standard = Standard.of(model, layer, windows, held_out)
-    kept = Kept.of([config.model_dump_json(), model_sha256(base), windows.ids.tobytes(), device])
+    kept = Kept.of([config.model_dump_json(), model_sha256(base), windows.sha256, device])
     first = kept.restore(trainer)
 
     def told() -> Iterator[Tensor]:

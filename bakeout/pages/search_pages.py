@@ -13,6 +13,7 @@ from bake.questions.corpora import Windows
 from bake.reading.capped import read_json
 from bake.recipe import Recipe
 from bake.sae.layouts import neuronpedia_id
+from bake.scale.crew import cluster
 from bake.search.corpus_statistics import Measured, SiteStatistics, measure
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
@@ -77,8 +78,17 @@ class SiteView:
     cards: list[Card]
 
 
-def features_page(file: Path, html: Path, sweep: Path | None, *, force: bool) -> None:
+def features_page(
+    file: Path, html: Path, sweep: Path | None, ray: str | None, *, force: bool
+) -> None:
     """`bakeout features --html`: statistics, selection, page.
+
+    Args:
+        file: the recipe.
+        html: the page.
+        sweep: folder of a sweep that is shown too.
+        ray: of the cluster that counts, as `cluster` takes it.
+        force: replace `html`.
 
     Raises:
         BakeoutError: of the kind of trouble it meets.
@@ -87,7 +97,8 @@ def features_page(file: Path, html: Path, sweep: Path | None, *, force: bool) ->
     check_new_file(recipe, html, force=force, option="--html")
     report = None if sweep is None else _sweep_report(sweep)
     with progress("features") as advance:
-        measured = measure(recipe, progress=advance)
+        with cluster(ray) as crew:
+            measured = measure(recipe, crew=crew, progress=advance)
         selected, selections = selected_recipe(recipe, measured=measured, progress=advance)
     views = site_views(selected, measured, selections)
     text = _render(

@@ -12,6 +12,8 @@ from bake.errors import OutputError, RecipeError
 from bake.new_folder import write_whole
 from bake.recipe import Recipe
 from bake.sae.fit_figures import UNMEASURED, Fit
+from bake.scale.crew import cluster
+from bake.search.corpus_statistics import measure
 from bake.search.fit import checked_fits
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
@@ -23,8 +25,17 @@ SCORES = {"sparsity": "forget share", "ratio": "mean square", "attribution": "lo
 """What a procedure orders its features by."""
 
 
-def run_select(file: Path, write: Path | None, json_file: Path | None, *, force: bool) -> None:
+def run_select(
+    file: Path, write: Path | None, json_file: Path | None, ray: str | None, *, force: bool
+) -> None:
     """`bakeout select`: select, print or write, and say where the numbers went.
+
+    Args:
+        file: the recipe.
+        write: where the recipe with numbers goes.
+        json_file: where the report goes.
+        ray: of the cluster that counts, as `cluster` takes it.
+        force: replace `write`.
 
     Raises:
         RecipeError: the recipe leaves no feature to be selected.
@@ -38,7 +49,9 @@ def run_select(file: Path, write: Path | None, json_file: Path | None, *, force:
         check_new_file(recipe, write, force=force)
     with progress("select") as advance:
         fits = checked_fits(recipe, unfit=True)
-        selected, selections = selected_recipe(recipe, progress=advance)
+        with cluster(ray) as crew:
+            measured = measure(recipe, crew=crew, progress=advance)
+        selected, selections = selected_recipe(recipe, measured=measured, progress=advance)
     if json_file is None or str(json_file) != "-":
         show_selections(selections, fits)
     if write is not None:

@@ -12,3 +12,11 @@ FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Count on a Ray cluster (HOST:PORT), or on one of this machine's cores.",
+    ),
+]

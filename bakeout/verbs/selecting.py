@@ -11,7 +11,7 @@ from bake.errors import DataError
 from bake.recipe import Recipe
 from bakeout.pages.selection_view import run_select
 from bakeout.pages.sweep_view import sweep_recipe
-from bakeout.verbs.arguments import JsonFile, RecipePath
+from bakeout.verbs.arguments import JsonFile, RayAddress, RecipePath
 
 
 def select(
@@ -21,10 +21,11 @@ def select(
         typer.Option(metavar="OUT.toml", help="Write the recipe with the numbers in it."),
     ] = None,
     json_file: JsonFile = None,
+    ray: RayAddress = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.toml.")] = False,
 ) -> None:
     """Find the features of a recipe that says features = "select", and say why."""
-    run_select(recipe, write, json_file, force=force)
+    run_select(recipe, write, json_file, ray, force=force)
 
 
 def sweep(

@@ -209,7 +209,8 @@ def expected_of(oracle: Oracle, material: Material, batch: Batch) -> Expected:
         before = oracle.model(**given).logits.float()
         with oracle.applied() as hooked:
             logits = hooked(**given).logits.float()
-    assert oracle.last_fired is not None and oracle.last_fired[:, -SAID:].any(dim=0).all()
+    assert oracle.last_fired is not None
+    assert oracle.last_fired[:, -SAID:].any(dim=0).float().mean() > 0.9  # at nearly every step
     assert min(oracle.fired_by_layer.values()) > 0
     effect = kl_nats(logits[real], before[real]).mean()
     assert float(effect) > 2 * TYPICAL_BAR**2 * rounding.mean_kl  # the base would not pass

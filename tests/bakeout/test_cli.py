@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bakeout.cli import _spread_kinds, run
+from bakeout.cli import _own_ray, _spread_kinds, run
 from tests.reports import error_line
 from tests.worlds import RecipeWriter, save_sae_lens, tiny_base, tiny_sae
 
@@ -241,3 +241,19 @@ def test_an_interruption_says_what_it_leaves(
     monkeypatch.setattr(place, interrupted)
     assert run([verb, "folder"]) == 130
     assert capsys.readouterr().err == f"error: interrupted; {left}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["--ray"], ["--ray=local"]),
+        (["--ray", "recipe.toml"], ["--ray=local", "recipe.toml"]),
+        (["--ray", "--json", "-"], ["--ray=local", "--json", "-"]),
+        (["--ray", "host:6379", "r.toml"], ["--ray", "host:6379", "r.toml"]),
+        (["--ray", "host:", "r.toml"], ["--ray", "host:", "r.toml"]),
+        (["--ray", "ray://host/x"], ["--ray", "ray://host/x"]),
+        (["--ray=host:6379"], ["--ray=host:6379"]),
+    ],
+)
+def test_ray_goes_with_an_address_or_without(given: list[str], meant: list[str]) -> None:
+    assert _own_ray(given) == meant

@@ -94,7 +94,7 @@ def test_a_closed_form_is_a_result_of_its_own(world: Path, tmp_path: Path) -> No
 def test_a_killed_run_goes_on_to_the_same_tensors(
     world: Path, tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bake.search.cache._SAVING_SHARE", 1e9)  # every step is saved
+    monkeypatch.setattr("bake.search.cache.SAVING_SHARE", 1e9)  # every step is saved
     whole = run(world, tmp_path / "one", student=student, steps=6)
 
     def kill(what: str, share: float) -> None:

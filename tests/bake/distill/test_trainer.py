@@ -47,7 +47,7 @@ def test_it_minimises(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same(
     tmp_path: Path, killed_after: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bake.search.cache._SAVING_SHARE", 1e9)  # every step is saved
+    monkeypatch.setattr("bake.search.cache.SAVING_SHARE", 1e9)  # every step is saved
     whole, loss = problem()
     schedule = Schedule(20, 0.1)
     train(whole, loss, schedule, Unfinished(tmp_path / "one"))

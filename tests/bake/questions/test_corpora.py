@@ -112,4 +112,4 @@ def test_a_tokenizer_needs_its_markers(recipe: Recipe, tokenizer: Any) -> None:
 
 def test_counted_is_everything_but_the_markers() -> None:
     windows = Windows("w", np.array([[2, 5, 1, 6, 0, 2]], np.int32), (0, 1, 2), 1)
-    assert windows.counted.tolist() == [[False, True, False, True, False, False]]
+    assert windows.counts(windows.ids).tolist() == [[False, True, False, True, False, False]]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
+import bake.scale.parts
 import bake.search.statistics
 from bake.errors import BakeoutError, DataError, RecipeError, SAEError
 from bake.questions.answers import Answers, letter_tokens
@@ -123,6 +124,7 @@ from pathlib import Path
 from bake.recipe import Recipe
 from bake.search.corpus_statistics import measure
 bake.search.statistics.BATCH_TOKENS = 48
+bake.scale.parts.PART_TOKENS, bake.scale.parts.TOKENS_PER_FEATURE = 1, 0
 real = bake.search.statistics.residuals
 count = 0
 def slow(*args):
@@ -141,6 +143,8 @@ def test_killed_half_way_it_goes_on_and_ends_bit_identical(
     select_recipe: RecipeWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bake.search.statistics, "BATCH_TOKENS", 48)
+    monkeypatch.setattr(bake.scale.parts, "PART_TOKENS", 1)
+    monkeypatch.setattr(bake.scale.parts, "TOKENS_PER_FEATURE", 0)
     path, cache = select_recipe(), tmp_path / "cache"
     recipe = Recipe.load(path)
     whole = measure(recipe, cache=tmp_path / "other").sites[0]

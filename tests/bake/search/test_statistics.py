@@ -1,4 +1,4 @@
-"""Statistics against a plain loop over sae_lens's own encode, and what interrupting changes."""
+"""Statistics against a plain loop over sae_lens's own encode."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from bake.search.statistics import (
     bin_edges,
     check_memory,
     residuals,
-    statistics,
 )
 from bakeout.verbs.demo import MINIATURE
+from tests.bake.scale.counted import statistics
 from tests.worlds import FAMILIES, VOCAB, TinySAE, save_sae_lens, tiny_base, tiny_sae
 
 SPECIAL = (0, 1, 2)
@@ -64,7 +64,7 @@ def plain_codes(model: Any, sae: Any, layer: int, windows: Windows) -> tuple[Any
 
 def assert_same(found: FeatureStatistics, acts: Any, gap: Any, windows: Windows) -> None:
     """Against sums over a plain loop; counts may differ only where a threshold is that near."""
-    counted = windows.counted
+    counted = windows.counts(windows.ids)
     assert found.n_tokens == counted.sum() == windows.n_tokens
     a = acts[counted]
     near = (np.abs(gap[counted]) <= NEAR).sum(0)
@@ -142,32 +142,6 @@ def test_padding_on_the_left_changes_nothing(tmp_path: Path) -> None:
     expected = residuals(model, [1], ids)[1]
     found = residuals(model, [1], padded, mask)[1][:, 2:]
     assert torch.allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("kill_after", [1, 3, 5])
-def test_interrupted_and_resumed_is_bit_identical(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_after: int
-) -> None:
-    monkeypatch.setattr("bake.search.statistics.BATCH_TOKENS", 40)
-    model = AutoModelForCausalLM.from_pretrained(tiny_base(tmp_path / "base"))
-    site = FeatureSite(1, encoder_of(save_sae_lens(tmp_path / "sae", tiny_sae())))
-    windows = random_windows()
-    (whole,) = statistics(model, [site], windows)
-    kept: list[dict[str, torch.Tensor]] = []
-
-    def keep_then_die(state: dict[str, torch.Tensor]) -> None:
-        kept.append({name: tensor.clone() for name, tensor in state.items()})
-        if len(kept) == kill_after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        statistics(model, [site], windows, keep=keep_then_die)
-    ran: list[int] = []
-    model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
-    (resumed,) = statistics(model, [site], windows, resume=lambda: kept[-1])
-    assert len(ran) == 7 - kill_after
-    for name, array in vars(whole).items():
-        assert np.array_equal(getattr(resumed, name), array), name
 
 
 def test_an_activation_at_its_threshold_is_decided_in_float64_and_listed(tmp_path: Path) -> None:

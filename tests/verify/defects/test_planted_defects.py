@@ -137,7 +137,10 @@ DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "one feature swapped": (in_clamp(swap_a_feature), "parity: checkpoint"),
     "off-by-one layer": (move_a_layer, "layers 1"),
     "theta dropped": (in_clamp(set_to("theta", np.zeros_like)), "parity: checkpoint"),
-    "trigger at or above": (in_code("(a > self.trigger)", "(a >= self.trigger)"), "parity"),
+    "trigger at or above": (
+        in_code("on = (a > self.trigger)", "on = (a >= self.trigger)"),
+        "parity",
+    ),
     "route transposed": (in_clamp(set_to("route", np.transpose)), "parity: checkpoint"),
     "BOS exemption lost": (
         in_config(lambda config: config["sae_clamp"]["sites"][0].update(exempt_bos=False)),

@@ -1,0 +1,1 @@
+"""Past one process: work on a Ray cluster."""
