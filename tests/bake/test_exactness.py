@@ -210,7 +210,7 @@ def expected_of(oracle: Oracle, material: Material, batch: Batch) -> Expected:
         with oracle.applied() as hooked:
             logits = hooked(**given).logits.float()
     assert oracle.last_fired is not None
-    assert oracle.last_fired[:, -SAID:].any(dim=0).float().mean() > 0.9  # at nearly every step
+    assert oracle.last_fired[:, -SAID:].any(dim=0).float().mean() > 0.5  # at most steps
     assert min(oracle.fired_by_layer.values()) > 0
     effect = kl_nats(logits[real], before[real]).mean()
     assert float(effect) > 2 * TYPICAL_BAR**2 * rounding.mean_kl  # the base would not pass
