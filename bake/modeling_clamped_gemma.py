@@ -198,6 +198,9 @@ class SAEClamp(nn.Module):
         Returns:
             [batch, seq, d_in], in h's dtype.
         """
+        if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(h.device.type, enabled=False):  # float32 whatever it asks for
+                return self.forward(h, exempt, so_far)
         if self.each_alone:
             return self._each_alone(h, exempt)
         a = self.feature_acts(h)
@@ -373,17 +376,18 @@ class SoFar(NamedTuple):
         if self.cache is None:
             return None, 0
         layers, index = self.cache.layers, self.n_layers + self.order
-        while len(layers) < self.n_layers:  # a cache that was made without a config
-            layers.append(self.cache.layer_class_to_replicate())
+        while len(layers) < self.n_layers:  # made without a config, or for an early exit
+            layers.append((self.cache.layer_class_to_replicate or DynamicLayer)())
         while len(layers) <= index:
             static = isinstance(layers[0], StaticLayer)
             layers.append(StaticLayer(self.cache.get_max_length()) if static else DynamicLayer())
         past, known = layers[index].get_seq_length(), layers[0].get_seq_length()
         # A static layer's own count is a tensor once it is filled: asking it would wait for a GPU.
-        if isinstance(past, int) and int(known) != past + seq:
+        asks = isinstance(past, int) or past.device.type == "cpu"
+        if asks and not torch.compiler.is_compiling() and int(known) != int(past) + seq:
             raise ValueError(
                 f"the cache holds {int(known) - seq} tokens, of which the sequence gate saw "
-                f"{past}; use a cache that this model alone has filled"
+                f"{int(past)}; use a cache that this model alone has filled"
             )
         return index, past
 

@@ -77,7 +77,7 @@ class Clamp(Table):
     """refusal only: set the harmful features themselves too, to `clamp_value`."""
     clamp_value: float | None = None
     """refusal with also_clamp only: default is `value`."""
-    tau: float | None = Field(default=None, ge=0, lt=1)
+    tau: float | None = Field(default=None, ge=0, lt=1 - 2**-25)  # which float32 rounds to 1
     """dynamic only: it acts where more than this share of the tokens so far had active features."""
     exempt_bos: bool = True
     """Leave tokens whose id is BOS as they are."""
@@ -90,7 +90,7 @@ class Clamp(Table):
     @field_validator("value", "multiplier", "trigger", "clamp_value", "tau")
     @classmethod
     def _in_float32(cls, number: float | None) -> float | None:
-        return number if number is None else float32(number)
+        return number if number is None else float32(number) + 0.0  # -0.0 is 0.0
 
     @field_validator("method")
     @classmethod
@@ -315,7 +315,7 @@ class Recipe(Table):
             sources += [s for s in (d.forget, d.retain) if s is not None]
         saes = [clamp.sae.path for clamp in self.clamp]
         names = [self.base.model, *saes, *(s.path or s.dataset for s in sources)]
-        paths = [self._file, *(self.local(name) for name in names if name is not None)]
+        paths = [self._file, *map(self.local, filter(None, names))]
         return [path for path in paths if path is not None and path.exists()]
 
     def with_clamps(self, clamps: list[Clamp]) -> Self:

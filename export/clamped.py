@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.base import INDEX, wrong_size
-from bake.errors import FolderError, short
+from bake.errors import FolderError, short, shown
 from bake.families import FAMILIES, Family, family_of
 from bake.new_folder import MANIFEST
 from bake.reading.model_config import wrong_clamp, wrong_field
@@ -202,6 +202,7 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     clamped = Clamped(folder, manifest, config, model_class, tensors, prefixes[0])
     if not own:
         return clamped
+    _check_gates(folder / "config.json", section, manifest)
     try:
         sites = tuple(read_site(tensors, prefixes[0], site) for site in section["sites"])
         exempt = tuple(int(token) for token in section["exempt_token_ids"])
@@ -273,7 +274,23 @@ def read_config(folder: Path, carrier: str = "layer") -> dict[str, Any]:
         sizes = {"n_layers": n_layers or 1 << 10, "vocab_size": vocab_size or 1 << 24}
         if (wrong := wrong_clamp(config["sae_clamp"], **sizes)) is not None:
             raise FolderError(f"{path}: {wrong}; {AGAIN}")
+        if (folder / MANIFEST).exists():
+            _check_gates(path, config["sae_clamp"], Manifest.read(folder))
     return config
+
+
+def _check_gates(path: Path, section: dict[str, Any], manifest: Manifest) -> None:
+    """Raise FolderError where the gates over the sequence are not those that the manifest states:
+    a witness seldom shows one.
+    """
+    found = {site["layer"]: site["tau"] for site in section["sites"] if "tau" in site}
+    given = {clamp.layer: clamp.parameters.get("tau") for clamp in manifest.clamps}
+    stated = {layer: tau for layer, tau in given.items() if tau is not None}
+    if found != stated:
+        raise FolderError(
+            f"{path}: sae_clamp.sites: tau by layer is {shown(found)}; expected {shown(stated)}, "
+            f"which manifest.json states; {AGAIN}"
+        )
 
 
 def _check_fields(path: Path, config: dict[str, Any]) -> None:

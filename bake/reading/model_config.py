@@ -224,7 +224,7 @@ def wrong_clamp(section: Any, *, n_layers: int, vocab_size: int) -> str | None:
         ):
             if not right(site.get(key)):
                 return f"sae_clamp.sites: {key} is {shown(site.get(key))}; expected {expected}"
-        if "tau" in site and not (_number(site["tau"]) and 0 <= site["tau"] < 1):
+        if "tau" in site and not (_number(site["tau"]) and 0 <= site["tau"] < 1 - 2**-25):
             return (
                 f"sae_clamp.sites: tau is {shown(site['tau'])}; expected a number from 0 to below 1"
             )
@@ -246,6 +246,10 @@ def wrong_clamp(section: Any, *, n_layers: int, vocab_size: int) -> str | None:
                     return f"sae_clamp.sites: {key} is {shown(site.get(key))}; expected {expected}"
     if len({site["layer"] for site in sites}) < len(sites):
         return "sae_clamp.sites: names a layer twice; expected one clamp for each layer"
+    schema = 2 if any("tau" in site for site in sites) else 1
+    stated = section.get("schema")
+    if type(stated) is not int or stated != schema:
+        return f"sae_clamp.schema is {shown(stated)}; expected {schema}"
     exempt = section.get("exempt_token_ids")
     if not isinstance(exempt, list) or not all(map(token, exempt)):
         return (

@@ -186,11 +186,12 @@ class Crew:
             _Lost: the worker died, or its machine with what it had found.
         """
         errors = self._ray.exceptions
+        died = (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError)
         try:
             return self._ray.get(done)
         except errors.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, BakeoutError) else error) from None
-        except (errors.RayActorError, errors.WorkerCrashedError, errors.ObjectLostError) as error:
+        except (*died, errors.ObjectLostError) as error:
             for_good = getattr(error, "actor_init_failed", False)
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise _Lost(printable(short(lines[-1 if for_good else 0])), for_good) from error

@@ -105,10 +105,17 @@ def points(recipe: Recipe, grid: dict[str, list[Setting]]) -> list[Point]:
     found: dict[Point, None] = {}
     for settings in product(*grid.values()):
         point = dict(zip(grid, settings, strict=True))
-        method = str(point.get("method", recipe.clamp[0].method))
-        for name in own_fields() - set(METHODS[method].fields):
+        methods = [str(point.get("method", clamp.method)) for clamp in recipe.clamp]
+        used = {name for method in methods for name in METHODS[method].fields}
+        for name in own_fields() - used:
             point.pop(name, None)
         found[Point(tuple(point.items()))] = None
+    kept = {name for one in found for name, _ in one.settings}
+    if unused := [name for name in grid if name not in kept]:
+        raise GridError(
+            f"--grid {unused[0]}: no method of the recipe or the grid uses it; expected one that "
+            "does. Leave the axis out"
+        )
     for one in found:
         variant(recipe, one)
     return list(found)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bake.errors import OutputError, short
 from bake.search.cache import SAVING_SHARE, cache_folder
 
 
@@ -35,8 +36,14 @@ class Kept:
     def restore(self, trainer: Any) -> int:
         """Bring a new trainer to the last state that was kept; gives the block that comes next."""
         for path in sorted(self.folder.glob("block-*[0-9]"), reverse=True):
-            trainer.sae.load_weights_from_checkpoint(path)
-            trainer.load_trainer_state(path)
+            try:
+                trainer.sae.load_weights_from_checkpoint(path)
+                trainer.load_trainer_state(path)
+            except Exception as error:  # torch and safetensors raise every kind
+                raise OutputError(
+                    f"{path}: what was kept of an earlier training cannot be read "
+                    f"({short(' '.join(str(error).split()))}); remove that folder, and start anew"
+                ) from error
             return int(path.name.partition("-")[2])
         return 0
 

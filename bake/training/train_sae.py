@@ -78,7 +78,7 @@ class TrainTable(Table):
     """Tokens per step."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Peak; warmed up at the start, brought down to a hundredth over the last quarter."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
     """Of initial weights, order of texts and mixing of tokens."""
 
 
@@ -104,10 +104,12 @@ class TrainConfig(Table):
         try:
             config = cls.model_validate(read_toml("config", path))
             layer_of(config.sae.hook_point)
+            if config.sae.k > config.sae.d_sae:
+                raise ValueError(f"k is {config.sae.k:g}, expected at most d_sae")
         except ValidationError as error:
             raise RecipeError(f"config {path}: {one_line(error, cls)}") from error
         except ValueError as error:
-            raise RecipeError(f"config {path}: sae.hook_point: {error}") from error
+            raise RecipeError(f"config {path}: sae: {error}") from error
         return config
 
 
@@ -216,6 +218,11 @@ def train_config(
         save_sae(trained, folder)
         folded = SAE.load_from_disk(folder)
         standard.fold(folded)
+        if not all(bool(tensor.isfinite().all()) for tensor in folded.state_dict().values()):
+            raise DataError(
+                f"config {file}: what was trained is not finite; expected a learning_rate at which "
+                f"it is, got {train.learning_rate:g}. Take a smaller one"
+            )
         folded.save_model(folder)
         _in_order(folder)
     kept.remove()

@@ -163,6 +163,18 @@ def test_features_that_gate_themselves_take_ten_kernels_and_say_the_same(
     assert not clamp.each_alone
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_autocast_leaves_a_clamp_in_float32(alone: bool) -> None:
+    clamp = random_clamp()
+    clamp.route.copy_(torch.eye(6))
+    clamp.theta.mul_(3)
+    clamp.each_alone = alone
+    h = torch.randn(3, 7, D_IN, generator=torch.Generator().manual_seed(3)) * 40
+    expected = clamp(h)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(clamp(h), expected)
+
+
 def test_a_clamp_that_was_never_loaded_answers_nan() -> None:
     assert clamped.SAEClamp(D_IN, 3)(torch.randn(1, 2, D_IN)).isnan().all()
 

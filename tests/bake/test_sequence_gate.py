@@ -172,6 +172,7 @@ def test_several_tokens_at_once(one: World) -> None:
     for prompt, way in (
         (repeated, {"prompt_lookup_num_tokens": 3}),
         (ids, {"assistant_model": endless(one.auto.from_pretrained(one.folder / "base"))}),
+        (ids, {"assistant_early_exit": 2}),
     ):
         assert_greedy(one, model.generate(prompt, **how, **way), torch.ones_like(prompt))
 
@@ -327,6 +328,18 @@ def test_a_cache_that_others_filled_is_refused(one: World) -> None:
                 model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
 
 
+def test_a_static_cache_that_others_filled_in_between_is_refused(one: World) -> None:
+    ids, mask = prompts()
+    base, model = one.auto.from_pretrained(one.folder / "base"), one.checkpoint()
+    cache = tf.StaticCache(config=base.config, max_cache_len=40)
+    with torch.no_grad():
+        for of, begin, end in ((model, 0, 9), (base, 9, 12)):
+            part, seen = ids[:, begin:end], mask[:, :end]
+            of(input_ids=part, attention_mask=seen, past_key_values=cache)
+        with pytest.raises(ValueError, match="this model alone has filled"):
+            model(input_ids=ids[:, 12:13], attention_mask=mask[:, :13], past_key_values=cache)
+
+
 def test_what_cannot_carry_the_gate_is_refused(one: World) -> None:
     with pytest.raises(ValueError, match="attn_implementation sdpa or eager"):
         SoFar("a block mask").share(torch.ones(1, 2).bool())
@@ -346,7 +359,8 @@ def test_code_that_knows_no_gate_refuses_the_config(one: World) -> None:
     [
         ({"tau": None}, 'method "dynamic" needs `tau`'),
         ({"value": None}, 'method "dynamic" needs `value`'),
-        ({"tau": 1.0}, "less than 1"),
+        ({"tau": 1.0}, "less than"),
+        ({"tau": 0.99999999}, "less than"),
         ({"tau": -0.1}, "greater than or equal to 0"),
         ({"method": "clamp"}, 'method "clamp" does not use `tau`'),
     ],

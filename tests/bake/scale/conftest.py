@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Else Ray kills workers where something else takes this machine's memory.
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 import bake.scale.counting
 import bake.scale.parts

@@ -141,6 +141,7 @@ def test_workers_of_another_version_are_refused(
         patch.setenv("PYTHONPATH", os.pathsep.join([str(about.parent), *sys.path]))
         other = two_nodes.add_node(num_cpus=1)
     expected = f"a worker has bakeout 9.9.9, here it is {about_here()['bakeout']}; expected"
+    monkeypatch.chdir(tmp_path)  # what lies in the current folder comes first on every worker
     with pytest.raises(ScaleError, match=expected), cluster(two_nodes.address) as crew:
         measure(Recipe.load(counted_recipe), cache=tmp_path / "cache", crew=crew)
     two_nodes.remove_node(other)

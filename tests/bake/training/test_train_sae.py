@@ -140,6 +140,9 @@ def test_folding_changes_no_reconstruction() -> None:
         ({}, {"n_tokens": 100}, "makes 0 steps of 120; expected at least 4"),
         ({}, {"text": {"path": "none.jsonl"}}, "none.jsonl: cannot be read"),
         ({}, {"seq_len": 5000}, "make no two windows of seq_len 5000"),
+        ({"k": 65}, {}, "sae: k is 65, expected at most d_sae"),
+        ({}, {"seed": 1 << 40}, "train.seed"),
+        ({}, {"learning_rate": 1e30}, "what was trained is not finite"),
     ],
 )
 def test_bad_configs(

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from bake.errors import FolderError
 from bake.recipe import Recipe
 from export.carriers.onnx.onnx_folder import export_onnx
 from tests.clamps import METHOD_TABLES
@@ -50,17 +51,42 @@ ONE_LATE = in_code("n = flags.cumsum(1)", "n = flags.cumsum(1) - flags.long()")
 
 
 @pytest.mark.parametrize("change", [set_tau, take_the_gate_off])
-def test_a_config_that_says_otherwise(
+def test_a_config_that_says_otherwise_as_the_manifest_does(
     gated: Path, tmp_path: Path, change: Callable[..., Any]
 ) -> None:
     folder = shutil.copytree(gated, tmp_path / "changed")
     drop_graph(folder)
     in_config(change)(folder)
+    sites = json.loads((folder / "config.json").read_text())["sae_clamp"]["sites"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for clamp, site in zip(manifest["clamps"], sites, strict=True):
+        clamp["parameters"]["tau"] = site.get("tau")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     found = found_in(folder, gated, "integrity")
-    assert found and all("config.json: sae_clamp." in failure for failure in found), found
-    assert any(
-        failure.startswith("parity: checkpoint") for failure in found_in(folder, gated, "parity")
-    )
+    assert any("tau is" in failure for failure in found), found
+    found = found_in(folder, gated, "parity")
+    assert any(failure.startswith("parity: checkpoint") for failure in found), found
+
+
+def raise_the_schema(config: dict[str, Any]) -> None:
+    config["sae_clamp"]["schema"] = 3
+
+
+def a_little_more(config: dict[str, Any]) -> None:
+    config["sae_clamp"]["sites"][0]["tau"] += 1e-7
+
+
+@pytest.mark.parametrize("change", [set_tau, take_the_gate_off, raise_the_schema, a_little_more])
+def test_a_config_that_is_not_the_manifests_is_refused_without_a_recipe(
+    gated: Path, tmp_path: Path, change: Callable[..., Any]
+) -> None:
+    folder = shutil.copytree(gated, tmp_path / "changed")
+    drop_graph(folder)
+    in_config(change)(folder)
+    with pytest.raises(FolderError, match=r"config\.json: .*(tau|schema)"):
+        verify_folder(folder)
+    with pytest.raises(FolderError, match=r"config\.json: .*(tau|schema)"):
+        export_onnx(folder)
 
 
 @pytest.mark.parametrize("defect", [HARDLY_KEPT, ONE_LATE], ids=["hardly kept", "one token late"])
