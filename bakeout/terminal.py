@@ -240,7 +240,9 @@ def show_folder(folder: Path) -> None:
         *(
             ("goes past it", line)
             for clamp in manifest.clamps
-            for line in said(clamp.layer, clamp.old_keys, clamp.embedded_again)
+            for line in said(
+                clamp.layer, clamp.old_keys, clamp.embedded_again, clamp.parameters.get("tau")
+            )
         ),
         *compiled_lines(manifest.compiled),
         *distilled_lines(manifest.distilled),

@@ -30,9 +30,21 @@ def passing_by(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
     }
 
 
-def said(layer: int, old_keys: Sequence[int] = (), embedded_again: bool = False) -> list[str]:
-    """The same in words, for terminal and card, a line each."""
+def said(
+    layer: int,
+    old_keys: Sequence[int] = (),
+    embedded_again: bool = False,
+    tau: float | None = None,
+) -> list[str]:
+    """The same in words, for terminal and card, a line each; and what a gate over the sequence
+    lets past.
+    """
     lines = []
+    if tau is not None:
+        lines.append(
+            f"the clamp at layer {layer} acts only while more than {tau:g} of the tokens so far "
+            "fired: other text in front keeps it from acting"
+        )
     if old_keys:
         several = "layers" if len(old_keys) > 1 else "layer"
         lines.append(

@@ -142,7 +142,14 @@ def facts_of_manifest(
                 clamp.parameters,
                 clamp.features,
                 clamp.sae.name,
-                tuple(said(clamp.layer, clamp.old_keys, clamp.embedded_again)),
+                tuple(
+                    said(
+                        clamp.layer,
+                        clamp.old_keys,
+                        clamp.embedded_again,
+                        clamp.parameters.get("tau"),
+                    )
+                ),
                 UNMEASURED if clamp.fit is None else clamp.fit.as_told,
             )
             for clamp in manifest.clamps
@@ -167,6 +174,6 @@ def _clamp_facts(clamp: Clamp, hook_point: str, fit: str, **past: Any) -> ClampF
         clamp.parameters,
         features,
         sae_name(clamp),
-        tuple(said(layer, **past)),
+        tuple(said(layer, **past, tau=clamp.tau)),
         fit,
     )

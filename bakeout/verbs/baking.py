@@ -82,9 +82,11 @@ def bake_recipe(
 
 
 def notes(plan: CheckpointPlan) -> list[str]:
-    """What of the base goes past its clamps by design; nothing but of a Gemma 4."""
-    layers = [clamp.layer for clamp in plan.clamps]
-    return [line for at in layers for line in said(at, **passing_by(plan.base.config, at))]
+    """What goes past its clamps by design: of a Gemma 4, and by a gate over the sequence."""
+    of = [(clamp.layer, clamp.clamp.tau) for clamp in plan.clamps]
+    return [
+        line for at, tau in of for line in said(at, **passing_by(plan.base.config, at), tau=tau)
+    ]
 
 
 def witness_prompts(recipe: Recipe) -> list[list[int]]:
