@@ -104,7 +104,7 @@ class TrainConfig(Table):
         try:
             config = cls.model_validate(read_toml("config", path))
             layer_of(config.sae.hook_point)
-            if config.sae.k > config.sae.d_sae:
+            if config.sae.architecture == "batchtopk" and config.sae.k > config.sae.d_sae:
                 raise ValueError(f"k is {config.sae.k:g}, expected at most d_sae")
         except ValidationError as error:
             raise RecipeError(f"config {path}: {one_line(error, cls)}") from error

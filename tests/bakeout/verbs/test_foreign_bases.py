@@ -26,6 +26,7 @@ model = "base"
 [sae]
 hook_point = "blocks.1.hook_resid_post"
 d_sae = 8
+k = 4
 [train]
 text = { path = "text.jsonl" }
 """
