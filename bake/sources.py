@@ -120,6 +120,11 @@ class Corpus(TextSource):
         store, _, rest = address.partition("://")
         if store in ("file", "local"):
             raise ValueError(f"`path` is a {store}:// address; expected the file's path")
+        if "::" in address:
+            raise ValueError(
+                "`path` is a chain of addresses, which may lead to files of this machine; expected "
+                "one address"
+            )
         if ":" in rest.partition("/")[0].rpartition("@")[0]:
             raise ValueError(
                 f"`path` is a {store}:// address with a password, which would go wherever the "

@@ -12,7 +12,7 @@ from bake.base import INDEX, find_base
 from bake.errors import FolderError, RecipeError
 from bake.reading.capped import parse_toml, read_in
 from bake.recipe import Recipe
-from bake.sources import Source, in_store
+from bake.sources import Source
 from export.carriers.carriers import CARRIERS, LICENCES, OF_BASE
 from export.clamped import clamped_layers
 from export.manifest import Manifest
@@ -32,7 +32,7 @@ def own_recipe(folder: Path) -> Recipe | None:
     """The folder's own recipe where all that it names can be had from the hub, else None.
 
     A local source stands in a folder's recipe by its bare name, which leads nowhere; one that leads
-    into a store is not followed.
+    elsewhere on this machine, or into a store, is not followed.
     """
     recipe = stored_recipe(folder)
     if recipe is None or recipe.verify is None or not _is_hub_id(recipe.base.model):
@@ -40,9 +40,15 @@ def own_recipe(folder: Path) -> Recipe | None:
     hub = all(clamp.sae.path is None for clamp in recipe.clamp) and all(
         _is_hub_source(source) for source in recipe.verify.sources
     )
-    corpora = [] if recipe.select is None else [recipe.select.forget, recipe.select.retain]
-    stored = any(corpus.path is not None and in_store(corpus.path) for corpus in corpora)
-    return recipe if hub and not stored else None
+    corpora = [
+        corpus
+        for table in (recipe.select, recipe.distill)
+        if table is not None
+        for corpus in (table.forget, table.retain)
+        if corpus is not None
+    ]
+    bare = all(corpus.path is None or Path(corpus.path).name == corpus.path for corpus in corpora)
+    return recipe if hub and bare else None
 
 
 def downloads_of(recipe: Recipe) -> list[str]:

@@ -66,6 +66,17 @@ def test_a_config_without_clamps_is_no_clamped_checkpoint(
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("table", ["select", "distill"])
+@pytest.mark.parametrize("path", ["s3://bucket/a", "https://host/a.parquet", "/home/a.txt", "../a"])
+def test_own_recipe_is_not_followed_out_of_its_folder(
+    table: str, path: str, tmp_path: Path
+) -> None:
+    corpora = {"forget": {"path": "a.jsonl"}, "retain": {"path": path}}
+    for told, usable in ((corpora | {"retain": {"path": "b.jsonl"}}, True), (corpora, False)):
+        write(tmp_path, [7], {**recipe_data(HUB_SAE), table: told})
+        assert (own_recipe(tmp_path) is not None) is usable
+
+
 def test_own_recipe_counts_only_where_the_hub_has_everything(tmp_path: Path) -> None:
     assert own_recipe(tmp_path) is None
     for data, usable in (

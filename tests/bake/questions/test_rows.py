@@ -162,6 +162,8 @@ def test_a_server_that_refuses_is_one_line(recipe: Recipe) -> None:
 def test_addresses_go_with_corpora_alone_and_hold_no_password(recipe: Recipe) -> None:
     for path, said in (
         ("s3://me:secret@host/a", "with a password"),
+        ("zip://a.parquet::file:///home/a.zip", "a chain of addresses"),
+        ("dir://a::/home", "a chain of addresses"),
         ("file:///home/a.parquet", "expected the file's path"),
     ):
         with pytest.raises(ValidationError, match=said):
