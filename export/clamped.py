@@ -202,7 +202,6 @@ def open_listed(folder: Path, manifest: Manifest) -> Clamped:
     clamped = Clamped(folder, manifest, config, model_class, tensors, prefixes[0])
     if not own:
         return clamped
-    _check_gates(folder / "config.json", section, manifest)
     try:
         sites = tuple(read_site(tensors, prefixes[0], site) for site in section["sites"])
         exempt = tuple(int(token) for token in section["exempt_token_ids"])
