@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,23 @@ class Entry:
             new.rename(self.path)
 
 
+class Seldom:
+    """Does a thing the first time, and then so seldom that it costs next to nothing."""
+
+    def __init__(self) -> None:
+        self._done = self._took = 0.0
+
+    def __call__(self, work: Callable[[], None]) -> bool:
+        """Whether it was done this time."""
+        begun = time.monotonic()
+        if self._done and self._took > SAVING_SHARE * (begun - self._done):
+            return False
+        work()
+        self._done = time.monotonic()
+        self._took = self._done - begun
+        return True
+
+
 @dataclass
 class Unfinished:
     """The state of a pass that may be killed, in one file that is replaced as a whole."""
@@ -157,19 +175,8 @@ class Unfinished:
         """Saves the first state and then so seldom that it costs next to nothing; says whether it
         did.
         """
-        saved = took = 0.0
-
-        def save(state: dict[str, Tensor]) -> bool:
-            nonlocal saved, took
-            begun = time.monotonic()
-            if saved and took > SAVING_SHARE * (begun - saved):
-                return False
-            self.save(state)
-            saved = time.monotonic()
-            took = saved - begun
-            return True
-
-        return save
+        seldom = Seldom()
+        return lambda state: seldom(partial(self.save, state))
 
     def remove(self) -> None:
         """The pass is finished."""

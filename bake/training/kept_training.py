@@ -6,14 +6,13 @@ import contextlib
 import hashlib
 import io
 import shutil
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bake.errors import OutputError, short
-from bake.search.cache import SAVING_SHARE, cache_folder
+from bake.search.cache import Seldom, cache_folder
 
 
 @dataclass
@@ -22,8 +21,7 @@ class Kept:
 
     folder: Path
     """One folder in it for each state; the highest is the last."""
-    saved: float = 0.0
-    took: float = 0.0
+    seldom: Seldom = field(default_factory=Seldom)
 
     @classmethod
     def of(cls, made_from: Sequence[str | bytes]) -> Kept:
@@ -49,9 +47,9 @@ class Kept:
 
     def save(self, trainer: Any, block: int) -> None:
         """Keep the state before a block, but so seldom that it costs next to nothing."""
-        begun = time.monotonic()
-        if self.saved and self.took > SAVING_SHARE * (begun - self.saved):
-            return
+        self.seldom(lambda: self._save(trainer, block))
+
+    def _save(self, trainer: Any, block: int) -> None:
         before = list(self.folder.glob("block-*"))
         new = self.folder / f"block-{block:09}.new"
         shutil.rmtree(new, ignore_errors=True)
@@ -60,8 +58,6 @@ class Kept:
         new.rename(new.with_suffix(""))
         for path in before:
             shutil.rmtree(path, ignore_errors=True)
-        self.saved = time.monotonic()
-        self.took = self.saved - begun
 
     def remove(self) -> None:
         """The training is finished."""

@@ -165,7 +165,7 @@ def train_config(
         )
     size = 8 * base.d_in * sae.d_sae
     check_output(out, inputs=[file, base.folder], size=size, force=False)
-    tokenizer, model = load_tokenizer(recipe), load_base(recipe).to(device)
+    tokenizer, model = load_tokenizer(recipe), load_base(recipe, device)
     windows = load_windows(
         train.text,
         recipe,
@@ -219,6 +219,7 @@ def train_config(
         folded = SAE.load_from_disk(folder)
         standard.fold(folded)
         if not all(bool(tensor.isfinite().all()) for tensor in folded.state_dict().values()):
+            kept.remove()
             raise DataError(
                 f"config {file}: what was trained is not finite; expected a learning_rate at which "
                 f"it is, got {train.learning_rate:g}. Take a smaller one"
