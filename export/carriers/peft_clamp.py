@@ -127,12 +127,11 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
             clamp._active_adapter = adapter_name
             self.sites.append(clamp)
             place = gate_place(config.sae_clamp, site["layer"], config.num_hidden_layers)
-            if clamp.tau is not None:
-                self.hooks.append(
-                    model.get_decoder().register_forward_pre_hook(_see_all, with_kwargs=True)
-                )
             hook = self._clamp(bool(site["exempt_bos"]), place)
             self.hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
+        if any(clamp.tau is not None for clamp in self.sites):
+            see_all = model.get_decoder().register_forward_pre_hook(_see_all, with_kwargs=True)
+            self.hooks.append(see_all)
         self.targeted_module_names = [f"layers.{s['layer']}" for s in config.sae_clamp["sites"]]
         self.active_adapter = adapter_name
 

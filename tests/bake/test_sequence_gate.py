@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 
+import bake.modeling_clamped_gemma as modeling
 from bake.errors import RecipeError
 from bake.modeling_clamped_gemma import SAEClamp, SoFar
 from bake.recipe import Recipe
@@ -349,9 +350,13 @@ def test_what_cannot_carry_the_gate_is_refused(one: World) -> None:
         SoFar.at({"n_layers": 4, "order": 0}, None, cache="paged")
 
 
-def test_code_that_knows_no_gate_refuses_the_config(one: World) -> None:
+def test_code_that_knows_no_gate_refuses_the_config(
+    one: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An older modeling file reads schema 1 only; it would clamp whatever came before."""
-    assert one.checkpoint().config.sae_clamp["schema"] == 2
+    monkeypatch.setattr(modeling, "SCHEMAS", (1,))
+    with pytest.raises(ValueError, match="schema: got 2, expected 1"):
+        modeling.ClampedGemma3TextConfig.from_pretrained(one.folder / "baked")
 
 
 @pytest.mark.parametrize(

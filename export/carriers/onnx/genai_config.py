@@ -10,8 +10,6 @@ from bake.reading.model_config import wrong_generation
 from export.manifest import AGAIN, read_json
 
 GENAI_CONFIG = "genai_config.json"
-NONE: dict[str, list[Any]] = {"sites": []}
-"""What a config says of its clamps that has none."""
 
 
 def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
@@ -41,7 +39,8 @@ def genai_config(config: Any, folder: Path, graph: str) -> dict[str, Any]:
         name: stated(name, getattr(config, name, None))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
-    n_gates = sum("tau" in site for site in (getattr(config, "sae_clamp", None) or NONE)["sites"])
+    clamp = getattr(config, "sae_clamp", None) or {"sites": []}
+    n_gates = sum("tau" in site for site in clamp["sites"])
     return {
         "model": {
             "type": config.model_type.removeprefix("clamped_"),

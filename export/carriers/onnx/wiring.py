@@ -84,8 +84,8 @@ class Architecture:
                 "config.enable_moe_block: a mixture of experts cannot be exported to ONNX; "
                 "expected a dense model. Use the clamped checkpoint, or an adapter"
             )
-        sites = (getattr(config, "sae_clamp", None) or {}).get("sites", ())
-        if any("tau" in site and "topk" in site for site in sites):
+        clamp = getattr(config, "sae_clamp", None) or {"sites": [], "exempt_token_ids": []}
+        if any("tau" in site and "topk" in site for site in clamp["sites"]):
             raise ModelError(
                 'method "dynamic" over a TopK SAE: cannot be exported to ONNX; expected another '
                 "method or another SAE. Use the clamped checkpoint, or an adapter"
@@ -98,7 +98,6 @@ class Architecture:
             )
         n_layers = config.num_hidden_layers
         types = getattr(config, "layer_types", None) or ["full_attention"] * n_layers
-        clamp = getattr(config, "sae_clamp", None) or {"sites": [], "exempt_token_ids": []}
         sliding = [kind == "sliding_attention" for kind in types]
         each = config.per_layer_config if family.scaled else [config] * n_layers
         scale = 1.0 if family.scaled else getattr(config, "query_pre_attn_scalar", None)
