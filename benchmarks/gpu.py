@@ -31,8 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bake.questions.corpora import Windows
 from bake.sae.folding import SAEEncoder
-from bake.search.statistics import FeatureSite
-from bake.search.statistics import statistics as feature_statistics
+from bake.search.statistics import Counter, FeatureSite, count_windows
 from bakeout.verbs.demo import MINIATURE
 from benchmarks.overhead import D_IN, build
 
@@ -145,7 +144,7 @@ def features(machine: Machine, layers: int, rounds: int) -> None:
         W = rng.standard_normal((D_IN, d_sae), dtype=np.float32) * np.float32(D_IN**-0.5)
         theta = np.full(d_sae, 2.5 * float(base.embed_tokens(tokens).float().std()), np.float32)
         site = FeatureSite(hook, SAEEncoder(W, np.zeros(d_sae, np.float32), theta, "random"))
-        ours = partial(feature_statistics, model, [site], windows)
+        ours = partial(count_windows, model, [Counter(site, model)], windows)
         ratio = pairs(machine, bare, ours, rounds)
         print(f"statistics, d_sae {d_sae:6,d}: {ratio} of the bare forward's tokens/s")
 
