@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output matrix."""
+    """A model's output matrix, which no method trains."""
 
     weight: Tensor
     """[vocab, d_in]."""
@@ -52,19 +51,6 @@ class Head:
         """Tokens whose logits are formed together."""
         step = max(1, BLOCK // len(self.weight))
         return [slice(at, min(at + step, n)) for at in range(0, n, step)]
-
-
-def _in_blocks(block: Callable[..., Tensor], head: Head, *tensors: Tensor) -> list[Tensor]:
-    """What a function makes of tokens, block by block. Where there are several blocks, their logits
-    are formed again for the gradient instead of being kept.
-    """
-    parts = head.blocks(len(tensors[0]))
-    if len(parts) == 1:
-        return [block(head.weight, *tensors)]
-    return [
-        checkpoint(block, head.weight, *(t[part] for t in tensors), use_reentrant=False)
-        for part in parts
-    ]
 
 
 @dataclass(frozen=True)
@@ -96,6 +82,31 @@ class Step:
     """RMU only: [d_in], what it is steered to."""
 
 
+class _SumOfKL(torch.autograd.Function):
+    """KL(teacher ‖ student) in nats, summed over tokens. Its gradient, p_student - p_teacher by the
+    output matrix, is taken while the logits are there, so that they are formed once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, of_student: Head, teacher: Tensor, of_teacher: Head
+    ) -> Tensor:
+        scores = of_student(student)
+        got, wanted = log_softmax(scores, -1), log_softmax(of_teacher(teacher), -1)
+        total = kl_div(got, wanted, reduction="sum", log_target=True)
+        if ctx.needs_input_grad[0]:
+            apart = got.exp_().sub_(wanted.exp_())
+            if of_student.cap is not None:
+                apart *= 1 - (scores / of_student.cap).square_()
+            ctx.save_for_backward(apart @ of_student.weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grads[0] * gradient, None, None, None
+
+
 def mean_kl(teacher: Tensor, of_teacher: Head, student: Tensor, of_student: Head) -> Tensor:
     """KL(teacher ‖ student) in nats per token.
 
@@ -105,22 +116,25 @@ def mean_kl(teacher: Tensor, of_teacher: Head, student: Tensor, of_student: Head
         student: [n, d_in].
         of_student: likewise.
     """
-
-    def block(weight: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-        wanted = log_softmax(of_teacher(teacher), -1)
-        got = log_softmax(Head(weight, of_student.cap)(student), -1)
-        return kl_div(got, wanted, reduction="sum", log_target=True)
-
-    return torch.stack(_in_blocks(block, of_student, student, teacher)).sum() / len(student)
+    sums = [
+        _SumOfKL.apply(student[part], of_student, teacher[part], of_teacher)  # type: ignore[no-untyped-call]
+        for part in of_student.blocks(len(student))
+    ]
+    return torch.stack(sums).sum() / len(student)
 
 
 def token_losses(seen: Seen, head: Head, targets: Tensor) -> Tensor:
     """[n] cross-entropy of the next token in nats; 0 where none follows."""
 
-    def block(weight: Tensor, final: Tensor, wanted: Tensor) -> Tensor:
-        return cross_entropy(Head(weight, head.cap)(final), wanted, reduction="none")
+    def block(final: Tensor, wanted: Tensor) -> Tensor:
+        return cross_entropy(head(final), wanted, reduction="none")
 
-    return torch.cat(_in_blocks(block, head, seen.final, targets))
+    # The logits are formed again for the gradient instead of being kept.
+    losses = [
+        checkpoint(block, seen.final[part], targets[part], use_reentrant=False)
+        for part in head.blocks(len(targets))
+    ]
+    return torch.cat(losses)
 
 
 def hidden_distance(side: Side) -> Tensor:

@@ -3,7 +3,7 @@
     python -m bakeout.gemma.slicing SAE OUT --features 417 4082 … --beside 12 907 …
 
 Features and those beside them take turns, so that what follows a feature, which the control
-`random_decoder` writes instead of it, is one of the others. `cfg.json` says what was kept.
+`random_decoder` writes instead of it, is mostly one of the others. `cfg.json` says what was kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def write_slice(sae: Path, out: Path, features: Sequence[int], beside: Sequence[
     Args:
         sae: folder with cfg.json and sae_weights.safetensors; a JumpReLU or a standard SAE.
         out: folder to write.
-        features: that are to be clamped.
+        features: that may be clamped.
         beside: as many others.
 
     Returns:

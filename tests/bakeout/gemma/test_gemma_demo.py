@@ -23,16 +23,21 @@ def test_what_is_shipped_is_small_and_fits_together() -> None:
     for clamp in recipe.clamp:
         assert clamp.sae.path is not None
         config = json.loads((GEMMA / clamp.sae.path / "cfg.json").read_text())
-        assert isinstance(clamp.features, list)
-        assert clamp.features == list(range(0, config["d_sae"], 2))
+        assert clamp.features == "select"
         assert config["metadata"]["slice_of"] == 8192 and config["d_in"] == 640
         assert len(set(config["metadata"]["features"])) == config["d_sae"]
         assert config["metadata"]["hook_name"] == clamp.hook_point
-    assert recipe.verify is not None and recipe.verify.completions is not None
-    sources = [recipe.verify.completions.prompts.path, *(s.path for s in recipe.verify.sources)]
-    for path in {path for path in sources if path is not None}:
-        rows = [json.loads(line) for line in (GEMMA / path).read_text().splitlines()]
-        assert len(rows) >= 5
+    assert recipe.verify is not None and recipe.select is not None
+    rows = {
+        path: [json.loads(line) for line in (GEMMA / path).read_text().splitlines()]
+        for path in {source.path for source in recipe.verify.sources if source.path is not None}
+    }
+    assert all(len(found) >= 5 for found in rows.values())
+    measured = {row["text"][:60] for found in rows.values() for row in found if "text" in row}
+    for source in (recipe.select.forget, recipe.select.retain):
+        assert source.path is not None
+        texts = [json.loads(line)["text"] for line in (GEMMA / source.path).read_text().splitlines()]
+        assert len(set(texts)) >= 100 and not measured & {text[:60] for text in texts}
 
 
 @pytest.fixture
