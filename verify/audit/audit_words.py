@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from verify.audit.attempts import Scores
-from verify.audit.outcome import FolderAudit, Point, Sweep, comes_back
+from verify.audit.outcome import CHANCE, FolderAudit, Point, Sweep, comes_back
 from verify.report.measures import Share
 from verify.report.wording import accuracy_text
 
@@ -32,11 +32,18 @@ class Line:
 
 
 def sentences(audit: FolderAudit) -> tuple[str, ...]:
-    """What came back, in plain words; the first with the clamp taken out, where it can be."""
+    """What came back, in plain words; the first with the clamp taken out, where it can be. What
+    neither differs from the folder as it is nor from the base cannot be told on so few questions.
+    """
     before, base = audit.before.forget[audit.form], audit.base.forget[audit.form]
     assert before.interval is not None and base.interval is not None
     if before.interval.high >= base.interval.low:
-        return (f"It has the topic as it is: {_of(before)} (the base, {base.right} of {base.n}).",)
+        said = f"{_of(before)} (the base, {base.right} of {base.n})."
+        knew = base.interval.low > CHANCE and _above(before.accuracy, base) <= _above(
+            CHANCE, base
+        ) * (1 - MOSTLY)
+        what = "It has the topic as it is" if knew else "Whether it forgot cannot be told"
+        return (f"{what}: {said}",)
     found = []
     if audit.stripped is not None:
         right = audit.stripped.forget[audit.form]
@@ -52,13 +59,11 @@ def sentences(audit: FolderAudit) -> tuple[str, ...]:
         back = _back(point.right.accuracy or 0.0, audit)
         found.append(f"Whoever {sweep.does} {back}: {_of(point.right)}{beside}.")
     else:
-        kept = (
-            "Nothing that was tried with the clamp in place" if found else "Nothing that was tried"
-        )
-        found.append(
-            f"{kept} brings the topic back: {_of(point.right)} at most, for whoever "
-            f"{sweep.does}{beside}."
-        )
+        kept = " with the clamp in place" if found else ""
+        said = f"Nothing that was tried{kept} brings the topic back"
+        if point.interval.high >= base.interval.low:
+            said = f"Whether anything that was tried{kept} brings the topic back cannot be told"
+        found.append(f"{said}: {_of(point.right)} at most, for whoever {sweep.does}{beside}.")
     return tuple(found)
 
 
@@ -83,7 +88,7 @@ def relearned(audit: FolderAudit) -> tuple[str, ...]:
         anew = {point.steps: point for point in control.curve}
         both = [(p, anew[p.steps]) for p in taught.curve if p.steps in anew and p.keeps]
         if both:
-            point, other = max(both, key=lambda pair: _gap(*pair))
+            point, other = max(both, key=lambda pair: _above(pair[1].right.accuracy, pair[0].right))
             more = point.interval.low > other.interval.high
             found.append(
                 f"{name}: after {point.steps} steps {_of(point.right)}; with wrong answers in "
@@ -133,8 +138,9 @@ def scores_texts(scores: Scores, form: str) -> Sequence[str]:
     return [accuracy_text(share) for share in (*shares, scores.open)]
 
 
-def _gap(point: Point, other: Point) -> float:
-    return (point.right.accuracy or 0.0) - (other.right.accuracy or 0.0)
+def _above(accuracy: float | None, share: Share) -> float:
+    """By how much more is right."""
+    return (share.accuracy or 0.0) - (accuracy or 0.0)
 
 
 def _back(accuracy: float, audit: FolderAudit) -> str:

@@ -36,7 +36,9 @@ def test_what_is_shipped_is_small_and_fits_together() -> None:
     measured = {row["text"][:60] for found in rows.values() for row in found if "text" in row}
     for source in (recipe.select.forget, recipe.select.retain):
         assert source.path is not None
-        texts = [json.loads(line)["text"] for line in (GEMMA / source.path).read_text().splitlines()]
+        texts = [
+            json.loads(line)["text"] for line in (GEMMA / source.path).read_text().splitlines()
+        ]
         assert len(set(texts)) >= 100 and not measured & {text[:60] for text in texts}
 
 

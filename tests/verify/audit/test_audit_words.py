@@ -53,6 +53,29 @@ def test_part_is_part_and_nothing_is_nothing() -> None:
     )
 
 
+def test_few_questions_tell_nothing() -> None:
+    merged, _ = an_audit().folders
+    few = replace(
+        merged,
+        before=Scores({"chat": Share(1, 8)}, {"chat": Share(72, 72)}),
+        base=Scores({"chat": Share(8, 8)}, {"chat": Share(72, 72)}),
+    )
+    attempts = [
+        replace(few.attempts[0], scores=Scores({"chat": Share(4, 8)}, {"chat": Share(72, 72)}))
+    ]
+    half = replace(few, sweeps=sweeps_of(attempts, few.before, "chat"), attempts=tuple(attempts))
+    (said,) = sentences(half)
+    assert said.startswith(
+        "Whether anything that was tried brings the topic back cannot be told: 4"
+    )
+    nearly = replace(few, before=Scores({"chat": Share(4, 8)}, {}))
+    assert sentences(nearly) == (
+        "Whether it forgot cannot be told: 4 of 8 answers right (the base, 8 of 8).",
+    )
+    guessed = Scores({"chat": Share(2, 8)}, {})
+    assert sentences(replace(few, before=guessed, base=guessed))[0].startswith("Whether it forgot")
+
+
 def test_recovery_is_told_from_learning_anew() -> None:
     merged, layer = an_audit().folders
     (faster,) = relearned(merged)
