@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from verify.audit.attempts import Scores
 from verify.audit.outcome import CHANCE, FolderAudit, Point, Sweep, comes_back
+from verify.report.intervals import Interval
 from verify.report.measures import Share
 from verify.report.wording import accuracy_text
 
@@ -31,50 +32,113 @@ class Line:
     sweep: Sweep
 
 
-def sentences(audit: FolderAudit) -> tuple[str, ...]:
-    """What came back, in plain words; the first with the clamp taken out, where it can be. What
-    neither differs from the folder as it is nor from the base cannot be told on so few questions.
-    """
-    before, base = audit.before.forget[audit.form], audit.base.forget[audit.form]
-    assert before.interval is not None and base.interval is not None
-    if before.interval.high >= base.interval.low:
-        said = f"{_of(before)} (the base, {base.right} of {base.n})."
-        knew = base.interval.low > CHANCE and _above(before.accuracy, base) <= _above(
-            CHANCE, base
-        ) * (1 - MOSTLY)
-        what = "It has the topic as it is" if knew else "Whether it forgot cannot be told"
-        return (f"{what}: {said}",)
-    found = []
-    if audit.stripped is not None:
-        right = audit.stripped.forget[audit.form]
-        back = _back(right.accuracy or 0.0, audit)
-        found.append(f"Whoever takes the clamp out {back}: {_of(right)} ({_beside(audit)}).")
+@dataclass(frozen=True)
+class Measure:
+    """By what an audit is told: answers in the form that leads, or open prompts gone on with."""
+
+    what: str
+    base: Share
+    before: Share
+    stripped: Share | None
+    worst: tuple[str, Share, Interval] | None
+    """What somebody does, and what is right after it, of the worst that leaves the clamp in and the
+    model of use."""
+
+    @property
+    def tells(self) -> bool:
+        """Whether base and folder differ by more than so few questions can hide."""
+        assert self.before.interval is not None and self.base.interval is not None
+        return self.before.interval.high < self.base.interval.low
+
+    def of(self, share: Share) -> str:
+        """A share in words."""
+        return f"{share.right} of {share.n} {self.what} right"
+
+    @property
+    def beside(self) -> str:
+        """What it is held against."""
+        return (
+            f"before, {self.before.right} of {self.before.n}; "
+            f"the base, {self.base.right} of {self.base.n}"
+        )
+
+    def back(self, share: Share) -> str:
+        """How much of what was forgotten is back."""
+        gap = _above(self.before.accuracy, self.base)
+        whole = _above(self.before.accuracy, share) >= MOSTLY * gap
+        return "has the topic back" if whole else "has part of the topic back"
+
+
+def measures(audit: FolderAudit) -> tuple[Measure, ...]:
+    """Of an audit: the form that leads, then open prompts, where there are any."""
+
+    def of(share: Callable[[Scores], Share | None]) -> tuple[Share | None, ...]:
+        models = (audit.base, audit.before, audit.stripped)
+        return tuple(None if scores is None else share(scores) for scores in models)
+
+    base, before, stripped = of(lambda scores: scores.forget[audit.form])
+    assert base is not None and before is not None
     sweep = worst_kept(audit)
-    if sweep is None or sweep.worst is None:
+    worst = None
+    if sweep is not None and (point := sweep.worst) is not None:
+        worst = (sweep.does, point.right, point.interval)
+    found = [Measure("answers", base, before, stripped, worst)]
+    base, before, stripped = of(lambda scores: scores.open)
+    if base is not None and before is not None:
+        opened = [
+            (sweep.does, point.open, point.open.interval)
+            for sweep in _kept(audit)
+            if (point := sweep.worst) is not None and point.open is not None
+            if point.open.interval is not None
+        ]
+        worst = max(opened, key=lambda of: of[1].accuracy or 0.0, default=None)
+        found.append(Measure("continuations", base, before, stripped, worst))
+    return tuple(found)
+
+
+def sentences(audit: FolderAudit) -> tuple[str, ...]:
+    """What came back, in plain words; the first with the clamp taken out, where it can be. Told by
+    the form that leads; by open prompts where its questions are too few, or of a kind that the base
+    does not answer. What differs neither from the folder as it is nor from the base cannot be told.
+    """
+    by = next((one for one in measures(audit) if one.tells), measures(audit)[0])
+    if not by.tells:
+        low = by.base.interval.low if by.base.interval is not None else 0.0
+        slight = _above(by.before.accuracy, by.base) <= _above(CHANCE, by.base) * (1 - MOSTLY)
+        knew = low > CHANCE and slight
+        what = "It has the topic as it is" if knew else "Whether it forgot cannot be told"
+        return (f"{what}: {by.of(by.before)} (the base, {by.base.right} of {by.base.n}).",)
+    found = []
+    if by.stripped is not None:
+        back = f"{by.back(by.stripped)}: {by.of(by.stripped)}"
+        found.append(f"Whoever takes the clamp out {back} ({by.beside}).")
+    if by.worst is None:
         found.append("Nothing that was tried left a model that is of use.")
         return tuple(found)
-    point = sweep.worst
-    beside = "" if audit.stripped is not None else f" ({_beside(audit)})"
-    if comes_back(point, before):
-        back = _back(point.right.accuracy or 0.0, audit)
-        found.append(f"Whoever {sweep.does} {back}: {_of(point.right)}{beside}.")
+    does, right, interval = by.worst
+    beside = "" if found else f" ({by.beside})"
+    if comes_back(interval, by.before):
+        found.append(f"Whoever {does} {by.back(right)}: {by.of(right)}{beside}.")
     else:
         kept = " with the clamp in place" if found else ""
         said = f"Nothing that was tried{kept} brings the topic back"
-        if point.interval.high >= base.interval.low:
+        if by.base.interval is not None and interval.high >= by.base.interval.low:
             said = f"Whether anything that was tried{kept} brings the topic back cannot be told"
-        found.append(f"{said}: {_of(point.right)} at most, for whoever {sweep.does}{beside}.")
+        found.append(f"{said}: {by.of(right)} at most, for whoever {does}{beside}.")
     return tuple(found)
 
 
 def worst_kept(audit: FolderAudit) -> Sweep | None:
     """The worst sweep among those that leave the clamp in."""
-    found = [
+    return max(_kept(audit), key=lambda sweep: sweep.accuracy, default=None)
+
+
+def _kept(audit: FolderAudit) -> list[Sweep]:
+    return [
         sweep
         for sweep in audit.sweeps
         if sweep.worst is not None and not sweep.apart and not sweep.attack.startswith(STRIP)
     ]
-    return max(found, key=lambda sweep: sweep.accuracy, default=None)
 
 
 def relearned(audit: FolderAudit) -> tuple[str, ...]:
@@ -143,19 +207,5 @@ def _above(accuracy: float | None, share: Share) -> float:
     return (share.accuracy or 0.0) - (accuracy or 0.0)
 
 
-def _back(accuracy: float, audit: FolderAudit) -> str:
-    """How much of what was forgotten is back."""
-    before = audit.before.forget[audit.form].accuracy or 0.0
-    base = audit.base.forget[audit.form].accuracy or 0.0
-    if accuracy >= before + MOSTLY * (base - before):
-        return "has the topic back"
-    return "has part of the topic back"
-
-
 def _of(share: Share) -> str:
     return f"{share.right} of {share.n} answers right"
-
-
-def _beside(audit: FolderAudit) -> str:
-    before, base = audit.before.forget[audit.form], audit.base.forget[audit.form]
-    return f"before, {before.right} of {before.n}; the base, {base.right} of {base.n}"

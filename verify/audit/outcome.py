@@ -181,7 +181,7 @@ def interval_over(shares: Sequence[Share]) -> Interval:
     return Interval(max(0.0, low), min(1.0, high))
 
 
-def comes_back(point: Point, before: Share) -> bool:
+def comes_back(interval: Interval, before: Share) -> bool:
     """Whether more is known than before, and than chance would give: the intervals do not touch."""
     assert before.interval is not None
-    return point.interval.low > max(before.interval.high, CHANCE)
+    return interval.low > max(before.interval.high, CHANCE)

@@ -84,7 +84,7 @@ def open_stock(folder: Path, progress: Callable[[float], None] = lambda _share: 
             raise ExportError(
                 f"{folder}: its clamp is carried as {manifest.carrier}, which llama.cpp does not "
                 "know; expected a folder that stock classes load. Compile the checkpoint first "
-                "(`bakeout export compiled FOLDER --out DIR`), if it is no Gemma 4"
+                "(`bakeout export compiled FOLDER --out DIR`), which says so where it cannot"
             )
         if not carrier.trained:
             clamped = open_clamped(folder, with_graphs=True)

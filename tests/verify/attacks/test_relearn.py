@@ -106,7 +106,7 @@ def test_it_finds_what_an_edit_hid(hidden: Target) -> None:
     assert before.forget["chat"].right < 8
     assert sweep.worst is not None
     assert sweep.worst.right.n == 40
-    assert comes_back(sweep.worst, before.forget["chat"])
+    assert comes_back(sweep.worst.interval, before.forget["chat"])
     assert not sweep.apart
 
 
@@ -115,7 +115,7 @@ def test_it_finds_nothing_where_nothing_was(never: Target) -> None:
     found = fine_tune(never, {**RUN, "texts": "other", "steps": 50, "rate": 1e-3})
     (sweep,) = sweeps_of(found, before, "chat")
     assert sweep.worst is not None
-    assert not comes_back(sweep.worst, before.forget["chat"])
+    assert not comes_back(sweep.worst.interval, before.forget["chat"])
     low, high = interval_over([before.forget["chat"]])
     assert low <= 0.25 <= high  # it guesses
 

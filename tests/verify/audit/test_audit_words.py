@@ -76,6 +76,26 @@ def test_few_questions_tell_nothing() -> None:
     assert sentences(replace(few, before=guessed, base=guessed))[0].startswith("Whether it forgot")
 
 
+def test_open_prompts_tell_what_questions_do_not() -> None:
+    _, layer = an_audit().folders
+    asked = {"chat": Share(2, 8)}
+    opened = replace(
+        layer,
+        base=Scores(asked, {}, Share(32, 50)),
+        before=Scores(asked, {}, Share(9, 50)),
+        stripped=Scores(asked, {}, Share(32, 50)),
+    )
+    stripped, kept = sentences(opened)
+    assert stripped == (
+        "Whoever takes the clamp out has the topic back: 32 of 50 continuations right (before, 9 "
+        "of 50; the base, 32 of 50)."
+    )
+    assert kept == (
+        "Whoever fine-tunes all weights for 50 steps on 100 texts about other facts has part of "
+        "the topic back: 15 of 30 continuations right."
+    )
+
+
 def test_recovery_is_told_from_learning_anew() -> None:
     merged, layer = an_audit().folders
     (faster,) = relearned(merged)
