@@ -13,8 +13,9 @@ import transformers as tf
 
 from bake.errors import ExportError
 from bake.tensors import to_bits, to_float32
+from export.carriers.compiled.layer_scalars import rounded
 from export.carriers.compiled.stock_layers import logic_of
-from export.carriers.compiled.widening import choose_width, plan_widening, rounded, widened
+from export.carriers.compiled.widening import choose_width, plan_widening, widened
 from export.clamped import open_clamped
 from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
