@@ -128,7 +128,8 @@ def choose_setting(
         gain_a = power(small) / 2
         return Setting(tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, loud, loudest)
     root = math.sqrt(stream.width)
-    step = power(STEP * math.hypot(r_max, GAIN_A) / (GAIN_A * root / math.sqrt(len(features)) * FINEST / 2))
+    floor = GAIN_A * root / math.sqrt(len(features)) * FINEST / 2
+    step = power(STEP * math.hypot(r_max, GAIN_A) / floor)
     change = largest_change(site, logic, measured.largest)
     garbage = stream.scale * max(2.0**10 * change, 2.0**4 * measured.largest) / root
     gain_b = 1 + power(max(garbage, 16.0))
