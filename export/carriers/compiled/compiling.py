@@ -12,7 +12,8 @@ model (`rule.py`, `trial.py`). In short, for x̃ = [s·x, κ, …] and r̃ = rms
 
 Gemma, the first, has no norm after its MLP; there flags are written r̃² large (`unnormed_layers`),
 and any-of several triggers is refused. The base's matrices are copied with zeros beside them; only
-the norms before a block change, by sqrt(d/D). Everything is streamed: no more than a few megabytes
+the norms before a block change, by sqrt(d/D). Of Gemma 4, whose layers multiply the constants as
+well, see `layer_scalars.py`. Everything is streamed: no more than a few megabytes
 of the base are held, one layer of it while it is measured, and of the new layers one matrix.
 """
 

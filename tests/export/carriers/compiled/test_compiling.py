@@ -71,6 +71,9 @@ def sae_tables(tmp_path: Path, method: str, features: list[int], n: int) -> list
     return [{**sae_table(name), "features": features, **OF_ONE_TOKEN[method]} for name in names]
 
 
+GOOGLES = {"per_layer_config": None, "global_head_dim": 16, "num_global_key_value_heads": 1}
+
+
 @pytest.mark.parametrize("hook_points", [1, 2])
 @pytest.mark.parametrize("method", OF_ONE_TOKEN)
 @pytest.mark.parametrize("family", COMPILED_CLASSES)
@@ -101,6 +104,7 @@ def test_float32(
         ("gemma2", {"hidden_activation": "gelu"}, False),
         ("gemma3_text", {"hidden_act": "gelu", "layer_types": None}, True),
         ("gemma2", {"layer_types": None, "head_dim": 8}, True),
+        ("gemma4_text", GOOGLES, True),  # and not per_layer_config, as transformers writes it
     ],
 )
 def test_what_transformers_makes_of_the_config_decides(
