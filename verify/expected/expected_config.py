@@ -109,11 +109,11 @@ def compiled_config(
     """
     family, config = base.family, without_paths(deepcopy(base.config))
     stock = stock_config(base)
+    apart = getattr(stock, "per_layer_attributes", None) or ()  # of Gemma 4's heads
     for name in (
         *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar"),
         *("rms_norm_eps", family.activation_field),
     ):
-        apart = getattr(stock, "per_layer_attributes", None) or ()  # of Gemma 4's heads
         if name not in apart and (value := getattr(stock, name, None)) is not None:
             config[name] = value
     if heads := config.get("per_layer_config"):

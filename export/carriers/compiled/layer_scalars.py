@@ -100,15 +100,15 @@ def check_gemma_4(source: Clamped) -> None:
     """
     name, config = source.name, source.config
     other = {
-        "hidden_size_per_layer_input": "per-layer embeddings, a table with columns for every layer",
-        "num_kv_shared_layers": "layers that borrow keys and values, counted from the last",
+        "num_kv_shared_layers": "layers that borrow keys and values",
+        "hidden_size_per_layer_input": "per-layer embeddings",
         "enable_moe_block": "a mixture of experts",
     }
     for field, what in other.items():
-        if getattr(config, field, None):
+        if value := getattr(config, field, None):
             raise ExportError(
-                f"{name}: config.{field} is {getattr(config, field)}: {what}; only dense layers "
-                "without are compiled. Use the clamped checkpoint, or an adapter"
+                f"{name}: has {what} ({field} {value}); expected a Gemma 4 of dense layers alone. "
+                "Use the clamped checkpoint, or an adapter"
             )
     for layer, scalar in enumerate(layer_scalars(source)):
         if not 0 < scalar < math.inf:

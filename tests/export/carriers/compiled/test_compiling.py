@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -348,37 +349,48 @@ def test_whatever_a_layer_multiplies_by_constants_arrive_as_they_were_reckoned(
 
 
 @pytest.mark.parametrize(
-    ("kind", "scalars", "match"),
+    ("scalars", "match"),
     [
-        ("gemma4_text", [1.0, 0.0], "layer_scalar of layer 1 is 0.0; expected a positive number"),
-        ("gemma4_text", [-0.5], "layer_scalar of layer 0 is -0.5; expected a positive number"),
-        (
-            "gemma4_text",
-            [1e-15],
-            r"layer 1: the layer_scalar of the layers up to it leave ",
-        ),
-        (
-            "gemma4_text, per-layer embeddings",
-            [1.0],
-            "hidden_size_per_layer_input is 16",
-        ),
-        ("gemma4_text, shared keys", [1.0], "hidden_size_per_layer_input is 16"),
-        ("gemma4_text, experts", [1.0], "enable_moe_block is True: a mixture of experts; only"),
-        ("gemma4", [1.0], "takes images; only text models are compiled"),
+        ([1.0, 0.0], "layer_scalar of layer 1 is 0.0; expected a positive number"),
+        ([-0.5], "layer_scalar of layer 0 is -0.5; expected a positive number"),
+        ([math.inf], "layer_scalar of layer 0 is inf; expected a positive number"),
+        ([1e-15], "layer 1: the layer_scalar of the layers up to it leave"),
     ],
 )
-def test_a_gemma_4_that_two_layers_cannot_carry_is_refused_by_name(
-    tmp_path: Path, write_recipe: RecipeWriter, kind: str, scalars: list[float], match: str
+def test_a_gemma_4_that_lets_no_constant_through_is_refused(
+    tmp_path: Path, write_recipe: RecipeWriter, scalars: list[float], match: str
 ) -> None:
-    if kind == "gemma4_text":
-        of_scalars(tmp_path / "base", scalars)
-    else:
-        tiny_base(tmp_path / "base", kind)
+    of_scalars(tmp_path / "base", scalars)
+    refused(tmp_path, write_recipe, match)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (
+            "gemma4_text, per-layer embeddings",
+            r"has per-layer embeddings \(.*_input 16\); expected",
+        ),
+        (
+            "gemma4_text, shared keys",
+            r"has layers that borrow keys and values \(.*_layers 2\); exp",
+        ),
+        ("gemma4_text, experts", r"has a mixture of experts \(enable_moe_block True\); expected"),
+        ("gemma4", "takes images; only text models are compiled"),
+    ],
+)
+def test_a_gemma_4_that_is_not_dense_is_refused_by_name(
+    tmp_path: Path, write_recipe: RecipeWriter, kind: str, match: str
+) -> None:
+    tiny_base(tmp_path / "base", kind)
+    refused(tmp_path, write_recipe, match)
+
+
+def refused(tmp_path: Path, write_recipe: RecipeWriter, match: str) -> None:
     tables = sae_tables(tmp_path, "clamp", METHOD_FEATURES, 1)
     with pytest.raises(ExportError, match=match) as caught:
         compile_recipe(write_recipe(*tables), tmp_path)
-    assert "\n" not in str(caught.value)
-    assert "clamped checkpoint" in str(caught.value)
+    assert "\n" not in str(caught.value) and "clamped checkpoint" in str(caught.value)
 
 
 # --------------------------------------------------------------------------- the folder
