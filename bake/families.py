@@ -54,7 +54,7 @@ class Family:
     """It takes images too: clamped and as an adapter only, neither compiled nor in ONNX."""
     scaled: bool = False
     """A norm multiplies by w and not 1 + w, and a layer's output by a scalar of its own; layers may
-    differ in their heads. Neither compiled, trained to forget, nor written as GGUF."""
+    differ in their heads. Not trained to forget, nor written as GGUF; compiled if it is dense."""
     genai: bool = True
     """onnxruntime-genai runs its graph: it takes heads of one size alone."""
     auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)

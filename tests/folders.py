@@ -33,7 +33,12 @@ STOCK_TEXT_CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
-"""The stock class of each family without images."""
+"""The stock class of each family without images, before Gemma 4."""
+COMPILED_CLASSES = STOCK_TEXT_CLASSES | {
+    "gemma4_text": "Gemma4ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
+}
+"""The same of each family that is compiled."""
 
 
 def manifest_data(files: dict[str, str], **changes: Any) -> dict[str, Any]:

@@ -50,15 +50,16 @@ def a_site(k: int, kind: str = "clamp", *, seed: int = 0, trigger: float = 0.2) 
     )
 
 
-def a_stream(flags: int) -> tuple[Stream, Place]:
-    """D = 32 and what the flags need, no dtype that rounds."""
+def a_stream(flags: int, louder: float = 1.0) -> tuple[Stream, Place]:
+    """D = 32 and what the flags need, no dtype that rounds; constants that the norm before a layer
+    has to make so much louder.
+    """
     first = D + N_ALWAYS
     width = first + 2 + 1 + flags
     kappa = 2.0**-8 * math.sqrt(width)
     constants = (first, first + 1)
-    stream = Stream(
-        D, width, math.sqrt(width / D), kappa, constants, lambda x: np.asarray(x), np.zeros(D)
-    )
+    scale, mean = math.sqrt(width / D), np.zeros(D)
+    stream = Stream(D, width, scale, kappa, constants, lambda x: np.asarray(x), mean, louder)
     return stream, Place(first + 2, tuple(range(first + 3, first + 3 + flags)))
 
 
@@ -66,9 +67,9 @@ def widen(x: np.ndarray[Any, Any], stream: Stream, *, exempt: bool = False) -> A
     """Residual streams [n, D] as the wider model holds them: [n, width]."""
     wide = np.zeros((len(x), stream.width))
     wide[:, :D] = stream.scale * x
-    wide[:, D : D + N_ALWAYS] = stream.kappa
+    wide[:, D : D + N_ALWAYS] = stream.kappa / stream.louder
     if not exempt:
-        wide[:, list(stream.constants)] = stream.kappa
+        wide[:, list(stream.constants)] = stream.kappa / stream.louder
     return wide
 
 
@@ -78,10 +79,10 @@ def random_streams(n: int, seed: int = 5) -> Any:
     return rng.standard_normal((n, D)) * rng.uniform(0.5, 4, (n, 1))
 
 
-def both_layers(site: ClampSite, x: Any) -> tuple[Stream, Place, MLP, MLP]:
+def both_layers(site: ClampSite, x: Any, louder: float = 1.0) -> tuple[Stream, Place, MLP, MLP]:
     """The two layers that are a site's clamp, with numbers that suit the streams x."""
     logic = logic_of(site)
-    stream, place = a_stream(len(logic.flags))
+    stream, place = a_stream(len(logic.flags), louder)
     setting = choose_setting(site, logic, stream, Measured(x, x[:0]), "float32")
     arguments = (site, logic, stream, place, setting)
     action = with_alarms(action_layer(*arguments), site, logic, stream, setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
+from bake.base import INDEX
 from bake.errors import FolderError, RecipeError
 from bake.recipe import Recipe
 from bake.rounding import LOADS
@@ -242,15 +244,52 @@ def test_a_manifest_that_lies_about_its_size_is_refused(work: Path, tmp_path: Pa
         verify_folder(folder, Recipe.load(work / "recipe.toml"))
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma3_text"])
-def test_a_compiled_folder_of_another_family_passes(tmp_path: Path, family: str) -> None:
-    baked_world(tmp_path, FEATURES)
+def world_of(folder: Path, family: str) -> Recipe:
+    """`baked_world` of a family, but nothing baked; its recipe."""
+    baked_world(folder, FEATURES)
     for name in ("base", "checkpoint"):
-        shutil.rmtree(tmp_path / name)
-    tiny_tokenizer(tiny_base(tmp_path / "base", family))
+        shutil.rmtree(folder / name)
+    tiny_tokenizer(tiny_base(folder / "base", family))
+    return Recipe.load(folder / "recipe.toml")
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma3_text", "gemma4_unified_text"])
+def test_a_compiled_folder_of_another_family_passes(tmp_path: Path, family: str) -> None:
+    recipe = world_of(tmp_path, family)
     folder = compile_recipe(tmp_path / "recipe.toml", tmp_path)
-    recipe = Recipe.load(tmp_path / "recipe.toml")
     assert not verify_folder(folder, recipe, frozenset({"integrity"})).failures
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_compiled_gemma_4_and_its_graph_pass_and_what_its_layers_multiply_by_is_held(
+    tmp_path: Path,
+) -> None:
+    recipe, folder = world_of(tmp_path, "gemma4_text"), tmp_path / "compiled"
+    write_checkpoint(plan_checkpoint(recipe), tmp_path / "layer", card="", witness_prompts=[])
+    export_compiled(tmp_path / "layer", folder, pad=None, dtype=None, force=False)
+    altered = shutil.copytree(folder, tmp_path / "altered")
+    export_onnx(folder)
+    report = verify_folder(folder, recipe, frozenset({"integrity", "parity"}))
+    assert report.verdict == "pass", report.failures
+    for name in ("compiled", "onnx"):
+        engine = report.engine(name)
+        assert engine is not None and engine.parity is not None
+        assert engine.parity.tokens_fired > 0 and engine.parity.mean_kl < 1e-9
+    layer, norm = "model.layers.{}.layer_scalar", "model.layers.{}.pre_feedforward_layernorm.weight"
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    for name, place, what in (
+        (layer.format(2), 0, "layer_scalar of an added layer is not 1"),
+        (norm.format(2), 32 + N_ALWAYS, "layer 2, .*: its norm favours a channel"),
+        (norm.format(3), 0, "layer 3, .*: its norm favours a channel"),
+        (layer.format(1), 0, "layers.1.layer_scalar is not the base's"),
+    ):
+        file = weight_map[name]
+        tensors = load_file(altered / file)
+        tensors[name][place] *= 2
+        rewrite_file(altered, file, save(tensors, metadata={"format": "pt"}))
+        found = verify_folder(altered, recipe, frozenset({"integrity"})).failures
+        assert any(re.search(what, failure.what) for failure in found), (name, found)
+        rewrite_file(altered, file, (folder / file).read_bytes())
 
 
 def test_what_tools_leave_in_a_bases_settings_is_no_defect(tmp_path: Path) -> None:

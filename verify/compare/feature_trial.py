@@ -7,7 +7,6 @@ computed here, in the dtype that they are stored in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -49,9 +48,9 @@ class Block:
     up: Tensor
     down: Tensor
     before: Tensor
-    """w of the norm before it."""
+    """What the norm before it multiplies by, float32."""
     after: Tensor | None
-    """w of the norm behind it."""
+    """The same of the norm behind it."""
     eps: float
 
     def __call__(self, h: Tensor) -> Tensor:
@@ -63,11 +62,11 @@ class Block:
         return h + (m if self.after is None else _normed(m, self.after, self.eps))
 
 
-def _normed(x: Tensor, w: Tensor, eps: float) -> Tensor:
+def _normed(x: Tensor, gains: Tensor, eps: float) -> Tensor:
     """Gemma's RMS norm, in float32."""
     wide = x.float()
     wide = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    normed: Tensor = wide * (1 + w.float())
+    normed: Tensor = wide * gains
     return normed.to(x.dtype)
 
 
@@ -158,8 +157,9 @@ def _block(folder: Path, prefix: str, wide: Wide) -> Block:
             return found
 
         gate, up, down = (read(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
-        before = read(wide.norm_before)
-        after = read("post_feedforward_layernorm") if wide.base.family.norms_after else None
+        before = wide.norm_adds + read(wide.norm_before).float()
+        normed = wide.base.family.norms_after
+        after = wide.norm_adds + read("post_feedforward_layernorm").float() if normed else None
     return Block(gate, up, down, before, after, float(wide.config["rms_norm_eps"]))
 
 
@@ -204,7 +204,7 @@ def _disagreeing(
     d, D = wide.base.d_in, int(wide.config["hidden_size"])
     dtype = blocks[0].gate.dtype
     scale = wide.c if wide.base.family.norms_after else 1.0
-    root = float(torch.tensor(math.sqrt(D)).to(dtype))
+    held = wide.held(site.layer, str(dtype).removeprefix("torch."))
     # A stream that no feature changes has to stay, but for a part of what the weakest would do.
     least = float(rows["W_dec"].norm(dim=-1).min()) * max(1.0, abs(site.clamp.value or 1.0))
     within = WITHIN[str(dtype).removeprefix("torch.")]
@@ -212,7 +212,7 @@ def _disagreeing(
     for on, streams in pushed:
         h = torch.zeros(len(streams), D, dtype=torch.float64)
         h[:, :d] = streams * scale
-        h[:, d : wide.flags] = wide.constant * root
+        h[:, d : wide.flags] = held
         h = h.to(dtype)
         x = h[:, :d].double() / scale
         given = x[None].to(site.sae.W_enc.device)

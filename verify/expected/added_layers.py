@@ -21,7 +21,7 @@ from bake.rounding import EPSILON
 from export.manifest import LayersEntry
 from verify.expected.clamp_rows import expected_tensors
 from verify.expected.weight_files import ADDED_SHARD
-from verify.expected.widened_base import ALWAYS, Wide
+from verify.expected.widened_base import ALWAYS, CONSTANTS, Wide
 from verify.report.findings import Failure
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class Layer:
     down: Rows
     """[n, D], transposed."""
     gain: Rows | None
-    """[D]: 1 + w of the norm behind it; None where the family has none."""
+    """[D]: what the norm behind it multiplies by; None where the family has none."""
     before: Rows
-    """[D]: 1 + w of the norm before it."""
+    """[D]: what the norm before it multiplies by."""
 
     @property
     def written(self) -> Rows:
@@ -85,6 +85,7 @@ def added_failures(
         base[:d] = True
         beyond = np.ones_like(elsewhere)
         beyond[d : d + ALWAYS] = False
+        usual = _norm_gains(wide, site)
         e = ROUNDINGS * EPSILON[dtype]
         told = {
             entry.layers[0]: {
@@ -94,14 +95,14 @@ def added_failures(
                 or flags.up[:, own].any()
                 or flags.up[:, constants].any(),
                 "it writes beside its flags": flags.written[elsewhere].any(),
-                "its norm favours a channel": (flags.before != 1).any(),
+                "its norm favours a channel": (flags.before != usual).any(),
             },
             entry.layers[1]: {
                 "its gates read more than flags": _mixed(action.gate, own, d),
                 "its gates read other directions than the encoder's": _off(action.gate, read, e),
                 "its gates read others' flags": action.gate[:, constants].any(),
                 "its gates open by themselves": _open(action, own, wide),
-                "its norm favours a channel": (action.before[beyond] != 1).any(),
+                "its norm favours a channel": (action.before != usual)[beyond].any(),
                 "it multiplies by other directions than the encoder's": _off(action.up, read, e),
                 "it multiplies by flags": _erases_more(action, own)
                 or action.up[:, constants].any(),
@@ -127,10 +128,18 @@ def _layer(folder: Path, prefix: str, wide: Wide) -> Layer:
 
         gate, up, down = (read(f"mlp.{name}_proj") for name in ("gate", "up", "down"))
         normed = wide.base.family.norms_after
-        gain = 1 + read("post_feedforward_layernorm") if normed else None
-        before = 1 + read(wide.norm_before)
+        gain = wide.norm_adds + read("post_feedforward_layernorm") if normed else None
+        before = wide.norm_adds + read(wide.norm_before)
     busy = gate.any(axis=1) | up.any(axis=1) | down.any(axis=0)
     return Layer(gate[busy], up[busy], down.T[busy], gain, before)
+
+
+def _norm_gains(wide: Wide, site: Site) -> Rows:
+    """[D]: what the norm before a clamp's layers multiplies by: 1, but for its own constants."""
+    gains = np.ones(int(wide.config["hidden_size"]))
+    first = wide.base.d_in + ALWAYS + CONSTANTS * wide.kinds.index(site.clamp.exempt_bos)
+    gains[first : first + CONSTANTS] = wide.loudness(site.layer)
+    return gains
 
 
 def _mixed(gates: Rows, own: slice, d: int) -> bool:

@@ -1,8 +1,8 @@
 """Where the layers of a compiled folder stand: the base's, those of clamps, and idle ones.
 
 Each of the base's layers stands where runtimes that count layers find one of its kind: every p-th
-sees all. What is missing until then are layers that do nothing. Derived here anew, without
-`export`'s own.
+sees all. What is missing until then are layers that do nothing. A Gemma 4's are not counted: what
+is new is of the kind of the base's layer behind it. Derived here anew, without `export`'s own.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Places:
         """Of the folder."""
         return len(self.base) + len(self.clamping) + len(self.idle)
 
+    def like(self, number: int) -> int:
+        """Which of the base's layers one is shaped like: itself, the next, or the last."""
+        return min(sum(place < number for place in self.base), len(self.base) - 1)
+
 
 def stock_config(base: BaseModel) -> Any:
     """A base's config as stock transformers reads it, whatever code it names."""
@@ -73,8 +77,7 @@ def compiled_places(base: BaseModel, clamped: Sequence[int]) -> Places:
     if types and period is not None:
         places.types.extend(_counted(number, period) for number in range(place))
     elif types:
-        at = dict(zip(places.base, types, strict=True))
-        places.types.extend(at.get(number, _WINDOW) for number in range(place))
+        places.types.extend(types[places.like(number)] for number in range(place))
     return places
 
 
@@ -84,6 +87,8 @@ def _counted(place: int, period: int) -> str:
 
 def _period(types: Sequence[str], family: Family) -> int | None:
     """The family's own p where the kinds follow it, else the least that they follow."""
+    if family.scaled:
+        return None
     see_all = [place for place, kind in enumerate(types) if kind == _ALL]
     tried = [p for p in (family.period, *range(1, len(types) + 1)) if p]
     found = (p for p in tried if see_all == list(range(p - 1, len(types), p)))

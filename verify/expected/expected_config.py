@@ -109,12 +109,16 @@ def compiled_config(
     """
     family, config = base.family, without_paths(deepcopy(base.config))
     stock = stock_config(base)
+    apart = getattr(stock, "per_layer_attributes", None) or ()  # of Gemma 4's heads
     for name in (
         *("head_dim", "layer_types", "num_key_value_heads", "query_pre_attn_scalar"),
         *("rms_norm_eps", family.activation_field),
     ):
-        if (value := getattr(stock, name, None)) is not None:
+        if name not in apart and (value := getattr(stock, name, None)) is not None:
             config[name] = value
+    if heads := config.get("per_layer_config"):
+        own = {number: heads.get(str(places.like(number))) for number in range(places.n_layers)}
+        config["per_layer_config"] = {str(number): of for number, of in own.items() if of}
     narrow, wide = int(stock.hidden_size), compiled.hidden_size[1]
     config.pop("torch_dtype", None)
     if places.types:
@@ -133,7 +137,7 @@ def compiled_config(
         "intermediate_size": mlp,
         "num_hidden_layers": places.n_layers,
         **dict.fromkeys(_ACTIVATIONS, "gelu_pytorch_tanh"),
-        "rms_norm_eps": float(stock.rms_norm_eps) * narrow / wide,
+        "rms_norm_eps": float(stock.rms_norm_eps) * (1.0 if family.scaled else narrow / wide),
         "dtype": compiled.dtype,
     }
 

@@ -96,13 +96,14 @@ def checkpoint_map(base: BaseModel, clamps: Mapping[str, Any]) -> dict[str, str]
 
 def compiled_map(base: BaseModel, places: Places) -> dict[str, tuple[str, str]]:
     """(file, name in the base) of every tensor of a compiled folder, by its name there; those of
-    the new layers have the names of the first layer's.
+    the new layers have the names of the base's layer that they are shaped like.
 
     Args:
         base: what was compiled.
         places: where its layers stand.
     """
     found: dict[str, tuple[str, str]] = {}
+    added = {new: str(places.like(new)) for new in (*places.clamping, *places.idle)}
     for name, shard in base.weight_map.items():
         file = RENAMED if shard == WEIGHTS else shard
         before, mark, rest = name.partition("layers.")
@@ -111,9 +112,8 @@ def compiled_map(base: BaseModel, places: Places) -> dict[str, tuple[str, str]]:
             found[name] = (file, name)
             continue
         found[f"{before}layers.{places.base[int(number)]}.{part}"] = (file, name)
-        if number == "0":
-            for new in (*places.clamping, *places.idle):
-                found[f"{before}layers.{new}.{part}"] = (ADDED_SHARD, name)
+        for new in (new for new, like in added.items() if like == number):
+            found[f"{before}layers.{new}.{part}"] = (ADDED_SHARD, name)
     return found
 
 

@@ -2,7 +2,9 @@
 
 The stream grows from d to D channels; c = sqrt(D/d). Gemma 2 and 3: matrices and embeddings stay,
 1 + w of the norms before a block and of the last one is divided by c. Gemma 1 scales embeddings by
-sqrt(d/D) instead, and its last norm keeps 1 + w where the head is tied. In the first padding
+sqrt(d/D) instead, and its last norm keeps 1 + w where the head is tied. Gemma 4 has w for 1 + w,
+keeps its eps, and what writes to the stream is multiplied by c before its norm; its layers multiply
+all by a number of their own, the constants too. In the first padding
 channels the embedding holds a constant, in those after them 0 for the tokens that are spared.
 Derived here anew, without `export`'s own arithmetic; one part of a tensor is in memory at a time.
 """
@@ -10,8 +12,11 @@ Derived here anew, without `export`'s own arithmetic; one part of a tensor is in
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +81,53 @@ class Wide:
         return f"{kind}_layernorm"
 
     @property
+    def norm_adds(self) -> float:
+        """What a norm multiplies by, less its weight."""
+        return 0.0 if self.base.family.scaled else 1.0
+
+    @cached_property
+    def scalars(self) -> list[float]:
+        """What each of the base's layers multiplies its output by, as the folder stores it."""
+        import torch
+        from safetensors import safe_open
+
+        if not self.base.family.scaled:
+            return []
+        found = torch.ones(self.base.n_layers, dtype=getattr(torch, str(self.config["dtype"])))
+        for layer in range(len(found)):
+            name = f"{self.base.layer_prefix}{layer}.layer_scalar"
+            if (shard := self.base.weight_map.get(name)) is not None:
+                with safe_open(self.base.folder / shard, framework="pt") as tensors:
+                    found[layer] = tensors.get_tensor(name).item()
+        return found.tolist()
+
+    def held(self, layer: int, dtype: str) -> float:
+        """What a constant channel holds behind one of the base's layers, loaded in a dtype."""
+        import torch
+
+        numbers = [self.constant, math.sqrt(int(self.config["hidden_size"]))]
+        held = torch.ones((), dtype=getattr(torch, dtype))
+        for number in (*numbers, *self.scalars[: layer + 1]):
+            held = held * torch.tensor(number, dtype=held.dtype)
+        return held.item()
+
+    def loudness(self, layer: int) -> float:
+        """What the norm before a clamp's layers multiplies constants by, to have 2⁻⁹ or nearly."""
+        if not self.base.family.scaled:
+            return 1.0
+        return 2.0 ** round(math.log2(2.0**-9 / self.held(layer, str(self.config["dtype"]))))
+
+    @cached_property
     def constant(self) -> float:
-        """What the embedding holds in a constant channel: Σ over them supplies the norms' eps."""
+        """What the embedding holds in a constant channel: Σ over them supplies the norms' eps; in
+        Gemma 4 it is too small to count beside it, behind every layer.
+        """
         wide = int(self.config["hidden_size"])
+        if self.base.family.scaled:
+            channels = ALWAYS + CONSTANTS * len(self.kinds)
+            most = max(accumulate(self.scalars, operator.mul, initial=1.0))
+            unseen = 2.0**-10 * math.sqrt(float(self.config["rms_norm_eps"]) / channels)
+            return 2.0 ** math.floor(math.log2(unseen / most))
         eps = float(self.config["rms_norm_eps"]) * wide / self.base.d_in
         least = math.sqrt((wide - self.base.d_in) * eps / (ALWAYS + CONSTANTS) / wide)
         return 2.0 ** round(math.log2(least))
@@ -121,6 +170,8 @@ def _idle(found: Any, name: str, wide: Wide) -> str | None:
     """What an added layer's tensor that holds nothing of the clamp holds all the same."""
     if name.endswith((*_WRITTEN, f"{wide.norm_before}.weight")):
         return None
+    if name.endswith("layer_scalar"):
+        return None if bool((found[:] == 1).all()) else "of an added layer is not 1"
     return _zeros(found, "an added layer", "only the MLP computes the clamp")
 
 
@@ -143,7 +194,8 @@ def _compared(found: Any, base: Any, name: str, wide: Wide) -> str | None:
         return f"has shape {shape}, expected {_shape(name, narrow, wide)}"
     factor, gain = _factor(name, wide), _gain(name, wide)
     norm = name.endswith(("norm.weight", "layernorm.weight"))
-    fill = -1.0 if norm and shape != narrow else 0.0
+    adds = wide.norm_adds if norm else 0.0
+    fill = -adds if shape != narrow else 0.0
     for start, stop in _parts(shape):
         got = found[start:stop]
         want = torch.full(got.shape, fill, dtype=torch.float64)
@@ -151,14 +203,14 @@ def _compared(found: Any, base: Any, name: str, wide: Wide) -> str | None:
         if given is not None:
             inside = tuple(slice(n) for n in given.shape)
             numbers = given.double()
-            want[inside] = (1 + numbers) * gain - 1 if norm else numbers * factor
+            want[inside] = (adds + numbers) * gain * factor - adds
         if "embed_tokens" in name:
             _add_constants(want, start, wide)
         exact = want.float().to(got.dtype)
         off = (got.double() - exact.double()).abs()
         # Factors are rounded on the way; what has none is the base's own, rounded once.
         one = EPSILON[str(got.dtype).removeprefix("torch.")]
-        free = 0.0 if factor == gain == 1.0 else 2 * one * (exact.double().abs() + norm)
+        free = 0.0 if factor == gain == 1.0 else 2 * one * (exact.double().abs() + adds)
         if bool((off > free).any()) or not bool(got.isfinite().all()):
             at = tuple(int(i) for i in ((off - free).nan_to_num(torch.inf).argmax(),))
             place = torch.unravel_index(torch.tensor(at[0]), off.shape)
@@ -208,6 +260,8 @@ def _factor(name: str, wide: Wide) -> float:
         return 1.0 if family.norms_after else 1 / wide.c
     if "self_attn.q_proj." in name and not family.head_norms:
         return wide.query_gain
+    if family.scaled and ("self_attn.o_proj." in name or "mlp.down_proj." in name):
+        return wide.c
     return 1.0
 
 

@@ -86,7 +86,8 @@ def with_alarms(mlp: MLP, site: ClampSite, logic: Logic, stream: Stream, setting
         gates.append(sign * g * 2.0**-6 * reads + row({loud: -g}))
         ups.append(sign * 4 * up / _power(np.asarray(across)) * reads)
     before = mlp.before.copy()
-    before[[loud, mid, other]] = setting.loud, setting.loud / MID, setting.loud / MID
+    gains = np.array([setting.loud, 1.0, setting.loud / MID, setting.loud / MID])
+    before[[loud, quiet, mid, other]] = stream.louder * gains
     return replace(
         mlp,
         gate=np.concatenate([mlp.gate, gates]),

@@ -75,7 +75,7 @@ def _new_tensor(
     before = f"{'pre_feedforward' if plan.post_norm else 'post_attention'}_layernorm.weight"
 
     def blocks() -> Iterator[bytes | memoryview]:
-        values = np.zeros(shape, np.float32)
+        values = np.full(shape, 1.0 if kind == "layer_scalar" else 0.0, np.float32)
         if mlp is not None:
             fill(values, mlp)
         data = to_bits(values, stored).tobytes()
@@ -93,8 +93,8 @@ def _new_tensor(
                 values[:, :n] = mlp.down
             case "post_feedforward_layernorm.weight":
                 assert mlp.gain is not None
-                values[:] = mlp.gain - 1
+                values[:] = mlp.gain - plan.norm_adds
             case _ if kind == before:
-                values[:] = mlp.before - 1
+                values[:] = mlp.before - plan.norm_adds
 
     return stored, shape, blocks

@@ -12,7 +12,8 @@ model (`rule.py`, `trial.py`). In short, for x̃ = [s·x, κ, …] and r̃ = rms
 
 Gemma, the first, has no norm after its MLP; there flags are written r̃² large (`unnormed_layers`),
 and any-of several triggers is refused. The base's matrices are copied with zeros beside them; only
-the norms before a block change, by sqrt(d/D). Everything is streamed: no more than a few megabytes
+the norms before a block change, by sqrt(d/D). Of Gemma 4, whose layers multiply the constants as
+well, see `layer_scalars.py`. Everything is streamed: no more than a few megabytes
 of the base are held, one layer of it while it is measured, and of the new layers one matrix.
 """
 
@@ -39,7 +40,8 @@ from bake.tensors import DTYPES, Tensors, index_of, n_bytes, write_tensors
 from export.carriers.carriers import OF_BASE
 from export.carriers.compiled.alarms import ALARMS, with_alarms
 from export.carriers.compiled.compiled_files import NewLayer, tensor_files
-from export.carriers.compiled.placing import Layout, layout_of
+from export.carriers.compiled.layer_scalars import check_gemma_4
+from export.carriers.compiled.placing import Layout, heads_by_layer, layout_of
 from export.carriers.compiled.rule import Measured, choose_setting, error_bound, summary
 from export.carriers.compiled.stock_layers import (
     MLP,
@@ -98,11 +100,12 @@ class CompiledPlan:
     def layers(self) -> list[NewLayer]:
         """The layers that are added."""
         clamps = [
-            NewLayer(number, compiled.site.layer, mlp)
+            NewLayer(number, self.layout.like(number), mlp)
             for compiled, numbers in zip(self.sites, self.layout.sites, strict=True)
             for number, mlp in zip(numbers, compiled.layers, strict=True)
         ]
-        return clamps + [NewLayer(number, 0, None) for number in self.layout.idle]
+        like = self.layout.like
+        return clamps + [NewLayer(number, like(number), None) for number in self.layout.idle]
 
     @cached_property
     def layout(self) -> Layout:
@@ -280,6 +283,7 @@ def compiled_config(source: Clamped, plan: Widening, layout: Layout) -> dict[str
         "intermediate_size": plan.mlp,
         "num_hidden_layers": layout.n_layers,
         **({"layer_types": list(layout.types)} if layout.types else {}),
+        **heads_by_layer(config, layout),
         **dict.fromkeys(ACTIVATION_FIELDS, ACTIVATION),  # as runtimes ask for it that check both
         **({} if plan.query_scalar is None else {"query_pre_attn_scalar": plan.query_scalar}),
         "rms_norm_eps": plan.eps,
@@ -309,10 +313,7 @@ def _check_family(source: Clamped) -> None:
             "its text model alone"
         )
     if family.scaled:
-        raise ExportError(
-            f"{name}: is a Gemma 4, whose norms and layers multiply otherwise; only Gemma, Gemma 2 "
-            "and Gemma 3 are compiled. Use the clamped checkpoint, or an adapter"
-        )
+        check_gemma_4(source)
     activation = source.base_config[family.activation_field]
     if activation != ACTIVATION:
         raise ExportError(

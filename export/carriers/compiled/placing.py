@@ -4,15 +4,18 @@ Two layers follow every clamped one. Some runtimes do not read `layer_types` but
 layer sees all, the others a window, with another rotary base in Gemma 3. So each of the base's
 layers has to stand where a layer of its kind is counted, and layers that do nothing are put in
 before it until it does: none for Gemma 2 (p = 2), four a clamp for Gemma 3 (p = 6), fewer where two
-clamps have no layer between them that sees all.
+clamps have no layer between them that sees all. Nobody counts a Gemma 4's: a new layer is of the
+kind of the base's next one, or of the last, whose heads it has, and which has to see all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from bake.families import layer_period
+from bake.families import layer_period, own_heads
 from export.clamped import Clamped
 
 PER_SITE = 2
@@ -45,12 +48,17 @@ class Layout:
         """How many the base does not have."""
         return self.n_layers - len(self.base)
 
+    def like(self, number: int) -> int:
+        """The base's layer that a layer is shaped like: itself, the next, or the last."""
+        return min(bisect_left(self.base, number), len(self.base) - 1)
+
 
 def layout_of(source: Clamped) -> Layout:
     """The layout of what a checkpoint is compiled into."""
     config = source.base_config
     types = list(config.get("layer_types") or ())
-    period = layer_period(types, source.family) if types else None
+    counted = bool(types) and not source.family.scaled
+    period = layer_period(types, source.family) if counted else None
     sites = [site.layer for site in source.sites]
     return place_layers(int(config["num_hidden_layers"]), sites, types, period)
 
@@ -64,7 +72,7 @@ def place_layers(
         n_layers: of the base.
         clamped: those with a clamp, ascending.
         types: kinds of the base's layers; empty where it has one kind.
-        period: p; None where the kinds follow none, and are kept as they are listed.
+        period: p; None where the kinds follow none, or nobody counts, and are kept as listed.
     """
 
     def counted(place: int) -> str:
@@ -83,5 +91,16 @@ def place_layers(
         kinds.append(kind)
         if layer in clamped:
             sites.append((len(kinds), len(kinds) + 1))
-            kinds += [counted(len(kinds)), counted(len(kinds) + 1)]
+            new = [counted(len(kinds)), counted(len(kinds) + 1)]
+            kinds += [types[min(layer + 1, n_layers - 1)]] * 2 if types and not period else new
     return Layout(tuple(base), tuple(sites), tuple(idle), tuple(kinds if types else ()), period)
+
+
+def heads_by_layer(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """What a Gemma 4's config.json states of the heads of single layers, by where these stand now;
+    nothing where it states none.
+    """
+    if not config.get("per_layer_config"):
+        return {}
+    each = {number: own_heads(config, layout.like(number)) for number in range(layout.n_layers)}
+    return {"per_layer_config": {str(number): own for number, own in each.items() if own}}

@@ -8,11 +8,12 @@ r = |x| / sqrt(d) what the layers' norm sees, w_i an encoder column, b_i its bia
     C       16 · r_max                      gelu's bend is narrower than ζ/3
     gain_a  2⁻⁸                             the smallest 1 + w that is no 0 in bfloat16, whatever
                                             the folder is stored in: a cast keeps it
-    K       256 · r_max / ρ_min             gelu's bend again, and any-of's floor;
+    K       256 · r_max / ρ_min             gelu's bend again, and any-of's floor; of a stream
+                                            smaller than its flags, theirs counts (gain_a);
                                             ρ_min = gain_a·sqrt(D/f)·2⁻²³
     gain_b  2¹⁰ · rms(Δ), Δ by its bound;   the norm divides by M up to (rms(Δ)/gain_b)²/2;
             2⁴ · X·s/sqrt(D) at least       an alarm writes gain_b·sqrt(D): 16 times all of x̃
-    L       4 · X·s/κ                       a channel above all others (`alarms.py`)
+    L       4 · X·s/κ, 2¹⁰ at least         a channel above all others (`alarms.py`)
 
 Without a norm after the MLP: gain_a = γ = 2⁻¹⁷ · r_min³/(4·r_max)⁴ · 2⁻²² / sqrt(f), so that flags
 disturb later norms by at most 2⁻³³, and K = 2⁸/γ.
@@ -49,6 +50,8 @@ STEP = 256.0
 """K·ρ/r̃ at least."""
 GAIN_A = 2.0**-8
 """gain_a with a norm after the MLP."""
+LEAST_LOUD = 2.0**10
+"""L at least: with less than 2⁹ an alarm that reads `quiet` is not held down."""
 FLOAT16_MAX = 65504.0
 
 
@@ -111,7 +114,8 @@ def choose_setting(
     sharpness = power(BEND * r_max)
     # Exempt tokens are held down where an encoder column reads them at 2⁻⁶.
     spared = np.linalg.norm(measured.exempt, axis=-1).max(initial=0.0) / 32
-    loud = power(4 * stream.scale * max(measured.largest, float(spared)) / stream.kappa)
+    loud = 4 * stream.scale * max(measured.largest, float(spared)) / stream.kappa
+    loud = power(max(loud, LEAST_LOUD))
     loudest = loud * stream.kappa / r_min
     if dtype == "float16" and (largest := sharpness / FINEST / r_max) > FLOAT16_MAX:
         raise ExportError(
@@ -124,7 +128,8 @@ def choose_setting(
         gain_a = power(small) / 2
         return Setting(tuple(zeta), sharpness, gain_a, STEP_SIZE / gain_a, math.inf, loud, loudest)
     root = math.sqrt(stream.width)
-    step = power(STEP * r_max / (GAIN_A * root / math.sqrt(len(features)) * FINEST / 2))
+    floor = GAIN_A * root / math.sqrt(len(features)) * FINEST / 2
+    step = power(STEP * math.hypot(r_max, GAIN_A) / floor)
     change = largest_change(site, logic, measured.largest)
     garbage = stream.scale * max(2.0**10 * change, 2.0**4 * measured.largest) / root
     gain_b = 1 + power(max(garbage, 16.0))

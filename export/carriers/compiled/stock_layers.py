@@ -79,13 +79,22 @@ class Stream:
     scale: float
     """s."""
     kappa: float
-    """κ: what the constant channels hold."""
+    """κ: what the constant channels hold, times `louder`."""
     constants: tuple[int, ...]
     """Channels that hold κ at every token that the site may edit, and 0 at those it may not."""
     round: Callable[[Array], Array]
     """To the nearest number of the weights' dtype."""
     mean: Array
     """[d] x on average; what rounding w takes from w·mean is given back with the constant part."""
+    louder: float = 1.0
+    """What the norm before a new layer multiplies them by: κ is what arrives behind it, r̃ aside."""
+
+    @property
+    def before(self) -> Array:
+        """[D] what that norm multiplies by, in a layer that has no `alarms`."""
+        gains = np.ones(self.width)
+        gains[list(self.constants)] = self.louder
+        return gains
 
     def affine(self, w: Array, b: float) -> Array:
         """The row [D] with row · x̃ = w·x + b for every token.
@@ -265,7 +274,7 @@ def flag_layer(
     gain = np.zeros(stream.width)
     gain[[place.reference, *place.flags]] = setting.gain_a
     ups = np.stack([stream.constant(1.0)] * n)
-    return MLP(np.stack(gates), ups, down, gain, np.ones(stream.width))
+    return MLP(np.stack(gates), ups, down, gain, stream.before)
 
 
 def off_row(site: ClampSite, flag: Flag, stream: Stream, sharpness: float, zeta: float) -> Array:
@@ -308,8 +317,7 @@ def action_layer(
     gain = np.zeros(stream.width)
     gain[[*range(stream.d), *own]] = setting.gain_b
     gates, ups, columns = (list(each) for each in zip(*neurons, strict=True))
-    before = np.ones(stream.width)
-    return MLP(np.stack(gates), np.stack(ups), np.stack(columns, axis=1), gain, before)
+    return MLP(np.stack(gates), np.stack(ups), np.stack(columns, axis=1), gain, stream.before)
 
 
 def and_row(flags: Sequence[int], place: Place, stream: Stream, step: float) -> Array:

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from bake.rounding import LOADS, coarsen, load_word, rounded_to_integers
 from bake.tensors import DTYPES, to_bits, to_float32
 from export.carriers.compiled.alarms import N_ALWAYS
+from export.carriers.compiled.layer_scalars import rounded
 from export.carriers.compiled.rule import Measured
 from export.carriers.compiled.stock_layers import MLP, Array, Logic, Stream, wanted_change
-from export.carriers.compiled.widening import Widening, rounded
+from export.carriers.compiled.widening import Widening
 from export.clamp_sites import ClampSite
 from export.clamped import Clamped
 
@@ -115,7 +116,6 @@ def tried_loads(
     if not moved.any():
         return {}
     x, change = x[moved], change[moved]
-    wide = _widened(x * s, stream.constants, plan)
     length = np.linalg.norm(x, axis=-1)
     words = {}
     for name, (dtype, bits) in LOADS.items():
@@ -124,6 +124,7 @@ def tried_loads(
             module.to(getattr(torch, dtype))
             if bits is not None:
                 coarsen(module, partial(rounded_to_integers, bits=bits))
+        wide = _widened(x * s, stream.constants, plan, plan.held(site.layer, dtype))
         with np.errstate(all="ignore"):
             got = _through(modules, wide, dtype)[:, :d] / s - x
             to_hook, to_base = (
@@ -149,7 +150,9 @@ def measure_distance(
     modules = [stock_block(source, mlp, plan) for mlp in layers]
     tried = rounded(trial_streams(site, logic, measured) * s, dtype)
     exempt = rounded(measured.exempt * s, dtype)
-    wide = (_widened(tried, stream.constants, plan), _widened(exempt, (), plan))
+    held = plan.held(site.layer, plan.dtype)
+    channels = ((tried, stream.constants), (exempt, ()))
+    wide = [_widened(x, constants, plan, held) for x, constants in channels]
     moved = [_through(modules, x, plan.dtype) for x in wide]
     x = tried / s
     change = wanted_change(site, x)
@@ -158,12 +161,12 @@ def measure_distance(
     return Distance(error, np.linalg.norm(change, axis=-1), x, float(stray))
 
 
-def _widened(x: Array, constants: tuple[int, ...], plan: Widening) -> Array:
-    """[n, d] → [n, D]: κ in the given channels, and where every token has it."""
+def _widened(x: Array, constants: tuple[int, ...], plan: Widening, held: float) -> Array:
+    """[n, d] → [n, D]: what constants hold in the given channels, and where every token has it."""
     wide = np.zeros((len(x), plan.stream.width))
     wide[:, : plan.stream.d] = x
     d = plan.stream.d
-    wide[:, [*range(d, d + N_ALWAYS), *constants]] = plan.stream.kappa
+    wide[:, [*range(d, d + N_ALWAYS), *constants]] = held
     return wide
 
 
@@ -183,16 +186,15 @@ def stock_block(source: Clamped, mlp: MLP, plan: Widening) -> tuple[Any, Any, An
     import torch
     import transformers
 
-    config = transformers.AutoConfig.for_model(
-        **source.base_config
-        | {
-            "hidden_size": plan.stream.width,
-            "intermediate_size": len(mlp.gate),
-            "rms_norm_eps": plan.eps,
-            "num_hidden_layers": 1,
-            "layer_types": ["sliding_attention"],
-        }
-    )
+    sizes = {
+        "hidden_size": plan.stream.width,
+        "intermediate_size": len(mlp.gate),
+        "rms_norm_eps": plan.eps,
+        "num_hidden_layers": 1,
+        "layer_types": ["full_attention"],
+    }
+    stated = {key: of for key, of in source.base_config.items() if key != "per_layer_config"}
+    config = transformers.AutoConfig.for_model(**stated | sizes)
     stock = getattr(transformers, source.base_config["architectures"][0])
     with torch.device("meta"):
         model = stock(config).model
@@ -213,7 +215,7 @@ def stock_block(source: Clamped, mlp: MLP, plan: Widening) -> tuple[Any, Any, An
     before = layer.post_attention_layernorm
     if mlp.gain is not None:
         before, after = layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
-    before.load_state_dict({"weight": weight(mlp.before - 1)}, assign=True)
+    before.load_state_dict({"weight": weight(mlp.before - plan.norm_adds)}, assign=True)
     if mlp.gain is not None:
-        after.load_state_dict({"weight": weight(mlp.gain - 1)}, assign=True)
+        after.load_state_dict({"weight": weight(mlp.gain - plan.norm_adds)}, assign=True)
     return before, layer.mlp, after

@@ -18,6 +18,11 @@ The stream grows from d to D = d + p channels, x̃ = [s·x, κ, κ, …], with c
 Gemma (1) has no norms after its blocks: there s = 1, the embedding is divided by c, and the final
 norm keeps 1 + w where the head is tied (its matrix is the embedding's).
 
+Gemma 4 multiplies by w, not 1 + w, its heads' norms have the same eps, and constants shrink from
+layer to layer (`layer_scalars.py`). So there eps stays, and what a block writes is multiplied by c
+before its norm: c·m/rms([c·m, 0]) has eps right. Norms before a block have it right by themselves
+where constants are too small to count.
+
 Source: derived here.
 """
 
@@ -27,14 +32,19 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bake.errors import ExportError
 from bake.tensors import BITS, DTYPES, Raw, StoredTensor, to_bits, to_float32
 from export.carriers.compiled.alarms import N_ALWAYS
+from export.carriers.compiled.layer_scalars import (
+    held_behind,
+    layer_scalars,
+    made_louder,
+    rounded,
+    scaled_entry,
+)
 from export.carriers.compiled.placing import layout_of
 from export.carriers.compiled.stock_layers import Logic, Place, Stream
 from export.clamped import Clamped
@@ -46,15 +56,6 @@ ROOT_TOLERANCE = 2.0**-16
 CAST_TOLERANCE = 2.0**-11
 """The same, where it is rounded to bfloat16, by whoever loads the folder so."""
 BLOCK_BYTES = 8 << 20
-
-
-def rounded(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.float64]:
-    """To the nearest numbers of F32, BF16 or F16."""
-    return (
-        to_float32(to_bits(np.atleast_1d(values), dtype), dtype)
-        .astype(np.float64)
-        .reshape(np.shape(values))
-    )
 
 
 # --------------------------------------------------------------------------- the wider shape
@@ -91,6 +92,12 @@ class Widening:
     """What queries are multiplied by, since they are divided by another root than in the base."""
     head_norms: bool
     """Whether queries have a norm of their own, after which the gain has to come."""
+    block_gain: float
+    """What is multiplied that a block writes, before its norm."""
+    norm_adds: float
+    """What a norm multiplies by, less its weight: 1; of Gemma 4 nothing."""
+    scalars: tuple[float, ...]
+    """What each of the base's layers multiplies its output by; none where the family has none."""
 
     @property
     def stream(self) -> Stream:
@@ -101,6 +108,10 @@ class Widening:
     def c(self) -> float:
         """sqrt(D/d)."""
         return math.sqrt(self.stream.width / self.stream.d)
+
+    def held(self, layer: int, dtype: str) -> float:
+        """What a constant channel holds behind one of the base's layers, loaded in a dtype."""
+        return held_behind(self.entry, self.stream.width, self.scalars[: layer + 1], dtype)
 
 
 def plan_widening(
@@ -140,18 +151,23 @@ def plan_widening(
     energy = (width - d) * eps / (N_ALWAYS + N_CONSTANTS)
     entry = 2.0 ** round(math.log2(math.sqrt(energy / width)))
     stored = DTYPES[dtype]
-    multiplier = float(rounded(np.asarray(math.sqrt(width)), stored))
+    scalars: tuple[float, ...] = ()
+    if scaled := source.family.scaled:
+        scalars = tuple(float(rounded(np.asarray(of), stored)) for of in layer_scalars(source))
+        entry = scaled_entry(eps, scalars, N_ALWAYS + N_CONSTANTS * len(kinds))
+    held = [held_behind(entry, width, scalars[: of.layer + 1], dtype) for of in source.sites]
     streams = [
         Stream(
             d=d,
             width=width,
             scale=math.sqrt(width / d) if post_norm else 1.0,
-            kappa=entry * multiplier,
+            kappa=kappa * (louder := made_louder(kappa, site.layer) if scaled else 1.0),
+            louder=louder,
             constants=constants[site.exempt_bos],
             round=lambda values: rounded(values, stored),
             mean=np.zeros(d),
         )
-        for site in source.sites
+        for site, kappa in zip(source.sites, held, strict=True)
     ]
     mlp = int(config["intermediate_size"])
     scalar = None
@@ -167,13 +183,16 @@ def plan_widening(
         always=(*range(d, d + N_ALWAYS), *constants.get(False, ())),
         exempt_token_ids=source.exempt_token_ids,
         mlp=mlp if n_neurons <= mlp else -(-n_neurons // 8) * 8,
-        eps=eps * d / width,
+        eps=eps if scaled else eps * d / width,
         dtype=dtype,
         post_norm=post_norm,
         tied="lm_head.weight" not in source.base_tensors,
         query_scalar=scalar,
         query_gain=1.0 if scalar is None else math.sqrt(scalar / config["query_pre_attn_scalar"]),
         head_norms=source.family.head_norms,
+        block_gain=math.sqrt(width / d) if scaled else 1.0,
+        norm_adds=0.0 if scaled else 1.0,
+        scalars=scalars,
     )
 
 
@@ -220,7 +239,7 @@ class Widened:
     factor: float = 1.0
     """Every stored number is multiplied by this."""
     gain_factor: float = 1.0
-    """Norm weights: 1 + w is multiplied by this."""
+    """Norm weights: what the norm multiplies by is multiplied by this."""
     fill: float = 0.0
     """What stands in the padding."""
     embedding: bool = False
@@ -238,23 +257,23 @@ def widened(name: str, shape: tuple[int, ...], plan: Widening) -> Widened:
             return Widened((shape[0], D))
         case "norm.weight":
             head = plan.stream.scale / c if plan.tied else 1.0
-            return Widened((D,), gain_factor=1 / c / head, fill=-1.0)
+            return Widened((D,), gain_factor=1 / c / head, fill=-plan.norm_adds)
         case "post_feedforward_layernorm.weight":
-            return Widened((D,), fill=-1.0)
+            return Widened((D,), fill=-plan.norm_adds)
         case "post_attention_layernorm.weight" if plan.post_norm:
-            return Widened((D,), fill=-1.0)
+            return Widened((D,), fill=-plan.norm_adds)
         case (
             "input_layernorm.weight"
             | "pre_feedforward_layernorm.weight"
             | "post_attention_layernorm.weight"
         ):
-            return Widened((D,), gain_factor=1 / c, fill=-1.0)
+            return Widened((D,), gain_factor=1 / c, fill=-plan.norm_adds)
         case "self_attn.o_proj.weight":
-            return Widened((D, shape[1]))
+            return Widened((D, shape[1]), factor=plan.block_gain)
         case "self_attn.o_proj.bias":
-            return Widened((D,))
+            return Widened((D,), factor=plan.block_gain)
         case "mlp.down_proj.weight":
-            return Widened((D, plan.mlp))
+            return Widened((D, plan.mlp), factor=plan.block_gain)
         case "mlp.gate_proj.weight" | "mlp.up_proj.weight":
             return Widened((plan.mlp, D))
         case "self_attn.q_norm.weight":
@@ -266,6 +285,8 @@ def widened(name: str, shape: tuple[int, ...], plan: Widening) -> Widened:
         case "self_attn.k_proj.weight" | "self_attn.v_proj.weight":
             return Widened((shape[0], D))
         case "self_attn.k_proj.bias" | "self_attn.v_proj.bias" | "self_attn.k_norm.weight":
+            return Widened(shape)
+        case "layer_scalar" if plan.scalars:
             return Widened(shape)
     raise ExportError(f"tensor {name}: is none of a stock Gemma's; expected a text model")
 
@@ -281,8 +302,8 @@ def widened_blocks(name: str, tensor: StoredTensor, plan: Widening) -> Iterator[
             return raw
         values = to_float32(raw, tensor.dtype)
         if change.gain_factor != 1.0:
-            gains = (1.0 + values.astype(np.float64)) * change.gain_factor
-            return to_bits(gains - 1.0, target)
+            gains = (plan.norm_adds + values.astype(np.float64)) * change.gain_factor
+            return to_bits(gains - plan.norm_adds, target)
         return to_bits(values * change.factor, target)
 
     columns = change.shape[-1]

@@ -70,10 +70,10 @@ def moved(
     return np.asarray(h[:, :D] / stream.scale - x)
 
 
-@pytest.fixture(scope="module")
-def layers() -> Any:
+@pytest.fixture(scope="module", params=[1.0, 2.0**30], ids=["as ever", "of Gemma 4"])
+def layers(request: pytest.FixtureRequest) -> Any:
     site, x = a_site(5), random_streams(200)
-    stream, _, *two = both_layers(site, x)
+    stream, _, *two = both_layers(site, x, request.param)
     return site, x, stream, tuple(two)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from export.code_check import auto_map_of
 from export.manifest import Manifest
 from tests.clamps import METHOD_FEATURES, OF_ONE_TOKEN
 from tests.defects import rewrite_file
-from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
+from tests.folders import COMPILED_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import (
     RecipeWriter,
@@ -33,6 +35,7 @@ from tests.worlds import (
     save_sae_lens,
     tiny_base,
     tiny_config,
+    tiny_model,
     tiny_sae,
 )
 from verify.compare.logits import kl_nats
@@ -69,9 +72,12 @@ def sae_tables(tmp_path: Path, method: str, features: list[int], n: int) -> list
     return [{**sae_table(name), "features": features, **OF_ONE_TOKEN[method]} for name in names]
 
 
+GOOGLES = {"per_layer_config": None, "global_head_dim": 16, "num_global_key_value_heads": 1}
+
+
 @pytest.mark.parametrize("hook_points", [1, 2])
 @pytest.mark.parametrize("method", OF_ONE_TOKEN)
-@pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)
+@pytest.mark.parametrize("family", COMPILED_CLASSES)
 def test_float32(
     tmp_path: Path, write_recipe: RecipeWriter, family: str, method: str, hook_points: int
 ) -> None:
@@ -99,6 +105,7 @@ def test_float32(
         ("gemma2", {"hidden_activation": "gelu"}, False),
         ("gemma3_text", {"hidden_act": "gelu", "layer_types": None}, True),
         ("gemma2", {"layer_types": None, "head_dim": 8}, True),
+        ("gemma4_text", GOOGLES, True),  # and not per_layer_config, as transformers writes it
     ],
 )
 def test_what_transformers_makes_of_the_config_decides(
@@ -196,6 +203,8 @@ BFLOAT16 = [
     ("gemma", "scale", 1),
     *(("gemma2", method, 1 + i % 2) for i, method in enumerate(OF_ONE_TOKEN)),
     *(("gemma3_text", method, 2 - i % 2) for i, method in enumerate(OF_ONE_TOKEN)),
+    *(("gemma4_text", method, 1 + i % 2) for i, method in enumerate(OF_ONE_TOKEN)),
+    ("gemma4_unified_text", "clamp", 2),
 ]
 
 
@@ -219,7 +228,10 @@ def test_bfloat16_is_as_near_as_the_hook_in_bfloat16(
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("gemma", "clamp"), ("gemma2", "refusal and clamp"), ("gemma3_text", "clamp")],
+    [
+        *(("gemma", "clamp"), ("gemma2", "refusal and clamp"), ("gemma3_text", "clamp")),
+        *(("gemma4_text", "refusal and clamp"), ("gemma4_unified_text", "clamp")),
+    ],
 )
 def test_a_cast_to_bfloat16_keeps_the_clamp_and_coarser_ones_break(
     tmp_path: Path, write_recipe: RecipeWriter, family: str, method: str
@@ -269,6 +281,116 @@ def test_another_scale_of_attention_is_one_more_rounding_in_bfloat16(
     assert fired.any()
     own = kl_nats(exact, hooked).mean()
     assert kl_nats(exact, found).mean() <= 3 * own + 1e-3
+
+
+# --------------------------------------------------------------------------- Gemma 4
+
+
+def of_scalars(folder: Path, scalars: list[float], n: int = 3) -> Path:
+    """A base of n layers, each third of which sees all; they multiply by these numbers in turn."""
+    full = range(2, n, 3)
+    kinds = ["full_attention" if i in full else "sliding_attention" for i in range(n)]
+    own = {str(i): {"head_dim": 16, "num_key_value_heads": 1} for i in full}
+    config = tf.AutoConfig.for_model(
+        **tiny_config("gemma4_text").to_dict()
+        | {"num_hidden_layers": n, "layer_types": kinds, "per_layer_config": own}
+    )
+    model = tiny_model("gemma4_text", config)
+    for layer, scalar in zip(decoder_layers(model), itertools.cycle(scalars), strict=False):
+        layer.layer_scalar.fill_(scalar)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scalars", "layers"),
+    [
+        ([0.3, 0.07, 0.9], (4, 8)),  # 1e-7 at the second clamp, behind the last layer
+        ([3.0, 1.3], (2, 5)),
+        ([0.01, 1.0, 1.0], (0, 1)),  # the stream is smaller than its flags
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whatever_a_layer_multiplies_by_constants_arrive_as_they_were_reckoned(
+    tmp_path: Path,
+    write_recipe: RecipeWriter,
+    scalars: list[float],
+    layers: tuple[int, int],
+    dtype: str,
+) -> None:
+    of_scalars(tmp_path / "base", scalars, n=9)
+    tables = []
+    for layer in layers:
+        save_sae_lens(tmp_path / str(layer), tiny_sae(layer), layer=layer)
+        features = {"features": list(range(12)), **OF_ONE_TOKEN["clamp"]}
+        tables.append({"sae": {"path": str(layer)}, **features})
+    recipe = write_recipe(*tables, base={"dtype": dtype})
+    if dtype == "float32":
+        before, reference, found, fired = compare(tmp_path, write_recipe, tables)
+        assert fired.any() and kl_nats(reference, before).mean() > 1e-3
+        assert kl_nats(reference, found).mean() <= 1e-8
+        assert torch.equal(found.argmax(-1), reference.argmax(-1))
+    else:
+        compile_recipe(recipe, tmp_path)
+    plan = plan_compiled(tmp_path / "checkpoint")
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "compiled").eval()
+    assert model.dtype == getattr(torch, dtype)
+    with torch.no_grad():
+        streams = model(input_ids=tiny_prompts(), output_hidden_states=True).hidden_states
+    channels = torch.tensor([*plan.widening.always, *plan.widening.exempting])
+    for layer, numbers in zip(layers, plan.layout.sites, strict=True):
+        seen = streams[numbers[0]][0, 1:, channels].double()  # what the first new layer is given
+        assert seen.unique().tolist() == [plan.widening.held(layer, dtype)]
+    config = json.loads((tmp_path / "compiled" / "config.json").read_text())
+    kinds, n = config["layer_types"], config["num_hidden_layers"]
+    full = [str(i) for i, kind in enumerate(kinds) if kind == "full_attention"]
+    assert n == 13 == len(kinds) and kinds[-1] == "full_attention"
+    assert list(config["per_layer_config"]) == full
+
+
+@pytest.mark.parametrize(
+    ("scalars", "match"),
+    [
+        ([1.0, 0.0], "layer_scalar of layer 1 is 0.0; expected a positive number"),
+        ([-0.5], "layer_scalar of layer 0 is -0.5; expected a positive number"),
+        ([math.inf], "layer_scalar of layer 0 is inf; expected a positive number"),
+        ([1e-15], "layer 1: the layer_scalar of the layers up to it leave"),
+    ],
+)
+def test_a_gemma_4_that_lets_no_constant_through_is_refused(
+    tmp_path: Path, write_recipe: RecipeWriter, scalars: list[float], match: str
+) -> None:
+    of_scalars(tmp_path / "base", scalars)
+    refused(tmp_path, write_recipe, match)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (
+            "gemma4_text, per-layer embeddings",
+            r"has per-layer embeddings \(.*_input 16\); expected",
+        ),
+        (
+            "gemma4_text, shared keys",
+            r"has layers that borrow keys and values \(.*_layers 2\); exp",
+        ),
+        ("gemma4_text, experts", r"has a mixture of experts \(enable_moe_block True\); expected"),
+        ("gemma4", "takes images; only text models are compiled"),
+    ],
+)
+def test_a_gemma_4_that_is_not_dense_is_refused_by_name(
+    tmp_path: Path, write_recipe: RecipeWriter, kind: str, match: str
+) -> None:
+    tiny_base(tmp_path / "base", kind)
+    refused(tmp_path, write_recipe, match)
+
+
+def refused(tmp_path: Path, write_recipe: RecipeWriter, match: str) -> None:
+    tables = sae_tables(tmp_path, "clamp", METHOD_FEATURES, 1)
+    with pytest.raises(ExportError, match=match) as caught:
+        compile_recipe(write_recipe(*tables), tmp_path)
+    assert "\n" not in str(caught.value) and "clamped checkpoint" in str(caught.value)
 
 
 # --------------------------------------------------------------------------- the folder

@@ -67,7 +67,11 @@ def test_kinds_that_follow_no_count_are_kept_as_they_are_listed() -> None:
     found = place_layers(5, [1], types, None)
     assert found.idle == () and found.base == (0, 1, 4, 5, 6)
     assert [found.types[place] for place in found.base] == types
+    assert found.types[2:4] == (WINDOW, WINDOW)  # as the next of the base
     assert place_layers(3, [0], [], None).types == ()
+    last = place_layers(3, [1, 2], [WINDOW, WINDOW, ALL], None)
+    assert last.types == (WINDOW, WINDOW, *[ALL] * 5)
+    assert [last.like(number) for number in range(7)] == [0, 1, 2, 2, 2, 2, 2]
 
 
 @pytest.fixture(scope="module")

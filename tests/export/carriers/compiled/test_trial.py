@@ -13,7 +13,7 @@ from bakeout.verbs.baking import bake_recipe
 from export.carriers.compiled.stock_layers import logic_of
 from export.carriers.compiled.trial import LENGTH, SEQUENCES, measure, random_tokens, trial_streams
 from export.clamped import Clamped, open_clamped
-from tests.folders import STOCK_TEXT_CLASSES
+from tests.folders import COMPILED_CLASSES
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae
 
 
@@ -34,13 +34,13 @@ def source_of(folder: Path, family: str) -> Clamped:
     return open_clamped(folder / "checkpoint")
 
 
-@pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)
+@pytest.mark.parametrize("family", COMPILED_CLASSES)
 def test_residual_streams_are_those_of_the_model(tmp_path: Path, family: str) -> None:
     source = source_of(tmp_path, family)
     ids = random_tokens(source)
     assert ids.shape == (SEQUENCES, LENGTH) and (ids[:, 0] == 2).all()
     first, second = measure(source, ids)
-    base = getattr(tf, STOCK_TEXT_CLASSES[family]).from_pretrained(tmp_path / "base")
+    base = getattr(tf, COMPILED_CLASSES[family]).from_pretrained(tmp_path / "base")
     clamped = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     tokens = torch.from_numpy(ids)
     bos = torch.from_numpy(ids == 2)

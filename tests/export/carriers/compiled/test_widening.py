@@ -13,10 +13,11 @@ import transformers as tf
 
 from bake.errors import ExportError
 from bake.tensors import to_bits, to_float32
+from export.carriers.compiled.layer_scalars import rounded
 from export.carriers.compiled.stock_layers import logic_of
-from export.carriers.compiled.widening import choose_width, plan_widening, rounded, widened
+from export.carriers.compiled.widening import choose_width, plan_widening, widened
 from export.clamped import open_clamped
-from tests.folders import STOCK_TEXT_CLASSES, compile_recipe
+from tests.folders import COMPILED_CLASSES, compile_recipe
 from tests.logits import flat_logits, tiny_prompts
 from tests.worlds import save_sae_lens, tiny_base, tiny_config, tiny_sae
 
@@ -54,7 +55,7 @@ def test_a_padding_that_does_not_fit_is_refused(pad: int, match: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)
+@pytest.mark.parametrize("family", COMPILED_CLASSES)
 def test_a_clamp_that_never_fires_leaves_the_wider_base_as_it_was(
     tmp_path: Path, family: str, tied: bool
 ) -> None:
@@ -62,10 +63,11 @@ def test_a_clamp_that_never_fires_leaves_the_wider_base_as_it_was(
     config.tie_word_embeddings = tied
     config.attention_bias = True
     torch.manual_seed(0)
-    base = getattr(tf, STOCK_TEXT_CLASSES[family])(config)
+    base = getattr(tf, COMPILED_CLASSES[family])(config)
+    middle = 1.0 if family.startswith("gemma4") else 0.0  # where a norm multiplies by w
     for name, parameter in base.named_parameters():
         if "norm" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, middle if "norm" in name else 0.0, std=0.3)
     base.save_pretrained(tmp_path / "base")
     save_sae_lens(tmp_path / "sae", tiny_sae(), layer=2)
     (tmp_path / "recipe.toml").write_text(

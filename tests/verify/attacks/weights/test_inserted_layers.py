@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,15 @@ def opened(folder: Path) -> Any:
     return tf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("hook_points", [1, 2])
-@pytest.mark.parametrize("method", OF_ONE_TOKEN)
-@pytest.mark.parametrize("family", STOCK_TEXT_CLASSES)
+COMPILED = [
+    *itertools.product(STOCK_TEXT_CLASSES, OF_ONE_TOKEN, [1, 2], ["float32", "bfloat16"]),
+    ("gemma4_text", "clamp", 2, "float32"),
+    ("gemma4_text", "refusal and clamp", 1, "bfloat16"),
+    ("gemma4_unified_text", "scale", 1, "float32"),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "hook_points", "dtype"), COMPILED)
 def test_compiled_layers_are_found_and_the_base_is_had_back(
     tmp_path: Path,
     write_recipe: RecipeWriter,
