@@ -14,6 +14,7 @@ from types import FrameType
 import typer
 
 from bake.errors import BakeoutError, printable
+from bake.files.halving import out_of_memory, said_of
 from bake.files.memory import LARGE_PAGES
 from bake.new_folder import is_disk_full
 
@@ -183,6 +184,8 @@ def run(arguments: list[str]) -> int:
             left = "what was found is kept" if goes_on else "nothing was kept"
             said = f"the disk is full; {left}. Free some, and run the same command again"
             return _fail(said, BAD_INPUT, debug)
+        if out_of_memory(error):
+            return _fail(said_of(error), BAD_INPUT, debug)
         if type(error).__name__ == "NoArgsIsHelpError":
             asked_for = " ".join(["bakeout", *arguments])
             return _fail(f"no verb; expected one of those in {asked_for} --help", BAD_INPUT, debug)
