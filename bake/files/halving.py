@@ -79,7 +79,7 @@ def joined(parts: Sequence[T]) -> T:
             Rows of tokens that are shorter than another part's end in -1.
     """
     first: Any = parts[0]
-    if len(parts) == 1:
+    if len(parts) == 1 or first is None:
         found = first
     elif isinstance(first, dict):
         found = {key: joined([of[key] for of in cast(Any, parts)]) for key in first}
