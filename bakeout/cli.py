@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 
 from bake.errors import BakeoutError, printable
-from bake.files.halving import out_of_memory, said_of
+from bake.files.halving import out_of_memory, reason_in
 from bake.files.memory import LARGE_PAGES
 from bake.new_folder import is_disk_full
 
@@ -185,7 +185,8 @@ def run(arguments: list[str]) -> int:
             said = f"the disk is full; {left}. Free some, and run the same command again"
             return _fail(said, BAD_INPUT, debug)
         if out_of_memory(error):
-            return _fail(said_of(error), BAD_INPUT, debug)
+            said = f"memory ran out ({reason_in(error)}); take a machine or a device with more"
+            return _fail(said, BAD_INPUT, debug)
         if type(error).__name__ == "NoArgsIsHelpError":
             asked_for = " ".join(["bakeout", *arguments])
             return _fail(f"no verb; expected one of those in {asked_for} --help", BAD_INPUT, debug)

@@ -30,7 +30,9 @@ EDGE = 128.0
 closes alike on every machine."""
 
 
-def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnesses | None:
+def find_witnesses(
+    clamped: Clamped, prompts: Sequence[Sequence[int]], device: str = "cpu"
+) -> Witnesses | None:
     """Prompts that fire the clamp, and what the model says to them, in float32.
 
     Those are taken that show most of the features that are read; each is cut after the token that
@@ -39,11 +41,12 @@ def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnes
     Args:
         clamped: the folder.
         prompts: token ids, BOS first; may be empty.
+        device: as torch names it, where the model runs.
 
     Returns:
         None where nothing was found that fires and shows it.
     """
-    model = StreamedModel(clamped)
+    model = StreamedModel(clamped, device)
     candidates = [list(ids[:LENGTH]) for ids in _spread(prompts)]
     found = _firing(candidates, _look(model, candidates)) if candidates else []
     if not found:

@@ -58,9 +58,13 @@ def in_halves(
         except Exception as error:
             if not out_of_memory(error):
                 raise
+            if tried == 1 and isinstance(error, TooLargeError):  # it says who, and what to do
+                raise RanOutError(f"{error}") from error
             if tried == 1:
-                told = isinstance(error, TooLargeError)  # it says who, and what to do
-                raise RanOutError(str(error) if told else f"{what}: {said_of(error)}") from error
+                raise RanOutError(
+                    f"{what}: memory ran out at one alone ({reason_in(error)}); take shorter "
+                    "texts, or a device with more memory"
+                ) from error
         size = tried // 2
         _held.setdefault(owner, {})[what] = size * each
         free_cached()  # now that the error, and what its frames held, is gone
@@ -112,10 +116,9 @@ def out_of_memory(error: BaseException) -> bool:
     return known and _NO_MEMORY.search(str(error)) is not None
 
 
-def said_of(error: BaseException) -> str:
-    """That memory ran out, as the one line of an error says it."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"memory ran out ({short(reason)}); take shorter texts, or a device with more memory"
+def reason_in(error: BaseException) -> str:
+    """What an error says, on one line, or its type where it says nothing."""
+    return short(" ".join(str(error).split()) or type(error).__name__)
 
 
 def free_cached() -> None:

@@ -18,13 +18,14 @@ and given back by the gigabyte, and a small page at a time that is a tenth of al
 
 def available_memory(device: Any = "cpu") -> int:
     """Bytes that this process may still take: the system's, or its control group's if less; or a
-    GPU's, with what torch keeps of it.
+    GPU's that torch has, with what torch keeps of it.
     """
     if str(device).startswith("cuda"):
         from torch import cuda
 
-        kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
-        return int(cuda.mem_get_info(device)[0] + kept)
+        if cuda.is_available():
+            kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+            return int(cuda.mem_get_info(device)[0] + kept)
     page = os.sysconf("SC_PAGE_SIZE")
     free = os.sysconf("SC_AVPHYS_PAGES") * page
     free = max([free, *_numbers(Path("/proc/meminfo"), "MemAvailable:", 1024)])

@@ -84,7 +84,9 @@ def test_one_row_that_does_not_fit_is_one_line() -> None:
     def run(_: slice) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
-    with pytest.raises(BakeoutError, match=r"^reading: memory ran out \(CUDA out of memory. Tried"):
+    with pytest.raises(
+        BakeoutError, match=r"^reading: memory ran out at one alone \(CUDA out of memory. Tried"
+    ):
         in_halves(Owner(), "reading", run, 4)
 
 

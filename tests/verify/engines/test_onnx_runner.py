@@ -97,7 +97,7 @@ def test_memory_that_runs_out(
         patched.setattr(runner, "_session", Full(runner._session, 1))
         halved = runner.read(*asked)
         patched.setattr(runner, "_session", Full(runner._session, 0))
-        with pytest.raises(RanOutError, match=r"onnx: read: memory ran out \(\[ONNXRuntimeError"):
+        with pytest.raises(RanOutError, match=r"^onnx: read: memory ran out at one alone \("):
             runner.read(*asked)
     assert len(notes(capsys)) == 1
     torch.testing.assert_close(halved.logits, whole.logits, rtol=0, atol=1e-5)
