@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bake.files.halving import in_halves, joined
 from export.clamped import Clamped
 from export.streamed import Run, StreamedModel
 from export.witness_file import Witnesses
@@ -107,7 +108,11 @@ def _spread(prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
 
 def _look(model: StreamedModel, prompts: list[list[int]]) -> Run:
     input_ids, mask = _padded(prompts)
-    return model.run_to_last_clamp(input_ids, mask)
+
+    def run(rows: slice) -> Run:
+        return model.run_to_last_clamp(input_ids[rows], mask[rows])
+
+    return joined(in_halves(model, "trying prompts", run, *input_ids.shape))
 
 
 def _firing(prompts: list[list[int]], run: Run) -> list[_Prompt]:

@@ -79,7 +79,7 @@ def joined(parts: Sequence[T]) -> T:
     """What `in_halves` gives, as if it were of all rows at once.
 
     Args:
-        parts: tensors, rows first, or dicts, tuples or dataclasses of them, alike in all parts.
+        parts: tensors, rows first, or dicts, tuples, lists or dataclasses, alike in all parts.
             Rows of tokens that are shorter than another part's end in -1.
     """
     first: Any = parts[0]
@@ -87,8 +87,8 @@ def joined(parts: Sequence[T]) -> T:
         found = first
     elif isinstance(first, dict):
         found = {key: joined([of[key] for of in cast(Any, parts)]) for key in first}
-    elif isinstance(first, tuple):
-        found = tuple(joined(of) for of in zip(*cast(Any, parts), strict=True))
+    elif isinstance(first, tuple | list):
+        found = type(first)(joined(of) for of in zip(*cast(Any, parts), strict=True))
     elif is_dataclass(first):
         names = [of.name for of in fields(first)]
         found = replace(
