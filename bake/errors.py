@@ -33,7 +33,11 @@ class FolderError(BakeoutError):
 
 
 class RanOutError(FolderError):
-    """An engine had too little memory or time, which says nothing of its folder."""
+    """A model had too little memory or time, which says nothing of its files."""
+
+
+class TooLargeError(RanOutError):
+    """An engine had too little memory for all that it was given at once, and still stands."""
 
 
 class ReportError(BakeoutError):

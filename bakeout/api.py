@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from bake.recipe import Recipe
@@ -141,6 +142,6 @@ def verify(
     """
     loaded = Recipe.load(recipe) if isinstance(recipe, str | Path) else recipe
     kinds = frozenset([only] if isinstance(only, str) else only)
-    return verify_folder(
-        Path(folder), loaded, kinds, options=options or Options(), select=select_anew
-    )
+    options = options or Options()
+    select = partial(select_anew, device=options.device)
+    return verify_folder(Path(folder), loaded, kinds, options=options, select=select)

@@ -14,6 +14,7 @@ from types import FrameType
 import typer
 
 from bake.errors import BakeoutError, printable
+from bake.files.halving import out_of_memory, reason_in
 from bake.files.memory import LARGE_PAGES
 from bake.new_folder import is_disk_full
 
@@ -182,6 +183,9 @@ def run(arguments: list[str]) -> int:
             goes_on = arguments[0] in VERBS and VERBS[arguments[0]].goes_on
             left = "what was found is kept" if goes_on else "nothing was kept"
             said = f"the disk is full; {left}. Free some, and run the same command again"
+            return _fail(said, BAD_INPUT, debug)
+        if out_of_memory(error):
+            said = f"memory ran out ({reason_in(error)}); take a machine or a device with more"
             return _fail(said, BAD_INPUT, debug)
         if type(error).__name__ == "NoArgsIsHelpError":
             asked_for = " ".join(["bakeout", *arguments])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import bake.modeling_clamped_gemma as modeling
 from bake.families import unread_tensors
 from bake.rounding import DRAWS, EPSILON, disturbed_part, rounding_parts
+from bake.stock import placed
 from bake.tensors import StoredTensor
 from export.clamped import Clamped
 
@@ -41,10 +42,14 @@ class StreamedModel:
 
     Args:
         clamped: the folder.
+        device: as torch names it, where the layers run; what they give comes back to the CPU.
+
+    Raises:
+        ModelError: torch cannot run it there.
     """
 
-    def __init__(self, clamped: Clamped) -> None:
-        self._clamped = clamped
+    def __init__(self, clamped: Clamped, device: str = "cpu") -> None:
+        self._clamped, self._device = clamped, device
         self._unread = unread_tensors(clamped.base_config)
         config = clamped.config
         config._attn_implementation = "eager"
@@ -52,9 +57,9 @@ class StreamedModel:
             self._model = getattr(modeling, clamped.model_class)(config).eval()
         text = self._model.model
         text = self._text = getattr(text, "language_model", text)
-        text.rotary_emb = type(text.rotary_emb)(text.config)
+        text.rotary_emb = placed(type(text.rotary_emb)(text.config), device)
         table = clamped.tensors[f"{clamped.backbone_prefix}embed_tokens.weight"]
-        text.embed_tokens = _Table(table, text.config.hidden_size**0.5)
+        text.embed_tokens = _Table(table, text.config.hidden_size**0.5, device)
         if width := getattr(text.config, "hidden_size_per_layer_input", 0):
             self._fill_per_layer(width)
         text.norm.load_state_dict(self._tensors(f"{clamped.backbone_prefix}norm."), assign=True)
@@ -88,7 +93,9 @@ class StreamedModel:
         """
         self._head.places = places
         logits = self._forward(self._model, input_ids, attention_mask).logits
-        return Run(logits[0], self._read, self._moved, self._active, self._margins, self._edges)
+        return Run(
+            logits[0].cpu(), self._read, self._moved, self._active, self._margins, self._edges
+        )
 
     def run_disturbed(
         self, input_ids: Tensor, attention_mask: Tensor, places: Tensor
@@ -137,8 +144,9 @@ class StreamedModel:
     def _forward(self, model: Any, input_ids: Tensor, mask: Tensor) -> Any:
         self._read, self._moved, self._active, self._margins, self._edges = {}, {}, {}, [], []
         with torch.inference_mode():
+            mask = mask.to(self._device)
             return model(
-                input_ids=input_ids,
+                input_ids=input_ids.to(self._device),
                 attention_mask=mask,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=False,
@@ -148,7 +156,7 @@ class StreamedModel:
         """What a Gemma 4 gives each layer of each token."""
         text, prefix = self._text, self._clamped.backbone_prefix
         table = self._clamped.tensors[f"{prefix}embed_tokens_per_layer.weight"]
-        text.embed_tokens_per_layer = _Table(table, width**0.5)
+        text.embed_tokens_per_layer = _Table(table, width**0.5, self._device)
         for part in ("per_layer_model_projection", "per_layer_projection_norm"):
             loaded = self._tensors(f"{prefix}{part}.")
             getattr(text, part).load_state_dict(loaded, assign=True)
@@ -166,9 +174,9 @@ class StreamedModel:
             h = inputs[0]
             if not self._clamping:
                 return h
-            self._read[index] = h
-            self._moved[index] = (output != h).any(dim=-1)
-            self._active[index] = clamp.feature_acts(h) > clamp.trigger
+            self._read[index] = h.cpu()
+            self._moved[index] = (output != h).any(dim=-1).cpu()
+            self._active[index] = (clamp.feature_acts(h) > clamp.trigger).cpu()
             W, b = clamp.W_enc[:, : clamp.k].float(), clamp.b_enc[: clamp.k]
             if clamp.topk:
                 W = W * clamp.gain[: clamp.k]
@@ -177,11 +185,11 @@ class StreamedModel:
                 pre, gate = h.float() @ W + b, clamp.theta
             margin = pre - gate.maximum(clamp.trigger)
             spread = (h.float().square() @ W.square()).sqrt() + b.abs()
-            self._margins.append(margin.amax(dim=-1))
+            self._margins.append(margin.amax(dim=-1).cpu())
             edges = (margin.abs() / (EPSILON["float32"] * spread)).amin(dim=-1)
             if len(inputs) > 1 and inputs[1] is not None:  # exempt: nothing is decided there
                 edges = edges.masked_fill(inputs[1], torch.inf)
-            self._edges.append(edges)
+            self._edges.append(edges.cpu())
             return output
 
         return watch
@@ -196,7 +204,7 @@ class StreamedModel:
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         return {
-            name.removeprefix(prefix): torch.from_numpy(tensor.array())
+            name.removeprefix(prefix): torch.from_numpy(tensor.array()).to(self._device)
             for name, tensor in self._clamped.tensors.items()
             if name.startswith(prefix) and not self._unread.fullmatch(name)
         }
@@ -216,16 +224,15 @@ def _rank_gate(clamp: Any, h: Tensor) -> tuple[Tensor, Tensor]:
 class _Table(nn.Module):
     """An embedding table of which only the rows that are asked for are read."""
 
-    def __init__(self, table: StoredTensor, scale: float) -> None:
+    def __init__(self, table: StoredTensor, scale: float, device: str) -> None:
         super().__init__()
-        self._table = table
-        self._scale = scale
+        self._table, self._scale, self._device = table, scale, device
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[batch, seq] -> [batch, seq, d_in]."""
         ids, places = torch.unique(input_ids, return_inverse=True)
         rows = [torch.from_numpy(self._table.rows(i, i + 1)) for i in ids.tolist()]
-        return torch.cat(rows)[places] * self._scale
+        return torch.cat(rows).to(self._device)[places] * self._scale
 
     @property
     def weight(self) -> _Table:
@@ -235,7 +242,7 @@ class _Table(nn.Module):
     def __getitem__(self, place: tuple[int, slice]) -> Tensor:
         """A row, unscaled: [d_in]."""
         row, columns = place
-        return torch.from_numpy(self._table.rows(row, row + 1))[0, columns]
+        return torch.from_numpy(self._table.rows(row, row + 1)).to(self._device)[0, columns]
 
 
 class _Head(nn.Module):
@@ -252,4 +259,5 @@ class _Head(nn.Module):
         rows, columns = self.places.unbind(-1)
         chosen = h[rows, columns]
         blocks = (torch.from_numpy(self._matrix.rows(*rows)) for rows in self._matrix.blocks())
-        return torch.cat([chosen @ block.T for block in blocks], dim=-1).unsqueeze(0)
+        found = [chosen @ block.to(h.device).T for block in blocks]
+        return torch.cat(found, dim=-1).unsqueeze(0)

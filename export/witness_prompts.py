@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bake.files.halving import in_halves, joined
 from export.clamped import Clamped
 from export.streamed import Run, StreamedModel
 from export.witness_file import Witnesses
@@ -30,7 +31,9 @@ EDGE = 128.0
 closes alike on every machine."""
 
 
-def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnesses | None:
+def find_witnesses(
+    clamped: Clamped, prompts: Sequence[Sequence[int]], device: str = "cpu"
+) -> Witnesses | None:
     """Prompts that fire the clamp, and what the model says to them, in float32.
 
     Those are taken that show most of the features that are read; each is cut after the token that
@@ -39,11 +42,12 @@ def find_witnesses(clamped: Clamped, prompts: Sequence[Sequence[int]]) -> Witnes
     Args:
         clamped: the folder.
         prompts: token ids, BOS first; may be empty.
+        device: as torch names it, where the model runs.
 
     Returns:
         None where nothing was found that fires and shows it.
     """
-    model = StreamedModel(clamped)
+    model = StreamedModel(clamped, device)
     candidates = [list(ids[:LENGTH]) for ids in _spread(prompts)]
     found = _firing(candidates, _look(model, candidates)) if candidates else []
     if not found:
@@ -104,7 +108,11 @@ def _spread(prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
 
 def _look(model: StreamedModel, prompts: list[list[int]]) -> Run:
     input_ids, mask = _padded(prompts)
-    return model.run_to_last_clamp(input_ids, mask)
+
+    def run(rows: slice) -> Run:
+        return model.run_to_last_clamp(input_ids[rows], mask[rows])
+
+    return joined(in_halves(model, "trying prompts", run, *input_ids.shape))
 
 
 def _firing(prompts: list[list[int]], run: Run) -> list[_Prompt]:

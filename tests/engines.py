@@ -22,6 +22,7 @@ from verify.compare.comparison import Comparison
 from verify.compare.firing import FeatureWatch, FiredExamples
 from verify.compare.sensitivity import Sensitivity
 from verify.engines import forward
+from verify.engines.heap import by_halves
 from verify.engines.runners import DecodingRunner, HookedRunner, Reading, Runner
 from verify.evidence.kinds import KINDS
 from verify.hooked import Hooked
@@ -136,6 +137,7 @@ class InProcess(HookedRunner):
     def __exit__(self, *_: object) -> None:
         self.drop()
 
+    @by_halves
     def decoded(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, n_last: int
     ) -> torch.Tensor:

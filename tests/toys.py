@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -96,3 +96,6 @@ class ToyOracle:
             yield self.model
         finally:
             self.model.clamped = False
+
+    def in_halves(self, run: Callable[[slice], Any], n: int, _: int) -> Any:
+        return run(slice(n))

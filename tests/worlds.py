@@ -6,7 +6,8 @@ import json
 import random
 import re
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,35 @@ def cut(path: Path, keep: int) -> None:
     """Truncate a file to its first `keep` bytes."""
     with path.open("rb+") as file:
         file.truncate(keep)
+
+
+@contextmanager
+def room_for(tokens: int, *, layer: int) -> Iterator[list[int]]:
+    """Within the block memory runs out in a layer of any stock Gemma 2 that is given more tokens at
+    once; gives how many it was given, each time.
+    """
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+
+    asked: list[int] = []
+    forward = Gemma2DecoderLayer.forward
+
+    def limited(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.self_attn.layer_idx == layer:
+            asked.append(hidden_states[..., 0].numel())
+            if asked[-1] > tokens:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, hidden_states, *args, **kwargs)
+
+    Gemma2DecoderLayer.forward = limited
+    try:
+        yield asked
+    finally:
+        Gemma2DecoderLayer.forward = forward
+
+
+def notes(capsys: Any) -> list[str]:
+    """Those that were given on stderr since it was read last."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
 
 
 def write_corpora(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 HEAP_KEPT = 8 << 20
 """Most bytes that the C library's heap keeps at its end, and the least that lie outside of it."""
@@ -15,8 +16,16 @@ LARGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 and given back by the gigabyte, and a small page at a time that is a tenth of all the work."""
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: the system's, or its control group's if less."""
+def available_memory(device: Any = "cpu") -> int:
+    """Bytes that this process may still take: the system's, or its control group's if less; or a
+    GPU's that torch has, with what torch keeps of it.
+    """
+    if str(device).startswith("cuda"):
+        from torch import cuda
+
+        if cuda.is_available():
+            kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+            return int(cuda.mem_get_info(device)[0] + kept)
     page = os.sysconf("SC_PAGE_SIZE")
     free = os.sysconf("SC_AVPHYS_PAGES") * page
     free = max([free, *_numbers(Path("/proc/meminfo"), "MemAvailable:", 1024)])

@@ -91,6 +91,11 @@ class Batch:
         shown = [(of.source, of.form, of.item, of.ids) for of in self.prompts]
         return hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
 
+    def part(self, rows: slice) -> Batch:
+        """Some of its prompts, as wide."""
+        ids, mask = self.input_ids[rows], self.attention_mask[rows]
+        return Batch(self.prompts[rows], ids, mask, self.last_only)
+
     @property
     def of_choices(self) -> bool:
         """Whether its prompts end with choices: no logits are needed, but the losses of these."""

@@ -37,10 +37,11 @@ class FeatureWorker:
     Args:
         recipe: whose base and SAEs must lie at the same paths on all machines.
         tokenizer: sha256 of the base's.
+        dtype: in which the base runs; what the recipe says by default.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: str) -> None:
-        self._recipe, self._tokenizer_sha256 = recipe, tokenizer
+    def __init__(self, recipe: Recipe, tokenizer: str, dtype: str | None = None) -> None:
+        self._recipe, self._tokenizer_sha256, self._dtype = recipe, tokenizer, dtype
         self._ready: tuple[tuple[int, ...], Any, list[Counter]] | None = None
 
     def about(self) -> dict[str, str]:
@@ -95,7 +96,7 @@ class FeatureWorker:
             for site, expected in zip(sites, which.values(), strict=True):
                 _check_same(site.name, sha256_of(site.files), expected)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            loaded = load_base(self._recipe, device)
+            loaded = load_base(self._recipe, device, self._dtype)
             del decoder_layers(loaded)[max(site.layer for site in sites) + 1 :]
             encoders = [FeatureSite(site.layer, load_encoder(site.files)) for site in sites]
             self._ready = (places, loaded, [Counter(site, loaded) for site in encoders])
@@ -119,17 +120,23 @@ def tokenizer_sha256(base: BaseModel) -> str:
     return digest.hexdigest()
 
 
-def start_workers(crew: Crew, recipe: Recipe, base: BaseModel, sites: Sequence[SAESite]) -> None:
-    """Ask for workers that can count for a recipe.
+def start_workers(
+    crew: Crew,
+    recipe: Recipe,
+    base: BaseModel,
+    sites: Sequence[SAESite],
+    dtype: str | None = None,
+) -> None:
+    """Ask for workers that can count for a recipe, the base in a dtype or what the recipe says.
 
     Raises:
         ScaleError: there is no room for any.
     """
     stored = sum((base.folder / shard).stat().st_size for shard in base.shards)
-    weights = 2 * stored if recipe.base.dtype == "float32" else stored
+    weights = 2 * stored if (dtype or recipe.base.dtype) == "float32" else stored
     saes = sum(memory_of(site.d_in, site.d_sae) for site in sites)
     memory = _PROCESS_BYTES + weights + saes
-    crew.start(FeatureWorker, recipe, tokenizer_sha256(base), memory=memory)
+    crew.start(FeatureWorker, recipe, tokenizer_sha256(base), dtype, memory=memory)
 
 
 def encoded_on(crew: Crew, texts: Iterator[str]) -> Iterator[list[int]]:

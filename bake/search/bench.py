@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bake.clamp import ClampWeights, SAESite
 from bake.errors import DataError
+from bake.files.halving import in_halves, joined
 from bake.files.memory import available_memory
 from bake.modeling_clamped_gemma import SAEClamp, SoFar
 from bake.questions.answers import (
@@ -89,6 +90,7 @@ class Bench:
 
     Raises:
         DataError: the cached activations do not fit into memory.
+        RanOutError: memory runs out at one prompt, here or later.
     """
 
     def __init__(
@@ -105,10 +107,10 @@ class Bench:
         self._bos_id: int | None = config.bos_token_id
         n_tokens = sum(len(prompt.ids) for prompt in prompts)
         needed = 2 * n_tokens * config.hidden_size * model.dtype.itemsize
-        if needed > available_memory():
+        if needed > (free := available_memory(model.device)):
             raise DataError(
                 f"{len(prompts):,} prompts: their activations need {needed / 1e9:.1f} GB, "
-                f"{available_memory() / 1e9:.1f} GB are free; name fewer questions in [select]"
+                f"{free / 1e9:.1f} GB are free; name fewer questions in [select]"
             )
         self._cached: list[_Cached] = []
         done = 0
@@ -161,8 +163,12 @@ class Bench:
                 rows = touched.nonzero().flatten()
             if len(rows):
                 part = _rows(cached.batch, rows)
-                with self._clamped(part, cached, rows, modules, exempt_bos):
-                    logits = self._logits(part)
+
+                def run(some: slice, c: _Cached = cached, r: Any = rows, p: Batch = part) -> Tensor:
+                    with self._clamped(p.part(some), c, r[some], modules, exempt_bos):
+                        return self._logits(p.part(some), p.n_last)
+
+                logits = joined(in_halves(self._model, "clamping", run, *part.input_ids.shape))
                 for row, answer in zip(rows.tolist(), self._read(part, logits), strict=True):
                     answers[row] = answer
             yield cached, answers, fired
@@ -179,26 +185,30 @@ class Bench:
         lent: dict[str, tuple[Tensor, ...]] = {}
 
         def keep(_: Any, __: Any, kwargs: dict[str, Any], output: Any) -> None:
-            kept.append(output[0] if isinstance(output, tuple) else output)
+            kept[:] = [output[0] if isinstance(output, tuple) else output]
             lent.update(kwargs.get("shared_kv_states") or {})
+
+        def run(rows: slice) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, ...]]]:
+            lent.clear()
+            logits = self._logits(batch.part(rows), batch.n_last)
+            return kept[0], logits, dict(lent)
 
         layer = self._model.get_decoder().layers[self.layer]
         handle = layer.register_forward_hook(keep, with_kwargs=True)
         try:
             with torch.inference_mode():
-                logits = self._logits(batch)
+                return joined(in_halves(self._model, "prompts", run, *batch.input_ids.shape))
         finally:
             handle.remove()
-        return kept[0], logits, lent
 
-    def _logits(self, batch: Batch) -> Tensor:
+    def _logits(self, batch: Batch, n_last: int) -> Tensor:
         mask = batch.attention_mask.to(self._model.device)
         logits: Tensor = self._model(
             input_ids=batch.input_ids.to(self._model.device),
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
-            logits_to_keep=batch.n_last,
+            logits_to_keep=n_last,
         ).logits
         return logits.float().cpu()
 

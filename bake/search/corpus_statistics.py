@@ -59,10 +59,16 @@ class Measured:
 
 
 class Material:
-    """A recipe's model and tokenizer, each loaded when it is first needed."""
+    """A recipe's model and tokenizer, each loaded when it is first needed.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    Args:
+        recipe: names the model.
+        device: as torch names it, where the model runs.
+        dtype: in which it runs; what the recipe says by default.
+    """
+
+    def __init__(self, recipe: Recipe, device: str = "cpu", dtype: str | None = None) -> None:
+        self.recipe, self.device, self.dtype = recipe, device, dtype or recipe.base.dtype
 
     @cached_property
     def base(self) -> BaseModel:
@@ -72,7 +78,7 @@ class Material:
     @cached_property
     def model(self) -> Any:
         """The stock model in memory."""
-        return load_base(self.recipe)
+        return load_base(self.recipe, self.device, self.dtype)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -105,10 +111,10 @@ def measure(
 
     Args:
         recipe: with a [select] table.
-        material: the recipe's, where it is loaded already.
+        material: the recipe's; on the CPU and in the recipe's dtype by default.
         cache: folder for statistics; the user's cache folder by default.
-        crew: workers that tokenise and count; without it, this process does. The windows of the
-            corpora lie in files then.
+        crew: workers that tokenise and count, each on a GPU where its machine has one; without
+            it, this process does. The windows of the corpora lie in files then.
         progress: told how far it is.
 
     Raises:
@@ -120,9 +126,9 @@ def measure(
     cache = cache or cache_folder()
     if crew is None:
         for site in sites:
-            check_memory(site.name, site.d_in, site.d_sae)
+            check_memory(site.name, site.d_in, site.d_sae, material.device)
     else:
-        start_workers(crew, recipe, material.base, sites)
+        start_workers(crew, recipe, material.base, sites, material.dtype)
     corpora = {
         side: load_windows(
             getattr(select, side),
@@ -140,22 +146,20 @@ def measure(
     weights = model_sha256(material.base)
     found: dict[str, list[FeatureStatistics]] = {}
     for side, windows in corpora.items():
-        entries = [_entry(cache, site, weights, recipe, material.base, windows) for site in sites]
+        entries = [_entry(cache, site, weights, material, windows) for site in sites]
         told = partial(progress, f"{side} corpus")
         found[side] = _read_or_take(sites, entries, windows, material, crew, told)
     both = zip(sites, found["forget"], found["retain"], strict=True)
     return Measured([SiteStatistics(*of_site) for of_site in both], corpora, material)
 
 
-def _entry(
-    cache: Path, site: SAESite, weights: str, recipe: Recipe, base: BaseModel, windows: Windows
-) -> Entry:
-    files = site.files
+def _entry(cache: Path, site: SAESite, weights: str, material: Material, windows: Windows) -> Entry:
+    files, base = site.files, material.base
     read_as = f"{files.architecture} {files.apply_b_dec_to_input} {files.input_scale}"
     about = {
         "schema": SCHEMA,
         "model": weights,
-        "dtype": recipe.base.dtype,
+        "dtype": material.dtype,
         "layer": site.layer,
         "sae": f"{sha256_of(files)} {read_as}",
         "corpus": windows.sha256,

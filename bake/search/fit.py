@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bake.base import BaseModel, find_base
 from bake.clamp import SAESite, find_site
-from bake.errors import DataError, ModelError, SAEError
+from bake.errors import DataError, ModelError, RanOutError, SAEError
 from bake.questions.multiple_choice import load_texts
 from bake.questions.prompts import bos_id
 from bake.recipe import Recipe
@@ -57,7 +57,7 @@ def checked_fits(recipe: Recipe, *, unfit: bool = False) -> dict[int, Fit]:
     ]
     try:
         found = measure_fits(recipe, base, sites)
-    except ModelError:
+    except (ModelError, RanOutError):
         if not unfit:
             raise
         return {}

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bake.base import BaseModel
-from bake.errors import ModelError, short
+from bake.errors import BakeoutError, ModelError, short
+from bake.files.halving import in_halves, joined
 from bake.stock import quiet, read_whole
 from bake.strangers.model_view import shown_model
 from bake.tensors import StoredTensor, indexed_tensors
@@ -36,13 +37,19 @@ def layer_outputs(base: BaseModel, layers: Sequence[int], ids: Tensor) -> dict[i
 
     Raises:
         ModelError: transformers does not run the model.
+        RanOutError: memory runs out at one row.
     """
     tensors = indexed_tensors(base.folder, base.weight_map)
-    seen: dict[int, Tensor] = {}
-    try:
+
+    def run(rows: slice) -> dict[int, Tensor]:
+        seen: dict[int, Tensor] = {}
         with quiet():
-            _run(base, tensors, layers, ids, seen)
-    except ModelError:
+            _run(base, tensors, layers, ids[rows], seen)
+        return seen
+
+    try:
+        return joined(in_halves(layer_outputs, f"base model {base.name}", run, *ids.shape))
+    except BakeoutError:
         raise
     except Exception as error:  # transformers raises every kind
         reason = short(" ".join(f"{type(error).__name__}: {error}".split()))
@@ -51,7 +58,6 @@ def layer_outputs(base: BaseModel, layers: Sequence[int], ids: Tensor) -> dict[i
             "a model that transformers runs. Download it again, or bake with --unfit, which does "
             "without"
         ) from error
-    return seen
 
 
 def _run(

@@ -28,7 +28,14 @@ from bake.search.attribution import (
     text_margin,
 )
 from bake.search.bench import Bench, Clamper, bench_of
-from bake.search.corpus_statistics import Measured, Progress, SiteStatistics, measure, select_table
+from bake.search.corpus_statistics import (
+    Material,
+    Measured,
+    Progress,
+    SiteStatistics,
+    measure,
+    select_table,
+)
 from bake.search.select import Chosen, Scores, by_attribution, by_ratio, by_sparsity, prove_alone
 from bake.search.statistics import FeatureSite
 
@@ -76,17 +83,27 @@ def selected_recipe(
     cache: Path | None = None,
     progress: Progress = lambda _what, _share: None,
     measured: Measured | None = None,
+    device: str = "cpu",
 ) -> tuple[Recipe, list[Selection]]:
     """The recipe with feature numbers in place of "select", and why these.
 
     A recipe that names all its features comes back as it is.
+
+    Args:
+        recipe: with a [select] table where it leaves features open.
+        cache: folder for statistics; the user's cache folder by default.
+        progress: told how far it is.
+        measured: its statistics, where they were taken already.
+        device: as torch names it, where the model runs; that of `measured` where there are some.
 
     Raises:
         BakeoutError: of the kind of trouble it meets.
     """
     if not recipe.selects:
         return recipe, []
-    measured = measured or measure(recipe, cache=cache, progress=progress)
+    if measured is None:
+        material = Material(recipe, device)
+        measured = measure(recipe, material=material, cache=cache, progress=progress)
     clamps, selections = [], []
     for index, clamp in enumerate(recipe.clamp):
         if clamp.features != "select":

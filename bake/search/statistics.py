@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bake.errors import SAEError
+from bake.files.halving import in_halves, joined
 from bake.files.memory import available_memory
 from bake.questions.corpora import Windows
 from bake.sae.folding import SAEEncoder
 
 BATCH_TOKENS = 2048
-"""Tokens of one forward, about."""
+"""Tokens of one forward, about; the same on every device, since sums are rounded by it."""
 BLOCK_BYTES = 32 << 20
 """Bytes of one block of feature activations, about."""
 CONTEXTS = 12
@@ -107,6 +108,9 @@ def count_windows(
 
     Returns:
         What the counters added up, by their place and the name in `FeatureStatistics`.
+
+    Raises:
+        RanOutError: memory runs out at one window, or at one feature.
     """
     for counter in counters:
         counter.clear()
@@ -115,12 +119,28 @@ def count_windows(
     step = batch_windows(seq)
     for first in range(0, n_windows, step):
         ids = windows.ids[first : first + step]
-        at = residuals(model, layers, torch.from_numpy(ids.astype(np.int64)).to(model.device))
+        at = layer_outputs_of(model, layers, ids)
         counted = torch.from_numpy(windows.counts(ids)).to(model.device)
         for counter in counters:
             counter.add(at[counter.layer], counted, start + first)
         told(first + len(ids))
     return {f"{i}.{k}": v.cpu() for i, c in enumerate(counters) for k, v in c.state.items()}
+
+
+def layer_outputs_of(
+    model: Any, layers: Sequence[int], ids: NDArray[np.int32]
+) -> dict[int, Tensor]:
+    """What `residuals` gives on windows [n, seq], all of them at once where memory allows.
+
+    Raises:
+        RanOutError: memory runs out at one window.
+    """
+
+    def run(rows: slice) -> dict[int, Tensor]:
+        tokens = torch.from_numpy(ids[rows].astype(np.int64))
+        return residuals(model, layers, tokens.to(model.device))
+
+    return joined(in_halves(model, "reading windows", run, *ids.shape))
 
 
 def batch_windows(seq: int) -> int:
@@ -248,51 +268,61 @@ class Counter:
         x = h.flatten(0, 1).float()
         left_out = ~counted.flatten()
         step = max(1, BLOCK_BYTES // (4 * len(x)))
-        for low in range(0, self.d_sae, step):
-            part = slice(low, min(low + step, self.d_sae))
-            acts, fired = self._activations(x, left_out, part)
-            self._add_sums(acts, fired, part)
-            self._add_contexts(acts.view(*counted.shape, -1), start, part)
 
-    def _activations(self, x: Tensor, left_out: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """(activations [tokens, features], whether each is above 0), exact at the threshold."""
+        def count(part: slice) -> None:
+            acts, fired, near = self._activations(x, left_out, part)
+            added = {"near": near, **_sums(acts, fired)}
+            top = self._contexts(acts.view(*counted.shape, -1), start, part)
+            # All memory that this takes is taken by now.
+            for name, numbers in added.items():
+                self.state[name][part] += numbers
+            self.state["top_values"][:, part], self.state["top_places"][:, part] = top
+
+        in_halves(self, "counting features", count, self.d_sae, len(x), step)
+
+    def _activations(self, x: Tensor, left_out: Tensor, part: slice) -> tuple[Tensor, ...]:
+        """(activations [tokens, features], whether each is above 0, exact at the threshold, and how
+        often each feature is near it).
+        """
         W, b, theta = self._W_enc[:, part], self._b_enc[part], self._theta[part]
         pre = torch.addmm(b, x, W)
         pre[left_out] = -torch.inf
         fired = pre > theta
         slack = NEAR + _ROUNDING * self._longest * torch.linalg.vector_norm(x, dim=1, keepdim=True)
         places = ((pre - theta).abs_() <= slack).nonzero()
+        near = torch.zeros(len(b), dtype=torch.int64, device=b.device)
         for rows, columns in (some.unbind(1) for some in places.split(_EXACT_AT_ONCE)):
             exact = (x[rows].double() * W.T[columns].double()).sum(1) + b[columns].double()
             above = exact - theta[columns].double()
             fired[rows, columns] = above > 0
-            near = torch.bincount(columns[above.abs() <= NEAR], minlength=len(b))
-            self.state["near"][part] += near
-        return pre.masked_fill_(~fired, 0.0), fired
+            near += torch.bincount(columns[above.abs() <= NEAR], minlength=len(b))
+        return pre.masked_fill_(~fired, 0.0), fired, near
 
-    def _add_sums(self, acts: Tensor, fired: Tensor, part: slice) -> None:
-        """Counts, sums and histogram of a block [tokens, features]; most of it is zero."""
-        sums, n_features = self.state, acts.shape[1]
-        features = fired.nonzero()[:, 1]
-        values = acts[fired].double()
-        bins = ((values.log2() - LOWEST_BIN) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
-        counts = torch.bincount(features * BINS + bins, minlength=n_features * BINS)
-        histogram = counts.view(n_features, BINS)
-        sums["histogram"][part] += histogram
-        sums["fired"][part] += histogram.sum(1)
-        sums["total"][part] += torch.bincount(features, values, n_features)
-        sums["squares"][part] += torch.bincount(features, values.square(), n_features)
-
-    def _add_contexts(self, acts: Tensor, start: int, part: slice) -> None:
-        """Merge the strongest place of each window into the best so far."""
+    def _contexts(self, acts: Tensor, start: int, part: slice) -> tuple[Tensor, Tensor]:
+        """The strongest places so far, those of each window of this batch among them."""
         n_windows, seq = acts.shape[:2]
         best, at = acts.max(dim=1)  # [windows, features]
         windows = torch.arange(start, start + n_windows, device=acts.device)[:, None]
         places = torch.where(best > 0, windows * seq + at, -1)
         values = torch.cat([self.state["top_values"][:, part], best])
         places = torch.cat([self.state["top_places"][:, part], places])
-        top = strongest(values, places)
-        self.state["top_values"][:, part], self.state["top_places"][:, part] = top
+        return strongest(values, places)
+
+
+def _sums(acts: Tensor, fired: Tensor) -> dict[str, Tensor]:
+    """Counts, sums and histogram of a block [tokens, features]; most of it is zero."""
+    n_features = acts.shape[1]
+    features = fired.nonzero()[:, 1]
+    values = acts[fired].double()
+    bins = ((values.log2() - LOWEST_BIN) * BINS_PER_OCTAVE).floor().clamp(0, BINS - 1).long()
+    counts = torch.bincount(features * BINS + bins, minlength=n_features * BINS)
+    histogram = counts.view(n_features, BINS)
+    return {
+        "histogram": histogram,
+        "fired": histogram.sum(1),
+        "total": torch.bincount(features, values, n_features),
+        "squares": torch.bincount(features, values.square(), n_features),
+    }
 
 
 def memory_of(d_in: int, d_sae: int, *, decoder: bool = False) -> int:
@@ -301,13 +331,16 @@ def memory_of(d_in: int, d_sae: int, *, decoder: bool = False) -> int:
     return d_sae * (weights + 3 * sums) + 8 * BLOCK_BYTES
 
 
-def check_memory(name: str, d_in: int, d_sae: int, *, decoder: bool = False) -> None:
-    """Refuse an SAE before it is read, when it cannot fit into memory.
+def check_memory(
+    name: str, d_in: int, d_sae: int, device: Any = "cpu", *, decoder: bool = False
+) -> None:
+    """Refuse an SAE before it is read, when it cannot fit into memory, or onto a device.
 
     Raises:
         SAEError: says how much it needs and how much there is.
     """
-    if (needed := memory_of(d_in, d_sae, decoder=decoder)) > (free := available_memory()):
+    needed = memory_of(d_in, d_sae, decoder=decoder)
+    if needed > (free := min(available_memory(), available_memory(device))):
         raise SAEError(
             f"SAE {name}: d_sae {d_sae:,} × d_in {d_in:,} needs {needed / 1e9:,.1f} GB of memory, "
             f"{free / 1e9:,.1f} GB are free; take a narrower SAE, or a machine with more"

@@ -82,6 +82,7 @@ class Sweep:
     Args:
         recipe: what is swept.
         layers: of the grid; None keeps the recipe's own.
+        material: the recipe's, on the device and in the dtype in which points are measured.
         cache: folder for statistics.
         progress: told what is being loaded.
     """
@@ -91,11 +92,12 @@ class Sweep:
         recipe: Recipe,
         layers: Sequence[Setting] | None,
         *,
+        material: Material | None = None,
         cache: Path | None = None,
         progress: Progress = lambda _what, _share: None,
     ) -> None:
         self.recipe, self._progress = recipe, progress
-        self.material = Material(recipe)
+        self.material = material or Material(recipe)
         self.split = split_questions(recipe)
         assert recipe.verify is not None
         self.form = recipe.verify.prompt
@@ -220,6 +222,8 @@ def run_sweep(
     *,
     objective: Objective = "alignment",
     floor: float = 0.99,
+    device: str = "cpu",
+    dtype: str | None = None,
     cache: Path | None = None,
     progress: Progress = lambda _what, _share: None,
 ) -> SweepReport | None:
@@ -233,6 +237,8 @@ def run_sweep(
         out: folder of the study.
         objective: alignment, or the least forget accuracy under a floor on the retained.
         floor: least retained accuracy for `forget`, as a share of the base's.
+        device: as torch names it, where the model runs.
+        dtype: in which it runs; what the recipe says by default.
         cache: folder for statistics.
         progress: told how far it is.
 
@@ -244,8 +250,9 @@ def run_sweep(
     """
     wanted = points(recipe, grid)
     check_folder(out)
-    sweep = Sweep(recipe, grid.get("layer"), cache=cache, progress=progress)
-    study = Study(out, _fingerprint(recipe, model_sha256(sweep.material.base)))
+    material = Material(recipe, device, dtype)
+    sweep = Sweep(recipe, grid.get("layer"), material=material, cache=cache, progress=progress)
+    study = Study(out, _fingerprint(recipe, model_sha256(material.base) + (dtype or "")))
     try:
         study.add(wanted)
         while (claimed := study.claim()) is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bake.questions.corpora import Windows
-from bake.search.statistics import BATCH_TOKENS, residuals
+from bake.search.statistics import BATCH_TOKENS, layer_outputs_of
 
 if TYPE_CHECKING:
     from bake.training.train_sae import TrainTable
@@ -113,8 +113,10 @@ def activations_of(model: Any, layer: int, windows: Windows, part: slice) -> Ten
         layer: whose output.
         windows: of a corpus.
         part: which of them.
+
+    Raises:
+        RanOutError: memory runs out at one window.
     """
     ids = windows.ids[part]
     counted = torch.from_numpy(windows.counts(ids)).to(model.device)
-    tokens = torch.from_numpy(ids.astype("int64")).to(model.device)
-    return residuals(model, [layer], tokens)[layer][counted].float().clone()
+    return layer_outputs_of(model, [layer], ids)[layer][counted].float().clone()

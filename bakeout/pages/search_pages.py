@@ -14,7 +14,7 @@ from bake.reading.capped import read_json
 from bake.recipe import Recipe
 from bake.sae.layouts import neuronpedia_id
 from bake.scale.crew import cluster
-from bake.search.corpus_statistics import Measured, SiteStatistics, measure
+from bake.search.corpus_statistics import Material, Measured, SiteStatistics, measure
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
 from bake.search.statistics import CONTEXTS
@@ -79,7 +79,14 @@ class SiteView:
 
 
 def features_page(
-    file: Path, html: Path, sweep: Path | None, ray: str | None, *, force: bool
+    file: Path,
+    html: Path,
+    sweep: Path | None,
+    ray: str | None,
+    device: str,
+    dtype: str | None,
+    *,
+    force: bool,
 ) -> None:
     """`bakeout features --html`: statistics, selection, page.
 
@@ -88,6 +95,8 @@ def features_page(
         html: the page.
         sweep: folder of a sweep that is shown too.
         ray: of the cluster that counts, as `cluster` takes it.
+        device: as torch names it, where the model runs.
+        dtype: in which it runs; what the recipe says by default.
         force: replace `html`.
 
     Raises:
@@ -98,7 +107,8 @@ def features_page(
     report = None if sweep is None else _sweep_report(sweep)
     with progress("features") as advance:
         with cluster(ray) as crew:
-            measured = measure(recipe, crew=crew, progress=advance)
+            material = Material(recipe, device, dtype)
+            measured = measure(recipe, material=material, crew=crew, progress=advance)
         selected, selections = selected_recipe(recipe, measured=measured, progress=advance)
     views = site_views(selected, measured, selections)
     text = _render(

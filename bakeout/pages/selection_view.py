@@ -13,7 +13,7 @@ from bake.new_folder import write_whole
 from bake.recipe import Recipe
 from bake.sae.fit_figures import UNMEASURED, Fit
 from bake.scale.crew import cluster
-from bake.search.corpus_statistics import measure
+from bake.search.corpus_statistics import Material, measure
 from bake.search.fit import checked_fits
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe
@@ -26,7 +26,14 @@ SCORES = {"sparsity": "forget share", "ratio": "mean square", "attribution": "lo
 
 
 def run_select(
-    file: Path, write: Path | None, json_file: Path | None, ray: str | None, *, force: bool
+    file: Path,
+    write: Path | None,
+    json_file: Path | None,
+    ray: str | None,
+    device: str,
+    dtype: str | None,
+    *,
+    force: bool,
 ) -> None:
     """`bakeout select`: select, print or write, and say where the numbers went.
 
@@ -35,6 +42,8 @@ def run_select(
         write: where the recipe with numbers goes.
         json_file: where the report goes.
         ray: of the cluster that counts, as `cluster` takes it.
+        device: as torch names it, where the model runs.
+        dtype: in which it runs; what the recipe says by default.
         force: replace `write`.
 
     Raises:
@@ -50,7 +59,8 @@ def run_select(
     with progress("select") as advance:
         fits = checked_fits(recipe, unfit=True)
         with cluster(ray) as crew:
-            measured = measure(recipe, crew=crew, progress=advance)
+            material = Material(recipe, device, dtype)
+            measured = measure(recipe, material=material, crew=crew, progress=advance)
         selected, selections = selected_recipe(recipe, measured=measured, progress=advance)
     if json_file is None or str(json_file) != "-":
         show_selections(selections, fits)

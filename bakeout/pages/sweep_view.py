@@ -27,6 +27,8 @@ def sweep_recipe(
     objective: str,
     floor: float,
     json_file: Path | None,
+    device: str,
+    dtype: str | None,
 ) -> None:
     """`bakeout sweep`: measure, print the front, write the winner, the report and the page.
 
@@ -48,6 +50,8 @@ def sweep_recipe(
             out,
             objective="forget" if objective == "forget" else "alignment",
             floor=floor,
+            device=device,
+            dtype=dtype,
             progress=advance,
         )
     if report is None:

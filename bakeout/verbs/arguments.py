@@ -7,10 +7,30 @@ from typing import Annotated
 
 import typer
 
+from bake.errors import BakeoutError
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (TOML).")]
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that bakeout wrote.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
+]
+Device = Annotated[str, typer.Option(help="Where models run, as torch names it: cpu, cuda.")]
+
+
+def _known(dtype: str | None) -> str | None:
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise BakeoutError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
+    return dtype
+
+
+DType = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="What models run in: float32, bfloat16 or float16; else as recipe or folder say.",
+        callback=_known,
+        show_default=False,
+    ),
 ]
 RayAddress = Annotated[
     str | None,

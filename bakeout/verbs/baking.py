@@ -15,7 +15,7 @@ from bake.recipe import Recipe
 from bake.sae.fit_figures import UNMEASURED
 from bake.tensors import n_bytes
 from bakeout.terminal import progress
-from bakeout.verbs.arguments import RecipePath
+from bakeout.verbs.arguments import Device, RecipePath
 from export.carriers.checkpoint import CheckpointPlan, plan_checkpoint, write_checkpoint
 from export.passing_by import passing_by, said
 from model_cards.render import render_card
@@ -25,9 +25,12 @@ WITNESS_BYTES = 1 << 30
 which takes longer than baking a large one."""
 
 
-def planned(recipe: Recipe, *, cache: Path | None = None, unfit: bool = False) -> CheckpointPlan:
-    """What a recipe asks for, found and checked. Features are selected where it says so; the
-    numbers stand in the plan's recipe. An SAE that does not fit is refused, unless `unfit`.
+def planned(
+    recipe: Recipe, *, cache: Path | None = None, unfit: bool = False, device: str = "cpu"
+) -> CheckpointPlan:
+    """What a recipe asks for, found and checked. Features are selected where it says so, on a
+    device as torch names it; the numbers stand in the plan's recipe. An SAE that does not fit is
+    refused, unless `unfit`.
     """
     from bake.search.fit import checked_fits
 
@@ -37,7 +40,7 @@ def planned(recipe: Recipe, *, cache: Path | None = None, unfit: bool = False) -
 
         fits = checked_fits(recipe, unfit=unfit)  # before what takes long
         with progress("select") as advance:
-            recipe, _ = selected_recipe(recipe, cache=cache, progress=advance)
+            recipe, _ = selected_recipe(recipe, cache=cache, progress=advance, device=device)
     plan = plan_checkpoint(recipe)
     return replace(plan, fits=checked_fits(recipe, unfit=unfit) if fits is None else fits)
 
@@ -50,6 +53,7 @@ def bake_recipe(
     cache: Path | None = None,
     witnesses: bool | None = None,
     unfit: bool = False,
+    device: str = "cpu",
 ) -> CheckpointPlan:
     """Bake a recipe into a folder, with a progress bar; returns what was written.
 
@@ -60,10 +64,11 @@ def bake_recipe(
         cache: where statistics are kept, where features are to be selected.
         witnesses: whether to write some; None leaves it to the base's size.
         unfit: bake SAEs that do not fit the base too.
+        device: as torch names it, where the model runs to select features and find witnesses.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     check_output(out, inputs=recipe.local_sources, size=0, force=force)
-    plan = planned(recipe, cache=cache, unfit=unfit)
+    plan = planned(recipe, cache=cache, unfit=unfit, device=device)
     check_output(out, inputs=plan.inputs, size=plan.size, force=force)
     card = render_card(plan.recipe, plan.base, plan.clamps, plan.fits)
     with progress("bake") as advance:
@@ -77,7 +82,14 @@ def bake_recipe(
         if witnesses is None:
             witnesses = plan.size <= WITNESS_BYTES
         prompts = witness_prompts(recipe) if witnesses else None
-        write_checkpoint(plan, out, card=card, force=force, advance=copied, witness_prompts=prompts)
+        write_checkpoint(
+            *(plan, out),
+            card=card,
+            force=force,
+            advance=copied,
+            witness_prompts=prompts,
+            device=device,
+        )
     return plan
 
 
@@ -153,16 +165,17 @@ def bake(
     unfit: Annotated[
         bool, typer.Option("--unfit", help="Bake SAEs that do not fit; card and verify say so.")
     ] = False,
+    device: Device = "cpu",
 ) -> None:
     """Write a clamped checkpoint: the base's shards byte for byte, and the clamp beside them."""
     if dry_run:
-        plan = planned(Recipe.load(recipe), unfit=unfit)
+        plan = planned(Recipe.load(recipe), unfit=unfit, device=device)
         check_output(out, inputs=plan.inputs, size=plan.size, force=force)
         for note in notes(plan):
             typer.echo(f"note: {note}", err=True)
         typer.echo(f"{describe_plan(plan)}\nnothing written (--dry-run)")
         return
-    plan = bake_recipe(recipe, out, force=force, witnesses=witnesses, unfit=unfit)
+    plan = bake_recipe(recipe, out, force=force, witnesses=witnesses, unfit=unfit, device=device)
     for note in notes(plan):
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"{describe_plan(plan)}\nwritten to {out}")

@@ -18,14 +18,22 @@ from rich.text import Text
 
 from bake.errors import DataError
 from bakeout.terminal import console, printable
-from bakeout.verbs.arguments import FolderPath
+from bakeout.verbs.arguments import Device, DType, FolderPath
 from bakeout.verbs.streaming import Language, Manner, Speaker, open_base, open_speaker
 
 QUIT = "/quit"
 HINT = f"One prompt a line. Ctrl-C stops an answer, Ctrl-D or {QUIT} ends."
 
 
-def run_chat(folder: Path, *, engine: str, beside: str | None, device: str, manner: Manner) -> None:
+def run_chat(
+    folder: Path,
+    *,
+    engine: str,
+    beside: str | None,
+    device: str,
+    dtype: str | None,
+    manner: Manner,
+) -> None:
     """Answer prompts from stdin until it ends.
 
     Args:
@@ -33,15 +41,16 @@ def run_chat(folder: Path, *, engine: str, beside: str | None, device: str, mann
         engine: torch or onnx.
         beside: a model that answers too, by folder or hub id.
         device: cpu or cuda.
+        dtype: in which torch runs them; as they are stored by default.
         manner: how answers are made.
 
     Raises:
         BakeoutError: something cannot be loaded; or a prompt that was piped in cannot be answered.
     """
-    speakers = {f"clamped: {folder.resolve().name}": open_speaker(folder, engine, device)}
+    speakers = {f"clamped: {folder.resolve().name}": open_speaker(folder, engine, device, dtype)}
     language = Language(folder)
     if beside is not None:
-        base = open_base(beside, device, language)
+        base = open_base(beside, device, language, dtype)
         speakers = {f"base: {Path(beside).name or beside}": base, **speakers}
     typed = sys.stdin.isatty()
     if typed:
@@ -175,7 +184,8 @@ def chat(
             metavar="BASE", help="Let this model answer too: a folder or hub id, run in torch."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
+    dtype: DType = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     temperature: Annotated[
         float | None,
@@ -192,4 +202,4 @@ def chat(
     for `bakeout verify` to say.
     """
     manner = Manner(max_new_tokens, temperature)
-    run_chat(folder, engine=engine, beside=beside, device=device, manner=manner)
+    run_chat(folder, engine=engine, beside=beside, device=device, dtype=dtype, manner=manner)

@@ -10,8 +10,8 @@ import typer
 
 from bake.new_folder import check_output
 from bakeout.terminal import compiled_lines, progress
-from bakeout.verbs.arguments import FolderPath
-from bakeout.verbs.training import Device, Force, OfFolder, Out, Seed, distill_into, said
+from bakeout.verbs.arguments import Device, FolderPath
+from bakeout.verbs.training import Force, OfFolder, Out, Seed, distill_into, said
 from export.carriers.adapter import other_base, write_adapter
 from export.carriers.carriers import CARRIERS
 from export.carriers.compiled.compiling import describe, plan_compiled, write_compiled
@@ -34,12 +34,13 @@ def export_compiled(
     *,
     pad: int | None = None,
     dtype: str | None = None,
+    device: str = "cpu",
     force: bool = False,
 ) -> str:
     """Compile a clamped checkpoint; returns what was written, in a few lines."""
     with progress("compile") as advance:
         advance(f"measuring {folder.name}", 0.0)
-        plan = plan_compiled(folder, pad=pad, dtype=dtype)
+        plan = plan_compiled(folder, pad=pad, dtype=dtype, device=device)
         size, done = plan.size, 0
         check_output(out, inputs=[folder], size=size, force=force)
         compiled = describe(plan)
@@ -99,6 +100,7 @@ def onnx(
     inline: Annotated[
         bool, typer.Option("--inline", help="No ONNX function: the clamp's body in its place.")
     ] = False,
+    device: Device = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace a graph that is there.")] = False,
 ) -> None:
     """Write a graph for ONNX Runtime that holds the clamp as a custom operator, and check it."""
@@ -108,6 +110,7 @@ def onnx(
             precision=precision,
             out=out,
             inline=inline,
+            device=device,
             force=force,
             card="" if out is None else rounded_card(folder),
             progress=advance,
@@ -132,12 +135,12 @@ def compiled(
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; else the checkpoint's.")
     ] = None,
+    device: Device = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Replace what bakeout wrote.")] = False,
 ) -> None:
     """Compile the clamp into two stock decoder layers: no custom code."""
-    typer.echo(
-        f"{export_compiled(folder, out, pad=pad, dtype=dtype, force=force)}\nwritten to {out}"
-    )
+    done = export_compiled(folder, out, pad=pad, dtype=dtype, device=device, force=force)
+    typer.echo(f"{done}\nwritten to {out}")
 
 
 @app.command()

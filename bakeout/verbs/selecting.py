@@ -11,7 +11,7 @@ from bake.errors import DataError
 from bake.recipe import Recipe
 from bakeout.pages.selection_view import run_select
 from bakeout.pages.sweep_view import sweep_recipe
-from bakeout.verbs.arguments import JsonFile, RayAddress, RecipePath
+from bakeout.verbs.arguments import Device, DType, JsonFile, RayAddress, RecipePath
 
 
 def select(
@@ -22,10 +22,12 @@ def select(
     ] = None,
     json_file: JsonFile = None,
     ray: RayAddress = None,
+    device: Device = "cpu",
+    dtype: DType = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT.toml.")] = False,
 ) -> None:
     """Find the features of a recipe that says features = "select", and say why."""
-    run_select(recipe, write, json_file, ray, force=force)
+    run_select(recipe, write, json_file, ray, device, dtype, force=force)
 
 
 def sweep(
@@ -42,17 +44,20 @@ def sweep(
         float, typer.Option(help="forget: least retained accuracy, as a share of the base's.")
     ] = 0.99,
     json_file: JsonFile = None,
+    device: Device = "cpu",
+    dtype: DType = None,
 ) -> None:
     """Measure a grid of settings on validation questions, and the best of them on test."""
-    sweep_recipe(recipe, grid or [], out, objective, floor, json_file)
+    sweep_recipe(recipe, grid or [], out, objective, floor, json_file, device, dtype)
 
 
-def select_anew(recipe: Recipe, claimed: Recipe) -> Recipe | None:
+def select_anew(recipe: Recipe, claimed: Recipe, device: str = "cpu") -> Recipe | None:
     """What a folder's features are held against where the recipe leaves them to be selected.
 
     Args:
         recipe: that leaves them open.
         claimed: the same with the numbers that a folder names.
+        device: as torch names it, where the model runs.
 
     Returns:
         `claimed` where the selection gives the same, but for its order and for what rounding and
@@ -62,13 +67,13 @@ def select_anew(recipe: Recipe, claimed: Recipe) -> Recipe | None:
     Raises:
         BakeoutError: of any other kind of trouble.
     """
-    from bake.search.corpus_statistics import measure
+    from bake.search.corpus_statistics import Material, measure
     from bake.search.selection import selected_recipe, still_selected
     from bakeout.terminal import progress
 
     with progress("select") as advance:
         try:
-            measured = measure(recipe, progress=advance)
+            measured = measure(recipe, material=Material(recipe, device), progress=advance)
         except DataError:
             return None
         found, selections = selected_recipe(recipe, measured=measured, progress=advance)

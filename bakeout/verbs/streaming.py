@@ -189,7 +189,7 @@ def _plain(text: str) -> str:
 # --------------------------------------------------------------------------- loading
 
 
-def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
+def open_speaker(folder: Path, engine: str, device: str, dtype: str | None = None) -> Speaker:
     """Load a clamped folder, whose files are those that its manifest lists.
 
     Raises:
@@ -206,17 +206,19 @@ def open_speaker(folder: Path, engine: str, device: str) -> Speaker:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
     check_device(device)
     if engine == "onnx":
+        if dtype is not None:
+            raise BakeoutError(f"--dtype {dtype}: a graph has its own; expected --engine torch")
         return OnnxSpeaker(open_runner(folder, device=device))
     if not any(folder.glob("*.safetensors")):
         raise FolderError(f"{folder}: holds no weights for torch; pass --engine onnx")
     loading_class(folder)  # of transformers' many models, a Gemma and no other
     try:
-        return load_torch(str(folder), device)
+        return load_torch(str(folder), device, dtype)
     except ModelError as error:
         raise FolderError(f"{folder}: {error}") from error
 
 
-def open_base(name: str, device: str, language: Language) -> Speaker:
+def open_base(name: str, device: str, language: Language, dtype: str | None = None) -> Speaker:
     """Load a model that is to read the same tokens as a clamped folder.
 
     Raises:
@@ -231,7 +233,7 @@ def open_base(name: str, device: str, language: Language) -> Speaker:
                 f"its tokenizer has {len(vocabulary)} tokens that are not the clamped folder's "
                 f"{len(language.tokenizer.get_vocab())}; expected the model that was baked"
             )
-        return load_torch(name, device)
+        return load_torch(name, device, dtype)
     except ModelError as error:
         raise ModelError(f"--beside {name}: {error}") from error
 
@@ -242,8 +244,8 @@ def check_device(device: str) -> None:
         raise BakeoutError(f"--device {device}: expected cpu or cuda")
 
 
-def load_torch(name: str, device: str) -> TorchSpeaker:
-    """A causal model by folder or hub id, in the dtype that it is stored in.
+def load_torch(name: str, device: str, dtype: str | None = None) -> TorchSpeaker:
+    """A causal model by folder or hub id, in the dtype that it is stored in or another.
 
     A clamped folder is loaded by the classes of this installation: code in it is not run.
 
@@ -263,7 +265,8 @@ def load_torch(name: str, device: str) -> TorchSpeaker:
         )
     if Path(name).is_dir():
         check_plain(Path(name), name)
-    return TorchSpeaker(load_model(transformers.AutoModelForCausalLM, _at(name)).to(device))
+    model = load_model(transformers.AutoModelForCausalLM, _at(name), dtype or "auto")
+    return TorchSpeaker(model.to(device))
 
 
 def _at(name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bake.new_folder import check_output
 from bake.recipe import Recipe
 from bake.sources import one_line
 from bakeout.terminal import progress
+from bakeout.verbs.arguments import Device
 from bakeout.verbs.baking import planned
 from export.carriers.checkpoint import CheckpointPlan
 from export.carriers.merged import (
@@ -60,7 +61,7 @@ def distill_into(
         table: fields of [distill] that stand before the recipe's.
     """
     unlearner = unlearner_of(method)
-    plan = _planned(source, recipe, table, cache)
+    plan = _planned(source, recipe, table, cache, device)
     check_output(out, inputs=[*plan.inputs, source], size=size_of_base(plan), force=force)
     from bake.distill.distilling import distill  # torch and transformers
     from bake.distill.trainer import processes
@@ -93,7 +94,7 @@ def distill_into(
 
 
 def _planned(
-    source: Path, recipe: Path | None, table: dict[str, Any], cache: Path | None
+    source: Path, recipe: Path | None, table: dict[str, Any], cache: Path | None, device: str
 ) -> CheckpointPlan:
     """What a bake of the same would write, with the features named.
 
@@ -103,7 +104,7 @@ def _planned(
     if not source.is_dir():
         if recipe is not None:
             raise RecipeError("--recipe goes with a folder; the recipe is given already")
-        return planned(_with(Recipe.load(source), table), cache=cache)
+        return planned(_with(Recipe.load(source), table), cache=cache, device=device)
     manifest = open_clamped(source).manifest
     given = own_recipe(source) if recipe is None else Recipe.load(recipe)
     if given is None:
@@ -112,7 +113,8 @@ def _planned(
             "--recipe"
         )
     fitted = fitted_recipe(given, source, read_config(source), shown=False)
-    plan = planned(_with(fitted, table), cache=cache, unfit=True)  # the folder says how it fits
+    # The folder says how its SAEs fit.
+    plan = planned(_with(fitted, table), cache=cache, unfit=True, device=device)
     check_same(plan, manifest, source)
     return plan
 
@@ -145,7 +147,6 @@ OfFolder = Annotated[
     Path | None, typer.Option(help="Recipe of a folder whose own names local sources.")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what bakeout wrote.")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from bake.errors import BakeoutError, OutputError, RecipeError, printable
 from bake.recipe import Recipe
 from bake.sources import offline
 from bakeout.terminal import progress, show_report, write_json
-from bakeout.verbs.arguments import FolderPath, JsonFile
+from bakeout.verbs.arguments import Device, FolderPath, JsonFile
 from bakeout.verbs.selecting import select_anew
 from export.signing import Trust
 from verify.clamped_folder import downloads_of, own_recipe
@@ -30,7 +31,7 @@ def verify(
     only: Annotated[
         list[str] | None, typer.Option(metavar="KIND…", help=f"Only {', '.join(KINDS)}.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     budget: Annotated[
         int, typer.Option(help="Steps of the suffix search; 0 leaves it out.", min=0)
     ] = Options.budget,
@@ -94,9 +95,8 @@ def verify(
     trust = None if signature is None else Trust.parse(signature)
     options = Options(device, user_cache(), budget, named, evals, minutes, own, trust)
     with progress("verify") as advance:
-        report = verify_folder(
-            folder, loaded, chosen, advance, options, None if as_claimed else select_anew
-        )
+        select = None if as_claimed else partial(select_anew, device=device)
+        report = verify_folder(folder, loaded, chosen, advance, options, select)
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:

@@ -162,6 +162,7 @@ def write_checkpoint(
     force: bool = False,
     advance: Callable[[int], None] = lambda _: None,
     witness_prompts: Sequence[Sequence[int]] | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Write a checkpoint folder, whole or not at all.
 
@@ -173,6 +174,7 @@ def write_checkpoint(
         advance: called with the bytes copied, as they are.
         witness_prompts: token ids of prompts that may fire the clamp; witnesses are chosen from
             them, or searched for where none fires. None writes no witnesses.
+        device: as torch names it, where the model runs for them.
 
     Raises:
         OutputError: `out` exists, overlaps an input, or does not fit on the disk.
@@ -190,7 +192,7 @@ def write_checkpoint(
         }
         manifest = manifest_of(plan, files)
         if witness_prompts is not None:
-            manifest = _with_witnesses(plan.base.name, manifest, folder, witness_prompts)
+            manifest = _with_witnesses(plan.base.name, manifest, folder, witness_prompts, device)
         manifest.write(folder)
     return out
 
@@ -223,13 +225,13 @@ def _write_new_files(plan: CheckpointPlan, folder: Path, card: str) -> list[Path
 
 
 def _with_witnesses(
-    name: str, manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]]
+    name: str, manifest: Manifest, folder: Path, prompts: Sequence[Sequence[int]], device: str
 ) -> Manifest:
     """Run the new checkpoint; nothing is written where no prompt fires its clamp."""
     from export.witness_prompts import find_witnesses
 
     try:
-        witnesses = find_witnesses(open_listed(folder, manifest), prompts)
+        witnesses = find_witnesses(open_listed(folder, manifest), prompts, device)
     except BakeoutError:
         raise
     except Exception as error:  # transformers raises every kind

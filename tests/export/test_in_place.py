@@ -73,7 +73,7 @@ def ready_graphs(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     kept: list[Witnesses | None] = []
 
-    def witnesses(clamped: Any, prompts: Any) -> Witnesses | None:
+    def witnesses(clamped: Any, prompts: Any, _: str) -> Witnesses | None:
         return kept[0] if kept else kept.append(find_witnesses(clamped, prompts)) or kept[0]
 
     monkeypatch.setattr(onnx_folder, "write_graph", write)

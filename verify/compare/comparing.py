@@ -145,11 +145,14 @@ class _Step:
         """Let the references read it."""
         batch, comparison = self.batch, self.comparison
         firings = Firings(self.oracles, REFERENCE)
-        choose = partial(comparison.wanted, batch, self.oracles[REFERENCE])
+
+        def choose(rows: slice) -> Tensor:  # of the rows that the reference was shown last
+            return comparison.wanted(batch.part(rows), self.oracles[REFERENCE])
+
         inputs = (batch.input_ids, batch.attention_mask)
         references = {runner.name: runner for runner in self.here if runner.name in self.oracles}
         readings = {REFERENCE: references.pop(REFERENCE).read(*inputs, choose, batch.scored)}
-        wanted = choose()
+        wanted = choose(slice(None))
         asked = (*inputs, wanted, batch.scored)
         readings |= {name: of.read(*asked) for name, of in references.items()}
         losses = {name: of.losses for name, of in readings.items()}

@@ -8,14 +8,18 @@ computed here, in the dtype that they are stored in.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.base import find_base
+from bake.files.halving import in_halves, joined
 from bake.recipe import Recipe
 from export.manifest import Manifest, read_json
+from verify.engines.forward import run
 from verify.expected.clamp_rows import expected_tensors
 from verify.expected.weight_files import ADDED_SHARD
 from verify.expected.widened_base import Wide
@@ -24,6 +28,7 @@ from verify.report.findings import Failure
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bake.questions.prompts import Batch
     from verify.hooked import Hooked
     from verify.reference.whole_sae import Site
 
@@ -110,39 +115,34 @@ def _streams(hooked: Hooked) -> dict[int, Tensor]:
     """By layer, residual streams [n, d] in float64 as its clamp reads them; BOS left out."""
     from verify.reference.oracle import Oracle
 
-    found: dict[int, list[Tensor]] = {site.layer: [] for site in hooked.sites}
+    found: list[dict[int, Tensor]] = []
     oracle = Oracle(hooked.model, hooked.sites)
     prompts = hooked.material.prompts({"questions"}, compared=False)
-    seen = 0
+
+    def read(batch: Batch, rows: slice) -> dict[int, Tensor]:
+        ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
+        real = mask.bool() & (ids != (oracle.bos_id or 0))
+        given: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for site in hooked.sites:
+                keep = oracle.layers[site.layer].register_forward_hook(_keep(given, site, real))
+                hooks.callback(keep.remove)
+            hooks.enter_context(oracle.applied())
+            run(hooked.model, ids, mask)
+        return given
+
     for batch in hooked.material.batches(prompts):
-        real = batch.attention_mask.bool() & (batch.input_ids != (oracle.bos_id or 0))
-        hooks = [
-            oracle.layers[layer].register_forward_hook(_keep(found[layer], real)) for layer in found
-        ]
-        try:
-            with oracle.applied() as model:
-                device = model.device
-                model(
-                    input_ids=batch.input_ids.to(device),
-                    attention_mask=batch.attention_mask.to(device),
-                    use_cache=False,
-                    logits_to_keep=1,
-                )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        seen += int(real.sum())
-        if seen >= TOKENS:
+        shape = batch.input_ids.shape
+        found += in_halves(hooked.model, "reading prompts", partial(read, batch), *shape)
+        if sum(len(of[hooked.sites[0].layer]) for of in found) >= TOKENS:
             break
-    import torch
-
-    return {layer: torch.cat(parts)[:TOKENS] for layer, parts in found.items()}
+    return {layer: streams[:TOKENS] for layer, streams in joined(found).items()}
 
 
-def _keep(into: list[Tensor], real: Tensor) -> Any:
+def _keep(given: dict[int, Tensor], site: Site, real: Tensor) -> Any:
     def hook(_: Any, __: Any, output: Any) -> None:
         h = output[0] if isinstance(output, tuple) else output
-        into.append(h.detach().cpu()[real].double())
+        given[site.layer] = h.detach().cpu()[real].double()
 
     return hook
 

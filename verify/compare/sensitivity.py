@@ -160,7 +160,7 @@ class Sensitivity:
         def shares(batch: Batch) -> list[float]:
             inputs = (batch.input_ids, batch.attention_mask)
 
-            def fired() -> Tensor:
+            def fired(_: object = None) -> Tensor:  # on the rows that were shown last
                 assert self.oracle.last_fired is not None
                 return self.oracle.last_fired.cpu()
 

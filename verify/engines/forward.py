@@ -49,6 +49,27 @@ def read(model: Any, tensors: dict[str, Any], choose: Any = None) -> tuple[Any, 
     return parted(output.logits[0], formed, here["scored"], here["input_ids"])
 
 
+def run(model: Any, input_ids: Any, attention_mask: Any) -> None:
+    """One forward pass for what hooks see of it: no logits but the last are formed.
+
+    Args:
+        model: a Gemma.
+        input_ids: [batch, seq], padded on the left.
+        attention_mask: [batch, seq], 1 at real tokens.
+    """
+    import torch
+
+    ids, mask = (of.to(model.device) for of in (input_ids, attention_mask))
+    with torch.inference_mode():
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+
+
 def parted(found: Any, wanted: Any, scored: Any, input_ids: Any) -> tuple[Any, Any]:
     """(logits, losses) as `read` gives them.
 

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bake.errors import BakeoutError, FolderError
+from bake.files.halving import in_halves, joined
 from export.carriers.onnx.precisions import EXACT, PRECISIONS
 from export.clamped import clamped_layers, read_config
 from export.manifest import Manifest
 from verify.engines.forward import parted
-from verify.engines.heap import give_back
+from verify.engines.heap import by_halves, give_back
 from verify.engines.onnx_files import CLAMP_OPS, Graph, graph_failures, open_graph, unlinked
 from verify.engines.onnx_head import ROWS, with_rows
-from verify.engines.runners import DecodingRunner, Reading, check_padding
-from verify.engines.sampling import Chooser, check_prompts
+from verify.engines.runners import DecodingRunner, Reading
+from verify.engines.sampling import Chooser, check_padding, check_prompts
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -167,22 +168,21 @@ class OnnxRunner(DecodingRunner):
         """See `verify.engines.runners.Runner.read`."""
         import torch
 
-        formed = wanted | scored
-        per_row = int(formed.sum(dim=-1).max()) if self._picks else input_ids.shape[1]
+        (n, seq), formed = input_ids.shape, wanted | scored
+        per_row = int(formed.sum(dim=-1).max()) if self._picks else seq
         rows_at_once = max(1, LOGIT_BYTES // (4 * self._vocab * max(1, per_row)))
-        parts = []
-        for start in range(0, len(input_ids), rows_at_once):
-            rows = slice(start, start + rows_at_once)
+
+        def run(rows: slice) -> Any:
             ids, mask = input_ids[rows], attention_mask[rows]
             feed = self._feed(ids, mask, formed[rows]) | self._no_past(len(mask))
             logits = torch.from_numpy(self._session.run(["logits"], feed)[0])
             logits = logits if self._picks else logits[formed[rows]]
-            parts.append(parted(logits, wanted[rows], scored[rows], ids))
-        if len(parts) == 1:  # a copy of a large vocabulary's logits is a batch more in memory
-            return Reading(*parts[0])
-        logits, losses = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Reading(logits, losses)
+            return parted(logits, wanted[rows], scored[rows], ids)
 
+        parts = in_halves(self, f"{self.name}: read", run, n, seq, rows_at_once)
+        return Reading(*joined(parts))
+
+    @by_halves
     def go_on(
         self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
     ) -> Tensor:
@@ -197,6 +197,7 @@ class OnnxRunner(DecodingRunner):
             ended |= torch.isin(token, ends)
         return torch.stack(steps, dim=1)
 
+    @by_halves
     def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
         """See `verify.engines.runners.DecodingRunner.decoded`."""
         import torch
@@ -262,8 +263,7 @@ class OnnxRunner(DecodingRunner):
     ) -> Iterator[Tensor]:
         import torch
 
-        ended = torch.zeros(len(ids), dtype=torch.bool)
-        ends = torch.tensor(eos_token_ids, dtype=torch.long)
+        ended, ends = torch.zeros(len(ids)).bool(), torch.tensor(eos_token_ids, dtype=torch.long)
         cache = self._first_cache(len(ids))
         for _ in range(max_new_tokens):
             last, cache = self._read(ids, mask, cache)

@@ -8,14 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-from bake.errors import FolderError, RanOutError
+from bake.errors import FolderError, RanOutError, TooLargeError
+from bake.files.halving import in_halves, joined
 from bake.files.scratch import Scratch
 from bake.strangers import confined
 from bake.strangers.model_view import show_adapter, show_model
 from verify.engines import forward, torch_worker
+from verify.engines.heap import by_halves
+from verify.engines.sampling import asked_to_go_on, check_padding
 from verify.engines.what_loads import MODELING, loading_class
 
 if TYPE_CHECKING:
@@ -141,21 +145,30 @@ class HookedRunner(Runner):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        wanted: Tensor | Callable[[], Tensor],
+        wanted: Tensor | Callable[[slice], Tensor],
         scored: Tensor,
     ) -> Reading:
-        """See `Runner.read`. What is wanted may be asked for once all layers were run."""
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "scored": scored}
-        choose = wanted if callable(wanted) else None
-        given |= {"wanted": wanted} if not callable(wanted) else {}
-        with self._hooks():
-            return Reading(*forward.read(self._model, given, choose))
+        """See `Runner.read`. What is wanted may be asked for once all layers were run on some of
+        the rows.
+        """
 
+        def run(rows: slice) -> Reading:
+            given = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+            given["scored"] = scored[rows]
+            choose = partial(wanted if callable(wanted) else wanted.__getitem__, rows)
+            with self._hooks():
+                return Reading(*forward.read(self._model, given, choose))
+
+        if self._oracle is not None:
+            return self._oracle.in_halves(run, *input_ids.shape)
+        return joined(in_halves(self._model, "reading prompts", run, *input_ids.shape))
+
+    @by_halves
     def go_on(
         self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
     ) -> Tensor:
         """See `Runner.go_on`."""
-        asked = _asked_to_go_on(input_ids, attention_mask, stops)
+        asked = asked_to_go_on(input_ids, attention_mask, stops)
         with self._hooks():
             found: Tensor = forward.go_on(self._model, asked, most, cached=self.reads_trees)
         return found
@@ -241,6 +254,7 @@ class TorchRunner(DecodingRunner):
         if self._process.poll() is None:
             self._ask({"op": "drop"})
 
+    @by_halves
     def read(
         self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor, scored: Tensor
     ) -> Reading:
@@ -254,11 +268,12 @@ class TorchRunner(DecodingRunner):
         )
         return Reading(tensors["logits"], tensors["losses"])
 
+    @by_halves
     def go_on(
         self, input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int], most: int
     ) -> Tensor:
         """See `Runner.go_on`."""
-        asked = _asked_to_go_on(input_ids, attention_mask, stops)
+        asked = asked_to_go_on(input_ids, attention_mask, stops)
         _, tensors = self._ask({"op": "go on", "most": str(most)}, **asked)
         found: Tensor = tensors["tokens"]
         return found
@@ -269,6 +284,7 @@ class TorchRunner(DecodingRunner):
         logits: Tensor = tensors["logits"]
         return logits
 
+    @by_halves
     def decoded(self, input_ids: Tensor, attention_mask: Tensor, n_last: int) -> Tensor:
         """See `DecodingRunner.decoded`."""
         check_padding(attention_mask)
@@ -326,25 +342,9 @@ class TorchRunner(DecodingRunner):
         if "error" in found:
             said = found["error"].replace(words.get("model", "…"), str(self._folder))
             if confined.ran_out_of_memory(said):
-                raise RanOutError(f"{self._folder.name}: {said}; take a machine with more memory")
+                raise TooLargeError(f"{self._folder.name}: {said}; take a device with more memory")
             raise FolderError(
                 f"{self._folder.name}: transformers alone cannot run it: {said}; "
                 "check its files by --only integrity"
             )
         return found, answered
-
-
-def _asked_to_go_on(
-    input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int]
-) -> dict[str, Tensor]:
-    import torch
-
-    check_padding(attention_mask)
-    ends = torch.tensor(list(stops), dtype=torch.long)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "stops": ends}
-
-
-def check_padding(attention_mask: Tensor) -> None:
-    """Raise ValueError where the last column holds padding."""
-    if not bool(attention_mask[:, -1].all()):
-        raise ValueError("the last column holds padding; prompts must be padded on the left")

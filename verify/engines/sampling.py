@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from verify.engines.runners import check_padding
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -73,3 +72,20 @@ def sample(
         shares[:, top_k:] = 0.0
     drawn = torch.multinomial(shares, 1, generator=generator)
     return tokens.gather(-1, drawn).squeeze(-1)
+
+
+def check_padding(attention_mask: Tensor) -> None:
+    """Raise ValueError where the last column holds padding."""
+    if not bool(attention_mask[:, -1].all()):
+        raise ValueError("the last column holds padding; prompts must be padded on the left")
+
+
+def asked_to_go_on(
+    input_ids: Tensor, attention_mask: Tensor, stops: Sequence[int]
+) -> dict[str, Tensor]:
+    """What a model needs to go on with prompts, as `verify.engines.forward.go_on` takes it."""
+    import torch
+
+    check_padding(attention_mask)
+    ends = torch.tensor(list(stops), dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "stops": ends}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from bake.files.halving import in_halves, joined
 from bake.questions.answers import (
     LetterTokens,
     best_choice,
@@ -79,11 +80,17 @@ def _through_trees(runner: TreeRunner, sequences: Sequence[Sequence[int]]) -> Te
     import torch
 
     tree = merge(sequences)
-    if len(tree.ids) <= TREE_TOKENS or len(sequences) == 1:
-        return runner.tree_logits(tree)
-    middle = len(sequences) // 2
-    halves = (sequences[:middle], sequences[middle:])
-    return torch.cat([_through_trees(runner, half) for half in halves])
+    if len(tree.ids) > TREE_TOKENS and len(sequences) > 1:
+        middle = len(sequences) // 2
+        halves = (sequences[:middle], sequences[middle:])
+        return torch.cat([_through_trees(runner, half) for half in halves])
+
+    def run(some: slice) -> Tensor:
+        whole = len(sequences[some]) == len(sequences)
+        return runner.tree_logits(tree if whole else merge(sequences[some]))
+
+    each = -(-len(tree.ids) // len(sequences))
+    return joined(in_halves(runner, "reading trees", run, len(sequences), each))
 
 
 def _in_batches(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:

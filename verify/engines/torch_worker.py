@@ -144,6 +144,7 @@ def serve(modeling: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocke
 
     while (data := read_message(requests)) is not None:
         asked, tensors = unpack(data)
+        failed = False
         try:
             if asked["op"] == "load":
                 import torch
@@ -162,9 +163,7 @@ def serve(modeling: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocke
                 )
             elif asked["op"] == "drop":
                 model = loaded = None
-                gc.collect()
-                if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-                    trim(0)
+                give_back()
                 answer = pack({"op": "drop"})
             elif asked["op"] == "decoded":
                 answer = pack({}, {"logits": forward.decoded(model, tensors, int(asked["n_last"]))})
@@ -177,8 +176,21 @@ def serve(modeling: Path, requests: BinaryIO, answers: BinaryIO, blocker: Blocke
             if blocker.tried:
                 reason = f"it tried to import {', '.join(sorted(set(blocker.tried)))}: {reason}"
             answer = pack({"error": f"{type(error).__name__}: {reason}"})
+            failed = True
+        if failed:  # perhaps for want of memory: of the half that comes next nothing is in the way
+            give_back()
         write_message(answers, answer)
         answer = b""  # logits are large: not kept beside the next ones
+
+
+def give_back() -> None:
+    """Give back the memory of what is gone, to the system and to other users of the GPU."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def main() -> None:

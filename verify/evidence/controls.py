@@ -13,10 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bake.files.halving import in_halves
 from bake.questions.answers import Answers
 from bake.questions.loss import LossSum
 from bake.questions.prompts import TEXT, Batch, prompts_of
 from bake.recipe import Clamp, PromptForm
+from verify.engines.forward import run
 from verify.engines.runners import HookedRunner, Runner
 from verify.evidence.choices import accuracy
 from verify.journal import Journal, Progress
@@ -25,6 +27,8 @@ from verify.report.findings import VerifyReport
 from verify.report.measures import Control
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from verify.reference.oracle import Oracle
     from verify.reference.whole_sae import Site
     from verify.work import Work
@@ -84,20 +88,28 @@ def features_alike(
 
     from verify.reference.oracle import CODE_BYTES, Edited, Oracle
 
+    def counted(batch: Batch, rows: slice) -> dict[int, Tensor]:
+        ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
+        found: dict[int, Tensor] = {}
+
+        def count(h: Tensor, site: Site, exempt: Tensor) -> Edited:
+            at_once = max(1, CODE_BYTES // (8 * site.sae.cfg.d_sae))
+            found[site.layer] = torch.zeros(site.sae.cfg.d_sae, dtype=torch.long)
+            for tokens in torch.split(h[mask.bool().to(h.device) & ~exempt], at_once):
+                fired = site.sae.encode(tokens.double()) > site.clamp.trigger
+                found[site.layer] += fired.sum(dim=0).cpu()
+            return Edited(h, exempt & False, h.new_zeros(*exempt.shape, len(site.features)).bool())
+
+        with Oracle(model, sites, count).applied():
+            run(model, ids, mask)
+        return found
+
     counts = {site.layer: torch.zeros(site.sae.cfg.d_sae, dtype=torch.long) for site in sites}
-    real = torch.empty(0)
-
-    def count(h: Any, site: Site, exempt: Any) -> Edited:
-        at_once = max(1, CODE_BYTES // (8 * site.sae.cfg.d_sae))
-        for tokens in h[real.to(h.device) & ~exempt].split(at_once):
-            fired = site.sae.encode(tokens.double()) > site.clamp.trigger
-            counts[site.layer] += fired.sum(dim=0).cpu()
-        return Edited(h, exempt & False, h.new_zeros(*exempt.shape, len(site.features)).bool())
-
-    counting = HookedRunner("counting", model, Oracle(model, sites, count))
     for batch in batches:
-        real = batch.attention_mask.bool()
-        counting.logits(batch.input_ids, batch.attention_mask)
+        shape = batch.input_ids.shape
+        for part in in_halves(model, "reading prompts", partial(counted, batch), *shape):
+            for layer, n in part.items():
+                counts[layer] += n
     found = []
     for site in sites:
         fired, left = counts[site.layer].float(), torch.ones(site.sae.cfg.d_sae, dtype=torch.bool)

@@ -17,12 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import BakeoutError
+from bake.files.halving import in_halves, joined
 from bake.questions.prompts import Batch, prompts_of
+from verify.engines.forward import run
 from verify.report.findings import VerifyReport
 
 if TYPE_CHECKING:
@@ -83,25 +86,36 @@ def measure_leak(oracle: Oracle, batches: Sequence[Batch]) -> Leak:
         oracle: over a base with per-layer embeddings; whose counts of firings nobody else reads.
         batches: of prompts.
     """
+    import torch
+
     layer, last = oracle.sites[-1].layer, len(oracle.layers) - 1
     along = written_directions(oracle.sites)
     n_tokens, pushed, length = 0, dict.fromkeys((0, 1, 2), 0.0), dict.fromkeys((0, 1, 2), 0.0)
-    for batch in batches:
+
+    def both(batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
+        """The streams on the tokens that fire, without the clamps and with them."""
+        part = batch.part(rows)
         with oracle.applied():
-            after = _streams(oracle, batch, (layer, last))
+            after = _streams(oracle, part, (layer, last))
         assert oracle.last_fired is not None
         fired = oracle.last_fired
-        before = _streams(oracle, batch, (layer, last))
+        before = _streams(oracle, part, (layer, last))
         with without_inputs(oracle, behind=layer):
             with oracle.applied():
-                after += _streams(oracle, batch, (last,))
-            before += _streams(oracle, batch, (last,))
-        n_tokens += int(fired.sum())
-        for place, (h, moved) in enumerate(zip(before, after, strict=True)):
-            wide = h[fired].double()
-            push = (moved[fired].double() - wide) @ along.T
+                after += _streams(oracle, part, (last,))
+            before += _streams(oracle, part, (last,))
+        found = [torch.stack([h[fired] for h in of], dim=1).double() for of in (before, after)]
+        return found[0], found[1]
+
+    for batch in batches:
+        shape = batch.input_ids.shape
+        parts = in_halves(oracle.model, "reading prompts", partial(both, batch), *shape)
+        before, after = joined(parts)
+        n_tokens += len(before)
+        for place in pushed:
+            push = (after[:, place] - before[:, place]) @ along.T
             pushed[place] += float(push.square().sum())
-            length[place] += float(wide.square().sum())
+            length[place] += float(before[:, place].square().sum())
     shares = [(pushed[n] / length[n]) ** 0.5 if length[n] else 0.0 for n in pushed]
     return Leak(layer, n_tokens, *shares)
 
@@ -126,8 +140,6 @@ def written_directions(sites: Sequence[Site]) -> Tensor:
 
 def _streams(oracle: Oracle, batch: Batch, layers: Sequence[int]) -> list[Tensor]:
     """The residual stream behind some layers, hooks on them included: [batch, seq, d_in] each."""
-    import torch
-
     seen: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:
@@ -136,18 +148,10 @@ def _streams(oracle: Oracle, batch: Batch, layers: Sequence[int]) -> list[Tensor
 
         return hook
 
-    device, mask = oracle.model.device, batch.attention_mask
     with ExitStack() as undo:
         for layer in layers:
             undo.callback(oracle.layers[layer].register_forward_hook(keep(layer)).remove)
-        with torch.inference_mode():
-            oracle.model(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=mask.to(device),
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device),
-                use_cache=False,
-                logits_to_keep=1,
-            )
+        run(oracle.model, batch.input_ids, batch.attention_mask)
     return [seen[layer] for layer in layers]
 
 

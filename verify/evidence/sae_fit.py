@@ -11,15 +11,17 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from bake.errors import BakeoutError
+from bake.files.halving import in_halves, joined
 from bake.questions.prompts import TEXT, Batch
 from bake.sae.fit_figures import AGREEING, CLEARLY_MORE, LEAST_EXPLAINED, TIED, UNMEASURED, Fit
 from verify.compare.comparison import BASE
-from verify.engines.runners import HookedRunner
+from verify.engines.forward import run
 from verify.report.findings import Failure, VerifyReport
 from verify.work import Work
 
@@ -141,12 +143,19 @@ def _given(
     from bake.stock import decoder_layers
 
     given: dict[int, Tensor] = {}
+    counted = special = torch.tensor(special_ids)
 
     def keep(layer: int, output: Any) -> None:
         h = output[0] if isinstance(output, tuple) else output
         given[layer] = h[counted.to(h.device)]
 
-    runner, special = HookedRunner("fit", model), torch.tensor(special_ids)
+    def read(batch: Batch, rows: slice) -> dict[int, Tensor]:
+        nonlocal counted
+        ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
+        counted = mask.bool() & ~torch.isin(ids, special)
+        run(model, ids, mask)
+        return dict(given)
+
     with ExitStack() as hooks:
         for layer in layers:
             hook = decoder_layers(model)[layer].register_forward_hook(
@@ -154,9 +163,8 @@ def _given(
             )
             hooks.callback(hook.remove)
         for batch in batches:
-            counted = batch.attention_mask.bool() & ~torch.isin(batch.input_ids, special)
-            runner.logits(batch.input_ids, batch.attention_mask)
-            yield given
+            shape = batch.input_ids.shape
+            yield joined(in_halves(model, "reading prompts", partial(read, batch), *shape))
 
 
 def _elsewhere(site: Site, near: Mapping[int, Tensor]) -> str | None:

@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor, nn
 
 from bake.errors import SAEError
+from bake.files.halving import in_halves, joined
 from bake.rounding import disturbed_part, rounding_parts
 from bake.stock import decoder_layers
 from verify.reference.editing import edit_code, open_gate
 from verify.reference.gates import Gates, gates_of
 from verify.reference.whole_sae import Site
 
+T = TypeVar("T")
 CODE_BYTES = 64 << 20
 """Most bytes of one code [tokens, d_sae] in float64; longer inputs are edited in parts."""
 
@@ -186,9 +188,32 @@ class Oracle:
         finally:
             self._noise = None
 
+    def in_halves(self, run: Callable[[slice], T], n: int, each: int) -> T:
+        """A forward over some rows, or as many as memory needs: what is known of the last forward
+        is of all rows then. Arguments as in `bake.files.halving.in_halves`.
+        """
+        parts = in_halves(
+            self.model, "reading prompts", lambda rows: (run(rows), self._last), n, each
+        )
+        found, self._last = joined(parts)
+        return found
+
+    @property
+    def _last(self) -> tuple[Tensor | None, dict[int, Tensor], dict[int, Gates]]:
+        """What is known of the last forward."""
+        return self.last_fired, dict(self.last_active), dict(self.last_gates)
+
+    @_last.setter
+    def _last(self, known: tuple[Tensor | None, dict[int, Tensor], dict[int, Gates]]) -> None:
+        self.last_fired, self.last_active, self.last_gates = known
+
     @contextmanager
     def applied(self) -> Iterator[Any]:
-        """Change the model's forward for the length of the block; gives the model."""
+        """Change the model's forward for the length of the block; gives the model. Where the block
+        fails, nothing was counted in it, and no noise drawn.
+        """
+        before = self.tokens_fired, dict(self.fired_by_layer)
+        drawn = None if self._noise is None else self._noise[0].get_state()
         with ExitStack() as hooks:
             remember = self.model.register_forward_pre_hook(self._remember, with_kwargs=True)
             hooks.callback(remember.remove)
@@ -199,7 +224,13 @@ class Oracle:
                 hook = self.layers[site.layer].register_forward_hook(self._edit(site))
                 hooks.callback(hook.remove)
             hooks.callback(self.model.register_forward_hook(self._count).remove)
-            yield self.model
+            try:
+                yield self.model
+            except BaseException:
+                self.tokens_fired, self.fired_by_layer = before
+                if self._noise is not None and drawn is not None:
+                    self._noise[0].set_state(drawn)
+                raise
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the layers do not see: token ids, and which of them are padding."""

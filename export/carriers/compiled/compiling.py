@@ -137,7 +137,7 @@ class CompiledPlan:
 
 
 def plan_compiled(
-    folder: Path, *, pad: int | None = None, dtype: str | None = None
+    folder: Path, *, pad: int | None = None, dtype: str | None = None, device: str = "cpu"
 ) -> CompiledPlan:
     """Read a clamped checkpoint, measure it, choose the layers' numbers, and try them.
 
@@ -145,6 +145,7 @@ def plan_compiled(
         folder: a clamped checkpoint.
         pad: channels to add; None takes the least that fits.
         dtype: of the compiled weights, float32 or bfloat16; None takes the checkpoint's.
+        device: as torch names it, where the model and the added layers run.
 
     Raises:
         BakeoutError: the folder is none, or its clamp cannot be compiled; the line says why.
@@ -158,7 +159,7 @@ def plan_compiled(
     logics = [logic_of(site) for site in source.sites]
     needed = max(_neurons(logic, source.family) for logic in logics)
     widening = plan_widening(source, logics, n_neurons=needed, dtype=dtype, pad=pad)
-    measured = measure(source, random_tokens(source))
+    measured = measure(source, random_tokens(source), device)
     parts = zip(source.sites, logics, widening.streams, widening.places, measured, strict=True)
     sites = []
     for site, logic, stream, place, seen in parts:
@@ -172,7 +173,7 @@ def plan_compiled(
             reach = (seen.rms[0] / unnormed.REACH, seen.rms[1] * unnormed.REACH)
             layers = (unnormed.flag_layer(*arguments, reach), unnormed.action_layer(*arguments))
         layers = (layers[0], with_alarms(layers[1], site, logic, stream, setting))
-        distance = measure_distance(source, site, logic, layers, widening, stream, seen)
+        distance = measure_distance(source, site, logic, layers, widening, stream, seen, device)
         bound = error_bound(site, logic, setting, stream, distance.tried, dtype)
         share = float((distance.error / bound).max())
         if not share <= 1 or distance.exempt_error > 0:
@@ -181,7 +182,7 @@ def plan_compiled(
                 f"bound on tokens that were tried (exempt ones by {distance.exempt_error:.1e}); "
                 "nothing was written. Pass --dtype float32"
             )
-        loads = tried_loads(source, site, logic, layers, widening, stream, seen)
+        loads = tried_loads(source, site, logic, layers, widening, stream, seen, device)
         if lost := [name for name, word in loads.items() if word == BASE_LIKE]:
             raise ExportError(
                 f"layer {site.layer}: loaded as {', '.join(lost)} its two stock layers do nothing, "

@@ -39,19 +39,20 @@ def random_tokens(source: Clamped) -> NDArray[np.int64]:
     return ids
 
 
-def measure(source: Clamped, ids: NDArray[np.int64]) -> list[Measured]:
+def measure(source: Clamped, ids: NDArray[np.int64], device: str = "cpu") -> list[Measured]:
     """Residual streams at every site, in float32, earlier sites' clamps applied.
 
     Args:
         source: whose base runs, one layer in memory at a time.
         ids: [batch, seq].
+        device: as torch names it, where the base runs.
     """
     import torch
 
     from export.streamed import StreamedModel
 
     tokens = torch.from_numpy(ids)
-    run = StreamedModel(source).run_to_last_clamp(tokens, torch.ones_like(tokens))
+    run = StreamedModel(source, device).run_to_last_clamp(tokens, torch.ones_like(tokens))
     exempt = np.isin(ids, source.exempt_token_ids)
     measured = []
     for site in source.sites:
@@ -101,6 +102,7 @@ def tried_loads(
     plan: Widening,
     stream: Stream,
     measured: Measured,
+    device: str,
 ) -> dict[str, str]:
     """What becomes of the two layers in each way of loading them, by the words of `load_word`.
 
@@ -126,7 +128,7 @@ def tried_loads(
                 coarsen(module, partial(rounded_to_integers, bits=bits))
         wide = _widened(x * s, stream.constants, plan, plan.held(site.layer, dtype))
         with np.errstate(all="ignore"):
-            got = _through(modules, wide, dtype)[:, :d] / s - x
+            got = _through(modules, wide, dtype, device)[:, :d] / s - x
             to_hook, to_base = (
                 float(np.median(np.linalg.norm(each, axis=-1) / length))
                 for each in (got - change, got)
@@ -144,6 +146,7 @@ def measure_distance(
     plan: Widening,
     stream: Stream,
     measured: Measured,
+    device: str,
 ) -> Distance:
     """Run the two layers as stock modules in the plan's dtype, on streams of every kind."""
     dtype, s, d = DTYPES[plan.dtype], plan.stream.scale, plan.stream.d
@@ -153,7 +156,7 @@ def measure_distance(
     held = plan.held(site.layer, plan.dtype)
     channels = ((tried, stream.constants), (exempt, ()))
     wide = [_widened(x, constants, plan, held) for x, constants in channels]
-    moved = [_through(modules, x, plan.dtype) for x in wide]
+    moved = [_through(modules, x, plan.dtype, device) for x in wide]
     x = tried / s
     change = wanted_change(site, x)
     error = np.linalg.norm(moved[0][:, :d] / s - x - change, axis=-1)
@@ -170,15 +173,15 @@ def _widened(x: Array, constants: tuple[int, ...], plan: Widening, held: float) 
     return wide
 
 
-def _through(modules: Sequence[Any], wide: Array, dtype: str) -> Array:
+def _through(modules: Sequence[Any], wide: Array, dtype: str, device: str) -> Array:
     """Two layers, one after the other."""
     import torch
 
-    h = torch.from_numpy(wide).to(getattr(torch, dtype))
+    h = torch.from_numpy(wide).to(device, getattr(torch, dtype))
     with torch.no_grad():
-        for before, mlp, after in modules:
+        for before, mlp, after in ((part.to(device) for part in block) for block in modules):
             h = h + after(mlp(before(h)))
-    return h.double().numpy()
+    return h.double().cpu().numpy()
 
 
 def stock_block(source: Clamped, mlp: MLP, plan: Widening) -> tuple[Any, Any, Any]:

@@ -68,6 +68,7 @@ def export_onnx(
     precision: str = "shared",
     out: Path | None = None,
     inline: bool = False,
+    device: str = "cpu",
     force: bool = False,
     card: str = "",
     progress: Callable[[str, float], None] = lambda _what, _share: None,
@@ -80,6 +81,8 @@ def export_onnx(
             rounded copies.
         out: a folder of its own for a rounded graph; default: beside the checkpoint.
         inline: put the clamp's body in place of its nodes, for tools that know no ONNX functions.
+        device: as torch names it, where the model runs if witnesses are to be found. The graph
+            itself is checked on the CPU.
         force: replace a graph that is there.
         card: text of README.md, in a folder of its own.
         progress: told what is being done, and the share of it that is done, 0 to 1.
@@ -92,7 +95,7 @@ def export_onnx(
     """
     chosen = precision_of(precision)
     with nullcontext() if out is not None else changing(folder):
-        return _export(folder, precision, chosen, out, inline, force, card, progress)
+        return _export(folder, precision, chosen, out, inline, device, force, card, progress)
 
 
 def _export(
@@ -101,6 +104,7 @@ def _export(
     chosen: Precision,
     out: Path | None,
     inline: bool,
+    device: str,
     force: bool,
     card: str,
     progress: Callable[[str, float], None],
@@ -116,7 +120,7 @@ def _export(
             f"{folder}: has no witnesses, so a graph cannot be checked; compile it from a "
             "checkpoint that has some (`bakeout bake --witnesses`)"
         )
-    witnesses = Witnesses.load(folder) if stored else find_witnesses(clamped, [])
+    witnesses = Witnesses.load(folder) if stored else find_witnesses(clamped, [], device)
     if witnesses is None:
         raise FolderError(
             f"{folder}: no prompt was found that fires its clamp, so a graph cannot be checked; "

@@ -17,12 +17,14 @@ from bake.questions.loss import LossSum
 from bake.questions.multiple_choice import load_questions, load_texts
 from bake.questions.prompts import batches, question_prompts, text_prompts
 from bake.recipe import Recipe
-from bake.search.bench import Bench, Clamper
+from bake.search.bench import Bench, Clamper, Results
 from bake.sources import QuestionSource, TextSource
 from bake.stock import load_base, load_tokenizer
 from tests.worlds import (
     FAMILIES,
     RecipeWriter,
+    notes,
+    room_for,
     save_sae_lens,
     tiny_base,
     tiny_sae,
@@ -129,6 +131,41 @@ def test_where_nothing_fires_nothing_is_run(tmp_path: Path, write_recipe: Recipe
         clamper.weights(recipe.clamp[0].model_copy(update={"features": [64]}))
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_memory_that_runs_out(
+    tmp_path: Path, write_recipe: RecipeWriter, capsys: pytest.CaptureFixture[str], layer: int
+) -> None:
+    tiny_tokenizer(tiny_base(tmp_path / "base"))
+    save_sae_lens(tmp_path / "sae", tiny_sae())
+    material(tmp_path)
+    recipe = Recipe.load(write_recipe(SAE | TABLES[0]))
+    tokenizer, letters = load_tokenizer(recipe), letter_tokens(load_tokenizer(recipe))
+    questions = load_questions(QuestionSource(path="q.jsonl"), recipe)
+    forms = forms_beside("cloze")
+    prompts = question_prompts("forget", questions, tokenizer, compared=False, forms=forms)
+    prompts += text_prompts(load_texts(TextSource(path="t.jsonl"), recipe), tokenizer)
+    clamper = Clamper(find_site(recipe.clamp[0], recipe, find_base(recipe)))
+    clamps = [clamper.weights(recipe.clamp[0])]
+
+    def found() -> tuple[Results, Results]:
+        bench = Bench(load_base(recipe), prompts, letters, 1, 0)
+        return bench.base, bench.measure(clamps)
+
+    whole = found()
+    assert notes(capsys) == []
+    longest = max(len(prompt.ids) for prompt in prompts)
+    with room_for(2 * longest, layer=layer) as asked:
+        halved = found()
+    assert "note: prompts: memory ran out at " in (said := "\n".join(notes(capsys)))
+    assert ("note: clamping: memory ran out at " in said) is (layer == 3)  # below nothing is run
+    assert len([n for n in asked if n <= 2 * longest]) > 10
+    for one, other in zip(whole, halved, strict=True):
+        assert one.letters == other.letters and one.tokens_fired == other.tokens_fired
+        assert [n for _, n in one.losses] == [n for _, n in other.losses]
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert whole[0].loss != pytest.approx(whole[1].loss, rel=1e-4)
+
+
 def test_activations_that_cannot_fit(
     tmp_path: Path, write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +175,6 @@ def test_activations_that_cannot_fit(
     tokenizer = load_tokenizer(recipe)
     questions = load_questions(QuestionSource(path="q.jsonl"), recipe)
     prompts = question_prompts("forget", questions, tokenizer, compared=False)
-    monkeypatch.setattr("bake.search.bench.available_memory", lambda: 10)
+    monkeypatch.setattr("bake.search.bench.available_memory", lambda _: 10)
     with pytest.raises(DataError, match="14 prompts: their activations need"):
         Bench(load_base(recipe), prompts, letter_tokens(tokenizer), 1, 0)

@@ -10,10 +10,10 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from bake.base import open_base
-from bake.errors import ModelError
+from bake.errors import ModelError, RanOutError
 from bake.families import FAMILIES
 from bake.search.layerwise import layer_outputs, table_rows
-from tests.worlds import KINDS, VOCAB, tiny_base
+from tests.worlds import KINDS, VOCAB, notes, room_for, tiny_base
 
 
 def some_ids() -> torch.Tensor:
@@ -36,6 +36,19 @@ def test_the_layers_give_what_the_whole_model_gives(tmp_path: Path, kind: str, d
     for layer, h in found.items():  # states[0] are the embeddings
         assert torch.allclose(h, states[layer + 1], rtol=1e-4, atol=1e-4)
     assert table_rows(open_base(folder, name="base", revision=None)) == VOCAB
+
+
+def test_memory_that_runs_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = open_base(tiny_base(tmp_path / "base"), name="base", revision=None)
+    whole = layer_outputs(base, [0, 2], some_ids())
+    with room_for(80, layer=2) as asked:
+        found = layer_outputs(base, [0, 2], some_ids())
+    assert asked == [120, 40, 40, 40]
+    assert notes(capsys) == ["note: base model base: memory ran out at 3 at once; going on with 1"]
+    for layer, h in whole.items():
+        torch.testing.assert_close(found[layer], h)
+    with room_for(30, layer=0), pytest.raises(RanOutError, match=r"^base model base: memory"):
+        layer_outputs(base, [1], some_ids())
 
 
 def test_layers_above_are_not_read(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_bad_input_is_one_line(
     assert "holds no text" in str(trouble(retain={"path": "empty.jsonl"}))
     save_sae_lens(tmp_path / "sae", tiny_sae(d_in=16))
     assert isinstance(trouble(), SAEError)
-    monkeypatch.setattr(bake.search.statistics, "available_memory", lambda: 1000)
+    monkeypatch.setattr(bake.search.statistics, "available_memory", lambda *_: 1000)
     save_sae_lens(tmp_path / "sae", tiny_sae())
     assert "of memory" in str(trouble())
     assert not list(tmp_path.glob("*.toml.new"))

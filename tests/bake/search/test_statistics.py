@@ -11,7 +11,8 @@ import torch
 from sae_lens import SAE
 from transformers import AutoModelForCausalLM
 
-from bake.errors import SAEError
+import bake.search.statistics as search
+from bake.errors import RanOutError, SAEError
 from bake.questions.corpora import Windows
 from bake.recipe import Recipe
 from bake.sae.folding import load_encoder
@@ -29,7 +30,16 @@ from bake.search.statistics import (
 )
 from bakeout.verbs.demo import MINIATURE
 from tests.bake.scale.counted import statistics
-from tests.worlds import FAMILIES, VOCAB, TinySAE, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import (
+    FAMILIES,
+    VOCAB,
+    TinySAE,
+    notes,
+    room_for,
+    save_sae_lens,
+    tiny_base,
+    tiny_sae,
+)
 
 SPECIAL = (0, 1, 2)
 
@@ -173,9 +183,50 @@ def test_an_sae_of_another_width_is_refused(tmp_path: Path) -> None:
 
 def test_an_sae_that_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_memory("small", 32, 64)
-    monkeypatch.setattr("bake.search.statistics.available_memory", lambda: 2_000_000_000)
+    monkeypatch.setattr("bake.search.statistics.available_memory", lambda *_: 2_000_000_000)
     with pytest.raises(SAEError, match=r"SAE wide: d_sae 1,048,576 .* needs 1\d\.\d GB .* 2\.0 GB"):
         check_memory("wide", 2304, 1 << 20)
+
+
+def test_memory_that_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base(tmp_path / "base"))
+    sites = [
+        FeatureSite(layer, encoder_of(save_sae_lens(tmp_path / f"sae{layer}", tiny_sae(layer))))
+        for layer in (1, 2)
+    ]
+    windows = random_windows()
+    whole = statistics(model, sites, windows)
+    assert notes(capsys) == []
+    with room_for(70, layer=2) as asked:
+        found = statistics(model, sites, windows)
+    assert asked[:4] == [21 * 13, 10 * 13, 5 * 13, 5 * 13] and max(asked[2:]) == 65
+    assert notes(capsys) == [
+        "note: reading windows: memory ran out at 21 at once; going on with 10",
+        "note: reading windows: memory ran out at 10 at once; going on with 5",
+    ]
+    strongest = search.strongest
+
+    def limited(values: Any, places: Any) -> Any:  # what a block ends with
+        if values.shape[1] > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return strongest(values, places)
+
+    monkeypatch.setattr(search, "strongest", limited)
+    in_blocks = statistics(model, sites, windows)
+    assert (
+        notes(capsys)[1]
+        == "note: counting features: memory ran out at 32 at once; going on with 16"
+    )
+    for one, *others in zip(whole, found, in_blocks, strict=True):
+        assert one.fired.sum() > 100
+        for other in others:
+            for name in ("fired", "near", "histogram", "top_places"):
+                assert np.array_equal(getattr(one, name), getattr(other, name)), name
+            np.testing.assert_allclose(other.total, one.total, rtol=1e-5)
+    with room_for(12, layer=0), pytest.raises(RanOutError, match="reading windows: memory ran out"):
+        statistics(model, sites, windows)
 
 
 def test_the_miniature_counts_as_sae_lens_counts(tmp_path: Path) -> None:

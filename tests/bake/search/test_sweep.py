@@ -67,7 +67,7 @@ def test_a_sweep_from_grid_to_a_recipe_that_bakes(
     out = tmp_path / "sweep"
     loads: list[int] = []
     real = corpus_statistics.load_base
-    monkeypatch.setattr(corpus_statistics, "load_base", lambda r: (loads.append(1), real(r))[1])
+    monkeypatch.setattr(corpus_statistics, "load_base", lambda *r: (loads.append(1), real(*r))[1])
     assert run(["sweep", str(recipe), "--out", str(out), *GRID]) == 0
     assert loads == [1]
     shown = capsys.readouterr().out

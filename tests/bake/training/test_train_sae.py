@@ -14,13 +14,14 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from bake.questions.corpora import Windows
 from bake.search.statistics import residuals
-from bake.training.standard import Standard
+from bake.training.standard import Standard, activations_of
 from bake.training.train_sae import save_sae, train_config
 from bakeout.cli import run
 from bakeout.miniature.making.miniature_sae import SAE_TABLE, SCHEDULE, train_site_sae
 from bakeout.verbs.demo import MINIATURE
-from tests.worlds import RecipeWriter, tiny_base, tiny_tokenizer, write_texts
+from tests.worlds import RecipeWriter, room_for, tiny_base, tiny_tokenizer, write_texts
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def write_config(tmp_path: Path) -> Any:
         return path
 
     return write
+
+
+def test_activations_are_read_in_halves(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base(tmp_path / "base"))
+    ids = torch.randint(3, 90, (8, 10), generator=torch.Generator().manual_seed(0))
+    windows = Windows("random", ids.int().numpy(), (0, 1, 2), 8)
+    whole = activations_of(model, 1, windows, slice(1, 8))
+    with room_for(30, layer=1) as asked:
+        found = activations_of(model, 1, windows, slice(1, 8))
+    assert asked == [70, 30, 30, 10]
+    torch.testing.assert_close(found, whole)
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "standard"])

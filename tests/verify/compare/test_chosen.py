@@ -220,7 +220,7 @@ def test_where_no_logits_are_compared_only_the_ends_are_formed(
     def watched(self: Any, ids: Any, mask: Any, wanted: Any, scored: Any) -> Any:
         found = read(self, ids, mask, wanted, scored)
         if callable(wanted):  # the comparison's own
-            formed_now, picked = formed[-1], wanted()
+            formed_now, picked = formed[-1], wanted(slice(None))
             asked.append(int((picked | scored).sum()))
             assert formed_now == asked[-1] and int(picked.sum()) == len(ids)
         return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from bake.recipe import Recipe
@@ -15,6 +16,7 @@ from bake.stock import load_base, load_tokenizer
 from bakeout.verbs.exporting import export_compiled
 from tests.defects import REFUSAL_TABLE, bake_tables
 from tests.worlds import (
+    room_for,
     save_sae_lens,
     tiny_base,
     tiny_sae,
@@ -22,6 +24,7 @@ from tests.worlds import (
     write_questions,
     write_texts,
 )
+from verify.compare import feature_trial
 from verify.compare.feature_trial import trial_failures
 from verify.hooked import Hooked
 from verify.material import load_material
@@ -81,6 +84,13 @@ def never_on(tensors: Tensors) -> None:
 def test_a_sound_one_does_what_the_sae_says(world: tuple[Path, Recipe, Hooked], dtype: str) -> None:
     folder, recipe, hooked = world
     assert list(trial_failures(folder / dtype, recipe, hooked)) == []
+    streams = feature_trial._streams(hooked)
+    with room_for(250, layer=3) as asked:
+        halved = feature_trial._streams(hooked)
+    assert len([n for n in asked if n <= 250]) >= 1 < len(asked)
+    for layer, h in streams.items():
+        assert len(h) == feature_trial.TOKENS
+        torch.testing.assert_close(halved[layer][:9], h[:9], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 import bakeout
-from bake.errors import FolderError
+from bake.errors import FolderError, RanOutError
 from bake.questions.prompts import Batch, Prompt, left_padded
 from bakeout.cli import run
 from tests.logits import every_logit, one_after_another, token_losses
-from tests.worlds import cut, talkative
+from tests.worlds import cut, notes, talkative
 from verify.engines import onnx_runner
 from verify.engines.onnx_files import find_graphs
 from verify.engines.onnx_runner import OnnxRunner, ProviderError, open_runner, open_session
@@ -68,6 +69,39 @@ def generated(runner: OnnxRunner, prompts: list[Prompt], n: int = 24, **how: Any
 
 
 # --------------------------------------------------------------------------- logits
+
+
+class Full:
+    """A session for which memory runs out above so many rows."""
+
+    def __init__(self, session: Any, rows: int) -> None:
+        self._session, self._rows = session, rows
+
+    def run(self, names: list[str], feed: dict[str, Any]) -> Any:
+        if len(feed["input_ids"]) > self._rows:
+            raise ort_state.RuntimeException(
+                "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while "
+                "running MatMul node. Failed to allocate memory for requested buffer of size 4096"
+            )
+        return self._session.run(names, feed)
+
+
+def test_memory_that_runs_out(
+    runner: OnnxRunner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = left_padded(PROMPTS, pad_id=0, last_only=False)
+    asked = (batch.input_ids, batch.attention_mask, batch.wanted, batch.scored)
+    whole = runner.read(*asked)
+    assert notes(capsys) == []
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_session", Full(runner._session, 1))
+        halved = runner.read(*asked)
+        patched.setattr(runner, "_session", Full(runner._session, 0))
+        with pytest.raises(RanOutError, match=r"^onnx: read: memory ran out at one alone \("):
+            runner.read(*asked)
+    assert len(notes(capsys)) == 1
+    torch.testing.assert_close(halved.logits, whole.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(halved.losses, whole.losses, rtol=0, atol=1e-5)
 
 
 def asked_for(batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

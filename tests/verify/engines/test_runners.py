@@ -3,16 +3,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bake.errors import FolderError, RanOutError
+from bake.errors import FolderError, RanOutError, TooLargeError
 from bake.questions.prompts import Batch, Prompt, left_padded
 from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.logits import every_logit, token_losses
-from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae
+from tests.worlds import KINDS, notes, save_sae_lens, tiny_base, tiny_sae
 from verify.engines import torch_worker
 from verify.engines.runners import HookedRunner, TorchRunner
 from verify.reference.oracle import Oracle
@@ -160,7 +161,7 @@ def test_a_reference_chooses_by_where_its_clamps_fired(oracle: Oracle) -> None:
     assert int(expected.sum()) > max(oracle.fired_by_layer.values())  # those of both layers
     reference.logits(torch.tensor([[2, 9]]), torch.tensor([[1, 1]]))  # what fired there is no news
 
-    def fired() -> torch.Tensor:
+    def fired(_: slice) -> torch.Tensor:
         assert oracle.last_fired is not None
         return oracle.last_fired.clone()
 
@@ -172,7 +173,7 @@ def test_a_reference_chooses_by_where_its_clamps_fired(oracle: Oracle) -> None:
     torch.testing.assert_close(found.losses, losses, rtol=0, atol=1e-5)
     assert torch.equal(oracle.last_fired, expected)
 
-    def refused() -> torch.Tensor:
+    def refused(_: slice) -> torch.Tensor:
         raise KeyError("no choice")
 
     with pytest.raises(KeyError, match="no choice"):
@@ -303,9 +304,46 @@ def test_a_request_that_takes_too_much_memory_is_told_from_a_refusal(
     monkeypatch.setattr(torch_worker, "read_message", lambda _: answer)
     with (
         TorchRunner(bases["gemma2"]) as runner,
-        pytest.raises(RanOutError, match=r"gemma2: RuntimeError: .*; take a machine with more"),
+        pytest.raises(RanOutError, match=r"gemma2: RuntimeError: .*; take a device with more"),
     ):
         runner.load("float32")
+
+
+def test_a_worker_is_given_half_where_memory_runs_out(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask, limit, asked = TorchRunner._ask, 9, []
+
+    def full(self: TorchRunner, words: dict[str, str], **tensors: torch.Tensor) -> Any:
+        rows = len(tensors.get("input_ids", ()))
+        asked.append(rows)
+        if rows > limit:
+            raise TooLargeError("gemma2: OutOfMemoryError: CUDA out of memory")
+        return ask(self, words, **tensors)
+
+    monkeypatch.setattr(TorchRunner, "_ask", full)
+    batch = left_padded([*PROMPTS, ASKED], pad_id=0, last_only=False)
+    inputs = (batch.input_ids, batch.attention_mask)
+
+    def found(runner: TorchRunner) -> list[torch.Tensor]:
+        read = runner.read(*inputs, batch.wanted, batch.scored)
+        decoded = runner.decoded(*inputs, 3)
+        return [read.logits, read.losses, decoded, runner.go_on(*inputs, [70], 4)]
+
+    with TorchRunner(bases["gemma2"]) as runner:
+        runner.load("float32")
+        whole = found(runner)
+        limit = 1
+        halved = found(runner)
+        assert sorted(set(asked)) == [0, 1, 2, len(batch.prompts)]
+        limit = 0
+        with pytest.raises(RanOutError, match=r"^gemma2: OutOfMemoryError: CUDA out of memory$"):
+            found(runner)
+    for one, other in zip(whole, halved, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert [line.split(":")[2] for line in notes(capsys)] == [
+        *(" read", " read", " decoded", " decoded", " go on", " go on"),
+    ]
 
 
 def test_a_damaged_folder_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:

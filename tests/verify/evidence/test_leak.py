@@ -134,6 +134,15 @@ def test_the_pushes_are_those_of_plain_arithmetic(world: tuple[Oracle, torch.Ten
     assert found.back == pytest.approx(1 - expected[1] / expected[2], abs=1e-4)
     assert not any(layer._forward_pre_hooks for layer in oracle.layers)
 
+    def full(_: Any, given: tuple[Any, ...]) -> None:
+        if len(given[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = oracle.layers[-1].register_forward_pre_hook(full)
+    halved = measure_leak(oracle, [a_batch()])
+    hook.remove()
+    assert vars(halved) == pytest.approx(vars(found), rel=1e-5)
+
 
 def test_a_trained_model_has_some_of_it_back_and_says_so_and_without_them_nothing(
     world: tuple[Oracle, torch.Tensor],

@@ -30,6 +30,7 @@ from tests.engines import InProcess
 from tests.worlds import (
     VOCAB,
     cut,
+    room_for,
     sae_table,
     save_gemma_scope,
     save_sae_lens,
@@ -193,6 +194,12 @@ def test_they_are_the_same_every_time_and_hold_no_path(work: Path, tmp_path: Pat
     assert str(work).encode() not in data
     with np.load(folder / "witnesses.npz", allow_pickle=False) as arrays:
         assert tuple(arrays) == ARRAYS
+    with room_for(500, layer=0) as asked:
+        halved = find_witnesses(clamped, prompts)
+    assert asked[:4] == [855, 418, 418, 19] and halved is not None  # of 45 prompts, 19 tokens each
+    assert torch.equal(halved.input_ids, again.input_ids)
+    assert torch.equal(halved.token_ids, again.token_ids)
+    torch.testing.assert_close(halved.logits, again.logits)
 
 
 def test_they_show_every_feature_that_their_candidates_show(work: Path) -> None:
