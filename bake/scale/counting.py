@@ -50,7 +50,7 @@ class FeatureWorker:
     @cached_property
     def _tokenizer(self) -> Any:
         base = find_base(self._recipe)
-        _check_same(f"{base.name}'s tokenizer", tokenizer_sha256(base), self._tokenizer_sha256)
+        check_same(f"{base.name}'s tokenizer", tokenizer_sha256(base), self._tokenizer_sha256)
         return load_tokenizer(self._recipe)
 
     def encode(self, texts: list[str]) -> tuple[NDArray[np.int32], list[int]]:
@@ -91,9 +91,9 @@ class FeatureWorker:
             self._ready = None
             base = find_base(self._recipe)
             sites = [find_site(self._recipe.clamp[i], self._recipe, base) for i in places]
-            _check_same(base.name, model_sha256(base), model)
+            check_same(base.name, model_sha256(base), model)
             for site, expected in zip(sites, which.values(), strict=True):
-                _check_same(site.name, sha256_of(site.files), expected)
+                check_same(site.name, sha256_of(site.files), expected)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             loaded = load_base(self._recipe, device)
             del decoder_layers(loaded)[max(site.layer for site in sites) + 1 :]
@@ -102,7 +102,12 @@ class FeatureWorker:
         return self._ready[1], self._ready[2]
 
 
-def _check_same(name: str, here: str, expected: str) -> None:
+def check_same(name: str, here: str, expected: str) -> None:
+    """Refuse other files on a worker's machine.
+
+    Raises:
+        ScaleError: their sha256 is not the expected one.
+    """
     if here != expected:
         raise ScaleError(
             f"{name}: is another one on {socket.gethostname()} than where bakeout was started; "
@@ -119,16 +124,20 @@ def tokenizer_sha256(base: BaseModel) -> str:
     return digest.hexdigest()
 
 
+def memory_with_model(recipe: Recipe, base: BaseModel) -> int:
+    """Bytes that a worker takes which holds a recipe's base, about."""
+    stored = sum((base.folder / shard).stat().st_size for shard in base.shards)
+    return _PROCESS_BYTES + (2 * stored if recipe.base.dtype == "float32" else stored)
+
+
 def start_workers(crew: Crew, recipe: Recipe, base: BaseModel, sites: Sequence[SAESite]) -> None:
     """Ask for workers that can count for a recipe.
 
     Raises:
         ScaleError: there is no room for any.
     """
-    stored = sum((base.folder / shard).stat().st_size for shard in base.shards)
-    weights = 2 * stored if recipe.base.dtype == "float32" else stored
     saes = sum(memory_of(site.d_in, site.d_sae) for site in sites)
-    memory = _PROCESS_BYTES + weights + saes
+    memory = memory_with_model(recipe, base) + saes
     crew.start(FeatureWorker, recipe, tokenizer_sha256(base), memory=memory)
 
 

@@ -63,7 +63,7 @@ class Crew:
 
     def start(self, worker: type, *arguments: Any, memory: int) -> None:
         """Ask for as many workers as the cluster has room for: one a GPU, or where there is none,
-        one a core as far as memory goes.
+        one a core as far as memory goes. Workers of an earlier start are let go.
 
         Args:
             worker: its class, which has a method `about` that gives what `about_here` gives.
@@ -73,6 +73,9 @@ class Crew:
         Raises:
             ScaleError: there is no room for any.
         """
+        for actor in (*self._idle, *self._coming.values(), *self._left.values()):
+            self._ray.kill(actor)
+        self._idle, self._coming, self._left, self._failed_starts = [], {}, {}, 0
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = [int(node.get("GPU", 0)) for node in nodes]
         cores = [int(node.get("CPU", 0)) for node in nodes]

@@ -59,10 +59,15 @@ class Measured:
 
 
 class Material:
-    """A recipe's model and tokenizer, each loaded when it is first needed."""
+    """A recipe's model and tokenizer, each loaded when it is first needed.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    Args:
+        recipe: whose they are.
+        device: of the model, as torch names it.
+    """
+
+    def __init__(self, recipe: Recipe, device: str = "cpu") -> None:
+        self.recipe, self._device = recipe, device
 
     @cached_property
     def base(self) -> BaseModel:
@@ -72,7 +77,7 @@ class Material:
     @cached_property
     def model(self) -> Any:
         """The stock model in memory."""
-        return load_base(self.recipe)
+        return load_base(self.recipe, self._device)
 
     @cached_property
     def tokenizer(self) -> Any:
