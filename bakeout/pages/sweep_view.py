@@ -11,7 +11,7 @@ from bake.new_folder import write_whole
 from bake.questions.alignment import alignment
 from bake.questions.forms import forms_beside
 from bake.recipe import Recipe
-from bake.scale.crew import cluster
+from bake.scale.cluster import cluster
 from bake.search.asking_bench import Scored
 from bake.search.grid import GridError, parse_grid
 from bake.search.sweep import CONTROLS, Objective, Reported, SweepReport, run_sweep

@@ -19,7 +19,8 @@ from ray.cluster_utils import Cluster
 
 from bake.errors import ScaleError
 from bake.recipe import Recipe
-from bake.scale.crew import MOST_DEATHS, about_here, cluster
+from bake.scale.cluster import cluster
+from bake.scale.crew import MOST_DEATHS, about_here
 from bake.search.corpus_statistics import measure
 from bake.search.sweep import run_sweep
 from bakeout.cli import run
@@ -216,7 +217,7 @@ import os, signal, sys
 from pathlib import Path
 import bake.scale.parts
 from bake.recipe import Recipe
-from bake.scale.crew import cluster
+from bake.scale.cluster import cluster
 from bake.search.corpus_statistics import measure
 bake.scale.parts.PART_TOKENS = 1
 def die(what, share):
