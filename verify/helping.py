@@ -98,7 +98,7 @@ class Helper:
 
         asked = self._asked
         torch.set_num_threads(asked.threads)
-        folder, alone = asked.folder, replace(asked.options, cache=None, tasks=())
+        folder = asked.folder
         if inputs_sha256(asked) != self._inputs:
             raise ScaleError(
                 f"{folder}, its base or what the recipe names: others on {socket.gethostname()} "
@@ -106,14 +106,14 @@ class Helper:
                 "there"
             )
         graphs = find_graphs(folder, Manifest.read(folder).files)
-        with open_engines(folder, asked.report.carrier, graphs, alone.device) as engines:
+        with open_engines(folder, asked.report.carrier, graphs, asked.options.device) as engines:
             references, verify = (
                 _Told(self._board, who, kind, n_parts) for kind in ("references", "verify")
             )
             own = Journal(shared=Journal(others=references), others=verify)
             gather(
                 *(folder, asked.recipe, asked.report, asked.kinds),
-                *(_untold, engines, own, alone),
+                *(_untold, engines, own, asked.options),
             )
 
 
@@ -202,9 +202,10 @@ def helped_by(crew: Crew, asked: Asked) -> Iterator[Callable[[str], Others]]:
         ScaleError: helpers do not start, or have other versions, folders or bases.
     """
     base = find_base(asked.recipe)
+    options = replace(asked.options, cache=None, tasks=(), trust=None)  # what concerns it alone
     stored = sum((base.folder / shard).stat().st_size for shard in base.shards)
     board = crew.start(
-        *(Helper, asked, inputs_sha256(asked)),
+        *(Helper, replace(asked, options=options), inputs_sha256(asked)),
         memory=_PROCESS_BYTES + _COPIES * stored,
         cores=asked.threads,
         gpu=asked.options.device != "cpu",
