@@ -39,8 +39,9 @@ from bake.clamp import find_site
 from bake.questions.corpora import OnDisk, Windows, pack
 from bake.recipe import Recipe
 from bake.sae.folding import sha256_of
+from bake.scale.cluster import LOCAL, cluster
 from bake.scale.counting import counted_on, encoded_on, start_workers
-from bake.scale.crew import LOCAL, Crew, about_here, cluster
+from bake.scale.crew import Crew, about_here
 from bake.scale.parts import TOKENS_PER_FEATURE, Part, count_parts
 from bake.search.cache import Unfinished, model_sha256
 from bake.search.statistics import BINS, CONTEXTS

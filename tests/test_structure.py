@@ -36,6 +36,7 @@ VERIFY_MAY_IMPORT = {
     "bake.recipe",
     "bake.rounding",
     "bake.sae.fit_figures",
+    "bake.scale.crew",
     "bake.sources",
     "bake.stock",
     "bake.strangers",

@@ -275,6 +275,8 @@ def _watch_corpus(recipe: Recipe, comparison: Comparison, oracle: Oracle, journa
         reference.logits(batch.input_ids, batch.attention_mask)
         return fired_on(oracle, batch)["active"]
 
-    for batch in material.batches([replace(p, source="forget") for p in texts]):
-        found = journal.shared.once(f"forget corpus {batch.digest}", partial(see, batch))
-        comparison.watch.add(batch.prompts, found)
+    batches = list(material.batches([replace(p, source="forget") for p in texts]))
+    pieces = [(f"forget corpus {batch.digest}", partial(see, batch)) for batch in batches]
+    journal.shared.ahead(dict(pieces))
+    for batch, piece in zip(batches, pieces, strict=True):
+        comparison.watch.add(batch.prompts, journal.shared.once(*piece))

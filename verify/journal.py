@@ -12,11 +12,13 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 from filelock import FileLock, Timeout
 
@@ -29,6 +31,23 @@ _COMPUTE = (
 """Packages of which another version may find another last digit."""
 Progress = Callable[[str, float], None]
 """Called with what is being done, and the share of it that is done, 0 to 1."""
+LOOK_AGAIN_SECONDS = 0.05
+"""How often is looked whether others have done what they are at."""
+
+
+class Others(Protocol):
+    """Processes that do the same verification at the same time, and share its pieces."""
+
+    n_parts: int
+    """In how many parts work should be cut for all of them."""
+
+    def take(self, names: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+        """(every piece that was done since the last call, by whomever; one of some pieces that
+        nobody does, if there is one: it is this process's now).
+        """
+
+    def put(self, found: Mapping[str, Any]) -> None:
+        """Pieces are done."""
 
 
 class Journal:
@@ -39,13 +58,19 @@ class Journal:
             open, nothing is kept either.
         shared: what `shared` is to be.
         keep: whether the file stays when all is done: the same work then finds everything there.
+        others: who does pieces of the same work.
 
     Raises:
         OutputError: it cannot be written.
     """
 
     def __init__(
-        self, path: Path | None = None, shared: Journal | None = None, *, keep: bool = False
+        self,
+        path: Path | None = None,
+        shared: Journal | None = None,
+        *,
+        keep: bool = False,
+        others: Others | None = None,
     ) -> None:
         self.shared = self if shared is None else shared
         """Of what the base and its references do, which is the same for every folder."""
@@ -55,11 +80,16 @@ class Journal:
         self._lock: FileLock | None = None
         self._writing = threading.Lock()
         self._path = path
+        self.others = others
         if path is not None:
             self._open(path)
+        if others is not None:
+            others.put(self._found)
 
     def has(self, name: str) -> bool:
-        """Whether a piece was done before."""
+        """Whether a piece was done before, or by others."""
+        if name not in self._found and self.others is not None:
+            self._add(self.others.take([])[0])
         return name in self._found
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -73,17 +103,34 @@ class Journal:
         Returns:
             The data as JSON gives it back, lists for tuples, whether it was there or not.
         """
+        self.ahead({name: compute})
         if name not in self._found:
-            line = json.dumps({"name": name, "found": compute()})
-            if self._file is not None:
-                try:
-                    with self._writing:
-                        self._file.write(line.encode() + b"\n")
-                        self._file.flush()
-                except OSError as error:
-                    raise self._unwritable(error) from error
-            self._found[name] = json.loads(line)["found"]
+            self._add({name: compute()})
         return self._found[name]
+
+    def ahead(self, pieces: Mapping[str, Callable[[], Any]]) -> None:
+        """With others, do of pieces that will be asked for those that nobody does, until all are
+        done; alone, nothing. They must not need one another.
+
+        Args:
+            pieces: names, and what gives JSON data. A piece may be a part of the work that does
+                pieces of its own, and give None.
+        """
+        others = self.others
+        while others is not None and (left := [of for of in pieces if of not in self._found]):
+            found, mine = others.take(left)
+            self._add(found)
+            if mine is not None:
+                self._add({mine: pieces[mine]()})
+                others.put({mine: self._found[mine]})
+            elif not found:
+                time.sleep(LOOK_AGAIN_SECONDS)
+
+    def parts(self, n_pieces: int) -> list[range]:
+        """So many pieces in a row, in parts of which each may be done by another process."""
+        n_parts = 1 if self.others is None else min(n_pieces, self.others.n_parts)
+        edges = [n_pieces * part // n_parts for part in range(n_parts + 1)] if n_pieces else []
+        return [range(*pair) for pair in pairwise(edges)]
 
     def remove(self) -> None:
         """Forget everything: the verification is complete."""
@@ -109,6 +156,21 @@ class Journal:
         if kind is None and not self._keep:
             self.remove()
         self.close()
+
+    def _add(self, pieces: Mapping[str, Any]) -> None:
+        """Write down what was found; of a part of the work nothing, since its pieces are there."""
+        for name, found in pieces.items():
+            if name in self._found:
+                continue
+            line = json.dumps({"name": name, "found": found})
+            if self._file is not None and found is not None:
+                try:
+                    with self._writing:
+                        self._file.write(line.encode() + b"\n")
+                        self._file.flush()
+                except OSError as error:
+                    raise self._unwritable(error) from error
+            self._found[name] = json.loads(line)["found"]
 
     def _open(self, path: Path) -> None:
         try:
@@ -145,8 +207,7 @@ def journal_path(cache: Path, work: Any, kind: str = "verify") -> Path:
         work: everything that decides what is found, as JSON data: other work, another journal.
         kind: the folder in the cache.
     """
-    versions = [_version(name) for name in _COMPUTE]
-    text = json.dumps([versions, arithmetic(), work], sort_keys=True, default=str)
+    text = json.dumps([[*versions().values()], arithmetic(), work], sort_keys=True, default=str)
     return cache / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.jsonl"
 
 
@@ -162,11 +223,15 @@ def arithmetic() -> list[str | None]:
     ]
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """By package on which results depend, the version that is here."""
+    found: dict[str, str | None] = {}
+    for name in _COMPUTE:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def files_below(paths: Iterable[Path]) -> list[tuple[str, int, int]]:

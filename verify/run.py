@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from verify.evidence.witnesses import load_witnesses, with_witnesses
 from verify.expected.against_recipe import Checked, recipe_failures
 from verify.expected.own_files import own_failures
 from verify.gather import gather
-from verify.journal import Journal, Progress, files_below, journal_path
+from verify.journal import Journal, Others, Progress, files_below, journal_path
 from verify.options import Options
 from verify.report.findings import CLAIMED, Failure, VerifyReport
 from verify.tolerances import remembering_failures
@@ -39,6 +40,27 @@ if TYPE_CHECKING:
 
 DEFAULTS = Options()
 Select = Callable[[Recipe, Recipe], Recipe | None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of a folder is measured, as another process has to be told."""
+
+    folder: Path
+    """Absolute."""
+    recipe: Recipe
+    """With features named."""
+    kinds: frozenset[str]
+    """Of evidence that engines and references give."""
+    options: Options
+    threads: int
+    """Of torch."""
+    report: VerifyReport
+    """What was found in the folder's files."""
+
+
+Helped = Callable[[Asked], AbstractContextManager[Callable[[str], Others]]]
+"""Lets other processes help until it is left; gives by a journal's kind who they are."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +112,7 @@ def verify_folder(
     progress: Progress | None = None,
     options: Options = DEFAULTS,
     select: Select | None = None,
+    helped: Helped | None = None,
 ) -> VerifyReport:
     """Gather evidence about a folder that bakeout wrote.
 
@@ -110,6 +133,7 @@ def verify_folder(
             numbers that the folder names, gives it with those that are selected anew, or None
             where that cannot be done. Without it the folder is taken at its word, which the scope
             says.
+        helped: lets other processes measure too, to the same report.
 
     Returns:
         The report; its `failures` are what is out of tolerance.
@@ -216,9 +240,11 @@ def verify_folder(
             None if options.cache is None else journal_path(options.cache, work, kind)
             for work, kind in ((shared, "references"), (shared | alone, "verify"))
         ]
+        asked_of = Asked(*(folder.resolve(), recipe, measured, options, engines.threads, report))
         with (
-            Journal(paths[0], keep=True) as of_base,
-            Journal(paths[1], of_base, keep=options.keep) as journal,
+            nullcontext(lambda _: None) if helped is None else helped(asked_of) as others,
+            Journal(paths[0], keep=True, others=others("references")) as of_base,
+            Journal(paths[1], of_base, keep=options.keep, others=others("verify")) as journal,
         ):
             report = gather(
                 folder, recipe, report, measured, tell, engines, journal, options, sites

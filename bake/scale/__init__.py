@@ -1,1 +1,1 @@
-"""Past one process: work on a Ray cluster."""
+"""Past one process: work on a Ray cluster, and a study that machines share."""

@@ -51,7 +51,7 @@ class FeatureWorker:
     @cached_property
     def _tokenizer(self) -> Any:
         base = find_base(self._recipe)
-        _check_same(f"{base.name}'s tokenizer", tokenizer_sha256(base), self._tokenizer_sha256)
+        check_same(f"{base.name}'s tokenizer", tokenizer_sha256(base), self._tokenizer_sha256)
         return load_tokenizer(self._recipe)
 
     def encode(self, texts: list[str]) -> tuple[NDArray[np.int32], list[int]]:
@@ -92,9 +92,9 @@ class FeatureWorker:
             self._ready = None
             base = find_base(self._recipe)
             sites = [find_site(self._recipe.clamp[i], self._recipe, base) for i in places]
-            _check_same(base.name, model_sha256(base), model)
+            check_same(base.name, model_sha256(base), model)
             for site, expected in zip(sites, which.values(), strict=True):
-                _check_same(site.name, sha256_of(site.files), expected)
+                check_same(site.name, sha256_of(site.files), expected)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             loaded = load_base(self._recipe, device, self._dtype)
             del decoder_layers(loaded)[max(site.layer for site in sites) + 1 :]
@@ -103,7 +103,12 @@ class FeatureWorker:
         return self._ready[1], self._ready[2]
 
 
-def _check_same(name: str, here: str, expected: str) -> None:
+def check_same(name: str, here: str, expected: str) -> None:
+    """Refuse other files on a worker's machine.
+
+    Raises:
+        ScaleError: their sha256 is not the expected one.
+    """
     if here != expected:
         raise ScaleError(
             f"{name}: is another one on {socket.gethostname()} than where bakeout was started; "
@@ -120,6 +125,15 @@ def tokenizer_sha256(base: BaseModel) -> str:
     return digest.hexdigest()
 
 
+def memory_with_model(recipe: Recipe, base: BaseModel, dtype: str | None = None) -> int:
+    """Bytes that a worker takes which holds a recipe's base, in a dtype or what the recipe says,
+    about.
+    """
+    stored = sum((base.folder / shard).stat().st_size for shard in base.shards)
+    wide = (dtype or recipe.base.dtype) == "float32"
+    return _PROCESS_BYTES + (2 * stored if wide else stored)
+
+
 def start_workers(
     crew: Crew,
     recipe: Recipe,
@@ -132,10 +146,8 @@ def start_workers(
     Raises:
         ScaleError: there is no room for any.
     """
-    stored = sum((base.folder / shard).stat().st_size for shard in base.shards)
-    weights = 2 * stored if (dtype or recipe.base.dtype) == "float32" else stored
     saes = sum(memory_of(site.d_in, site.d_sae) for site in sites)
-    memory = _PROCESS_BYTES + weights + saes
+    memory = memory_with_model(recipe, base, dtype) + saes
     crew.start(FeatureWorker, recipe, tokenizer_sha256(base), dtype, memory=memory)
 
 

@@ -1,12 +1,10 @@
-"""A sweep's study: an Optuna journal that several processes share and that outlives them all."""
+"""A sweep's study: an Optuna storage that several processes share and that outlives them all."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import socket
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from bake.errors import OutputError
+from bake.errors import OutputError, ScaleError
 from bake.methods import METHODS
+from bake.scale.crew import about_here
+from bake.scale.storage import SharedStore, worker_name
 from bake.search.grid import AXES, Point
 
-JOURNAL = "study.journal"
-_NAME = "sweep"
+JOURNAL, STORED = "study.journal", "study.storage"
+"""In a sweep's folder: its study; or the place of one that lies in a storage."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Finished:
     """One point that was measured."""
 
     number: int
-    """Of the trial."""
+    """Its place in the order in which points were added."""
     point: Point
     forget: float
     """Accuracy on the validation forget questions."""
@@ -63,15 +63,74 @@ class _Lock:
         fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
-def check_folder(folder: Path) -> None:
+class _JournalStore:
+    """A study in a file of the sweep's folder.
+
+    Args:
+        folder: of the sweep.
+    """
+
+    name = "sweep"
+
+    def __init__(self, folder: Path) -> None:
+        self.where, self.worker = f"output {folder}", worker_name()
+        self._journal, self._lock_file = folder / JOURNAL, folder / "study.lock"
+        self._workers = folder / "workers"
+        self._workers.mkdir(exist_ok=True)
+        self._alive = (self._workers / self.worker).open("w")
+        fcntl.flock(self._alive, fcntl.LOCK_EX)
+
+    def open(self) -> JournalStorage:
+        """For Optuna; within `locked`."""
+        self._journal.touch()
+        return JournalStorage(JournalFileBackend(str(self._journal), lock_obj=_Lock(self._journal)))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time; the system drops the lock when the process dies."""
+        with self._lock_file.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def lives(self, worker: str) -> bool:
+        """Whether a process is there that had this name."""
+        path = self._workers / worker
+        try:
+            with path.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        path.unlink(missing_ok=True)
+        return False
+
+    def close(self) -> None:
+        """Let others see that this process is gone."""
+        (self._workers / self.worker).unlink(missing_ok=True)
+        self._alive.close()
+
+
+def check_folder(folder: Path, storage: str | None = None) -> None:
     """Refuse a folder that is no sweep's, before anything is computed.
+
+    Args:
+        folder: of the sweep.
+        storage: where its study is to lie, if not there.
 
     Raises:
         OutputError: it is a file, or holds something else.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output {folder}: is no folder; choose another name")
-    if folder.exists() and any(folder.iterdir()) and not (folder / JOURNAL).exists():
+    if (folder / (JOURNAL if storage else STORED)).exists():
+        there, remedy = ("here", "leave --storage out") if storage else ("in a storage", "name it")
+        raise OutputError(
+            f"output {folder}: holds a sweep whose study lies {there}; {remedy}, or choose another "
+            "folder"
+        )
+    marked = folder / (STORED if storage else JOURNAL)
+    if folder.exists() and any(folder.iterdir()) and not marked.exists():
         raise OutputError(f"output {folder}: exists and holds no sweep; choose another folder")
 
 
@@ -79,46 +138,67 @@ class Study:
     """The points of a sweep: waiting, being measured by somebody, or measured.
 
     Args:
-        folder: of the sweep; its journal is made, or gone on with.
+        folder: of the sweep. Its journal is made, or gone on with.
         fingerprint: of everything that decides what a point measures.
+        storage: URL of a PostgreSQL in which the study is to lie instead, under the folder's name.
 
     Raises:
         OutputError: the folder holds something else, or a study of other inputs.
+        ScaleError: the storage does not answer, or the study was begun with other versions.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        check_folder(folder)
-        journal = folder / JOURNAL
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, fingerprint: str, storage: str | None = None) -> None:
+        check_folder(folder, storage)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._folder, self._lock_file = folder, folder / "study.lock"
-        with self._locked():
-            journal.touch()
-            storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=_Lock(journal)))
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=_NAME,
-                directions=["minimize", "maximize"],
-                sampler=optuna.samplers.RandomSampler(),
-                load_if_exists=True,
-            )
-            known = self._study.user_attrs.get("fingerprint")
-            if known is None:
-                self._study.set_user_attr("fingerprint", fingerprint)
-            elif known != fingerprint:
-                raise OutputError(
-                    f"output {folder}: holds a sweep of another recipe, model or data; choose "
-                    "another folder"
+        self.shared = storage is not None
+        """Whether other machines may work on it too."""
+        self._store: _JournalStore | SharedStore
+        if storage is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._store = _JournalStore(folder)
+        else:
+            self._store = SharedStore(storage, folder.resolve().name)
+        try:
+            with self._store.locked():
+                self._study = self._opened(fingerprint)
+        except BaseException:
+            self._store.close()
+            raise
+        if storage is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STORED).write_text(f"{self._store.where}\n", encoding="utf-8")
+
+    def _opened(self, fingerprint: str) -> optuna.Study:
+        study = optuna.create_study(
+            storage=self._store.open(),
+            study_name=self._store.name,
+            directions=["minimize", "maximize"],
+            sampler=optuna.samplers.RandomSampler(),
+            load_if_exists=True,
+        )
+        versions = about_here() if self.shared else {}
+        known = study.user_attrs
+        if "fingerprint" not in known:
+            study.set_user_attr("versions", versions)
+            study.set_user_attr("fingerprint", fingerprint)
+            return study
+        for package, here in versions.items():
+            if (there := known["versions"][package]) != here:
+                raise ScaleError(
+                    f"{self._store.where}: was begun with {package} {there}, here it is {here}; "
+                    "expected the same on all machines. Install it there"
                 )
-        self._worker = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        workers = folder / "workers"
-        workers.mkdir(exist_ok=True)
-        self._alive = (workers / self._worker).open("w")
-        fcntl.flock(self._alive, fcntl.LOCK_EX)
+        if known["fingerprint"] != fingerprint:
+            what = "model, data or grid" if self.shared else "model or data"
+            raise OutputError(
+                f"{self._store.where}: holds a sweep of another recipe, {what}; choose another "
+                "folder"
+            )
+        return study
 
     def add(self, points: Sequence[Point]) -> None:
         """Let points wait to be measured, unless they are in the study already."""
-        with self._locked():
+        with self._store.locked():
             known = {
                 trial.user_attrs.get("point")
                 for trial in self._study.get_trials(deepcopy=False)
@@ -133,77 +213,63 @@ class Study:
 
         A point whose process has died waits again.
         """
-        with self._locked():
+        with self._store.locked():
             self._release_dead()
             waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             if not waiting:
                 return None
             trial = self._study.ask()
-            trial.set_user_attr("worker", self._worker)
+            trial.set_user_attr("worker", self._store.worker)
             settings = dict(trial.user_attrs["settings"])
             for name in settings:
                 _suggest(trial, name)
             return trial, Point(tuple(settings.items()))
 
     def tell(self, trial: Trial, forget: float, retain: float, about: dict[str, Any]) -> None:
-        """A claimed point was measured."""
-        with self._locked():
+        """A claimed point was measured. Of one that passed to others meanwhile, nothing is kept."""
+        with self._store.locked():
+            now = self._study.get_trials(deepcopy=False)[trial.number]
+            if now.state != TrialState.RUNNING:
+                return
             for name, entry in about.items():
                 trial.set_user_attr(name, entry)
             self._study.tell(trial, [forget, retain])
 
     def finished(self) -> list[Finished]:
         """Every point that was measured, in the order in which they were added."""
-        done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return [_finished(trial) for trial in done]
+        with self._store.locked():
+            done = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return sorted((_finished(trial) for trial in done), key=lambda found: found.number)
 
-    def running(self) -> int:
-        """How many points other processes are measuring."""
-        with self._locked():
+    def left(self) -> int:
+        """How many points are not measured: they wait, or others are measuring them."""
+        with self._store.locked():
             self._release_dead()
-        return len(self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+            states = (TrialState.RUNNING, TrialState.WAITING)
+            return len(self._study.get_trials(deepcopy=False, states=states))
 
     def front(self) -> list[Finished]:
         """The Pareto front: no other point forgets more and retains as much, or the reverse."""
-        best = [_finished(trial) for trial in self._study.best_trials]
+        with self._store.locked():
+            best = [_finished(trial) for trial in self._study.best_trials]
         return sorted(best, key=lambda point: (point.forget, -point.retain, point.number))
 
     def close(self) -> None:
         """Let others see that this process is gone."""
-        (self._folder / "workers" / self._worker).unlink(missing_ok=True)
-        self._alive.close()
+        self._store.close()
 
-    def _enqueue(self, point: Point) -> None:
+    def _enqueue(self, point: Point, **place: int) -> None:
         settings = dict(point.settings)
-        about = {"point": point.key, "settings": list(settings.items())}
+        about = {"point": point.key, "settings": list(settings.items()), **place}
         self._study.enqueue_trial(settings, user_attrs=about)
 
     def _release_dead(self) -> None:
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             worker = trial.user_attrs.get("worker")
-            if worker is not None and (worker == self._worker or self._lives(worker)):
+            if worker is not None and (worker == self._store.worker or self._store.lives(worker)):
                 continue
             self._study.tell(trial.number, state=TrialState.FAIL)
-            self._enqueue(_point(trial))
-
-    def _lives(self, worker: str) -> bool:
-        path = self._folder / "workers" / worker
-        try:
-            with path.open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        path.unlink(missing_ok=True)
-        return False
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process at a time; the system drops the lock when the process dies."""
-        with self._lock_file.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            self._enqueue(_point(trial), place=_place(trial))
 
 
 def _suggest(trial: Trial, name: str) -> None:
@@ -220,11 +286,16 @@ def _point(trial: FrozenTrial) -> Point:
     return Point(tuple((name, setting) for name, setting in trial.user_attrs["settings"]))
 
 
+def _place(trial: FrozenTrial) -> int:
+    """Of what somebody left undone, and was added again, the first one's."""
+    return int(trial.user_attrs.get("place", trial.number))
+
+
 def _finished(trial: FrozenTrial) -> Finished:
     about = {
         key: entry
         for key, entry in trial.user_attrs.items()
-        if key not in ("point", "settings", "worker")
+        if key not in ("point", "settings", "worker", "place")
     }
     forget, retain = trial.values
-    return Finished(trial.number, _point(trial), forget, retain, about)
+    return Finished(_place(trial), _point(trial), forget, retain, about)

@@ -1,48 +1,41 @@
-"""`bakeout sweep`: measure a grid of settings on validation questions, report the best on test.
-
-The model is loaded once; what lies below the hook layer is run once per question.
-"""
+"""`bakeout sweep`: measure a grid of settings on validation questions, report the best on test."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from bake.clamp import ClampWeights, find_site
+from optuna.trial import Trial
+
+from bake.clamp import find_site
 from bake.questions.alignment import alignment
-from bake.questions.forms import forms_beside
-from bake.questions.multiple_choice import Question, load_texts
-from bake.questions.prompts import Prompt, prompts_of, text_prompts
+from bake.questions.multiple_choice import load_texts
 from bake.recipe import Clamp, PromptForm, Recipe
-from bake.search.bench import Bench, Clamper, Results, bench_of
+from bake.sae.folding import sha256_of
+from bake.scale.crew import Crew
+from bake.scale.measuring import MeasuringCrew
+from bake.search.asking_bench import Asked, AskingBench, Outcome, Scored, Split
 from bake.search.cache import model_sha256
-from bake.search.corpus_statistics import Material, Progress, SiteStatistics, measure
+from bake.search.corpus_statistics import (
+    LOOK_AGAIN_SECONDS,
+    Material,
+    Progress,
+    SiteStatistics,
+    measure,
+)
 from bake.search.grid import Point, Setting, points, variant
 from bake.search.select import matched_random
 from bake.search.selection import selected_recipe, split_questions
 from bake.search.study import Finished, Study, check_folder
 
 Objective = Literal["alignment", "forget"]
-SIDES = ("forget", "retain")
 CONTROLS = ("random features", "random_decoder")
 CONTROL_SEED = 0
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What a setting does on one set of questions."""
-
-    forget: dict[str, float]
-    """Accuracy by prompt form."""
-    retain: dict[str, float]
-    loss: float | None = None
-    """Nats per token of text, where text was measured."""
-    tokens_fired: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,14 +69,15 @@ class SweepReport:
     """Split → side → how many."""
 
 
-class Sweep:
-    """A recipe's model, SAEs and validation questions, ready for any point of a grid.
+class Sweep(AskingBench):
+    """A recipe's model, SAEs, statistics and questions, ready for any point of a grid.
 
     Args:
         recipe: what is swept.
         layers: of the grid; None keeps the recipe's own.
         material: the recipe's, on the device and in the dtype in which points are measured.
         cache: folder for statistics.
+        crew: workers that count and measure; without it, this process does.
         progress: told what is being loaded.
     """
 
@@ -94,19 +88,51 @@ class Sweep:
         *,
         material: Material | None = None,
         cache: Path | None = None,
+        crew: Crew | None = None,
         progress: Progress = lambda _what, _share: None,
     ) -> None:
-        self.recipe, self._progress = recipe, progress
-        self.material = material or Material(recipe)
-        self.split = split_questions(recipe)
+        material = material or Material(recipe)
+        split = split_questions(recipe)
         assert recipe.verify is not None
-        self.form = recipe.verify.prompt
+        asked = Asked(split, recipe.verify.prompt, load_texts(recipe.verify.text, recipe))
+        super().__init__(material, asked, progress)
         self._layers = list(layers or [])
         self._measured = measure(
-            self._all_layers(), material=self.material, cache=cache, progress=progress
+            self._all_layers(), material=self.material, cache=cache, crew=crew, progress=progress
         )
-        self._clampers: dict[str, Clamper] = {}
-        self._bench: tuple[int, Bench] | None = None
+        self._sites_there = [of_site.site for of_site in self._measured.sites]
+        self._crew = None
+        if crew is not None:
+            base = self.material.base
+            self._crew = MeasuringCrew(crew, recipe, asked, base, self._sites_there, material.dtype)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides what a point measures."""
+        digest = hashlib.sha256(model_sha256(self.material.base).encode())
+        digest.update(json.dumps(self.recipe.to_dict(), sort_keys=True).encode())
+        digest.update(str(self.material.dtype).encode())
+        for path in self.recipe.local_sources[1:]:
+            if path.is_file():
+                digest.update(path.read_bytes())
+        for site in self._sites_there:
+            digest.update(sha256_of(site.files).encode())
+        return digest.hexdigest()
+
+    def outcomes(self, settings: Iterator[tuple[Recipe, Split]]) -> Iterator[tuple[int, Outcome]]:
+        """What comes of settings, as they end; each is taken when somebody gets to it.
+
+        Args:
+            settings: recipes with feature numbers, and on which questions they are measured.
+
+        Yields:
+            (number of the setting from 0, what came of it).
+        """
+        if self._crew is not None:
+            yield from self._crew.measured(settings)
+            return
+        for number, setting in enumerate(settings):
+            yield number, self.measure(*setting)
 
     def _all_layers(self) -> Recipe:
         """The recipe with one table per layer of the grid, so that one pass serves them all."""
@@ -137,46 +163,11 @@ class Sweep:
             for of_site, clamp in zip(found, tables, strict=True)
         ]
 
-    def weights(self, recipe: Recipe) -> list[ClampWeights]:
-        """The clamps of a recipe with feature numbers."""
-        return [self._clamper(clamp).weights(clamp) for clamp in recipe.clamp]
-
-    def _clamper(self, clamp: Clamp) -> Clamper:
-        key = f"{clamp.sae} {clamp.hook_point}"
-        if key not in self._clampers:
-            if len(self._clampers) >= len(self.recipe.clamp):
-                self._clampers.clear()  # of another layer
-            self._clampers[key] = Clamper(find_site(clamp, self.recipe, self.material.base))
-        return self._clampers[key]
-
-    def validation(self, clamps: Sequence[ClampWeights]) -> Bench:
-        """The validation questions, cached at the lowest of the clamps' layers."""
-        layer = min(clamp.layer for clamp in clamps)
-        if self._bench is None or self._bench[0] != layer:
-            self._bench = None
-            words = self.material.tokenizer
-            prompts = prompts_of(self.split.validation, words, [self.form])
-            self._bench = (layer, self.bench(prompts, layer, "validation questions"))
-        return self._bench[1]
-
-    def bench(self, prompts: Sequence[Prompt], layer: int, what: str) -> Bench:
-        """Prompts, cached at a layer."""
-        return bench_of(self.material, prompts, layer, what, self._progress)
-
-    def run(self, point: Point) -> tuple[Scored, Scored, dict[str, Any]]:
-        """(what a point does on the validation questions, what the base does, details)."""
-        started = time.monotonic()
-        recipe = self.at(point)
-        clamps = self.weights(recipe)
-        bench = self.validation(clamps)
-        results = bench.measure(clamps)
-        about = {
-            "features": [clamp.features for clamp in recipe.clamp],
-            "tokens_fired": results.tokens_fired,
-            "seconds": time.monotonic() - started,
-        }
-        asked = self.split.validation
-        return scored(results, asked, [self.form]), scored(bench.base, asked, [self.form]), about
+    def measured_at(self, found: Finished) -> Recipe:
+        """The recipe of a measured point, with the feature numbers that were measured."""
+        recipe = variant(self.recipe, found.point)
+        each = zip(recipe.clamp, found.about["features"], strict=True)
+        return recipe.with_clamps([c.model_copy(update={"features": list(k)}) for c, k in each])
 
     def controls(self, recipe: Recipe) -> dict[str, Recipe]:
         """The same clamp on random features that fire as often; and where every table writes a
@@ -194,7 +185,7 @@ class Sweep:
     def _random(self, clamp: Clamp) -> list[int]:
         """Other features of the same SAE that fire as often on the forget corpus."""
         assert isinstance(clamp.features, list)
-        site = self._clamper(clamp).site
+        site = find_site(clamp, self.recipe, self.material.base)
         of_site = next(
             found
             for found in self._measured.sites
@@ -203,16 +194,6 @@ class Sweep:
         refusing = [] if clamp.refusal_feature is None else [clamp.refusal_feature]
         kept = [*clamp.features, *refusing]
         return matched_random(of_site.forget.share, kept, seed=CONTROL_SEED)[: len(clamp.features)]
-
-
-def scored(
-    results: Results, asked: dict[str, list[Question]], forms: Sequence[str], *, text: bool = False
-) -> Scored:
-    """Accuracies, and the loss where text was among the prompts."""
-    forget, retain = (
-        {form: results.accuracy(side, form, asked[side]) for form in forms} for side in SIDES
-    )
-    return Scored(forget, retain, results.loss if text else None, results.tokens_fired)
 
 
 def run_sweep(
@@ -224,98 +205,126 @@ def run_sweep(
     floor: float = 0.99,
     device: str = "cpu",
     dtype: str | None = None,
+    storage: str | None = None,
     cache: Path | None = None,
+    crew: Crew | None = None,
     progress: Progress = lambda _what, _share: None,
 ) -> SweepReport | None:
     """Measure every point of a grid that nobody has measured, and report.
 
-    Several processes may run the same sweep in the same folder, at once or one after another.
+    Several processes may run the same sweep in the same folder, or with the same storage, at once
+    or one after another. With a storage each waits for the others, and all report.
 
     Args:
         recipe: what is swept.
         grid: axis → settings.
-        out: folder of the study.
+        out: folder of the study, or of what a study in a storage is called.
         objective: alignment, or the least forget accuracy under a floor on the retained.
         floor: least retained accuracy for `forget`, as a share of the base's.
         device: as torch names it, where the model runs.
         dtype: in which it runs; what the recipe says by default.
+        storage: URL of a PostgreSQL that several machines share, for the study.
         cache: folder for statistics.
+        crew: workers that count and measure; without it, this process does.
         progress: told how far it is.
 
     Returns:
-        The report; None where another process is still measuring and will report.
+        The report; None where another process, which has the same folder, will report.
 
     Raises:
         BakeoutError: of the kind of trouble it meets.
     """
     wanted = points(recipe, grid)
-    check_folder(out)
+    check_folder(out, storage)
     material = Material(recipe, device, dtype)
-    sweep = Sweep(recipe, grid.get("layer"), material=material, cache=cache, progress=progress)
-    study = Study(out, _fingerprint(recipe, model_sha256(material.base) + (dtype or "")))
+    sweep = Sweep(
+        recipe, grid.get("layer"), material=material, cache=cache, crew=crew, progress=progress
+    )
+    fingerprint = sweep.fingerprint
+    if storage is not None:  # others measure the same at the same time
+        fingerprint += hashlib.sha256(json.dumps(grid, sort_keys=True).encode()).hexdigest()
+    study = Study(out, fingerprint, storage)
     try:
         study.add(wanted)
-        while (claimed := study.claim()) is not None:
-            trial, point = claimed
-            progress(str(point), len(study.finished()) / len(wanted))
-            found, base, about = sweep.run(point)
-            about["base"] = [base.forget[sweep.form], base.retain[sweep.form]]
-            study.tell(trial, found.forget[sweep.form], found.retain[sweep.form], about)
-        if study.running():
-            return None
+        while study.left():
+            if _measure_all(sweep, study, len(wanted), progress):
+                continue
+            if not study.shared:
+                return None
+            progress("others measure the last points", len(study.finished()) / len(wanted))
+            time.sleep(LOOK_AGAIN_SECONDS)
         return _report(sweep, study, objective, floor)
     finally:
         study.close()
+
+
+def _measure_all(sweep: Sweep, study: Study, n_points: int, progress: Progress) -> int:
+    """Measure what waits, until nothing does; returns how many points."""
+    begun: list[tuple[Trial, Recipe]] = []
+
+    def claimed() -> Iterator[tuple[Recipe, Split]]:
+        while (mine := study.claim()) is not None:
+            trial, point = mine
+            progress(str(point), len(study.finished()) / n_points)
+            recipe = sweep.at(point)
+            begun.append((trial, recipe))
+            yield recipe, "validation"
+
+    form = sweep.asked.form
+    for number, outcome in sweep.outcomes(claimed()):
+        trial, recipe = begun[number]
+        found, base = outcome.found, outcome.base
+        about = {
+            "features": [clamp.features for clamp in recipe.clamp],
+            "tokens_fired": found.tokens_fired,
+            "seconds": outcome.seconds,
+            "base": [base.forget[form], base.retain[form]],
+        }
+        study.tell(trial, found.forget[form], found.retain[form], about)
+    return len(begun)
 
 
 def _report(sweep: Sweep, study: Study, objective: Objective, floor: float) -> SweepReport:
     measured = study.finished()
     best = max(measured, key=lambda found: _rank(found, objective, floor))
     front = study.front()
-    recipe = sweep.at(best.point)
-    clamps = sweep.weights(recipe)
-    asked = sweep.split.test
-    assert sweep.recipe.verify is not None
-    forms, texts = forms_beside(sweep.form), load_texts(sweep.recipe.verify.text, sweep.recipe)
-    words = sweep.material.tokenizer
-    prompts = [*prompts_of(asked, words, forms), *text_prompts(texts, words)]
-    with_controls = [_beside_controls(sweep, found) for found in front]
-    reported = next((r for r in with_controls if r.measured == best), None)
-    base = sweep.validation(clamps).base
-    bench = sweep.bench(prompts, min(clamp.layer for clamp in clamps), "test questions")
-    test = {"base": scored(bench.base, asked, forms, text=True)}
-    for name, one in {"best": recipe, **sweep.controls(recipe)}.items():
-        results = bench.measure(sweep.weights(one))
-        test[name] = scored(results, asked, forms, text=True)
+    with_controls = _beside_controls(sweep, [*front, best])
+    recipe, form = sweep.measured_at(best), sweep.asked.form
+    forget, retain = best.about["base"]
+    tried = {"best": recipe, **sweep.controls(recipe)}
+    outcomes = dict(sweep.outcomes((one, "test") for one in tried.values()))
+    test = {"base": outcomes[0].base}
+    test |= {name: outcomes[number].found for number, name in enumerate(tried)}
     return SweepReport(
         objective=objective,
         floor=floor,
-        form=sweep.form,
-        base=scored(base, sweep.split.validation, [sweep.form]),
+        form=form,
+        base=Scored({form: forget}, {form: retain}),
         measured=measured,
-        front=with_controls,
-        best=reported or _beside_controls(sweep, best),
+        front=with_controls[: len(front)],
+        best=with_controls[-1],
         recipe=recipe,
         test=test,
         n_questions={
-            split: {side: len(asked) for side, asked in getattr(sweep.split, split).items()}
+            split: {side: len(of) for side, of in getattr(sweep.asked.split, split).items()}
             for split in ("validation", "test")
         },
     )
 
 
-def _beside_controls(sweep: Sweep, point: Finished) -> Reported:
-    recipe = sweep.at(point.point)
-    bench = sweep.validation(sweep.weights(recipe))
-    asked = sweep.split.validation
-    return Reported(
-        point,
-        aligned(point),
-        {
-            name: scored(bench.measure(sweep.weights(one)), asked, [sweep.form])
-            for name, one in sweep.controls(recipe).items()
-        },
-    )
+def _beside_controls(sweep: Sweep, shown: Sequence[Finished]) -> list[Reported]:
+    """Points with their controls; one that comes twice is measured once."""
+    numbers = {found.number: found for found in shown}
+    asked = [
+        (number, name, control)
+        for number, found in numbers.items()
+        for name, control in sweep.controls(sweep.measured_at(found)).items()
+    ]
+    outcomes = dict(sweep.outcomes((control, "validation") for *_, control in asked))
+    controls: dict[int, dict[str, Scored]] = {number: {} for number in numbers}
+    for place, (number, name, _) in enumerate(asked):
+        controls[number][name] = outcomes[place].found
+    return [Reported(found, aligned(found), controls[found.number]) for found in shown]
 
 
 def aligned(point: Finished) -> float:
@@ -331,13 +340,3 @@ def _rank(point: Finished, objective: Objective, floor: float) -> tuple[float, .
         return (aligned(point), *rest)
     keeps = point.retain >= floor * point.about["base"][1]
     return (float(keeps), -point.forget if keeps else point.retain, *rest)
-
-
-def _fingerprint(recipe: Recipe, model: str) -> str:
-    """Of everything that decides what a point measures."""
-    digest = hashlib.sha256(model.encode())
-    digest.update(json.dumps(recipe.to_dict(), sort_keys=True).encode())
-    for path in recipe.local_sources[1:]:
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()

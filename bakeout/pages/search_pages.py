@@ -13,7 +13,7 @@ from bake.questions.corpora import Windows
 from bake.reading.capped import read_json
 from bake.recipe import Recipe
 from bake.sae.layouts import neuronpedia_id
-from bake.scale.crew import cluster
+from bake.scale.cluster import cluster
 from bake.search.corpus_statistics import Material, Measured, SiteStatistics, measure
 from bake.search.select import Chosen
 from bake.search.selection import Selection, selected_recipe

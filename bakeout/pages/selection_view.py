@@ -12,7 +12,7 @@ from bake.errors import OutputError, RecipeError
 from bake.new_folder import write_whole
 from bake.recipe import Recipe
 from bake.sae.fit_figures import UNMEASURED, Fit
-from bake.scale.crew import cluster
+from bake.scale.cluster import cluster
 from bake.search.corpus_statistics import Material, measure
 from bake.search.fit import checked_fits
 from bake.search.select import Chosen

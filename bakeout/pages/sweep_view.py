@@ -11,8 +11,10 @@ from bake.new_folder import write_whole
 from bake.questions.alignment import alignment
 from bake.questions.forms import forms_beside
 from bake.recipe import Recipe
+from bake.scale.cluster import cluster
+from bake.search.asking_bench import Scored
 from bake.search.grid import GridError, parse_grid
-from bake.search.sweep import CONTROLS, Objective, Reported, Scored, SweepReport, run_sweep
+from bake.search.sweep import CONTROLS, Objective, Reported, SweepReport, run_sweep
 from bakeout.pages.selection_view import write_recipe
 from bakeout.terminal import console, progress, table_of, write_json
 
@@ -26,11 +28,25 @@ def sweep_recipe(
     out: Path,
     objective: str,
     floor: float,
+    storage: str | None,
     json_file: Path | None,
     device: str,
     dtype: str | None,
+    ray: str | None,
 ) -> None:
     """`bakeout sweep`: measure, print the front, write the winner, the report and the page.
+
+    Args:
+        file: the recipe.
+        grid: axes with their settings.
+        out: folder for what is found, and for the study where no storage has it.
+        objective: one of `Objective`.
+        floor: as `run_sweep` takes it.
+        storage: URL of a PostgreSQL that has the study.
+        json_file: where the report goes too.
+        device: as torch names it, where the model runs.
+        dtype: in which it runs; what the recipe says by default.
+        ray: of the cluster that counts and measures, as `cluster` takes it.
 
     Raises:
         BakeoutError: of the kind of trouble it meets.
@@ -43,7 +59,7 @@ def sweep_recipe(
         raise GridError(f"--floor {floor}: expected a share of the base's accuracy, 0 to 1")
     recipe = Recipe.load(file)
     axes = parse_grid(grid)
-    with progress("sweep") as advance:
+    with progress("sweep") as advance, cluster(ray) as crew:
         report = run_sweep(
             recipe,
             axes,
@@ -52,6 +68,8 @@ def sweep_recipe(
             floor=floor,
             device=device,
             dtype=dtype,
+            storage=storage,
+            crew=crew,
             progress=advance,
         )
     if report is None:

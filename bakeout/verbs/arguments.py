@@ -37,6 +37,6 @@ RayAddress = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="Count on a Ray cluster (HOST:PORT), or on one of this machine's cores.",
+        help="Work on a Ray cluster (HOST:PORT), or on one of this machine's cores.",
     ),
 ]

@@ -32,7 +32,9 @@ def select(
 
 def sweep(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Option(help="Folder of the study; an unfinished one goes on.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the study; an unfinished one goes on.")
+    ],
     grid: Annotated[
         list[str] | None,
         typer.Option(metavar="AXIS=A,B", help="Axis and its settings; repeat for more axes."),
@@ -43,12 +45,19 @@ def sweep(
     floor: Annotated[
         float, typer.Option(help="forget: least retained accuracy, as a share of the base's.")
     ] = 0.99,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="PostgreSQL for the study, called as DIR; machines share it."
+        ),
+    ] = None,
     json_file: JsonFile = None,
     device: Device = "cpu",
     dtype: DType = None,
+    ray: RayAddress = None,
 ) -> None:
     """Measure a grid of settings on validation questions, and the best of them on test."""
-    sweep_recipe(recipe, grid or [], out, objective, floor, json_file, device, dtype)
+    sweep_recipe(recipe, grid or [], out, objective, floor, storage, json_file, device, dtype, ray)
 
 
 def select_anew(recipe: Recipe, claimed: Recipe, device: str = "cpu") -> Recipe | None:

@@ -12,13 +12,15 @@ import typer
 
 from bake.errors import BakeoutError, OutputError, RecipeError, printable
 from bake.recipe import Recipe
+from bake.scale.cluster import cluster
 from bake.sources import offline
 from bakeout.terminal import progress, show_report, write_json
-from bakeout.verbs.arguments import Device, FolderPath, JsonFile
+from bakeout.verbs.arguments import Device, FolderPath, JsonFile, RayAddress
 from bakeout.verbs.selecting import select_anew
 from export.signing import Trust
 from verify.clamped_folder import downloads_of, own_recipe
 from verify.evidence.kinds import KINDS, of_files
+from verify.helping import helped_by
 from verify.options import Options
 from verify.run import verify_folder
 
@@ -76,6 +78,7 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    ray: RayAddress = None,
     json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")
@@ -94,9 +97,10 @@ def verify(
     own = loaded is None and _may_follow(folder, chosen, named, yes=yes)
     trust = None if signature is None else Trust.parse(signature)
     options = Options(device, user_cache(), budget, named, evals, minutes, own, trust)
-    with progress("verify") as advance:
+    with progress("verify") as advance, cluster(ray) as crew:
         select = None if as_claimed else partial(select_anew, device=device)
-        report = verify_folder(folder, loaded, chosen, advance, options, select)
+        helped = None if crew is None else partial(helped_by, crew)
+        report = verify_folder(folder, loaded, chosen, advance, options, select, helped)
     if json_file is None or str(json_file) != "-":
         show_report(report)
     if json_file is not None:

@@ -58,6 +58,33 @@ def compare(
     ]
     steps = batches + (_decoding(comparison, here, oracles) if comparison.parity else [])
     others = [runner for runner in here if runner.name not in oracles]
+    show = partial(_show, elsewhere, others, journal=journal, cache=cache)
+    journal.ahead(
+        {
+            f"steps {of.start} to {of.stop}": partial(show, steps[of.start : of.stop], _untold)
+            for of in journal.parts(len(steps))
+        }
+    )
+    show(steps, progress)
+    for step in steps:
+        asked = elsewhere if isinstance(step, _Decoding) else (*others, *elsewhere)
+        engines = {of.name: journal.once(step.named(of), dict) for of in asked}
+        step.take(journal.once(step.name, dict), engines)
+
+
+def _show(
+    elsewhere: Sequence[DecodingRunner],
+    others: Sequence[HookedRunner],
+    steps: Sequence[_Step],
+    progress: Progress,
+    *,
+    journal: Journal,
+    cache: Path | None,
+) -> None:
+    """Show some steps to every engine; what is found is in the journal. Arguments as `compare`
+    takes them; `others` share the references' model and are none.
+    """
+    batches = [step for step in steps if not isinstance(step, _Decoding)]
     todo = _missing(elsewhere, steps, journal)
     afterwards = _missing(others, batches, journal)
     waited_for = Counter(step.name for _, step in (*todo, *afterwards))
@@ -72,7 +99,7 @@ def compare(
     with Shelf(waited_for, cache) as shelf:
 
         def follow(runner: Runner, step: _Step) -> None:
-            seen, reading = shelf.take(step.name, comparison.reference_of(runner.name))
+            seen, reading = shelf.take(step.name, step.comparison.reference_of(runner.name))
             found = step.follow(runner, seen, reading)
             journal.once(step.named(runner), lambda: found)
             trim()
@@ -97,10 +124,10 @@ def compare(
             for future in as_completed(futures):
                 future.result()
                 advance(steps_of[future])
-    for step in steps:
-        asked = elsewhere if isinstance(step, _Decoding) else (*others, *elsewhere)
-        engines = {of.name: journal.once(step.named(of), dict) for of in asked}
-        step.take(journal.once(step.name, dict), engines)
+
+
+def _untold(what: str, share: float) -> None:
+    """Of a part of the work."""
 
 
 def _missing(

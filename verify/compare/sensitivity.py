@@ -188,11 +188,14 @@ class Sensitivity:
         for prompt, positions in places.items():  # those that begin alike may be one by now
             wanted = known.setdefault(_until(prompt, positions), [])
             wanted[:] = sorted({*wanted, *positions})
-        for batch in self._material.batches(list(known)):
+        batches, pieces = list(self._material.batches(list(known))), []
+        for batch in batches:
             looked_at = [known[prompt] for prompt in batch.prompts]
             at = hashlib.sha256(repr(looked_at).encode()).hexdigest()[:16]
             name = f"sensitivity {self.name} {batch.digest} {at}"
-            disturb = partial(self._disturb, batch, looked_at)
+            pieces.append((name, partial(self._disturb, batch, looked_at)))
+        self._journal.shared.ahead(dict(pieces))
+        for batch, (name, disturb) in zip(batches, pieces, strict=True):
             found = _Seen(**self._journal.shared.once(name, disturb))
             for prompt, moved in zip(batch.prompts, found.tokens, strict=True):
                 for position, far in zip(known[prompt], moved, strict=True):

@@ -70,6 +70,9 @@ def compare_in_float32(
             found = runner.logits(*inputs, batch.wanted)
             return parity.found(batch, batch.wanted, expected, found, nearby)
 
+        journal.ahead(
+            {name: partial(compare, batch) for name, batch in zip(names, batches, strict=True)}
+        )
         for name, batch in zip(names, batches, strict=True):
             parity.take(batch, journal.once(name, partial(compare, batch)))
         assert parity.distances is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -130,15 +131,25 @@ class Asking:
             journal.once(name, partial(compute, runner, batch))
             trim()
 
-        asked = [
-            (runner, partial(once, journal, name, runner, batch))
-            for _, batch, journal, name, runner in pieces
-            if not journal.has(name)
-        ]
-        with side_by_side(asked) as futures:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                progress(done / len(asked))
+        def do(some: range, progress: Progress) -> None:
+            asked = [
+                (runner, partial(once, journal, name, runner, batch))
+                for _, batch, journal, name, runner in pieces[some.start : some.stop]
+                if not journal.has(name)
+            ]
+            with side_by_side(asked) as futures:
+                for done, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    progress(done / len(asked))
+
+        digest = hashlib.sha256(" ".join(name for *_, name, _ in pieces).encode()).hexdigest()[:16]
+        self.journal.ahead(
+            {
+                f"{what} {digest} {of.start} to {of.stop}": partial(do, of, lambda _share: None)
+                for of in self.journal.parts(len(pieces))
+            }
+        )
+        do(range(len(pieces)), progress)
         found: dict[str, dict[int, Any]] = {variant: {} for variant in variants}
         for variant, batch, journal, name, _ in pieces:
             rows = journal.once(name, list)

@@ -176,9 +176,14 @@ def measure_controls(
         texts_only = name == "base"
         shown = texts if texts_only else prompts
         answers, losses = Answers(material.letters), LossSum()
-        for batch in material.batches(shown):
-            see = partial(_see, runner, batch, answers)
-            seen = journal.once(f"control {runner.name} {batch.digest}", see)
+        batches = list(material.batches(shown))
+        pieces = [
+            (f"control {runner.name} {batch.digest}", partial(_see, runner, batch, answers))
+            for batch in batches
+        ]
+        journal.ahead(dict(pieces))
+        for batch, (piece, see) in zip(batches, pieces, strict=True):
+            seen = journal.once(piece, see)
             answers.take(batch, seen["answers"])
             losses.losses += seen["losses"]
         progress("controls", (number + 1) / len(runners))

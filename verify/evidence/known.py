@@ -136,9 +136,19 @@ def measure_known(
     pool = ThreadPoolExecutor(1)  # the engine computes beside the base
     try:
         for source, questions in material.questions.items():
-            path = None if cache is None else cache / f"{_key(model, questions, form)}.json"
+            path = None
+            if cache is not None and journal.others is None:  # who have other caches
+                path = cache / f"{_key(model, questions, form)}.json"
             kept = None if path is None else _read(path, questions)
             pair = _Pair(base, unlearned, source, material, form, journal, pool)
+            journal.ahead(
+                {
+                    f"known {source} {of.start} to {of.stop}": partial(
+                        pair.done, questions[of.start : of.stop]
+                    )
+                    for of in journal.parts(len(questions))
+                }
+            )
             known, after = pair.counts(questions, kept, progress)
             if path is not None and kept is None:
                 _write(path, known, form)
@@ -215,6 +225,10 @@ class _Pair:
             progress("known", done / len(questions))
         collect(0)
         return tuple(known), after
+
+    def done(self, questions: Sequence[Question]) -> None:
+        """Ask some of the questions, for the journal."""
+        self.counts(questions, None, lambda _what, _share: None)
 
     def _name(self, runner: Runner, question: Question) -> str:
         return f"orders {runner.name} {self.source} {question.row}"

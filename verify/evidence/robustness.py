@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bake.questions.answers import LetterTokens
 from bake.questions.multiple_choice import Question, load_questions
 from bake.recipe import Recipe
-from verify.attacks.attacks import ATTACKS
+from verify.attacks.attacks import ATTACKS, Way
 from verify.attacks.exam import Exam
 from verify.engines.runners import Runner
 from verify.journal import Journal
@@ -80,6 +81,9 @@ def attack(
         letters=letters,
         journal=journal,
     )
+    if journal.others is not None:
+        exam.asked  # noqa: B018  what other attacks ask for
+    journal.ahead({f"attack {name}": partial(_tried, way, exam) for name, way in ATTACKS.items()})
     found: list[Attack] = []
     for name, way in ATTACKS.items():
         tell(0)
@@ -87,6 +91,12 @@ def attack(
         tried.append(name)
     tell(0)
     return Robustness(unlearned.name, exam.form, tuple(found))
+
+
+def _tried(way: Way, exam: Exam) -> None:
+    """Try an attack, for the journal."""
+    for _ in way.run(exam):
+        pass
 
 
 def gather(work: Work, report: VerifyReport) -> VerifyReport:

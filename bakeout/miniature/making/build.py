@@ -21,9 +21,10 @@ from bake.questions.multiple_choice import Question, Text, load_texts
 from bake.questions.orders import in_order
 from bake.questions.prompts import question_prompts, text_prompts
 from bake.recipe import Recipe
+from bake.search.asking_bench import SIDES, Scored, scored
 from bake.search.bench import Bench
 from bake.search.grid import Point
-from bake.search.sweep import SIDES, Scored, Sweep, scored
+from bake.search.sweep import Sweep
 from bake.training.train_sae import save_sae
 from bakeout.miniature.making.miniature_sae import LAYER, cached_activations, train_site_sae
 from bakeout.miniature.making.shipping import (
@@ -139,7 +140,7 @@ def pick(sweep: Sweep, world: World, seed: int) -> dict[str, Any]:
     Each forget question is asked four times, its choices rotated, and loss is taken on text of its
     own.
     """
-    validation = sweep.split.validation
+    validation = sweep.asked.split.validation
     rotations = [(*range(first, 4), *range(first)) for first in range(4)]
     rotated = [
         in_order(question, order) for question in validation["forget"] for order in rotations
@@ -162,7 +163,7 @@ def report(sweep: Sweep, settings: dict[str, Any]) -> bool:
     """Prints the test table and says whether every bar is met in both prompt forms."""
     assert sweep.recipe.verify is not None
     texts = load_texts(sweep.recipe.verify.text, sweep.recipe)
-    measuring = Measuring.made(sweep, sweep.split.test, texts)
+    measuring = Measuring.made(sweep, sweep.asked.split.test, texts)
     base, outcome = measuring.base, measuring.at(**settings)
     zero = measuring.at(**settings | {"value": 0.0})
     print(f"\ntest\n{HEADER}\n{line('base', base, base)}\n{line('value 0', base, zero)}")

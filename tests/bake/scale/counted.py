@@ -47,11 +47,18 @@ def assert_all_same(one: Measured, other: Measured) -> None:
 
 
 class InProcess:
-    """A crew of one worker in this process, which ends what it is given in another order."""
+    """A crew of one worker in this process, which ends what it is given in another order.
 
-    def __init__(self, ahead: int = 1, stop_after: int = 10**9) -> None:
-        self.ahead, self.stop_after = ahead, stop_after
-        self.counted: list[int] = []
+    Args:
+        ahead: how many pieces it is given at once.
+        stop_after: how many calls of `method` it does before it is interrupted.
+        method: the calls that count.
+    """
+
+    def __init__(self, ahead: int = 1, stop_after: int = 10**9, method: str = "count") -> None:
+        self.ahead, self.stop_after, self.method = ahead, stop_after, method
+        self.counted: list[Any] = []
+        """The last argument of each of those."""
 
     def start(self, worker: type, *arguments: Any, memory: int) -> None:
         self.worker = worker(*arguments)
@@ -62,7 +69,7 @@ class InProcess:
         while some := list(itertools.islice(numbered, self.ahead)):
             rng.shuffle(some)
             for number, item in some:
-                if method == "count":
+                if method == self.method:
                     if len(self.counted) == self.stop_after:
                         raise KeyboardInterrupt
                     self.counted.append(item[-1])

@@ -19,10 +19,14 @@ from ray.cluster_utils import Cluster
 
 from bake.errors import ScaleError
 from bake.recipe import Recipe
-from bake.scale.crew import MOST_DEATHS, about_here, cluster
+from bake.scale.cluster import cluster
+from bake.scale.crew import MOST_DEATHS, about_here
 from bake.search.corpus_statistics import measure
+from bake.search.sweep import run_sweep
 from bakeout.cli import run
+from bakeout.pages.sweep_view import sweep_dict
 from tests.bake.scale.counted import BATCH, InProcess, assert_all_same
+from tests.bake.swept import AXES, without_times
 
 pytestmark = pytest.mark.long
 
@@ -81,12 +85,12 @@ def test_two_nodes_and_this_machine_alone_select_as_the_single_process(
     assert shown[0] == shown[1] and '"feature"' in shown[0][1]
 
 
-def workers_here() -> list[psutil.Process]:
+def workers_here(kind: str = "FeatureWorker") -> list[psutil.Process]:
     """The workers that clusters of this process have started."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "ray::FeatureWorker" in " ".join(process.cmdline()):  # which the dead have none of
+            if f"ray::{kind}" in " ".join(process.cmdline()):  # which the dead have none of
                 found.append(process)
     return found
 
@@ -109,6 +113,24 @@ def test_a_worker_killed_at_each_tenth_changes_nothing(
         found = measure(recipe, cache=tmp_path / "cache", crew=crew, progress=kill)
     assert len(killed) >= 8
     assert_all_same(single, found)
+
+
+def test_a_sweep_whose_worker_is_killed_reports_as_the_single_process(
+    swept_recipe: Path, tmp_path: Path, two_nodes: Cluster
+) -> None:
+    recipe, killed = Recipe.load(swept_recipe), []
+
+    def kill(what: str, share: float) -> None:
+        if share > 0.2 and not killed and (alive := workers_here("SettingWorker")):
+            killed.append(alive[0].pid)
+            alive[0].kill()
+
+    with cluster(two_nodes.address) as crew:
+        found = run_sweep(recipe, AXES, tmp_path / "crew", crew=crew, progress=kill)
+        assert crew is not None and crew.size == 2
+    single = run_sweep(recipe, AXES, tmp_path / "single")
+    assert killed and single is not None and found is not None
+    assert without_times(sweep_dict(found)) == without_times(sweep_dict(single))
 
 
 def test_a_machine_that_is_lost_is_not_waited_for(
@@ -195,7 +217,7 @@ import os, signal, sys
 from pathlib import Path
 import bake.scale.parts
 from bake.recipe import Recipe
-from bake.scale.crew import cluster
+from bake.scale.cluster import cluster
 from bake.search.corpus_statistics import measure
 bake.scale.parts.PART_TOKENS = 1
 def die(what, share):
@@ -252,7 +274,8 @@ def test_addresses_that_lead_nowhere(
         ("127.0.0.1:1", "does not answer"),
         ("ray://127.0.0.1:10001", "is no address; expected HOST:PORT"),
     ):
-        assert run(["select", str(counted_recipe), "--ray", address]) == 2
-        line = capsys.readouterr().err
-        assert line.startswith(f"error: --ray {address}: ") and said in line
-        assert line.count("\n") == 1
+        for verb in (["select"], ["sweep", "--out", "new", "--grid", "value=-1"]):
+            assert run([*verb, str(counted_recipe), "--ray", address]) == 2
+            line = capsys.readouterr().err
+            assert line.startswith(f"error: --ray {address}: ") and said in line
+            assert line.count("\n") == 1

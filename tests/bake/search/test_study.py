@@ -13,35 +13,21 @@ from pathlib import Path
 import pytest
 
 from bake.errors import OutputError
-from bake.search.grid import Point
 from bake.search.study import JOURNAL, Study
-
-POINTS = [Point((("method", "clamp"), ("value", -float(i)))) for i in range(12)]
-
-
-def measure_all(folder: Path, log: Path) -> None:
-    study = Study(folder, "same")
-    study.add(POINTS)
-    while (claimed := study.claim()) is not None:
-        trial, point = claimed
-        value = dict(point.settings)["value"]
-        with log.open("a") as file:
-            file.write(f"{value}\n")
-        study.tell(trial, float(value) ** 2, float(value), {"features": [[1]]})
-    study.close()
+from tests.bake.studied import POINTS, measure_all
 
 
 def test_two_processes_measure_each_point_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     log, folder = tmp_path / "log", tmp_path / "study"
-    workers = [context.Process(target=measure_all, args=(folder, log)) for _ in range(2)]
+    workers = [context.Process(target=measure_all, args=(log, folder)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert sorted(map(float, log.read_text().split())) == [-float(i) for i in reversed(range(12))]
     study = Study(folder, "same")
-    assert len(study.finished()) == 12 and study.running() == 0
+    assert len(study.finished()) == 12 and study.left() == 0
     # Least forget accuracy, most retained: the squares fall as the values rise.
     assert [dict(point.point.settings)["value"] for point in study.front()] == [0.0]
     study.close()
@@ -64,7 +50,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from bake.search.study import Study
-from tests_points import POINTS
+from tests.bake.studied import POINTS
 study = Study(Path(sys.argv[1]), "same")
 study.add(POINTS)
 for _ in range(2):
@@ -78,25 +64,23 @@ time.sleep(60)
 
 def test_a_killed_process_leaves_its_point_to_others(tmp_path: Path) -> None:
     folder, log = tmp_path / "study", tmp_path / "log"
-    code = KILLED.replace("tests_points", __name__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, env=environment
+        [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, env=environment
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"there\n"
     alive = Study(folder, "same")
-    assert alive.running() == 1
+    assert alive.left() == len(POINTS) - 2
     alive.close()
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     with (folder / JOURNAL).open("ab") as journal:
         journal.write(b'{"op_code": 5, "wor')  # as a kill in the middle of a line leaves it
-    measure_all(folder, log)
+    measure_all(log, folder)
     assert len(log.read_text().split()) == len(POINTS) - 2
     study = Study(folder, "same")
-    keys = [found.point.key for found in study.finished()]
-    assert sorted(keys) == sorted(point.key for point in POINTS)
+    assert [found.point for found in study.finished()] == POINTS  # in their order
     study.close()
 
 

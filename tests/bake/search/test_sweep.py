@@ -11,55 +11,14 @@ import pytest
 from bake.recipe import Recipe
 from bake.search import corpus_statistics
 from bake.search.grid import Point
-from bake.search.study import Finished
+from bake.search.study import Finished, Study
 from bake.search.sweep import Sweep, _rank
 from bakeout.cli import run
-from tests.worlds import (
-    RecipeWriter,
-    save_sae_lens,
-    tiny_base,
-    tiny_sae,
-    tiny_tokenizer,
-    write_corpora,
-)
-
-TABLE: dict[str, Any] = {
-    "sae": {"path": "layer_1"},
-    "hook_point": "blocks.1.hook_resid_post",
-    "method": "clamp",
-    "features": "select",
-    "value": -6.0,
-}
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, write_recipe: RecipeWriter, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BAKEOUT_CACHE", str(tmp_path / "cache"))
-    tiny_tokenizer(tiny_base(tmp_path / "base"))
-    for layer in (1, 2):
-        save_sae_lens(tmp_path / f"layer_{layer}", tiny_sae(layer), layer=layer)
-    write_corpora(tmp_path)
-    select = {
-        "forget": {"path": "forget.jsonl"},
-        "retain": {"path": "retain.jsonl"},
-        "retain_threshold": 0.3,
-        "n_features": 4,
-        "seq_len": 24,
-        "n_seqs": 20,
-    }
-    verify = {
-        "forget_questions": {"path": "forget_questions.jsonl"},
-        "retain_questions": {"path": "retain_questions.jsonl"},
-        "text": {"path": "text.jsonl"},
-    }
-    return write_recipe(TABLE, select=select, verify=verify)
-
-
-GRID = ["--grid", "n_features=2,4", "--grid", "value=-3,-9", "--grid", "layer=1,2"]
+from tests.bake.swept import GRID
 
 
 def test_a_sweep_from_grid_to_a_recipe_that_bakes(
-    recipe: Path,
+    swept_recipe: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -68,7 +27,7 @@ def test_a_sweep_from_grid_to_a_recipe_that_bakes(
     loads: list[int] = []
     real = corpus_statistics.load_base
     monkeypatch.setattr(corpus_statistics, "load_base", lambda *r: (loads.append(1), real(*r))[1])
-    assert run(["sweep", str(recipe), "--out", str(out), *GRID]) == 0
+    assert run(["sweep", str(swept_recipe), "--out", str(out), *GRID]) == 0
     assert loads == [1]
     shown = capsys.readouterr().out
     assert "8 points on 4 forget and 4 retain questions" in shown and "Pareto front" in shown
@@ -87,23 +46,25 @@ def test_a_sweep_from_grid_to_a_recipe_that_bakes(
     assert len(winner.clamp[0].features) == settings["n_features"]
     assert run(["bake", str(out / "recipe.toml"), "--out", str(tmp_path / "baked")]) == 0
 
-    measured: list[Point] = []
-    real_run = Sweep.run
+    measured: list[int] = []
+    real_tell = Study.tell
 
-    def counted(self: Sweep, point: Point) -> Any:
-        measured.append(point)
-        return real_run(self, point)
+    def counted(self: Study, trial: Any, *found: Any) -> None:
+        measured.append(trial.number)
+        real_tell(self, trial, *found)
 
-    monkeypatch.setattr(Sweep, "run", counted)
-    assert run(["sweep", str(recipe), "--out", str(out), *GRID]) == 0
+    monkeypatch.setattr(Study, "tell", counted)
+    assert run(["sweep", str(swept_recipe), "--out", str(out), *GRID]) == 0
     assert not measured  # nothing is computed twice
     assert json.loads((out / "report.json").read_text()) == report
-    assert run(["sweep", str(recipe), "--out", str(out), *GRID, "--grid", "trigger=0,0.5"]) == 0
+    assert (
+        run(["sweep", str(swept_recipe), "--out", str(out), *GRID, "--grid", "trigger=0,0.5"]) == 0
+    )
     assert len(measured) == 16  # trigger is now part of each point
 
 
-def test_controls(recipe: Path, tmp_path: Path) -> None:
-    sweep = Sweep(Recipe.load(recipe), None, cache=tmp_path / "cache")
+def test_controls(swept_recipe: Path, tmp_path: Path) -> None:
+    sweep = Sweep(Recipe.load(swept_recipe), None, cache=tmp_path / "cache")
     chosen = sweep.at(Point((("value", -3.0),)))
     random, decoder = sweep.controls(chosen).values()
     features = chosen.clamp[0].features
@@ -137,11 +98,11 @@ def test_what_is_best() -> None:
     ],
 )
 def test_bad_usage(
-    recipe: Path,
+    swept_recipe: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     match: str,
 ) -> None:
-    assert run(["sweep", str(recipe), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert run(["sweep", str(swept_recipe), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert match in capsys.readouterr().err and not (tmp_path / "out").exists()
