@@ -11,6 +11,7 @@ import torch
 from bake.distill.distill_texts import Rows
 from bake.distill.objectives import Head, mean_kl
 from bake.distill.teachers import ROWS_AT_ONCE, Teacher, head_of, read
+from bake.files.halving import in_halves
 
 MOST_ROWS = 128
 """Pieces of held-out texts of each side that are looked at, at most."""
@@ -41,15 +42,17 @@ class Judge:
     @torch.no_grad()
     def distance(self, model: Any) -> tuple[float, int]:
         """(mean KL of a model from the teacher in nats per token, tokens)."""
-        total, n = 0.0, 0
         numbers = judged(self.rows)
-        for at in range(0, len(numbers), ROWS_AT_ONCE):
-            some = numbers[at : at + ROWS_AT_ONCE]
+
+        def apart(rows: slice) -> tuple[float, int]:
+            some = numbers[rows]
             final = read(model, *self.rows.batch(some).padded(model.device), []).final
             wanted = self.teacher.seen(some, model.device).final
-            total += float(mean_kl(wanted, self.head, final, head_of(model))) * len(final)
-            n += len(final)
-        return total / n, n
+            return float(mean_kl(wanted, self.head, final, head_of(model))) * len(final), len(final)
+
+        found = in_halves(model, "judging", apart, len(numbers), most=ROWS_AT_ONCE)
+        n = sum(of for _, of in found)
+        return sum(kl for kl, _ in found) / n, n
 
 
 def judged(rows: Rows) -> range:

@@ -23,13 +23,14 @@ from torch import Tensor
 from bake.clamp import ClampWeights
 from bake.distill.distill_texts import Rows
 from bake.distill.objectives import Head, Seen
+from bake.files.halving import in_halves
 from bake.modeling_clamped_gemma import SAEClamp, SoFar
 from bake.new_folder import check_space
 from bake.stock import decoder_layers
 from bake.tensors import Tensors, write_tensors
 
 ROWS_AT_ONCE = 16
-"""Rows of one forward."""
+"""Rows of one forward, where memory allows."""
 
 
 def read(model: Any, ids: Tensor, real: Tensor, layers: Sequence[int]) -> Seen:
@@ -218,15 +219,21 @@ def _write(
     files = {name: (folder / f"{name}.bits") for name in ["final", *map(str, layers)]}
     with ExitStack() as opened, clamped(model, clamps) as tell:
         writers = {name: opened.enter_context(file.open("wb")) for name, file in files.items()}
-        for at in range(0, len(numbers), ROWS_AT_ONCE):
-            ids, real = rows.batch(numbers[at : at + ROWS_AT_ONCE]).padded(model.device)
+
+        def keep(some: slice) -> None:
+            ids, real = rows.batch(numbers[some]).padded(model.device)
             tell(ids, real)
             seen = read(model, ids, real, layers)
+            tensors = {"final": seen.final, **{str(at): h for at, h in seen.hidden.items()}}
+            bits = {
+                name: tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+                for name, tensor in tensors.items()
+            }
             for name, writer in writers.items():
-                tensor = seen.final if name == "final" else seen.hidden[int(name)]
-                bits = tensor.to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-                writer.write(bits.numpy().tobytes())
-            progress((at + ROWS_AT_ONCE) / len(numbers))
+                writer.write(bits[name].numpy().tobytes())
+            progress(some.stop / len(numbers))
+
+        in_halves(model, "teachers' outputs", keep, len(numbers), most=ROWS_AT_ONCE)
 
     def blocks(file: Path) -> Callable[[], Iterator[bytes]]:
         def give() -> Iterator[bytes]:
