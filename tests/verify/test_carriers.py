@@ -292,6 +292,17 @@ def test_a_compiled_gemma_4_and_its_graph_pass_and_what_its_layers_multiply_by_i
         rewrite_file(altered, file, (folder / file).read_bytes())
 
 
+def test_eps_is_worked_out_to_the_same_bits_at_any_width(tmp_path: Path) -> None:
+    recipe = world_of(tmp_path, "gemma3_text")
+    write_checkpoint(plan_checkpoint(recipe), tmp_path / "layer", card="", witness_prompts=[])
+    folder = tmp_path / "compiled"
+    export_compiled(tmp_path / "layer", folder, pad=112, dtype=None, force=False)
+    eps = json.loads((tmp_path / "layer" / "config.json").read_text())["rms_norm_eps"]
+    stated = json.loads((folder / "config.json").read_text())["rms_norm_eps"]
+    assert stated == eps * 32 / 144 != eps * (32 / 144)
+    assert not verify_folder(folder, recipe, frozenset({"integrity"})).failures
+
+
 def test_what_tools_leave_in_a_bases_settings_is_no_defect(tmp_path: Path) -> None:
     baked_world(tmp_path, FEATURES)
     shutil.rmtree(tmp_path / "checkpoint")

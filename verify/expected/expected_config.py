@@ -120,6 +120,7 @@ def compiled_config(
         own = {number: heads.get(str(places.like(number))) for number in range(places.n_layers)}
         config["per_layer_config"] = {str(number): of for number, of in own.items() if of}
     narrow, wide = int(stock.hidden_size), compiled.hidden_size[1]
+    eps = float(stock.rms_norm_eps)
     config.pop("torch_dtype", None)
     if places.types:
         config["layer_types"] = list(places.types)
@@ -137,7 +138,7 @@ def compiled_config(
         "intermediate_size": mlp,
         "num_hidden_layers": places.n_layers,
         **dict.fromkeys(_ACTIVATIONS, "gelu_pytorch_tanh"),
-        "rms_norm_eps": float(stock.rms_norm_eps) * (1.0 if family.scaled else narrow / wide),
+        "rms_norm_eps": eps if family.scaled else eps * narrow / wide,  # in this order: to the bit
         "dtype": compiled.dtype,
     }
 
