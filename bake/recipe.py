@@ -284,7 +284,7 @@ class Recipe(Table):
         path = Path(path)
         data = read_toml("recipe", path)
         recipe = cls.parse(data, name=str(path), folder=path.resolve().parent)
-        recipe._file = path
+        recipe._file = path.resolve()
         return recipe
 
     @classmethod

@@ -19,12 +19,16 @@ from typing import Any
 
 from bake.base import find_base
 from bake.errors import RanOutError, ScaleError
+from bake.files.halving import never_halve
 from bake.scale.crew import MOST_DEATHS, Crew, Lost
+from bake.stock import load_tokenizer
 from export.manifest import Manifest
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs
 from verify.gather import gather
 from verify.journal import Journal, Others, arithmetic, versions
+from verify.material import load_material
+from verify.reference.whole_sae import load_sites
 from verify.run import Asked
 
 PARTS_EACH = 4
@@ -91,10 +95,13 @@ class Helper:
             n_parts: in how many parts work is cut, the same for all.
 
         Raises:
-            ScaleError: folder, recipe or base are others here.
+            ScaleError: folder, recipe, base, SAEs, questions or texts are others here.
+            RanOutError: it has too little memory for what the others do at once.
             BakeoutError: of the kind of trouble that a verification meets.
         """
         import torch
+
+        never_halve()
 
         asked = self._asked
         torch.set_num_threads(asked.threads)
@@ -223,10 +230,19 @@ def about_here() -> dict[str, str]:
 
 
 def inputs_sha256(asked: Asked) -> str:
-    """Of the contents of the folder, the base, the recipe, and every file that it names."""
-    digest = hashlib.sha256()
+    """Of the contents of the folder, the base, the SAEs, the recipe, every file that it names, and
+    the questions and texts that are asked, wherever they come from.
+    """
     recipe = asked.recipe
-    for path in [asked.folder, find_base(recipe).folder, *recipe.local_sources]:
+    base = find_base(recipe)
+    digest = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode())
+    if any(clamp.sae.path is None for clamp in recipe.clamp):  # else they are files below
+        for site in load_sites(recipe):
+            for name, tensor in sorted(site.sae.state_dict().items()):
+                digest.update(name.encode() + tensor.numpy().tobytes())
+    material = load_material(recipe, load_tokenizer(recipe))
+    digest.update(repr((material.questions, material.windows)).encode())
+    for path in [asked.folder, base.folder, *recipe.local_sources]:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
                 with file.open("rb") as opened:

@@ -18,7 +18,17 @@ _NO_MEMORY = re.compile(
 """What torch, its libraries and ONNX Runtime say where there is none."""
 _held: WeakKeyDictionary[Any, dict[str, int]] = WeakKeyDictionary()
 """By model or engine, and by what it did: the most that was asked of it after memory ran out."""
+_whole_only = False
+"""Whether this process may not do with less."""
 T = TypeVar("T")
+
+
+def never_halve() -> None:
+    """From here on, running out of memory is an error: what comes of fewer rows may be rounded
+    otherwise, and others count on equal bits.
+    """
+    global _whole_only
+    _whole_only = True
 
 
 def in_halves(
@@ -60,7 +70,7 @@ def in_halves(
                 raise
             if tried == 1 and isinstance(error, TooLargeError):  # it says who, and what to do
                 raise RanOutError(f"{error}") from error
-            if tried == 1:
+            if tried == 1 or _whole_only:
                 raise RanOutError(
                     f"{what}: memory ran out at one alone ({reason_in(error)}); take shorter "
                     "texts, or a device with more memory"

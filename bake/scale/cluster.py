@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from typing import Any
 
 from bake.errors import ScaleError, printable, short
@@ -55,8 +55,9 @@ def cluster(address: str | None) -> Iterator[Crew | None]:
         import ray
     except ImportError as error:
         raise ScaleError("--ray: Ray is not here; pip install 'bakeout[scale]'") from error
-    # It prints what happens to workers to stdout.
+    # It prints what happens to workers to stdout, and tells the cluster the command line.
     ray._private.worker.print_to_stdstream = lambda *_args, **_options: None
+    ray._private.utils.get_entrypoint_name = lambda: "bakeout"
     where = "--ray" if address == LOCAL else f"--ray {address}"
     own: dict[str, Any] = {}
     if address == LOCAL:
@@ -67,7 +68,7 @@ def cluster(address: str | None) -> Iterator[Crew | None]:
     terminate = signal.getsignal(signal.SIGTERM)
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     try:
-        with _silent():
+        with _silent(), chdir(os.sep):  # whose files every worker could import before any others
             ray.init(address=address, log_to_driver=False, configure_logging=False, **own)
     except SystemExit as ended:  # Ray makes that of SIGTERM
         raise KeyboardInterrupt from ended

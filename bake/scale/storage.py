@@ -35,8 +35,11 @@ class SharedStore:
     """
 
     def __init__(self, storage: str, name: str) -> None:
-        if len(name) > 512:
-            raise OutputError(f"output {short(name)}: expected at most 512 characters for a study")
+        if len(name) > 512 or not name.isprintable():
+            raise OutputError(
+                f"output {printable(short(name))}: names a study; expected at most 512 characters "
+                "that can be shown"
+            )
         self.name, self.worker = name, worker_name()
         self._url, place = _read(storage)
         self.where = f"--storage {place}, study {printable(name)}"

@@ -15,13 +15,15 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from bake.errors import OutputError, ScaleError
+from bake.errors import OutputError, ScaleError, printable, short
 from bake.methods import METHODS
 from bake.scale.crew import about_here
 from bake.scale.storage import SharedStore, worker_name
 from bake.search.grid import AXES, Point
 
 JOURNAL, STORED = "study.journal", "study.storage"
+_DIRECTIONS = ["minimize", "maximize"]
+"""Of forget and of retained accuracy."""
 """In a sweep's folder: its study; or the place of one that lies in a storage."""
 
 
@@ -120,6 +122,7 @@ def check_folder(folder: Path, storage: str | None = None) -> None:
 
     Raises:
         OutputError: it is a file, or holds something else.
+        ScaleError: the storage cannot be used.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output {folder}: is no folder; choose another name")
@@ -132,6 +135,20 @@ def check_folder(folder: Path, storage: str | None = None) -> None:
     marked = folder / (STORED if storage else JOURNAL)
     if folder.exists() and any(folder.iterdir()) and not marked.exists():
         raise OutputError(f"output {folder}: exists and holds no sweep; choose another folder")
+    if storage is not None:
+        store = SharedStore(storage, folder.resolve().name)
+        store.close()
+        if marked.exists() and (there := _line_of(marked)) != store.where:
+            raise OutputError(
+                f"output {folder}: holds a sweep whose study lies elsewhere ({there}); name that, "
+                "or choose another folder"
+            )
+
+
+def _line_of(marker: Path) -> str:
+    """What a file says in its one line, as far as it may be shown."""
+    with marker.open("rb") as file:
+        return printable(short(file.read(1000).decode(errors="replace").strip()))
 
 
 class Study:
@@ -172,12 +189,18 @@ class Study:
         study = optuna.create_study(
             storage=self._store.open(),
             study_name=self._store.name,
-            directions=["minimize", "maximize"],
+            directions=_DIRECTIONS,
             sampler=optuna.samplers.RandomSampler(),
             load_if_exists=True,
         )
         versions = about_here() if self.shared else {}
         known = study.user_attrs
+        directions = [of.name.lower() for of in study.directions]
+        if directions != _DIRECTIONS or ("fingerprint" not in known and study.get_trials()):
+            raise OutputError(
+                f"{self._store.where}: holds a study of something else; choose another folder, "
+                "whose name is the study's"
+            )
         if "fingerprint" not in known:
             study.set_user_attr("versions", versions)
             study.set_user_attr("fingerprint", fingerprint)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from bake.errors import BakeoutError
+from bake.errors import BakeoutError, printable, short
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (TOML).")]
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that bakeout wrote.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the report; - is stdout.")
 ]
-Device = Annotated[str, typer.Option(help="Where models run, as torch names it: cpu, cuda.")]
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", name):
+        raise BakeoutError(
+            f"--device {short(printable(name))}: expected cpu, or cuda (cuda:1 is the second), as "
+            "torch names them"
+        )
+    return name
+
+
+Device = Annotated[
+    str,
+    typer.Option(help="Where models run, as torch names it: cpu, cuda.", callback=_device),
+]
 
 
 def _known(dtype: str | None) -> str | None:

@@ -12,7 +12,7 @@ from bake.recipe import Recipe
 from bakeout.pages.audit_view import show_audit
 from bakeout.pages.compare_view import show_comparison, write_comparison
 from bakeout.terminal import progress, write_json
-from bakeout.verbs.arguments import JsonFile
+from bakeout.verbs.arguments import Device, JsonFile
 from bakeout.verbs.verifying import check_place, user_cache
 from verify.audit.compared import compare as compare_folders
 from verify.audit.run_audit import AuditOptions, audit_folders
@@ -40,7 +40,7 @@ def audit(
             min=0.1,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     json_file: JsonFile = None,
     html_file: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one page.")

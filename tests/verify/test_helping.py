@@ -18,13 +18,15 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
 
 from ray.cluster_utils import Cluster
 
+import bake.files.halving as halving
 import verify.helping
-from bake.errors import ScaleError
+from bake.errors import RanOutError, ScaleError
 from bake.recipe import Recipe
 from bake.scale.crew import Crew
 from bakeout.cli import run
 from tests.engines import InProcess
 from tests.folders import baked_world
+from tests.worlds import room_for
 from verify.helping import Board, Helper, _Told, helped_by, inputs_sha256
 from verify.journal import Journal, Others
 from verify.options import Options
@@ -38,6 +40,12 @@ KILL_AT, KILLED = 4, "killed"
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return baked_world(tmp_path_factory.mktemp("work"), [1, 5, 9], n_texts=4)
+
+
+@pytest.fixture(autouse=True)
+def also_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What helpers forbid in this process ends with the test."""
+    monkeypatch.setattr(halving, "_whole_only", False)
 
 
 def asked_of(work: Path) -> Asked:
@@ -169,7 +177,7 @@ class Second:
         self._others.put(found)
 
 
-def test_with_a_helper_that_is_killed_the_report_is_the_same_to_the_byte(
+def test_with_a_helper_that_is_killed_the_report_is_the_same_to_the_byte_wherever_it_is_begun(
     work: Path,
     tmp_path: Path,
     two_nodes: Cluster,
@@ -177,7 +185,10 @@ def test_with_a_helper_that_is_killed_the_report_is_the_same_to_the_byte(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = ["verify", str(work / "checkpoint"), "--recipe", str(work / "recipe.toml")]
+    monkeypatch.chdir(work)  # whose modules nobody may take for installed ones
+    for module in ("numpy", "verify"):
+        (work / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise OSError")
+    command = ["verify", "checkpoint", "--recipe", "recipe.toml"]
     command += ["--only", "parity", "known", "--json"]
     taken: list[str] = []
 
@@ -199,6 +210,17 @@ def test_with_a_helper_that_is_killed_the_report_is_the_same_to_the_byte(
         assert run([*command, str(tmp_path / name), *options]) == 0
     assert taken.count(KILLED) == 1 and len(taken) > KILL_AT
     assert (tmp_path / "helped").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_helper_without_memory_gives_its_piece_back(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verify.engines.engines.TorchRunner", InProcess)
+    monkeypatch.setattr(_Told, "_got", staticmethod(lambda answer: answer))
+    asked = asked_of(work)
+    with room_for(100, layer=1), pytest.raises(RanOutError, match="memory ran out"):
+        Helper(asked, inputs_sha256(asked), Here()).help(1, 3)
 
 
 def test_an_address_that_leads_nowhere(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

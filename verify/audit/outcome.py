@@ -40,6 +40,8 @@ class Point:
     cloze: Share | None = None
     open: Share | None = None
     note: str = ""
+    does: str = ""
+    """What somebody does at it, to follow "whoever"."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,7 @@ def _sweep(name: str, attempts: list[Attempt], before: Scores, form: PromptForm)
     worst = max(kept, key=lambda point: point.right.accuracy or 0.0, default=None)
     shown = worst or (curve[-1] if curve else None)
     first = attempts[0]
-    alike = [
-        a
-        for a in attempts
-        if shown is not None and (a.settings, a.steps) == (shown.settings, shown.steps)
-    ]
-    does = (alike or [first])[0].does
-    if shown is not None:
-        does = does.replace("{steps}", str(shown.steps)).replace("{samples}", str(shown.samples))
+    does = first.does if shown is None else shown.does
     return Sweep(name, does, first.needs, first.control, len(each), tuple(curve), worst)
 
 
@@ -147,10 +142,12 @@ def _point(attempts: Sequence[Attempt], before: Scores, form: PromptForm) -> Poi
     right = _sum(shares)
     assert right is not None
     scores = [attempt.scores for attempt in attempts]
+    steps, samples = attempts[0].steps, max(attempt.samples for attempt in attempts)
+    does = attempts[0].does.replace("{steps}", str(steps)).replace("{samples}", str(samples))
     return Point(
         settings=attempts[0].settings,
-        steps=attempts[0].steps,
-        samples=max(attempt.samples for attempt in attempts),
+        steps=steps,
+        samples=samples,
         seeds=len(attempts),
         right=right,
         interval=interval_over(shares),
@@ -159,6 +156,7 @@ def _point(attempts: Sequence[Attempt], before: Scores, form: PromptForm) -> Poi
         cloze=_sum([of.forget["cloze"] for of in scores if "cloze" in of.forget]),
         open=_sum([of.open for of in scores if of.open is not None]),
         note=attempts[0].note,
+        does=does,
     )
 
 
@@ -181,7 +179,7 @@ def interval_over(shares: Sequence[Share]) -> Interval:
     return Interval(max(0.0, low), min(1.0, high))
 
 
-def comes_back(interval: Interval, before: Share) -> bool:
+def comes_back(interval: Interval, before: Share, chance: float = CHANCE) -> bool:
     """Whether more is known than before, and than chance would give: the intervals do not touch."""
     assert before.interval is not None
-    return interval.low > max(before.interval.high, CHANCE)
+    return interval.low > max(before.interval.high, chance)

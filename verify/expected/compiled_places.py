@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bake.base import BaseModel
+from bake.errors import ModelError, printable, short
 from bake.families import Family
 
 _ALL, _WINDOW = "full_attention", "sliding_attention"
@@ -48,10 +49,22 @@ class Places:
 
 
 def stock_config(base: BaseModel) -> Any:
-    """A base's config as stock transformers reads it, whatever code it names."""
+    """A base's config as stock transformers reads it, whatever code it names.
+
+    Raises:
+        ModelError: it cannot read it.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(
+            base.folder, trust_remote_code=False, local_files_only=True
+        )
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ModelError(
+            f"base model {base.name}: transformers cannot read its config.json "
+            f"({printable(short(' '.join(str(error).split())))}); expected a Gemma's"
+        ) from error
 
 
 def compiled_places(base: BaseModel, clamped: Sequence[int]) -> Places:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.base import BaseModel
+from bake.errors import ModelError
 from bake.rounding import EPSILON
 from verify.expected.compiled_places import Places
 from verify.report.findings import Failure
@@ -99,6 +100,11 @@ class Wide:
             if (shard := self.base.weight_map.get(name)) is not None:
                 with safe_open(self.base.folder / shard, framework="pt") as tensors:
                     found[layer] = tensors.get_tensor(name).item()
+        if not (sound := found.isfinite() & (found > 0)).all():
+            raise ModelError(
+                f"base model {self.base.name}: a layer_scalar is {found[~sound][0].item()}; "
+                "expected positive numbers"
+            )
         return found.tolist()
 
     def held(self, layer: int, dtype: str) -> float:

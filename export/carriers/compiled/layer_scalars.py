@@ -28,6 +28,8 @@ UNNOTICED = 2.0**-10
 """Constants against the root of what eps would allow."""
 WANTED = 2.0**-9
 """What arrives of a constant behind the norm before a new layer, r̃ aside, within a factor of √2."""
+LARGEST = 2.0**30
+"""What a residual stream may grow to by these numbers: float32 still holds the squares of it."""
 SMALLEST = 2.0**-90
 """What a constant may shrink to: float32 still divides it by any r̃."""
 
@@ -110,9 +112,17 @@ def check_gemma_4(source: Clamped) -> None:
                 f"{name}: has {what} ({field} {value}); expected a Gemma 4 of dense layers alone. "
                 "Use the clamped checkpoint, or an adapter"
             )
+    held = 1.0
     for layer, scalar in enumerate(layer_scalars(source)):
         if not 0 < scalar < math.inf:
             raise ExportError(
                 f"{name}: layer_scalar of layer {layer} is {scalar}; expected a positive number, "
                 "or no constant comes through that layer. Use the clamped checkpoint, or an adapter"
+            )
+        held *= scalar
+        if not held <= LARGEST:
+            raise ExportError(
+                f"{name}: layer_scalar of the layers up to {layer} multiply by {held:.1e} in all; "
+                f"expected {LARGEST:.1e} at most, or float32 ends. Use the clamped checkpoint, or "
+                "an adapter"
             )

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
 from bake.errors import ScaleError
@@ -60,6 +61,8 @@ def test_two_nodes_and_this_machine_alone_select_as_the_single_process(
             progress=lambda *step: told.append(step),
         )
         assert crew.size == 2
+        jobs = ray._private.worker.global_worker.gcs_client.get_all_job_info()
+        assert {job.entrypoint for job in jobs.values()} <= {"", "bakeout"}  # no command line
     assert_all_same(single, found)
     assert {what for what, _ in told} == {
         f"{side} {part}" for side in ("forget", "retain") for part in ("texts", "corpus")

@@ -18,7 +18,8 @@ import pytest
 import bake.search.sweep
 from bake.errors import OutputError, ScaleError
 from bake.recipe import Recipe
-from bake.search.study import Study
+from bake.scale.storage import SharedStore
+from bake.search.study import STORED, Study, check_folder
 from bake.search.sweep import run_sweep
 from bakeout.cli import run
 from bakeout.pages.sweep_view import sweep_dict
@@ -214,16 +215,40 @@ def test_who_waits_for_others_does_what_they_leave(
     ],
 )
 def test_storages_that_cannot_be_used(tmp_path: Path, storage: str, said: str) -> None:
-    with pytest.raises(ScaleError) as error:
-        Study(tmp_path / "s", "same", storage)
+    with pytest.raises(ScaleError) as error:  # before anything is counted
+        check_folder(tmp_path / "s", storage)
     assert said in str(error.value) and "secret" not in str(error.value)
     assert error.value.__suppress_context__ or error.value.__context__ is None
     assert not (tmp_path / "s").exists()
 
 
-def test_a_name_that_is_too_long(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="expected at most 512 characters for a study"):
-        Study(Path("/", *["x" * 200], "y" * 600), "same", "postgresql://host/x")
+@pytest.mark.parametrize("name", ["y" * 600, "a\udcffb", "a\nb"])
+def test_a_name_that_is_too_long_or_cannot_be_shown(name: str) -> None:
+    with pytest.raises(OutputError, match="expected at most 512 characters that can be shown"):
+        Study(Path("/", "x" * 200, name), "same", "postgresql://host/x")
+
+
+@pytest.mark.parametrize("directions", [["minimize"], ["minimize", "maximize"]])
+def test_a_study_of_something_else_stays_as_it_is(
+    server: Server, tmp_path: Path, directions: list[str]
+) -> None:
+    name = f"foreign{len(directions)}"
+    store = SharedStore(server.url, name)
+    with store.locked():
+        foreign = optuna.create_study(storage=store.open(), study_name=name, directions=directions)
+        foreign.enqueue_trial({"x": 1})
+    with pytest.raises(OutputError, match="holds a study of something else"):
+        Study(tmp_path / name, "same", server.url)
+    assert foreign.user_attrs == {} and len(foreign.get_trials()) == 1
+    store.close()
+
+
+def test_a_folder_goes_with_its_storage(server: Server, tmp_path: Path) -> None:
+    Study(tmp_path / "there", "same", server.url).close()
+    check_folder(tmp_path / "there", server.url)
+    (tmp_path / "there" / STORED).write_text("--storage postgresql://elsewhere/x, study there\n")
+    with pytest.raises(OutputError, match=r"lies elsewhere \(--storage postgresql://elsewhere"):
+        check_folder(tmp_path / "there", server.url)
 
 
 def test_without_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,10 +68,11 @@ def test_a_device_that_torch_does_not_have_is_one_line(
     world: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     capsys.readouterr()
-    for device in ("moon", "cuda:77"):
+    said = {"moon": "expected cpu, or cuda", "cuda:77": "torch cannot run the model there"}
+    for device, what in said.items():
         assert run([*verb.split(), "--device", device]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: --device {device}: torch cannot run the model there")
+        assert line.startswith(f"error: --device {device}: {what}")
     assert not (world / "out").exists()
 
 
@@ -92,10 +93,11 @@ def test_the_model_runs_where_and_in_what_is_asked_for(
     assert run(["select", "r.toml", "--write", "chosen.toml", "--device", "cuda"]) == 0
     assert loaded.pop() == ("cuda", "auto")  # other numbers than those in 16 bits
     assert "dtype" not in tomllib.loads((world / "chosen.toml").read_text())["base"]
-    assert run(["verify", "baked", "--recipe", "r.toml", "--only", "integrity", "--device", "cpu"])
+    verify = ["verify", "baked", "--recipe", "r.toml", "--only", "integrity"]
+    assert run([*verify, "--device", "cpu"]) == 1
     for path in (world / "cache").rglob("*"):
         path.unlink() if path.is_file() else None
-    assert run(["verify", "baked", "--recipe", "r.toml", "--only", "integrity", "--device", "cuda"])
+    assert run([*verify, "--device", "cuda"]) == 1
     assert loaded.pop() == ("cuda", "auto")
     capsys.readouterr()
     assert run(["select", "r.toml", "--dtype", "int8"]) == 2
@@ -133,3 +135,13 @@ def test_in_halves_the_same_is_found(world: Path, capsys: pytest.CaptureFixture[
     said = " ".join(notes(capsys))
     for what in ("reading windows", "prompts", "clamping"):
         assert f"note: {what}: memory ran out at " in said
+
+
+@pytest.mark.parametrize("device", ["bogus", "meta", "cuda:x", "CPU", ""])
+def test_a_device_that_is_none_is_refused_before_anything_is_looked_up(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("features r.toml --html f.html", "verify baked", "audit baked --recipe r.toml"):
+        assert run([*verb.split(), "--device", device]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--device {device}: expected cpu, or cuda" in line

@@ -91,8 +91,49 @@ def test_open_prompts_tell_what_questions_do_not() -> None:
         "of 50; the base, 32 of 50)."
     )
     assert kept == (
-        "Whoever fine-tunes all weights for 50 steps on 100 texts about other facts has part of "
+        "Whoever fine-tunes all weights for 10 steps on 100 texts about other facts has part of "
         "the topic back: 15 of 30 continuations right."
+    )
+
+
+def opened(right: int, n: int, *points: tuple[int, int]) -> FolderAudit:
+    """An audit whose questions tell nothing: of open prompts the folder gets some right, the base
+    40 of 200; and of every point how many answers of 8 and continuations of 50 are right.
+    """
+    _, layer = an_audit().folders
+    asked = {"chat": Share(2, 8)}
+    before = Scores(asked, {}, Share(right, n))
+    attempts = [
+        replace(
+            layer.attempts[0],
+            does=f"tries {steps} steps",
+            seed=0,
+            steps=steps,
+            scores=Scores({"chat": Share(answers, 8)}, {}, Share(continuations, 50)),
+        )
+        for steps, (answers, continuations) in enumerate(points, 1)
+    ]
+    sweeps = sweeps_of(attempts, before, "chat")
+    base = Scores(asked, {}, Share(40, 200))
+    return replace(layer, base=base, before=before, stripped=None, sweeps=sweeps)
+
+
+def test_the_worst_by_open_prompts_is_another_than_that_by_questions() -> None:
+    (said,) = sentences(opened(0, 200, (3, 2), (2, 44)))
+    assert said.startswith("Whoever tries 2 steps has the topic back: 44 of 50 continuations right")
+
+
+def test_nobody_guesses_a_continuation() -> None:
+    (said,) = sentences(opened(0, 200, (2, 9)))
+    assert said.startswith("Whoever tries 1 steps has the topic back: 9 of 50 continuations right")
+    assert sentences(opened(40, 200, (2, 9))) == (
+        "It has the topic as it is: 40 of 200 continuations right (the base, 40 of 200).",
+    )
+
+
+def test_where_nothing_was_tried_no_model_is_called_useless() -> None:
+    assert sentences(opened(0, 200)) == (
+        "Nothing that was tried tells more (before, 0 of 200; the base, 40 of 200).",
     )
 
 

@@ -354,6 +354,7 @@ def test_whatever_a_layer_multiplies_by_constants_arrive_as_they_were_reckoned(
         ([1.0, 0.0], "layer_scalar of layer 1 is 0.0; expected a positive number"),
         ([-0.5], "layer_scalar of layer 0 is -0.5; expected a positive number"),
         ([math.inf], "layer_scalar of layer 0 is inf; expected a positive number"),
+        ([1e30, 1e30], "layer_scalar of the layers up to 0 multiply by 1.0e\\+30 in all"),
         ([1e-15], "layer 1: the layer_scalar of the layers up to it leave"),
     ],
 )

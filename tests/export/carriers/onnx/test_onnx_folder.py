@@ -453,7 +453,7 @@ def test_a_clamp_that_nothing_fires_cannot_be_checked(
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"]["witnesses.npz"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    monkeypatch.setattr(onnx_folder, "find_witnesses", lambda clamped, prompts: None)
+    monkeypatch.setattr(onnx_folder, "find_witnesses", lambda *_: None)
     assert "no prompt was found that fires its clamp" in refused(capsys, folder)
     assert not (folder / "model.onnx").exists()
 
