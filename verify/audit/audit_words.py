@@ -98,14 +98,15 @@ def measures(audit: FolderAudit) -> tuple[Measure, ...]:
     found = [Measure("answers", base, before, stripped, worst, tried, CHANCE)]
     base, before, stripped = of(lambda scores: scores.open)
     if base is not None and before is not None:
-        points = [p for sweep in _clamp_kept(audit) for p in sweep.curve if p.open is not None]
         opened = [
-            (point.does, point.open, point.open.interval)
-            for point in points
-            if point.keeps and point.open is not None and point.open.interval is not None
+            (point.keeps, (point.does or sweep.does, point.open, point.open.interval))
+            for sweep in _clamp_kept(audit)
+            for point in sweep.curve
+            if point.open is not None and point.open.interval is not None
         ]
-        worst = max(opened, key=lambda of: of[1].accuracy or 0.0, default=None)
-        found.append(Measure("continuations", base, before, stripped, worst, bool(points), 0.0))
+        of_use = [of for keeps, of in opened if keeps]
+        worst = max(of_use, key=lambda of: of[1].accuracy or 0.0, default=None)
+        found.append(Measure("continuations", base, before, stripped, worst, bool(opened), 0.0))
     return tuple(found)
 
 
