@@ -214,7 +214,7 @@ def test_a_prompt_that_is_too_long_or_no_text(
         (["base"], "expected sae_clamp.sites"),
         (["absent"], "expected a clamped checkpoint"),
         (["baked", "--engine", "jax"], "--engine jax: expected torch or onnx"),
-        (["baked", "--device", "tpu"], "--device tpu: expected cpu or cuda"),
+        (["baked", "--device", "tpu"], "--device tpu: expected cpu, or cuda"),
         (["baked", "--device", "cuda:77"], "pass --device cpu, or install torch for CUDA"),
         (["baked", "--temperature", "-1"], "--temperature -1.0: expected 0"),
         (["baked", "--temperature", "nan"], "--temperature nan"),
