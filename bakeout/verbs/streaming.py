@@ -204,7 +204,6 @@ def open_speaker(folder: Path, engine: str, device: str, dtype: str | None = Non
     check_files(folder, manifest, [name for name in manifest.files if (folder / name).is_file()])
     if engine not in ENGINES:
         raise BakeoutError(f"--engine {engine}: expected {' or '.join(ENGINES)}")
-    check_device(device)
     if engine == "onnx":
         if dtype is not None:
             raise BakeoutError(f"--dtype {dtype}: a graph has its own; expected --engine torch")
@@ -236,12 +235,6 @@ def open_base(name: str, device: str, language: Language, dtype: str | None = No
         return load_torch(name, device, dtype)
     except ModelError as error:
         raise ModelError(f"--beside {name}: {error}") from error
-
-
-def check_device(device: str) -> None:
-    """Raise BakeoutError unless it names one that bakeout knows."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise BakeoutError(f"--device {device}: expected cpu or cuda")
 
 
 def load_torch(name: str, device: str, dtype: str | None = None) -> TorchSpeaker:
