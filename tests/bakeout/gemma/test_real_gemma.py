@@ -38,7 +38,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return Recipe.load(RUN / "recipe.toml")
+    chosen = Recipe.load(RUN / "checkpoint" / "recipe.toml")  # with the numbers that were selected
+    return Recipe.load(RUN / "recipe.toml").with_clamps(chosen.clamp)
 
 
 @pytest.fixture(scope="module")
