@@ -51,7 +51,7 @@ def in_halves(
         What `run` gave, part by part, in order.
 
     Raises:
-        RanOutError: one row alone does not fit.
+        RanOutError: one row alone does not fit, or all of them where fewer may not be taken.
     """
     size = n if most is None else most
     if held := _held.get(owner, {}).get(what):
@@ -71,9 +71,10 @@ def in_halves(
             if tried == 1 and isinstance(error, TooLargeError):  # it says who, and what to do
                 raise RanOutError(f"{error}") from error
             if tried == 1 or _whole_only:
+                at = "one alone" if tried == 1 else f"{tried:,} at once, and fewer may not be taken"
                 raise RanOutError(
-                    f"{what}: memory ran out at one alone ({reason_in(error)}); take shorter "
-                    "texts, or a device with more memory"
+                    f"{what}: memory ran out at {at} ({reason_in(error)}); take shorter texts, or "
+                    "a device with more memory"
                 ) from error
         size = tried // 2
         _held.setdefault(owner, {})[what] = size * each

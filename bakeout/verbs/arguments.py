@@ -18,7 +18,7 @@ JsonFile = Annotated[
 
 
 def _device(name: str) -> str:
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", name):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise BakeoutError(
             f"--device {short(printable(name))}: expected cpu, or cuda (cuda:1 is the second), as "
             "torch names them"
