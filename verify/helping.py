@@ -20,11 +20,14 @@ from typing import Any
 from bake.base import find_base
 from bake.errors import RanOutError, ScaleError
 from bake.files.halving import never_halve
+from bake.questions.multiple_choice import load_questions
+from bake.questions.trivia import load_trivia
 from bake.scale.crew import MOST_DEATHS, Crew, Lost
 from bake.stock import load_tokenizer
 from export.manifest import Manifest
 from verify.engines.engines import open_engines
 from verify.engines.onnx_files import find_graphs
+from verify.evidence.completions import open_prompts
 from verify.gather import gather
 from verify.journal import Journal, Others, arithmetic, versions
 from verify.material import load_material
@@ -241,7 +244,13 @@ def inputs_sha256(asked: Asked) -> str:
             for name, tensor in sorted(site.sae.state_dict().items()):
                 digest.update(name.encode() + tensor.numpy().tobytes())
     material = load_material(recipe, load_tokenizer(recipe))
-    digest.update(repr((material.questions, material.windows)).encode())
+    asked_of: list[Any] = [material.questions, material.windows, open_prompts(recipe)]
+    if recipe.verify is not None:
+        asked_of += [load_questions(source, recipe) for source in recipe.verify.reworded.values()]
+        named = recipe.verify.completions
+        if named is not None and named.trivia is not None:
+            asked_of.append(load_trivia(named.trivia, recipe, topic=None))
+    digest.update(repr(asked_of).encode())
     for path in [asked.folder, base.folder, *recipe.local_sources]:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
