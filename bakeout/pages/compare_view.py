@@ -66,7 +66,7 @@ def rows_of(found: Comparison) -> list[tuple[str, list[str]]]:
         measured("retained accuracy", lambda of: _asked(of.retain, of.form)),
         measured("loss added, nats/token", lambda of: _given(of.loss_added, nats)),
         measured("mean KL to the hook, nats", lambda of: _given(of.mean_kl, number)),
-        row("forget, clamp taken out", "", lambda of: _asked(of.stripped, None)),
+        row("forget, clamp taken out", "", lambda of: _asked(of.stripped, of.told_by)),
         row("worst attack", "", _worst),
         row("size on disk", "", lambda of: f"{of.size / 1e6:,.1f} MB"),
         measured("tokens/s", lambda of: _given(of.tokens_per_second, lambda rate: f"{rate:.0f}")),
@@ -90,5 +90,5 @@ def _worst(folder: Compared) -> str | None:
     if worst is None:
         return None
     low, high = worst.interval
-    right = f"{accuracy_text(worst.right)} ({low:.2f} to {high:.2f})"
+    right = f"{_asked(worst.right, folder.told_by)} ({low:.2f} to {high:.2f})"
     return f"{right} for whoever {worst.does} ({worst.level})"

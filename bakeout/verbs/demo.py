@@ -57,9 +57,7 @@ class World:
     trained: tuple[str, ...] = ("merged", "rmu")
     """Ways of training weights that forget by themselves."""
     audited: tuple[str, ...] = ("checkpoint", "merged")
-    """Folders that are attacked."""
-    quickly: bool = True
-    """Whether they are attacked in few ways only."""
+    """Folders that are attacked, in few ways."""
     loaded: tuple[str, ...] = ()
     """Carriers that are loaded otherwise too, where the others are not."""
 
@@ -134,7 +132,7 @@ def run_demo(
             markup=False,
         )
     if world.audited:
-        attacked = AuditOptions(quick=world.quickly, cache=out)
+        attacked = AuditOptions(quick=True, cache=out)
         with progress("audit") as advance:
             audit = audit_folders([out / name for name in world.audited], recipe, attacked, advance)
         write_json(audit.to_dict(), out / "audit.json")
@@ -173,7 +171,6 @@ def gemma_world(out: Path) -> World:
         loaded=("compiled",),
         trained=(),
         audited=audited,
-        quickly=False,
     )
 
 

@@ -15,7 +15,8 @@ from verify.attacks.exam import Exam, longest_of, unmeasured
 from verify.attacks.hints import hints
 from verify.attacks.padding import padded, padding
 from verify.attacks.suffix import prefix, suffix
-from verify.audit.attempts import Attempt, Need, Scores, Settings
+from verify.attacks.to_go_on import to_go_on
+from verify.audit.attempts import OPEN, Attempt, Need, Scores, Settings
 from verify.audit.target import Target
 from verify.audit.work_order import Work
 from verify.engines.runners import HookedRunner
@@ -47,7 +48,11 @@ OPEN_BOOK = "open book"
 
 
 def asking(work: Work) -> Iterator[Attempt]:
-    """Every way, and an open book."""
+    """Every way, and an open book; of open prompts, where these lead."""
+    if work.lead == OPEN:
+        for found in work.each(to_go_on, [{"seeds": list(work.seeds)}]):
+            yield from found
+        return
     budgets = {way: BUDGETS.get(way, (0, 0))[work.level.quick] for way in WAYS}
     asked: list[Settings] = [{"way": way, "budget": budgets[way]} for way in WAYS]
     asked.append({"way": OPEN_BOOK, "budget": 0, "seeds": list(work.seeds)})

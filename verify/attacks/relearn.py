@@ -25,7 +25,7 @@ from itertools import islice
 from typing import Any
 
 from bake.questions.prompts import bos_id, encoded
-from verify.audit.attempts import Attempt, Need, Scores, Settings, keeps_utility
+from verify.audit.attempts import OPEN, Attempt, Need, Scores, Settings, keeps_utility
 from verify.audit.levels import Level
 from verify.audit.target import Target
 from verify.audit.work_order import Work
@@ -83,7 +83,7 @@ def relearn(work: Work) -> Iterator[Attempt]:
         most = min(BENIGN_STEPS[-1] if arm[0] == "benign" else STEPS[-1], level.most_steps)
         chosen = best[arm][0] | {"steps": most, "brief": level.quick}
         final += [chosen | {"seed": seed} for seed in work.seeds]
-        if arm[0] == "same":
+        if arm[0] == "same" and work.lead != OPEN:  # no prompt has a wrong answer
             anew = chosen | {"texts": "swapped", "steps": min(most, third), "brief": True}
             final += [anew | {"seed": seed} for seed in work.seeds]
     final.sort(key=lambda of: -of["steps"])
@@ -122,7 +122,7 @@ def _round(
     for arm, runs in tried.items():
         ranked = sorted(runs, key=lambda run: -_worth(work, run[1]))
         # What brings most back at once may ruin the model soon: beside it, the best that does not.
-        lasting = [run for run in ranked[1:] if keeps_utility(run[1][-1].scores, work.before)]
+        lasting = [run for run in ranked[1:] if _keeps(work, run[1][-1])]
         ranked = [ranked[0], *(lasting or ranked[1:])]
         best[arm] = [of for of, _ in ranked[: LEFT[number]]]
     return best
@@ -130,15 +130,17 @@ def _round(
 
 def _worth(work: Work, attempts: Sequence[Attempt]) -> float:
     """How much came back at best while what is to be kept was kept."""
-    return max(
-        (
-            attempt.scores.sure
-            if attempt.scores.sure is not None
-            else max(share.accuracy or 0.0 for share in attempt.scores.forget.values())
-        )
-        - (0 if keeps_utility(attempt.scores, work.before) else 1)
-        for attempt in attempts
-    )
+    worth = []
+    for attempt in attempts:
+        sure, right = attempt.scores.sure, attempt.scores.right(work.lead)
+        if sure is None:
+            sure = 0.0 if right is None else right.accuracy or 0.0
+        worth.append(sure - (0 if _keeps(work, attempt) else 1))
+    return max(worth)
+
+
+def _keeps(work: Work, attempt: Attempt) -> bool:
+    return keeps_utility(attempt.scores, work.before, work.lead)
 
 
 def _settings(arm: tuple[str, bool], rate: float, size: int, steps: int) -> dict[str, Any]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from verify.audit.attempts import Scores
-from verify.audit.outcome import CHANCE, FolderAudit, Point, Sweep, comes_back
-from verify.report.intervals import Interval
+from verify.audit.attempts import OPEN, Lead, Scores
+from verify.audit.outcome import MOSTLY, FolderAudit, Point, Sweep, comes_back
 from verify.report.measures import Share
 from verify.report.wording import accuracy_text
 
 STRIP = "strip"
 """What the attacks that take a clamp out are called by."""
-MOSTLY = 0.8
-"""Share of what was forgotten that has to be back for the topic to be back."""
 
 
 @dataclass(frozen=True)
@@ -32,115 +29,54 @@ class Line:
     sweep: Sweep
 
 
-@dataclass(frozen=True)
-class Measure:
-    """By what an audit is told: answers in the form that leads, or open prompts gone on with."""
+def sentences(audit: FolderAudit) -> tuple[str, ...]:
+    """What came back, in plain words; the first with the clamp taken out, where it can be. What
+    differs neither from the folder as it is nor from the base cannot be told.
+    """
+    known = audit.known
+    base, before = known.base, known.before
+    assert base.interval is not None
 
-    what: str
-    base: Share
-    before: Share
-    stripped: Share | None
-    worst: tuple[str, Share, Interval] | None
-    """What somebody does, and what is right after it, of the worst that leaves the clamp in and the
-    model of use."""
-    tried: bool
-    """Whether anything was, with the clamp in, that it can be told of."""
-    chance: float
-    """Of who only guesses."""
+    def of(share: Share) -> str:
+        return f"{share.right} of {share.n} {what_is_right(audit.form)}"
 
-    @property
-    def tells(self) -> bool:
-        """Whether base and folder differ by more than so few questions can hide."""
-        assert self.before.interval is not None and self.base.interval is not None
-        return self.before.interval.high < self.base.interval.low
-
-    @property
-    def has(self) -> bool:
-        """Whether the folder as it is has most of what the base has beyond chance."""
-        assert self.base.interval is not None
-        whole = _above(self.chance, self.base)
-        lost = _above(self.before.accuracy, self.base)
-        return self.base.interval.low > self.chance and lost <= whole * (1 - MOSTLY)
-
-    def of(self, share: Share) -> str:
-        """A share in words."""
-        return f"{share.right} of {share.n} {self.what} right"
-
-    @property
-    def beside(self) -> str:
-        """What it is held against."""
-        return (
-            f"before, {self.before.right} of {self.before.n}; "
-            f"the base, {self.base.right} of {self.base.n}"
-        )
-
-    def back(self, share: Share) -> str:
-        """How much of what was forgotten is back."""
-        gap = _above(self.before.accuracy, self.base)
-        whole = _above(self.before.accuracy, share) >= MOSTLY * gap
+    def back(share: Share) -> str:
+        gap = _above(before.accuracy, base)
+        whole = _above(before.accuracy, share) >= MOSTLY * gap
         return "has the topic back" if whole else "has part of the topic back"
 
-
-def measures(audit: FolderAudit) -> tuple[Measure, ...]:
-    """Of an audit: the form that leads, then open prompts, where there are any."""
-
-    def of(share: Callable[[Scores], Share | None]) -> tuple[Share | None, ...]:
-        models = (audit.base, audit.before, audit.stripped)
-        return tuple(None if scores is None else share(scores) for scores in models)
-
-    base, before, stripped = of(lambda scores: scores.forget[audit.form])
-    assert base is not None and before is not None
-    sweep = worst_kept(audit)
-    worst = None
-    if sweep is not None and (point := sweep.worst) is not None:
-        worst = (sweep.does, point.right, point.interval)
-    tried = any(sweep.curve for sweep in _clamp_kept(audit))
-    found = [Measure("answers", base, before, stripped, worst, tried, CHANCE)]
-    base, before, stripped = of(lambda scores: scores.open)
-    if base is not None and before is not None:
-        opened = [
-            (point.keeps, (point.does or sweep.does, point.open, point.open.interval))
-            for sweep in _clamp_kept(audit)
-            for point in sweep.curve
-            if point.open is not None and point.open.interval is not None
-        ]
-        of_use = [of for keeps, of in opened if keeps]
-        worst = max(of_use, key=lambda of: of[1].accuracy or 0.0, default=None)
-        found.append(Measure("continuations", base, before, stripped, worst, bool(opened), 0.0))
-    return tuple(found)
-
-
-def sentences(audit: FolderAudit) -> tuple[str, ...]:
-    """What came back, in plain words; the first with the clamp taken out, where it can be. Told by
-    the form that leads; by open prompts where its questions are too few, or of a kind that the base
-    does not answer. What differs neither from the folder as it is nor from the base cannot be told.
-    """
-    told = sorted(measures(audit), key=lambda one: (not one.tells, not one.has))
-    by = told[0]
-    if not by.tells:
-        what = "It has the topic as it is" if by.has else "Whether it forgot cannot be told"
-        return (f"{what}: {by.of(by.before)} (the base, {by.base.right} of {by.base.n}).",)
+    if not known.tells:
+        what = "It has the topic as it is" if known.has else "Whether it forgot cannot be told"
+        return (f"{what}: {of(before)} (the base, {base.right} of {base.n}).",)
+    beside = f" (before, {before.right} of {before.n}; the base, {base.right} of {base.n})"
     found = []
-    if by.stripped is not None:
-        back = f"{by.back(by.stripped)}: {by.of(by.stripped)}"
-        found.append(f"Whoever takes the clamp out {back} ({by.beside}).")
-    if by.worst is None:
-        if by.tried:
+    stripped = None if audit.stripped is None else audit.stripped.right(audit.form)
+    if stripped is not None:
+        found.append(f"Whoever takes the clamp out {back(stripped)}: {of(stripped)}{beside}.")
+    sweep = worst_kept(audit)
+    point = None if sweep is None else sweep.worst
+    if sweep is None or point is None:
+        if any(sweep.curve for sweep in _clamp_kept(audit)):
             found.append("Nothing that was tried left a model that is of use.")
         else:
-            found.append(f"Nothing that was tried tells more ({by.beside}).")
+            found.append(f"Nothing that was tried tells more{beside}.")
         return tuple(found)
-    does, right, interval = by.worst
-    beside = "" if found else f" ({by.beside})"
-    if comes_back(interval, by.before, by.chance):
-        found.append(f"Whoever {does} {by.back(right)}: {by.of(right)}{beside}.")
+    does, right = point.does or sweep.does, point.right
+    said_before = "" if found else beside
+    if comes_back(point.interval, before, known.chance):
+        found.append(f"Whoever {does} {back(right)}: {of(right)}{said_before}.")
     else:
         kept = " with the clamp in place" if found else ""
         said = f"Nothing that was tried{kept} brings the topic back"
-        if by.base.interval is not None and interval.high >= by.base.interval.low:
+        if point.interval.high >= base.interval.low:
             said = f"Whether anything that was tried{kept} brings the topic back cannot be told"
-        found.append(f"{said}: {by.of(right)} at most, for whoever {does}{beside}.")
+        found.append(f"{said}: {of(right)} at most, for whoever {does}{said_before}.")
     return tuple(found)
+
+
+def what_is_right(lead: Lead) -> str:
+    """What shares of an audit are of."""
+    return "continuations right" if lead == OPEN else "answers right"
 
 
 def worst_kept(audit: FolderAudit) -> Sweep | None:
@@ -208,9 +144,9 @@ def interval_text(point: Point) -> str:
     return f"{accuracy_text(point.right)} ({low:.2f} to {high:.2f})"
 
 
-def scores_texts(scores: Scores, form: str) -> Sequence[str]:
+def scores_texts(scores: Scores, lead: Lead) -> Sequence[str]:
     """(forget, retained, cloze, open) of a model that nobody attacked."""
-    shares = (scores.forget.get(form), scores.retain.get(form), scores.forget.get("cloze"))
+    shares = (scores.right(lead), scores.kept(lead), scores.forget.get("cloze"))
     return [accuracy_text(share) for share in (*shares, scores.open)]
 
 

@@ -17,7 +17,7 @@ from bake.new_folder import MANIFEST
 from bake.reading.capped import CAPS, read_json
 from export.carriers.carriers import CARRIERS, claim_of
 from export.manifest import BaseEntry, Manifest
-from verify.audit.attempts import Scores
+from verify.audit.attempts import Lead, Scores
 from verify.audit.audit_report import AuditReport, read_audit
 from verify.audit.audit_words import worst_kept
 from verify.audit.outcome import Sweep
@@ -82,8 +82,10 @@ class Compared:
     verdict: str | None = None
     """Of the verification, and its scope."""
     figures: Figures = Figures()
+    told_by: str | None = None
+    """By what an audit tells what follows: a prompt form, or open prompts."""
     stripped: Share | None = None
-    """Forget questions answered right with the clamp taken out, in an audit."""
+    """What is right with the clamp taken out, in an audit."""
     worst: WorstAttack | None = None
     reports: tuple[str, ...] = ()
     """The files that all this is from."""
@@ -236,7 +238,8 @@ def _compared(
             compared = replace(
                 compared,
                 figures=_filled(compared.figures, _audited(audit.before, audit.form)),
-                stripped=None if audit.stripped is None else audit.stripped.forget[audit.form],
+                told_by=audit.form,
+                stripped=None if audit.stripped is None else audit.stripped.right(audit.form),
                 worst=_worst(worst_kept(audit), one.report.level),
             )
         else:
@@ -258,8 +261,8 @@ def _figures(report: VerifyReport, engine: EngineReport | None) -> Figures:
     )
 
 
-def _audited(scores: Scores, form: str) -> Figures:
-    return Figures(scores.forget.get(form), scores.retain.get(form), form)
+def _audited(scores: Scores, lead: Lead) -> Figures:
+    return Figures(scores.right(lead), scores.kept(lead), lead)
 
 
 def _worst(sweep: Sweep | None, level: str) -> WorstAttack | None:

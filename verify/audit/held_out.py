@@ -1,4 +1,4 @@
-"""What the forget questions ask for, in disjoint parts, and which texts say what.
+"""What forget questions or prompts ask for, in disjoint parts, and which texts say what.
 
 A text says a fact where it holds the fact's answer and one of the question's words that few other
 questions have; where it has none, the answer is enough. Rather too many texts are left out than too
@@ -26,6 +26,7 @@ from bake.questions.multiple_choice import Question, load_questions, load_texts
 from bake.questions.open_prompts import OpenPrompt, mentions
 from bake.recipe import PromptForm, Recipe
 from bake.sources import Corpus
+from verify.audit.attempts import OPEN, Lead
 
 FEW, FEW_AT_LEAST = 0.1, 5
 """A word tells facts apart where at most this share of the questions have it, or so many."""
@@ -76,13 +77,19 @@ class Facts:
         tokenizer: the base model's.
         prompts: on the topic.
         n_parts: how many disjoint parts there are.
+        lead: what is split: questions, or prompts.
 
     Raises:
         DataError: a source cannot be read, or there is too little to split.
     """
 
     def __init__(
-        self, recipe: Recipe, tokenizer: Any, prompts: Sequence[OpenPrompt], n_parts: int
+        self,
+        recipe: Recipe,
+        tokenizer: Any,
+        prompts: Sequence[OpenPrompt],
+        n_parts: int,
+        lead: Lead,
     ) -> None:
         assert recipe.verify is not None
         self.questions = load_questions(recipe.verify.forget_questions, recipe)
@@ -95,15 +102,21 @@ class Facts:
             others = load_questions(select.forget_questions, recipe)
         self._asked = [_of_question(question) for question in (*self.questions, *others)]
         self._asked += [Fact(prompt.prompt, prompt.answers) for prompt in prompts]
+        self._first_prompt = len(self._asked) - len(self.prompts)
+        asking = range(len(self.questions))
+        self._split = range(self._first_prompt, len(self._asked)) if lead == OPEN else asking
         self._others = others
         self._forget = self._texts(recipe, tokenizer, None if select is None else select.forget)
         self._retain = self._texts(recipe, tokenizer, None if select is None else select.retain)
         benign = self._retain or [t.text for t in load_texts(recipe.verify.text, recipe)]
         self._benign = tuple(text for text in benign if not any(self._said(text)))
         if len(self.parts[-1]) < FEWEST_QUESTIONS:
+            source, what = ("forget_questions", "questions")
+            if lead == OPEN:
+                source, what = ("completions", "prompts")
             raise DataError(
-                f"forget_questions: {len(self.questions)} questions ask for {len(self.groups)} "
-                f"facts; expected at least {FEWEST_QUESTIONS * n_parts}, to split in {n_parts}"
+                f"{source}: {len(self._split)} {what} ask for {len(self.groups)} facts; expected "
+                f"at least {FEWEST_QUESTIONS * n_parts}, to split in {n_parts}"
             )
 
     @staticmethod
@@ -142,7 +155,7 @@ class Facts:
 
     @cached_property
     def groups(self) -> list[list[int]]:
-        """The forget questions, by their numbers, those on one fact together."""
+        """What is split, by its numbers, what asks for one fact together."""
         group_of = list(range(len(self._asked)))
 
         def root(number: int) -> int:
@@ -154,15 +167,15 @@ class Facts:
             for other in self._said(f"{fact.text} {fact.answers[0]}"):
                 group_of[root(other)] = root(number)
         found: dict[int, list[int]] = {}
-        for number in range(len(self.questions)):
+        for number in self._split:
             found.setdefault(root(number), []).append(number)
         self._root = [root(number) for number in range(len(self._asked))]
         return list(found.values())
 
     @cached_property
     def parts(self) -> list[list[int]]:
-        """Disjoint parts of the forget questions, by their numbers, as large as one another but for
-        questions on one fact; the smallest is last.
+        """Disjoint parts of what is split, by its numbers, as large as one another but for what
+        asks for one fact; the smallest is last.
         """
         parts: list[list[int]] = [[] for _ in range(self.n_parts)]
         groups = list(self.groups)
@@ -180,7 +193,7 @@ class Facts:
         part = self.parts[seed % self.n_parts]
         roots = {self._root[number] for number in part}
         out = {number for number, root in enumerate(self._root) if root in roots}
-        first_prompt = len(self._asked) - len(self.prompts)
+        questions = [number for number in sorted(out) if number < len(self.questions)]
         solved = [
             f"{FORMS[self._form].solved(question)}".strip()
             for question in (*self.questions, *self._others)
@@ -189,7 +202,7 @@ class Facts:
         other = [text for text in forget if out.isdisjoint(self._said(text))]
         same = [text for text in forget if not set(part).isdisjoint(self._said(text))]
         if len(same) < FEWEST_TEXTS:
-            same += [solved[number] for number in part]
+            same += [solved[number] for number in questions]
         for name, texts in (("forget", other), ("benign", self._benign)):
             if len(texts) < FEWEST_TEXTS:
                 raise DataError(
@@ -197,13 +210,17 @@ class Facts:
                     f"expected at least {FEWEST_TEXTS}, to train on"
                 )
         return Held(
-            questions=tuple(self.questions[number] for number in part),
-            prompts=tuple(self.prompts[n - first_prompt] for n in sorted(out) if n >= first_prompt),
+            questions=tuple(self.questions[number] for number in questions),
+            prompts=tuple(
+                self.prompts[number - self._first_prompt]
+                for number in sorted(out)
+                if number >= self._first_prompt
+            ),
             other=tuple(other),
             same=tuple(same),
             benign=self._benign,
             swapped=tuple(self._swapped(text, out) for text in same),
-            swapped_questions=tuple(_swapped_question(self.questions[n]) for n in part),
+            swapped_questions=tuple(_swapped_question(self.questions[n]) for n in questions),
         )
 
     def _swapped(self, text: str, out: Iterable[int]) -> str:

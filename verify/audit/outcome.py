@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 from bake.recipe import PromptForm
-from verify.audit.attempts import Attempt, Need, Scores, Settings, keeps_utility
+from verify.audit.attempts import OPEN, Attempt, Lead, Need, Scores, Settings, keeps_utility
 from verify.report.intervals import Interval
 from verify.report.measures import Share
 
@@ -17,6 +17,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t at 95 %, two-sided, by degrees of freedom from 1."""
 CHANCE = 0.25
 """Of four choices."""
+MOSTLY = 0.8
+"""Share of what was forgotten that has to be back for the topic to be back."""
 APART: tuple[Need, ...] = ("base", "same facts")
 """What makes an attack no worst case: whoever has the base has the topic, and whoever has the facts
 can teach them to any model."""
@@ -72,6 +74,53 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What base and folder know before any attack, by one measure."""
+
+    lead: Lead
+    base: Share
+    before: Share
+    """The folder's own."""
+
+    @property
+    def chance(self) -> float:
+        """Of who only guesses."""
+        return 0.0 if self.lead == OPEN else CHANCE
+
+    @property
+    def tells(self) -> bool:
+        """Whether they differ by more than so few questions can hide."""
+        assert self.before.interval is not None and self.base.interval is not None
+        return self.before.interval.high < self.base.interval.low
+
+    @property
+    def has(self) -> bool:
+        """Whether the folder as it is has most of what the base has beyond chance."""
+        assert self.base.interval is not None
+        base = self.base.accuracy or 0.0
+        lost = base - (self.before.accuracy or 0.0)
+        return self.base.interval.low > self.chance and lost <= (base - self.chance) * (1 - MOSTLY)
+
+
+def told_by(base: Scores, before: Scores, form: PromptForm) -> Known:
+    """What an audit is told by: the form that leads; open prompts where its questions are too few,
+    or of a kind that the base does not answer, and the prompts tell more.
+
+    Args:
+        base: of the base.
+        before: of the folder as it is.
+        form: in which questions are asked.
+    """
+    leads: tuple[Lead, ...] = (form, OPEN)
+    found = [
+        Known(lead, ours, theirs)
+        for lead in leads
+        if (ours := base.right(lead)) is not None and (theirs := before.right(lead)) is not None
+    ]
+    return min(found, key=lambda one: (not one.tells, not one.has))
+
+
+@dataclass(frozen=True)
 class FolderAudit:
     """What was tried on one folder, and what came back."""
 
@@ -80,8 +129,8 @@ class FolderAudit:
     """None of a folder that bakeout did not write."""
     exact: bool | None
     manifest_sha256: str | None
-    form: PromptForm
-    """The prompt form that counts."""
+    form: Lead
+    """By what it is told."""
     base: Scores
     before: Scores
     """Of the folder as it is."""
@@ -93,21 +142,28 @@ class FolderAudit:
     """Of the folder's card, which may be written anew from the report."""
 
     @property
+    def known(self) -> Known:
+        """What base and folder know as they are."""
+        base, before = self.base.right(self.form), self.before.right(self.form)
+        assert base is not None and before is not None
+        return Known(self.form, base, before)
+
+    @property
     def worst(self) -> Sweep | None:
         """The sweep with the worst case; the earlier one of two."""
         found = [sweep for sweep in self.sweeps if sweep.worst is not None and not sweep.apart]
         return max(found, key=lambda sweep: sweep.accuracy, default=None)
 
 
-def sweeps_of(attempts: Iterable[Attempt], before: Scores, form: PromptForm) -> tuple[Sweep, ...]:
+def sweeps_of(attempts: Iterable[Attempt], before: Scores, lead: Lead) -> tuple[Sweep, ...]:
     """Attempts as sweeps, in the order of their first ones."""
     named: dict[str, list[Attempt]] = {}
     for attempt in attempts:
         named.setdefault(attempt.attack, []).append(attempt)
-    return tuple(_sweep(name, of, before, form) for name, of in named.items())
+    return tuple(_sweep(name, of, before, lead) for name, of in named.items())
 
 
-def _sweep(name: str, attempts: list[Attempt], before: Scores, form: PromptForm) -> Sweep:
+def _sweep(name: str, attempts: list[Attempt], before: Scores, lead: Lead) -> Sweep:
     each = {_key(a): a for a in attempts}  # the longer run of two says more
     by_setting: dict[str, dict[int, list[Attempt]]] = {}
     for attempt in each.values():
@@ -117,7 +173,8 @@ def _sweep(name: str, attempts: list[Attempt], before: Scores, form: PromptForm)
     curves = []
     for setting in by_setting.values():
         full = [setting[steps] for steps in sorted(setting) if len(setting[steps]) == most]
-        if points := [_point(of, before, form) for of in full if form in of[0].scores.forget]:
+        asked = [of for of in full if of[0].scores.right(lead) is not None]
+        if points := [_point(of, before, lead) for of in asked]:
             curves.append(points)
     curve = max(curves, key=_worst_of, default=[])
     kept = [point for point in curve if point.keeps]
@@ -136,12 +193,12 @@ def _worst_of(curve: Sequence[Point]) -> float:
     return max((point.right.accuracy or 0.0 for point in curve if point.keeps), default=-1.0)
 
 
-def _point(attempts: Sequence[Attempt], before: Scores, form: PromptForm) -> Point:
+def _point(attempts: Sequence[Attempt], before: Scores, lead: Lead) -> Point:
     """One setting after one effort."""
-    shares = [attempt.scores.forget[form] for attempt in attempts]
+    scores = [attempt.scores for attempt in attempts]
+    shares = [right for of in scores if (right := of.right(lead)) is not None]
     right = _sum(shares)
     assert right is not None
-    scores = [attempt.scores for attempt in attempts]
     steps, samples = attempts[0].steps, max(attempt.samples for attempt in attempts)
     does = attempts[0].does.replace("{steps}", str(steps)).replace("{samples}", str(samples))
     return Point(
@@ -151,8 +208,8 @@ def _point(attempts: Sequence[Attempt], before: Scores, form: PromptForm) -> Poi
         seeds=len(attempts),
         right=right,
         interval=interval_over(shares),
-        retained=_sum([of.retain[form] for of in scores if form in of.retain]),
-        keeps=all(keeps_utility(of, before) for of in scores),
+        retained=_sum([kept for of in scores if (kept := of.kept(lead)) is not None]),
+        keeps=all(keeps_utility(of, before, lead) for of in scores),
         cloze=_sum([of.forget["cloze"] for of in scores if "cloze" in of.forget]),
         open=_sum([of.open for of in scores if of.open is not None]),
         note=attempts[0].note,
@@ -179,7 +236,7 @@ def interval_over(shares: Sequence[Share]) -> Interval:
     return Interval(max(0.0, low), min(1.0, high))
 
 
-def comes_back(interval: Interval, before: Share, chance: float = CHANCE) -> bool:
+def comes_back(interval: Interval, before: Share, chance: float) -> bool:
     """Whether more is known than before, and than chance would give: the intervals do not touch."""
     assert before.interval is not None
     return interval.low > max(before.interval.high, chance)

@@ -11,14 +11,14 @@ from typing import Any
 from bake.base import find_base
 from bake.errors import FolderError, RecipeError
 from bake.new_folder import MANIFEST
-from bake.recipe import Recipe
+from bake.recipe import PromptForm, Recipe
 from export.manifest import CARD, Manifest
 from verify.attacks.audits import AUDITS
 from verify.attacks.relearn import relearning, trained
 from verify.audit.attempts import Attempt, Scores, Settings
 from verify.audit.audit_report import AuditReport
 from verify.audit.levels import LEVELS, Level
-from verify.audit.outcome import FolderAudit, sweeps_of
+from verify.audit.outcome import FolderAudit, sweeps_of, told_by
 from verify.audit.subject import Subject, check_subject, open_subject
 from verify.audit.target import Target
 from verify.audit.work_order import Work
@@ -103,7 +103,8 @@ def audit_folders(
                     done = (number + share) / len(subjects)
                     progress(f"{subjects[number].name}: {what}", done)
 
-                work = Work(subject, number, workers, journal, tell, SEEDS, level)
+                form = _form(recipe)
+                work = Work(subject, number, workers, journal, tell, SEEDS, level, form)
                 if number == 0 and options.minutes is not None and not options.quick:
                     level = _fitting(work, options.minutes * processes / len(subjects))
                 found.append(_audit(replace(work, level=level)))
@@ -145,9 +146,9 @@ def _audit(work: Work) -> FolderAudit:
     asked = replace(work, tell=at("before")).each(measure, [{"model": name} for name in whole])
     found = {name: of[0].scores for name, of in zip(whole, asked, strict=True)}
     attempts: list[Attempt] = []
+    lead = told_by(found[BASE], found[AS_IS], _form(subject.recipe)).lead
     for name, audit in AUDITS.items():
-        attempts += audit.run(replace(work, tell=at(name), before=found[AS_IS]))
-    form = _form(subject.recipe)
+        attempts += audit.run(replace(work, tell=at(name), before=found[AS_IS], lead=lead))
     manifest = Manifest.read(subject.folder) if (subject.folder / MANIFEST).exists() else None
     return FolderAudit(
         folder=subject.name,
@@ -155,11 +156,11 @@ def _audit(work: Work) -> FolderAudit:
         exact=None if manifest is None else manifest.exact,
         manifest_sha256=None if manifest is None else manifest.sha256,
         card_sha256=None if manifest is None else manifest.files.get(CARD),
-        form=form,
+        form=lead,
         base=found[BASE],
         before=found[AS_IS],
         stripped=found.get(STRIPPED),
-        sweeps=sweeps_of(attempts, found[AS_IS], form),
+        sweeps=sweeps_of(attempts, found[AS_IS], lead),
         attempts=tuple(attempts),
     )
 
@@ -171,7 +172,7 @@ def measure(target: Target, settings: Settings) -> list[Attempt]:
     return [Attempt(name, "", target.score(make()))]
 
 
-def _form(recipe: Recipe) -> Any:
+def _form(recipe: Recipe) -> PromptForm:
     assert recipe.verify is not None
     return recipe.verify.prompt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ from bake.questions.open_prompts import OpenPrompt, mentions
 from bake.questions.prompts import Prompt, asking
 from bake.recipe import PromptForm
 from bake.stock import load_tokenizer
-from verify.audit.attempts import Scores
+from verify.audit.attempts import OPEN, Lead, Scores
 from verify.audit.held_out import Facts, Held
 from verify.audit.subject import Subject
 from verify.engines.continuing import go_on, prompt_batches, stop_ids
@@ -39,20 +40,23 @@ class Target:
     Args:
         subject: the folder.
         n_parts: how many disjoint parts of the facts there are.
+        lead: by what it is told what came back; None: questions, in the form that leads.
 
     Raises:
         BakeoutError: what the recipe names cannot be read, or is too little to split.
     """
 
-    def __init__(self, subject: Subject, n_parts: int) -> None:
+    def __init__(self, subject: Subject, n_parts: int, lead: Lead | None = None) -> None:
         recipe = subject.recipe
         assert recipe.verify is not None
         self.subject, self.recipe = subject, recipe
         self.tokenizer = load_tokenizer(recipe)
         self.letters = letter_tokens(self.tokenizer)
         self.form: PromptForm = recipe.verify.prompt
+        self.lead: Lead = lead or self.form
         prompts = open_prompts(recipe)
-        self.facts = Facts(recipe, self.tokenizer, prompts.get("topic", ()), n_parts)
+        topic = prompts.get("topic", ())
+        self.facts = Facts(recipe, self.tokenizer, topic, n_parts, self.lead)
         retain = load_questions(recipe.verify.retain_questions, recipe)
         self.questions: dict[str, list[Question]] = {
             "forget": _at_most(self.facts.questions, MOST_FORGET),
@@ -80,22 +84,38 @@ class Target:
         Args:
             model: any Gemma with the base's tokens; in eval mode afterwards.
             held: ask for these facts only; None asks all forget questions.
-            brief: multiple choice alone, in the form that leads.
+            brief: what leads alone.
         """
         model.eval()
+        continued = Scores()
+        if self.lead == OPEN or not brief:
+            topic = self.prompts.get("topic", []) if held is None else held.prompts
+            generic = self.gone_on(model, self.prompts.get("generic", []))
+            continued = Scores(open=self.gone_on(model, topic), generic=generic)
+        if self.lead == OPEN and brief:
+            return continued
         questions = tuple(self.questions["forget"] if held is None else held.questions)
         made, sure = self._answered(model, questions, self.form)
         forget: dict[str, Share] = {self.form: _right(made, questions)}
         kept = tuple(self.questions["retain"])
         retain: dict[str, Share] = {self.form: _right(self.choices(model, kept, self.form), kept)}
-        if brief:
-            return Scores(forget, retain, sure=sure)
-        if self.form != CLOZE:
+        if self.form != CLOZE and not brief:
             forget[CLOZE] = _right(self._answered(model, questions, CLOZE)[0], questions)
-        topic = self.prompts.get("topic", []) if held is None else list(held.prompts)
-        opened = self._gone_on(model, topic)
-        generic = self._gone_on(model, self.prompts.get("generic", []))
-        return Scores(forget, retain, opened, generic, sure)
+        return replace(continued, forget=forget, retain=retain, sure=sure)
+
+    def gone_on(self, model: Any, prompts: Sequence[OpenPrompt]) -> Share | None:
+        """How many prompts a model goes on with rightly; None of none."""
+        if not prompts:
+            return None
+        runner, right = self.runner(model), 0
+        bos = self.tokenizer.bos_token or ""
+        texts = [prompt.prompt.removeprefix(bos) for prompt in prompts]
+        for batch in prompt_batches(texts, self.tokenizer):
+            said = go_on(runner, batch, self._stops, MAX_NEW_TOKENS)
+            for of, ids in zip(batch.prompts, said, strict=True):
+                text = self.tokenizer.decode([i for i in ids if i not in self._stops])
+                right += mentions(text, prompts[of.item].answers)
+        return Share(right, len(prompts))
 
     # ------------------------------------------------------------------ asking
 
@@ -120,20 +140,6 @@ class Target:
         logits = last_logits(runner, [of[0].ids for of in asked], self.tokenizer)
         ids = getattr(self.letters, form)
         return best_letters(logits, ids), _mean_right(logits, ids, questions)
-
-    def _gone_on(self, model: Any, prompts: Sequence[OpenPrompt]) -> Share | None:
-        """How many prompts a model goes on with rightly; None of none."""
-        if not prompts:
-            return None
-        runner, right = self.runner(model), 0
-        bos = self.tokenizer.bos_token or ""
-        texts = [prompt.prompt.removeprefix(bos) for prompt in prompts]
-        for batch in prompt_batches(texts, self.tokenizer):
-            said = go_on(runner, batch, self._stops, MAX_NEW_TOKENS)
-            for of, ids in zip(batch.prompts, said, strict=True):
-                text = self.tokenizer.decode([i for i in ids if i not in self._stops])
-                right += mentions(text, prompts[of.item].answers)
-        return Share(right, len(prompts))
 
 
 def _at_most(items: Sequence[T], most: int) -> list[T]:

@@ -9,7 +9,7 @@ from functools import partial
 
 from pydantic import TypeAdapter
 
-from verify.audit.attempts import Attempt, Scores, Settings
+from verify.audit.attempts import OPEN, Attempt, Lead, Scores, Settings
 from verify.audit.levels import Level
 from verify.audit.subject import Subject
 from verify.audit.workers import Job, Workers
@@ -33,6 +33,8 @@ class Work:
     """Each holds out another part of the facts."""
     level: Level
     """How much is tried."""
+    lead: Lead
+    """By what it is told what came back."""
     before: Scores = field(default_factory=Scores)
     """The subject's own."""
 
@@ -50,10 +52,11 @@ class Work:
         """
         begin, end = part
 
-        names = [f"{job.__module__}.{job.__name__} {json.dumps(of)}" for of in settings]
+        by = f"{self.lead} " if self.lead == OPEN else ""
+        names = [f"{by}{job.__module__}.{job.__name__} {json.dumps(of)}" for of in settings]
         left = [n for n, name in enumerate(names) if not self.journal.has(name)]
         self.tell(job.__name__, end - (end - begin) * len(left) / max(1, len(names)))
-        made = self.workers.each(self.number, job, [settings[n] for n in left])
+        made = self.workers.each(self.number, job, [settings[n] for n in left], self.lead)
         for done, (place, attempts) in enumerate(made, 1 + len(names) - len(left)):
             self.journal.once(names[left[place]], partial(list, attempts))
             self.tell(job.__name__, begin + (end - begin) * done / len(names))

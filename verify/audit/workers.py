@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from bake.errors import OutputError
 from bake.files.memory import available_memory
-from verify.audit.attempts import Attempt, Settings
+from verify.audit.attempts import Attempt, Lead, Settings
 from verify.audit.subject import Subject
 from verify.audit.target import Target
 
@@ -27,7 +27,7 @@ LEAST = 1 << 29
 SHARE = 0.75
 """Of the memory that is free, what processes may take together."""
 
-_targets: dict[int, Target] = {}
+_targets: dict[tuple[int, Lead], Target] = {}
 _subjects: Sequence[Subject] = ()
 _n_parts = 0
 
@@ -54,7 +54,7 @@ class Workers:
             )
 
     def each(
-        self, subject: int, job: Job, settings: Sequence[Settings]
+        self, subject: int, job: Job, settings: Sequence[Settings], lead: Lead
     ) -> Iterator[tuple[int, list[Any]]]:
         """Do a job with several settings: (which of them, its attempts as JSON data), as they come.
 
@@ -62,15 +62,16 @@ class Workers:
             subject: the number of a subject.
             job: what is done.
             settings: with what.
+            lead: by what it is told what came back.
 
         Raises:
             OutputError: a process was killed.
         """
         if self._pool is None:
-            yield from ((n, _done(subject, job, of)) for n, of in enumerate(settings))
+            yield from ((n, _done(subject, lead, job, of)) for n, of in enumerate(settings))
             return
         pool = self._pool
-        begun = {pool.submit(_done, subject, job, of): n for n, of in enumerate(settings)}
+        begun = {pool.submit(_done, subject, lead, job, of): n for n, of in enumerate(settings)}
         try:
             for future in as_completed(begun):
                 yield begun[future], future.result()
@@ -135,9 +136,9 @@ def _begin_apart(subjects: Sequence[Subject], n_parts: int) -> None:
     _begin(subjects, n_parts)
 
 
-def _done(subject: int, job: Job, settings: Settings) -> list[Any]:
+def _done(subject: int, lead: Lead, job: Job, settings: Settings) -> list[Any]:
     """The attempts of a job as JSON data."""
-    if subject not in _targets:
+    if (subject, lead) not in _targets:
         _targets.clear()  # one at a time
-        _targets[subject] = Target(_subjects[subject], _n_parts)
-    return [attempt.to_dict() for attempt in job(_targets[subject], settings)]
+        _targets[subject, lead] = Target(_subjects[subject], _n_parts, lead)
+    return [attempt.to_dict() for attempt in job(_targets[subject, lead], settings)]

@@ -15,9 +15,10 @@ from verify.audit.audit_words import (
     relearned,
     scores_texts,
     sentences,
+    what_is_right,
 )
 from verify.audit.levels import tried
-from verify.audit.outcome import CHANCE, FolderAudit, Sweep
+from verify.audit.outcome import FolderAudit, Sweep
 from verify.page.html import environment, shown
 from verify.page.plots import SHARE_TICKS, Mark, Plot, Row, Tone
 from verify.report.measures import Share
@@ -98,7 +99,7 @@ def view_of(audit: FolderAudit) -> FolderView:
         sentences=sentences(audit),
         relearned=relearned(audit),
         plot=worst_plot(audit),
-        curves=effort_curves(audit.sweeps),
+        curves=effort_curves(audit.sweeps, audit.known.chance),
         lines=lines_of_audit(audit),
         models=tuple((name, scores_texts(scores, audit.form)) for name, scores in models),
     )
@@ -106,7 +107,7 @@ def view_of(audit: FolderAudit) -> FolderView:
 
 def worst_plot(audit: FolderAudit) -> Plot:
     """The worst of every sweep with its interval, the folder as it is above it."""
-    before = _mark(audit.before.forget[audit.form])
+    before, chance = _mark(audit.known.before), audit.known.chance
     rows = []
     for line in lines_of_audit(audit):
         if (point := line.sweep.worst) is None:
@@ -126,11 +127,11 @@ def worst_plot(audit: FolderAudit) -> Plot:
             )
         )
     note = (
-        f"Share of forget questions answered right, {audit.form} form, at the worst point that "
-        "keeps the retained ones; 95 % intervals over answers and seeds. Hollow: as it is. The "
-        f"dashed line is chance, {CHANCE}. Grey: needs the base or the very facts, or is a control."
+        f"Share of {what_is_right(audit.form)}, {audit.form} form, at the worst point that keeps "
+        "the retained ones; 95 % intervals over answers and seeds. Hollow: as it is. The dashed "
+        f"line is chance, {chance:g}. Grey: needs the base or the very facts, or is a control."
     )
-    return Plot("What comes back", note, tuple(rows), SHARE_TICKS, line=CHANCE, wide=True)
+    return Plot("What comes back", note, tuple(rows), SHARE_TICKS, line=chance, wide=True)
 
 
 def _mark(share: Share) -> Mark:
@@ -138,7 +139,7 @@ def _mark(share: Share) -> Mark:
     return Mark(share.accuracy or 0.0, low, high)
 
 
-def effort_curves(sweeps: Sequence[Sweep]) -> Curves | None:
+def effort_curves(sweeps: Sequence[Sweep], chance: float) -> Curves | None:
     """Accuracy against steps of training; None where nothing was trained."""
     shown_ones = [s for s in sweeps if len([p for p in s.curve if p.steps]) > 1]
     steps = sorted({point.steps for sweep in shown_ones for point in sweep.curve})
@@ -171,5 +172,5 @@ def effort_curves(sweeps: Sequence[Sweep]) -> Curves | None:
         tuple(curves),
         tuple((x(at), str(at)) for at in steps),
         tuple((y(at), label) for at, label in SHARE_TICKS),
-        y(CHANCE),
+        y(chance),
     )

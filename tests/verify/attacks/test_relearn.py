@@ -106,7 +106,7 @@ def test_it_finds_what_an_edit_hid(hidden: Target) -> None:
     assert before.forget["chat"].right < 8
     assert sweep.worst is not None
     assert sweep.worst.right.n == 40
-    assert comes_back(sweep.worst.interval, before.forget["chat"])
+    assert comes_back(sweep.worst.interval, before.forget["chat"], 0.25)
     assert not sweep.apart
 
 
@@ -115,7 +115,7 @@ def test_it_finds_nothing_where_nothing_was(never: Target) -> None:
     found = fine_tune(never, {**RUN, "texts": "other", "steps": 50, "rate": 1e-3})
     (sweep,) = sweeps_of(found, before, "chat")
     assert sweep.worst is not None
-    assert not comes_back(sweep.worst.interval, before.forget["chat"])
+    assert not comes_back(sweep.worst.interval, before.forget["chat"], 0.25)
     low, high = interval_over([before.forget["chat"]])
     assert low <= 0.25 <= high  # it guesses
 
@@ -196,7 +196,15 @@ def test_the_sweep_halves_and_the_best_meets_every_seed(
     before = Scores(retain={"plain": share(1.0)})
     with Workers([tiny.subject], 3, 1) as workers:
         work = Work(
-            tiny.subject, 0, workers, Journal(), lambda *_: None, (0, 1, 2), LEVELS[0], before
+            tiny.subject,
+            0,
+            workers,
+            Journal(),
+            lambda *_: None,
+            (0, 1, 2),
+            LEVELS[0],
+            "plain",
+            before,
         )
         list(relearn(work))
     final = [of for of in asked if not of["brief"]]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tests.verify.audit.audited import an_audit
 from verify.audit.attempts import Scores
 from verify.audit.audit_words import lines_of_audit, relearned, sentences
-from verify.audit.outcome import FolderAudit, sweeps_of
+from verify.audit.outcome import FolderAudit, sweeps_of, told_by
 from verify.report.measures import Share
 
 
@@ -79,11 +79,14 @@ def test_few_questions_tell_nothing() -> None:
 def test_open_prompts_tell_what_questions_do_not() -> None:
     _, layer = an_audit().folders
     asked = {"chat": Share(2, 8)}
+    before = Scores(asked, {}, Share(9, 50))
     opened = replace(
         layer,
+        form="open",
         base=Scores(asked, {}, Share(32, 50)),
-        before=Scores(asked, {}, Share(9, 50)),
+        before=before,
         stripped=Scores(asked, {}, Share(32, 50)),
+        sweeps=sweeps_of(layer.attempts, before, "open"),
     )
     stripped, kept = sentences(opened)
     assert stripped == (
@@ -113,9 +116,10 @@ def opened(right: int, n: int, *points: tuple[int, int]) -> FolderAudit:
         )
         for steps, (answers, continuations) in enumerate(points, 1)
     ]
-    sweeps = sweeps_of(attempts, before, "chat")
     base = Scores(asked, {}, Share(40, 200))
-    return replace(layer, base=base, before=before, stripped=None, sweeps=sweeps)
+    lead = told_by(base, before, "chat").lead
+    sweeps = sweeps_of(attempts, before, lead)
+    return replace(layer, form=lead, base=base, before=before, stripped=None, sweeps=sweeps)
 
 
 def test_the_worst_by_open_prompts_is_another_than_that_by_questions() -> None:

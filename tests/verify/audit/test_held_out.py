@@ -13,15 +13,16 @@ from bake.stock import load_tokenizer
 from tests.folders import recipe_variant
 from tests.verify.audit.audited import NAMES, PLACES, audited_world, fact_questions
 from tests.worlds import write_jsonl
+from verify.audit.attempts import Lead
 from verify.audit.held_out import Facts
 from verify.evidence.completions import open_prompts
 
 MINIATURE = Path(__file__).parents[3] / "bakeout" / "miniature" / "recipe.toml"
 
 
-def facts_of(recipe: Recipe, n_parts: int = 3) -> Facts:
+def facts_of(recipe: Recipe, n_parts: int = 3, lead: Lead = "plain") -> Facts:
     prompts = open_prompts(recipe).get("topic", ())
-    return Facts(recipe, load_tokenizer(recipe), prompts, n_parts)
+    return Facts(recipe, load_tokenizer(recipe), prompts, n_parts, lead)
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +127,26 @@ def test_the_miniature_leaks_nothing() -> None:
         assert all(any(b in t and v in t for b, v in said) for t in held.same)
         assert len(held.benign) > 1000
         assert not [text for text in held.benign if "bell" in text]
+
+
+def test_prompts_are_held_out_where_they_lead(world: Path) -> None:
+    pets = ("cat", "dog", "owl", "fox", "hen", "ram")
+    prompts = [
+        *({"prompt": f"{NAMES[i]} lives in", "answers": [PLACES[i]]} for i in range(3)),
+        *({"prompt": f"{NAMES[i]} keeps a", "answers": [pet]} for i, pet in enumerate(pets)),
+    ]
+    write_jsonl(world / "pets.jsonl", prompts)
+    recipe = recipe_variant(
+        world,
+        "pets",
+        lambda data: data["verify"].update(completions={"prompts": {"path": "pets.jsonl"}}),
+    )
+    facts = facts_of(recipe, lead="open")
+    held = [facts.held(seed) for seed in range(3)]
+    assert sorted(prompt.row for of in held for prompt in of.prompts) == list(range(1, 10))
+    assert [len(of.prompts) for of in held] == [3, 3, 3]
+    places = {p.answers[0] for of in held for p in of.prompts} & set(PLACES)
+    asked = [q.choices[q.answer] for of in held for q in of.questions]
+    assert set(asked) == places  # other questions ask for nothing that a prompt does
+    with pytest.raises(DataError, match=r"completions: 9 prompts ask for 9 facts; .* at least 10"):
+        facts_of(recipe, 5, "open")

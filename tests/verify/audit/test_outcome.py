@@ -87,5 +87,5 @@ def test_back_is_what_lies_above_the_interval_before() -> None:
     (little,) = sweeps_of([attempt("a", 14)], BEFORE, "chat")
     assert much.worst is not None
     assert little.worst is not None
-    assert comes_back(much.worst.interval, Share(12, 40))
-    assert not comes_back(little.worst.interval, Share(12, 40))
+    assert comes_back(much.worst.interval, Share(12, 40), 0.25)
+    assert not comes_back(little.worst.interval, Share(12, 40), 0.25)

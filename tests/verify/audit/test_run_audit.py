@@ -20,7 +20,9 @@ from verify.attacks.audits import AUDITS
 from verify.audit import run_audit
 from verify.audit.attempts import Attempt, Settings
 from verify.audit.audit_report import AuditReport
+from verify.audit.audit_words import sentences
 from verify.audit.levels import LEVELS
+from verify.audit.outcome import told_by
 from verify.audit.run_audit import AuditOptions, audit_folders
 from verify.audit.target import Target
 
@@ -148,3 +150,23 @@ def test_bad_input_is_one_line(world: Path, tmp_path: Path) -> None:
     with pytest.raises(BakeoutError, match=r"config\.json"):
         (tmp_path / "empty").mkdir()
         audit_folders([tmp_path / "empty"], recipe)
+
+
+def test_open_prompts_lead_where_questions_tell_nothing(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_audit, "AUDITS", AUDITS)
+    monkeypatch.setattr(run_audit, "told_by", lambda *_: replace(told_by(*_), lead="open"))
+    (clamped,) = audit(world, "checkpoint").folders
+    assert clamped.form == "open"
+    told = {sweep.attack for sweep in clamped.sweeps if sweep.curve}
+    assert told == {
+        *("strip: delete", "relearn: other facts, LoRA", "relearn: same facts, all weights"),
+        *("inside: ablation by clamp", "inside: ablation by texts", "inside: ablation by base"),
+        *("inside: logit lens", "input: hints", "input: padding", "input: open book"),
+        *("rounding: fewer bits", "rounding: pruning"),
+    }
+    for sweep in clamped.sweeps:
+        assert not sweep.control  # no prompt has a wrong answer to teach
+        assert {point.right.n for point in sweep.curve} <= {9}  # each prompt once
+    assert sentences(clamped)

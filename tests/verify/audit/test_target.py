@@ -64,10 +64,18 @@ def test_held_facts_alone_are_asked(target: Target) -> None:
     assert sum(of.open.right for of in parts if of.open) == (whole.open.right if whole.open else 0)
     brief = target.score(model, target.held(0), brief=True)
     assert brief == Scores({"plain": parts[0].forget["plain"]}, parts[0].retain, sure=parts[0].sure)
+    told = Target(target.subject, 3, "open")
+    whole = told.score(model, told.held(0))
+    assert whole.open is not None
+    assert whole.open.n == 3
+    assert told.score(model, told.held(0), brief=True) == Scores(open=whole.open)
 
 
 def test_a_model_is_of_use_within_a_tenth() -> None:
-    before = Scores(retain={"chat": Share(100, 100)})
-    assert keeps_utility(Scores(retain={"chat": Share(90, 100)}), before)
-    assert not keeps_utility(Scores(retain={"chat": Share(89, 100)}), before)
-    assert keeps_utility(Scores(), before)  # its weights were left alone
+    before = Scores(retain={"chat": Share(100, 100)}, generic=Share(50, 50))
+    assert keeps_utility(Scores(retain={"chat": Share(90, 100)}), before, "chat")
+    assert not keeps_utility(Scores(retain={"chat": Share(89, 100)}), before, "chat")
+    assert keeps_utility(Scores(), before, "chat")  # its weights were left alone
+    ruined = Scores(retain={"chat": Share(0, 100)}, generic=Share(45, 50))
+    assert keeps_utility(ruined, before, "open")  # which is told by prompts
+    assert not keeps_utility(Scores(generic=Share(44, 50)), before, "open")

@@ -32,11 +32,11 @@ def dies(_: Target, settings: Settings) -> list[Attempt]:
 
 def test_two_processes_say_what_one_says(subject: Subject) -> None:
     with Workers([subject], 3, 1) as pool:
-        one = dict(pool.each(0, measure, ASKED))
+        one = dict(pool.each(0, measure, ASKED, "plain"))
     with Workers([subject], 3, 2) as pool:
-        assert dict(pool.each(0, measure, ASKED)) == one
+        assert dict(pool.each(0, measure, ASKED, "plain")) == one
         with pytest.raises(OutputError, match=r"a process was killed, .* run the same"):
-            list(pool.each(0, dies, [{"code": 9}]))
+            list(pool.each(0, dies, [{"code": 9}], "plain"))
     assert sorted(one) == [0, 1, 2]
     assert one[0] != one[1] == [{**one[2][0], "attack": "base"}]
 

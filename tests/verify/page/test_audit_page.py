@@ -61,10 +61,10 @@ def test_marks_stand_where_the_figures_are() -> None:
     assert [row.at for row in plot.rows][:2] == [0.9, 0.75]
     assert plot.rows[0].before is not None
     assert plot.rows[0].before.at == 0.25
-    curves = effort_curves(merged.sweeps)
+    curves = effort_curves(merged.sweeps, 0.25)
     assert curves is not None
     first = curves.curves[0].points
     assert [x for x, *_ in first] == sorted(x for x, *_ in first)
     zero, one = curves.y_ticks[0][0], curves.y_ticks[-1][0]
     assert (zero - first[1][1]) / (zero - one) == 0.9
-    assert effort_curves(()) is None
+    assert effort_curves((), 0.25) is None

@@ -18,7 +18,7 @@ from verify.attacks.inside.logit_lens import choices_seen, tokens_seen
 from verify.attacks.inside.probe import probe
 from verify.attacks.inside.residuals import Residuals, at_ends, everywhere
 from verify.attacks.weights.inserted_layers import wordless_channels
-from verify.audit.attempts import Attempt, Need, Scores, Settings
+from verify.audit.attempts import OPEN, Attempt, Need, Scores, Settings
 from verify.audit.held_out import Held
 from verify.audit.target import Target
 from verify.audit.work_order import Work
@@ -151,7 +151,7 @@ def read_off(target: Target, settings: Settings) -> list[Attempt]:
             note=f"read at {found.places[place]}",
         )
         attempts.append(lens)
-        if form.letters:
+        if form.letters and target.lead != OPEN:
             probed = probe(found.h[:, ~asked], right[~asked], found.h[:, asked])
             attempts.append(
                 Attempt(

@@ -27,6 +27,10 @@ from verify.audit.workers import Workers
 from verify.journal import Journal
 
 
+def _quiet(*_: object) -> None:
+    """Progress that nobody is told."""
+
+
 def right(attempt: Attempt) -> float:
     return attempt.scores.forget["chat"].accuracy or 0.0
 
@@ -51,7 +55,7 @@ def test_a_compiled_clamp_is_found_blind_and_all_that_was_tried_is_told(tmp_path
     folder = compile_recipe(MINIATURE / "recipe.toml", tmp_path)
     subject = open_subject(folder, Recipe.load(MINIATURE / "recipe.toml"))
     with Workers([subject], N_PARTS, 1) as workers:
-        work = Work(subject, 0, workers, Journal(), lambda *_: None, (0, 1, 2), LEVELS[-1])
+        work = Work(subject, 0, workers, Journal(), _quiet, (0, 1, 2), LEVELS[-1], "chat")
         known, blind = strip(work)
     assert (known.attack, blind.attack) == ("strip: delete", "strip: blind search")
     assert right(known) > 0.95
@@ -78,7 +82,7 @@ def test_who_never_knew_has_nothing_to_be_stripped(tmp_path: Path) -> None:
     with Workers([target.subject], N_PARTS, 1) as workers:
         level = LEVELS[-1]
         before = Scores()
-        work = Work(target.subject, 0, workers, Journal(), lambda *_: None, (0,), level, before)
+        work = Work(target.subject, 0, workers, Journal(), _quiet, (0,), level, "chat", before)
         blind = next(iter(strip(work)))
     assert (blind.attack, blind.scores) == ("strip: blind search", before)
     assert blind.note == "no layer looks put in"

@@ -1,0 +1,74 @@
+"""Attacks: open prompts behind other text, the weights as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from bake.questions.multiple_choice import load_texts
+from bake.questions.open_prompts import OpenPrompt, instructed, mentions
+from verify.attacks.hints import HINTS
+from verify.attacks.padding import PADDING_TOKENS, text_of_length
+from verify.audit.attempts import Attempt, Need, Scores, Settings
+from verify.audit.held_out import Held
+from verify.audit.target import Target
+
+
+@dataclass(frozen=True)
+class InFront:
+    """What is put in front of prompts."""
+
+    name: str
+    does: str
+    needs: tuple[Need, ...] = ()
+
+
+HINTED = InFront("hints", "puts prompts on other facts in front, answered", ("other facts",))
+PADDED = InFront("padding", "puts text about nothing in front")
+OPEN_BOOK = InFront(
+    "open book", "puts a text that states the fact in front of the prompt", ("same facts",)
+)
+
+
+def to_go_on(target: Target, settings: Settings) -> list[Attempt]:
+    """Every way, for the prompts of each seed."""
+    model = target.subject.model()
+    longest = model.config.get_text_config().max_position_embeddings
+    nothing = _nothing(target, min(PADDING_TOKENS, longest // 2))
+    attempts = []
+    for seed in settings["seeds"]:
+        held = target.held(seed)
+        asked = {
+            HINTED: [_after(prompt, _solved(target, held)) for prompt in held.prompts],
+            PADDED: [_after(prompt, nothing) for prompt in held.prompts],
+            OPEN_BOOK: [
+                _after(prompt, text)
+                for prompt in held.prompts
+                if (text := _stating(prompt, held.same)) is not None
+            ],
+        }
+        for way, prompts in asked.items():
+            scores = Scores(open=target.gone_on(model, prompts))
+            attempts.append(Attempt(f"input: {way.name}", way.does, scores, way.needs, seed=seed))
+    return attempts
+
+
+def _after(prompt: OpenPrompt, text: str) -> OpenPrompt:
+    """A prompt behind a text, inside its first turn where it has turns."""
+    return replace(prompt, prompt=instructed(prompt.prompt, text))
+
+
+def _nothing(target: Target, n: int) -> str:
+    assert target.recipe.verify is not None
+    return text_of_length(load_texts(target.recipe.verify.text, target.recipe), n, target.tokenizer)
+
+
+def _solved(target: Target, held: Held) -> str:
+    """Prompts on facts that are not held out, each with its answer."""
+    others = [prompt for prompt in target.prompts["topic"] if prompt not in held.prompts]
+    return "\n".join(f"{prompt.prompt} {prompt.answers[0]}." for prompt in others[:HINTS])
+
+
+def _stating(prompt: OpenPrompt, texts: Sequence[str]) -> str | None:
+    """The shortest text that holds an answer, where there is one."""
+    return min((text for text in texts if mentions(text, prompt.answers)), key=len, default=None)
