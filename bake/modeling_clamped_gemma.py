@@ -67,6 +67,9 @@ GUARD = "clamped, load with trust_remote_code=True: "
 ACTIVATION_FIELDS = ("hidden_activation", "hidden_act")
 """Gemma reads the second, all later ones the first."""
 
+ATTENTIONS = (None, "eager", "sdpa", *(f"flash_attention_{n}" for n in (2, 3, 4)))
+"""By which a sequence gate sees what came before: transformers' own."""
+
 SCHEMAS = (1, 2)
 """Versions of `config.sae_clamp` that this file reads; those with a sequence gate are 2."""
 
@@ -288,6 +291,7 @@ class SoFar(NamedTuple):
     def at(
         cls,
         place: dict[str, int],
+        layer: Any,
         mask: Any,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -298,18 +302,21 @@ class SoFar(NamedTuple):
 
         Args:
             place: what `gate_place` gives.
+            layer: that decoder layer.
             mask: as the model was given it.
             position_ids: as the layer is given them, like the following.
             past_key_values: the cache.
             cache: of continuous batching.
 
         Raises:
-            ValueError: by continuous batching.
+            ValueError: by continuous batching, or by attention that keeps a cache of its own.
         """
-        if cache is not None:
+        attention = layer.self_attn.config._attn_implementation
+        if cache is not None or attention not in ATTENTIONS:
             raise ValueError(
-                "a clamp with a sequence gate cannot be served by continuous batching, whose cache "
-                "has no place for what fired; use generate"
+                f"a clamp with a sequence gate cannot be served by continuous batching, nor with the "
+                f"attention of vLLM and others ({attention}), whose cache has no place for what "
+                "fired; use generate, with attn_implementation sdpa or eager"
             )
         return cls(mask, position_ids, past_key_values, **place)
 
@@ -570,7 +577,7 @@ class _ClampedLayer:
             exempt = sae_exempt[:, sae_exempt.shape[1] - h.shape[1] :]
         if self.sae_clamp.tau is None:
             return self.sae_clamp(h, exempt)
-        return self.sae_clamp(h, exempt, SoFar.at(self.sae_place, sae_mask, **kwargs))
+        return self.sae_clamp(h, exempt, SoFar.at(self.sae_place, self, sae_mask, **kwargs))
 
 
 class ClampedGemmaDecoderLayer(_ClampedLayer, GemmaDecoderLayer):

@@ -1,4 +1,4 @@
-"""Registers the clamped classes with transformers, and the adapter with peft, as late as can be."""
+"""Registers clamped classes with transformers and vLLM, and adapters with peft; late as can be."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from types import ModuleType
 _CONFIGS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
 _CLAMPED = "bake.modeling_clamped_gemma"
+_VLLM = "export.carriers.vllm_gemma"
 
 
 def register() -> None:
@@ -34,6 +35,19 @@ def register() -> None:
 def register_adapter() -> None:
     """Make the clamp a method of peft."""
     importlib.import_module("export.carriers.peft_clamp")
+
+
+def register_vllm() -> None:
+    """Tell vLLM which classes run clamped checkpoints. It calls this at the start of each process,
+    by the entry point `vllm.general_plugins`.
+    """
+    from vllm import ModelRegistry
+
+    from bake.families import FAMILIES
+
+    for family in FAMILIES.values():
+        if not (family.images or family.scaled):
+            ModelRegistry.register_model(family.clamped, f"{_VLLM}:{family.clamped}")
 
 
 def register_when_imported() -> None:

@@ -167,9 +167,8 @@ class SAEClampModel(BaseTuner):  # type: ignore[misc]
             exempt = self.exempt if exempt_bos else None
             if exempt is not None:  # some layers may be given the last tokens alone
                 exempt = exempt[:, exempt.shape[1] - h.shape[1] :]
-            h = clamp(
-                h, exempt, SoFar.at(place, self.mask, **kwargs) if clamp.tau is not None else None
-            )
+            gated = clamp.tau is not None
+            h = clamp(h, exempt, SoFar.at(place, layer, self.mask, **kwargs) if gated else None)
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return hook

@@ -15,7 +15,7 @@ import bake.modeling_clamped_gemma as modeling
 from bake.errors import RecipeError
 from bake.modeling_clamped_gemma import SAEClamp, SoFar
 from bake.recipe import Recipe
-from bake.stock import load_base
+from bake.stock import decoder_layers, load_base
 from bakeout.cli import run
 from tests.worlds import D_IN, KINDS, save_sae_lens, tiny_base, tiny_sae
 from verify.engines.forward import tree_logits
@@ -346,8 +346,13 @@ def test_what_cannot_carry_the_gate_is_refused(one: World) -> None:
         SoFar("a block mask").share(torch.ones(1, 2).bool())
     with pytest.raises(ValueError, match="type dict"):
         SoFar({"sliding_attention": torch.ones(1, 1, 2, 2)}).share(torch.ones(1, 2).bool())
+    layer = decoder_layers(one.checkpoint())[1]
+    place = {"n_layers": 4, "order": 0}
     with pytest.raises(ValueError, match="continuous batching"):
-        SoFar.at({"n_layers": 4, "order": 0}, None, cache="paged")
+        SoFar.at(place, layer, None, cache="paged")
+    layer.self_attn.config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="the attention of vLLM and others"):
+        SoFar.at(place, layer, None)
 
 
 def test_code_that_knows_no_gate_refuses_the_config(

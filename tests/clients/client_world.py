@@ -20,6 +20,8 @@ from export.carriers.gguf.gguf_file import export_gguf
 from export.carriers.gguf.gguf_types import OUTTYPES
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
+from export.clamped import read_config
+from verify.clamped_folder import fitted_recipe
 from verify.evidence.loads import PROMPTS, TOKENS, compared
 from verify.material import load_material
 from verify.reference.oracle import Oracle
@@ -140,8 +142,10 @@ def build(
 
 def of_runs(runs: Path) -> ClientWorld:
     """What `bakeout demo --gemma` left."""
-    recipe = Recipe.load(runs / "recipe.toml")
-    return ClientWorld("Gemma 3 270M", _folders(runs), recipe)
+    folders = _folders(runs)
+    asked, config = Recipe.load(runs / "recipe.toml"), read_config(folders["layer"], "layer")
+    recipe = fitted_recipe(asked, folders["layer"], config, shown=True)
+    return ClientWorld("Gemma 3 270M", folders, recipe)
 
 
 def _folders(at: Path) -> dict[str, Path]:

@@ -116,7 +116,11 @@ def _answers(world: ClientWorld, asked: Sequence[Asked], scratch: Path) -> Itera
         process = subprocess.run(
             [sys.executable, "-m", "tests.clients.asking", str(scratch), str(done)],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "HF_HUB_OFFLINE": "1",
+            },
             capture_output=True,
             check=False,
         )
