@@ -26,8 +26,8 @@ gemma: setup  # GEMMA_AUDIT=1: attacked too, which takes long
 test: setup .venv/vllm/ready
 	$(BIN)/python -m pytest -n 2
 
-.venv/vllm/ready: tests/vllm.txt .venv/ready
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/vllm -r tests/vllm.txt
+.venv/vllm/ready: tests/serving/vllm.txt .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/vllm -r tests/serving/vllm.txt
 	touch $@
 
 lint: setup

@@ -10,7 +10,7 @@ from tests.clients.cells import Client, Said, Way
 
 def say(way: Way, folders: Mapping[str, Path], prompts: Sequence[list[int]]) -> Sequence[Said]:
     """By vLLM's own config, registry, loader and layers."""
-    from tests.vllm_here import logits_of
+    from tests.serving.vllm_here import logits_of
 
     dtype, _, trusted = way.dtype.partition(", ")
     engine = {"trust_remote_code": bool(trusted)}

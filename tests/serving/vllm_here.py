@@ -3,7 +3,7 @@
 Of vLLM's wheel, whose kernels are for GPUs, only those of attention cannot be done without; they
 are written out below. Everything else has a form in plain torch, which is vLLM's own.
 
-    python -m tests.vllm_here REQUEST [alone]
+    python -m tests.serving.vllm_here REQUEST [alone]
 
 For each of a JSON file's {"folder", "dtype", "rows", "logits", …} it writes [tokens, vocab] float32
 of some sequences one after another into the file `logits`; where that fails, the reason, as text.

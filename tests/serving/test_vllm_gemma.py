@@ -29,7 +29,7 @@ from tests.worlds import (
     write_texts,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 APART = Path(sys.prefix) / "vllm"
 """Where `make test` puts it."""
 pytestmark = pytest.mark.skipif(
@@ -138,7 +138,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     for alone in (False, True):
         request = [of for of in requests if of["trust_remote_code"] == alone]
         (out / "request.json").write_text(json.dumps(request))
-        command = [sys.executable, "-m", "tests.vllm_here", str(out / "request.json")]
+        command = [sys.executable, "-m", "tests.serving.vllm_here", str(out / "request.json")]
         process = subprocess.run(
             [*command, *(["alone"] if alone else [])],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"},
