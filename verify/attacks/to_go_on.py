@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from bake.families import END_OF_TURN
+from bake.questions.forms import USER_TURN
 from bake.questions.multiple_choice import load_texts
 from bake.questions.open_prompts import OpenPrompt, instructed, mentions
 from verify.attacks.hints import HINTS
 from verify.attacks.padding import PADDING_TOKENS, text_of_length
 from verify.audit.attempts import Attempt, Need, Scores, Settings
-from verify.audit.held_out import Held
 from verify.audit.target import Target
 
 
@@ -38,8 +39,9 @@ def to_go_on(target: Target, settings: Settings) -> list[Attempt]:
     attempts = []
     for seed in settings["seeds"]:
         held = target.held(seed)
+        others = [prompt for prompt in target.prompts["topic"] if prompt not in held.prompts]
         asked = {
-            HINTED: [_after(prompt, _solved(target, held)) for prompt in held.prompts],
+            HINTED: [_hinted(prompt, others) for prompt in held.prompts],
             PADDED: [_after(prompt, nothing) for prompt in held.prompts],
             OPEN_BOOK: [
                 _after(prompt, text)
@@ -63,10 +65,12 @@ def _nothing(target: Target, n: int) -> str:
     return text_of_length(load_texts(target.recipe.verify.text, target.recipe), n, target.tokenizer)
 
 
-def _solved(target: Target, held: Held) -> str:
-    """Prompts on facts that are not held out, each with its answer."""
-    others = [prompt for prompt in target.prompts["topic"] if prompt not in held.prompts]
-    return "\n".join(f"{prompt.prompt} {prompt.answers[0]}." for prompt in others[:HINTS])
+def _hinted(prompt: OpenPrompt, others: Sequence[OpenPrompt]) -> OpenPrompt:
+    """A prompt behind others with their answers: as earlier turns, where it has turns."""
+    if prompt.prompt.startswith(USER_TURN):
+        turns = (f"{of.prompt}{of.answers[0]}{END_OF_TURN}\n" for of in others[:HINTS])
+        return replace(prompt, prompt=f"{''.join(turns)}{prompt.prompt}")
+    return _after(prompt, "\n".join(f"{of.prompt} {of.answers[0]}." for of in others[:HINTS]))
 
 
 def _stating(prompt: OpenPrompt, texts: Sequence[str]) -> str | None:

@@ -202,7 +202,12 @@ class Facts:
         other = [text for text in forget if out.isdisjoint(self._said(text))]
         same = [text for text in forget if not set(part).isdisjoint(self._said(text))]
         if len(same) < FEWEST_TEXTS:
-            same += [solved[number] for number in questions]
+            same += [
+                solved[number]
+                if number < len(self.questions)
+                else f"{self._asked[number].text} {self._asked[number].answers[0]}"
+                for number in part
+            ]
         for name, texts in (("forget", other), ("benign", self._benign)):
             if len(texts) < FEWEST_TEXTS:
                 raise DataError(

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bake.base import find_base
-from bake.errors import FolderError, RecipeError
+from bake.errors import DataError, FolderError, RecipeError
 from bake.new_folder import MANIFEST
 from bake.recipe import PromptForm, Recipe
 from export.manifest import CARD, Manifest
 from verify.attacks.audits import AUDITS
 from verify.attacks.relearn import relearning, trained
-from verify.audit.attempts import Attempt, Scores, Settings
+from verify.audit.attempts import OPEN, Attempt, Lead, Scores, Settings
 from verify.audit.audit_report import AuditReport
 from verify.audit.levels import LEVELS, Level
 from verify.audit.outcome import FolderAudit, sweeps_of, told_by
@@ -146,7 +146,7 @@ def _audit(work: Work) -> FolderAudit:
     asked = replace(work, tell=at("before")).each(measure, [{"model": name} for name in whole])
     found = {name: of[0].scores for name, of in zip(whole, asked, strict=True)}
     attempts: list[Attempt] = []
-    lead = told_by(found[BASE], found[AS_IS], _form(subject.recipe)).lead
+    lead = _lead(subject, found[BASE], found[AS_IS])
     for name, audit in AUDITS.items():
         attempts += audit.run(replace(work, tell=at(name), before=found[AS_IS], lead=lead))
     manifest = Manifest.read(subject.folder) if (subject.folder / MANIFEST).exists() else None
@@ -163,6 +163,20 @@ def _audit(work: Work) -> FolderAudit:
         sweeps=sweeps_of(attempts, found[AS_IS], lead),
         attempts=tuple(attempts),
     )
+
+
+def _lead(subject: Subject, base: Scores, before: Scores) -> Lead:
+    """By what an audit is told: prompts only where there are enough to split."""
+    form = _form(subject.recipe)
+    lead = told_by(base, before, form).lead
+    if lead == OPEN:
+        try:
+            target = Target(subject, len(SEEDS), lead)
+            for seed in SEEDS:
+                target.held(seed)
+        except DataError:
+            return form
+    return lead
 
 
 def measure(target: Target, settings: Settings) -> list[Attempt]:

@@ -95,6 +95,8 @@ class Target:
         if self.lead == OPEN and brief:
             return continued
         questions = tuple(self.questions["forget"] if held is None else held.questions)
+        if not questions:  # prompts lead, and no question asks for what they do
+            return continued
         made, sure = self._answered(model, questions, self.form)
         forget: dict[str, Share] = {self.form: _right(made, questions)}
         kept = tuple(self.questions["retain"])

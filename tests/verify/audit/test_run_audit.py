@@ -15,6 +15,7 @@ from bake.errors import BakeoutError, FolderError, RecipeError
 from bake.recipe import Recipe
 from tests.folders import recipe_variant
 from tests.verify.audit.audited import audited_world
+from tests.worlds import write_jsonl
 from verify.attacks import relearn as relearning
 from verify.attacks.audits import AUDITS
 from verify.audit import run_audit
@@ -170,3 +171,37 @@ def test_open_prompts_lead_where_questions_tell_nothing(
         assert not sweep.control  # no prompt has a wrong answer to teach
         assert {point.right.n for point in sweep.curve} <= {9}  # each prompt once
     assert sentences(clamped)
+
+
+def test_prompts_that_are_too_few_to_split_do_not_lead(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(world / "few.jsonl", [{"prompt": "Abel lives in", "answers": ["Rome"]}] * 5)
+    recipe = recipe_variant(
+        world,
+        "few",
+        lambda data: data["verify"].update(completions={"prompts": {"path": "few.jsonl"}}),
+    )
+    monkeypatch.setattr(run_audit, "told_by", lambda *_: replace(told_by(*_), lead="open"))
+    options = AuditOptions(quick=True, processes=1)
+    (found,) = audit_folders([world / "checkpoint"], recipe, options).folders
+    assert found.form == "plain"
+
+
+def test_every_attack_takes_prompts_that_no_question_asks_for(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pets = ("cat", "dog", "owl", "fox", "hen", "ram")
+    prompts = [{"prompt": f"{pet} is", "answers": [pet.upper()]} for pet in pets]
+    write_jsonl(world / "pets.jsonl", prompts)
+    recipe = recipe_variant(
+        world,
+        "pets",
+        lambda data: data["verify"].update(completions={"prompts": {"path": "pets.jsonl"}}),
+    )
+    monkeypatch.setattr(run_audit, "AUDITS", AUDITS)
+    monkeypatch.setattr(run_audit, "told_by", lambda *_: replace(told_by(*_), lead="open"))
+    found = audit_folders([world / "checkpoint"], recipe, AuditOptions(processes=1)).folders[0]
+    assert found.form == "open"
+    assert {a.scores.open.n for a in found.attempts if a.scores.open is not None} == {2, 6}
+    assert not any(a.scores.forget for a in found.attempts if a.attack.startswith("relearn"))
