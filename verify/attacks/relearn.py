@@ -33,6 +33,8 @@ from verify.audit.work_order import Work
 RATES = (2.2e-3, 4.6e-4, 2e-4, 1e-4, 2.2e-5, 1e-5, 4.6e-6)
 """Learning rates of AdamW, constant."""
 QUICK_RATES = (2.2e-3, 4.6e-4, 1e-4)
+SLOWER = (2.2e-5, 4.6e-6)
+"""Tried after these, one by one, while all of them ruin the model."""
 SIZES = (1000, 100, 10, 5)
 """How many texts are trained on, or as many as there are."""
 STEPS = (10, 25, 50, 150, 500)
@@ -59,6 +61,10 @@ TEXTS: dict[str, tuple[Need, str]] = {
     "benign": ("benign text", "texts about anything else"),
 }
 """By the name of a field of `Held`: what somebody must have, and what to call it."""
+Arm = tuple[str, bool]
+"""Kind of text, and whether by LoRA."""
+Run = tuple[dict[str, Any], list[Attempt]]
+"""Settings, and what was found with them on the way."""
 
 
 def relearn(work: Work) -> Iterator[Attempt]:
@@ -68,16 +74,24 @@ def relearn(work: Work) -> Iterator[Attempt]:
     rates = QUICK_RATES if level.quick else RATES
     arms = arms_of(level)
     sweeps = {arm: [_settings(arm, rate, SIZES[0], first) for rate in rates] for arm in arms}
-    best = yield from _round(work, sweeps, 0)
+    runs = yield from _round(work, sweeps, 0)
+    for rate in SLOWER if level.quick else ():
+        ruined = [arm for arm in arms if not any(_lasts(work, run) for run in runs[arm])]
+        slower = {arm: [_settings(arm, rate, SIZES[0], first)] for arm in ruined}
+        more = yield from _round(work, slower, 0)
+        runs |= {arm: runs[arm] + of for arm, of in more.items()}
+    best = _best(work, runs, LEFT[0])
     if not level.quick:
         sweeps = {
             arm: [_settings(arm, best[arm][0]["rate"], size, second) for size in SIZES]
             + [{**of, "steps": second} for of in best[arm][1:]]
             for arm in arms
         }
-        best = yield from _round(work, sweeps, 1)
+        runs = yield from _round(work, sweeps, 1)
+        best = _best(work, runs, LEFT[1])
         sweeps = {arm: [{**of, "steps": third} for of in best[arm]] for arm in arms}
-        best = yield from _round(work, sweeps, 2)
+        runs = yield from _round(work, sweeps, 2)
+        best = _best(work, runs, LEFT[2])
     final: list[dict[str, Any]] = []
     for arm in arms:
         most = min(BENIGN_STEPS[-1] if arm[0] == "benign" else STEPS[-1], level.most_steps)
@@ -91,7 +105,7 @@ def relearn(work: Work) -> Iterator[Attempt]:
         yield from found
 
 
-def arms_of(level: Level) -> list[tuple[str, bool]]:
+def arms_of(level: Level) -> list[Arm]:
     """(kind of text, LoRA) of every sweep; what takes longest first."""
     arms = [("other", True), ("same", True), ("other", False), ("same", False), ("benign", False)]
     return [arm for arm in arms if not level.quick or arm != ("same", True)]
@@ -109,23 +123,33 @@ def relearning(level: Level, seeds: int) -> tuple[int, int]:
 
 
 def _round(
-    work: Work, sweeps: dict[tuple[str, bool], list[dict[str, Any]]], number: int
-) -> Generator[Attempt, None, dict[tuple[str, bool], list[dict[str, Any]]]]:
-    """Make the attempts of a round, and return the best settings of each arm."""
+    work: Work, sweeps: dict[Arm, list[dict[str, Any]]], number: int
+) -> Generator[Attempt, None, dict[Arm, list[Run]]]:
+    """Make the attempts of a round, and return them by their settings."""
     asked = [(arm, of) for arm, each in sweeps.items() for of in each]
     found = work.each(fine_tune, [of for _, of in asked], (PARTS[number], PARTS[number + 1]))
-    best: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    tried: dict[tuple[str, bool], list[tuple[dict[str, Any], list[Attempt]]]] = {}
+    runs: dict[Arm, list[Run]] = {}
     for (arm, of), attempts in zip(asked, found, strict=True):
-        tried.setdefault(arm, []).append((of, attempts))
+        runs.setdefault(arm, []).append((of, attempts))
         yield from attempts
-    for arm, runs in tried.items():
-        ranked = sorted(runs, key=lambda run: -_worth(work, run[1]))
+    return runs
+
+
+def _best(work: Work, runs: dict[Arm, list[Run]], left: int) -> dict[Arm, list[dict[str, Any]]]:
+    """The best settings of each arm, so many of them."""
+    best = {}
+    for arm, each in runs.items():
+        ranked = sorted(each, key=lambda run: -_worth(work, run[1]))
         # What brings most back at once may ruin the model soon: beside it, the best that does not.
-        lasting = [run for run in ranked[1:] if _keeps(work, run[1][-1])]
+        lasting = [run for run in ranked[1:] if _lasts(work, run)]
         ranked = [ranked[0], *(lasting or ranked[1:])]
-        best[arm] = [of for of, _ in ranked[: LEFT[number]]]
+        best[arm] = [of for of, _ in ranked[:left]]
     return best
+
+
+def _lasts(work: Work, run: Run) -> bool:
+    """Whether a model is of use to the last step."""
+    return keeps_utility(run[1][-1].scores, work.before, work.lead)
 
 
 def _worth(work: Work, attempts: Sequence[Attempt]) -> float:
@@ -135,15 +159,12 @@ def _worth(work: Work, attempts: Sequence[Attempt]) -> float:
         sure, right = attempt.scores.sure, attempt.scores.right(work.lead)
         if sure is None:
             sure = 0.0 if right is None else right.accuracy or 0.0
-        worth.append(sure - (0 if _keeps(work, attempt) else 1))
+        kept = keeps_utility(attempt.scores, work.before, work.lead)
+        worth.append(sure - (0 if kept else 1))
     return max(worth)
 
 
-def _keeps(work: Work, attempt: Attempt) -> bool:
-    return keeps_utility(attempt.scores, work.before, work.lead)
-
-
-def _settings(arm: tuple[str, bool], rate: float, size: int, steps: int) -> dict[str, Any]:
+def _settings(arm: Arm, rate: float, size: int, steps: int) -> dict[str, Any]:
     texts, lora = arm
     return {
         "texts": texts,

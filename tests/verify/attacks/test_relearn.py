@@ -26,6 +26,7 @@ from verify.audit.target import Target
 from verify.audit.work_order import Work
 from verify.audit.workers import Workers
 from verify.journal import Journal
+from verify.report.measures import Share
 
 MINIATURE = Path(__file__).parents[3] / "bakeout" / "miniature"
 RUN = {"lora": False, "rate": 2.2e-3, "size": 1000, "seed": 0, "brief": True}
@@ -218,3 +219,28 @@ def test_the_sweep_halves_and_the_best_meets_every_seed(
     swapped = [of for of in asked if of["texts"] == "swapped"]
     assert [of["steps"] for of in swapped] == [150] * 6
     assert len(asked) == 5 * (7 + 5 + 2) + 15 + 6
+
+
+@pytest.mark.parametrize("ruinous", [1e-3, 1e-4, 2.2e-5, 1e-9])
+def test_where_every_quick_rate_ruins_the_model_slower_ones_are_tried(
+    tiny: Target, monkeypatch: pytest.MonkeyPatch, ruinous: float
+) -> None:
+    asked = []
+
+    def made(target: Target, settings: dict[str, Any]) -> list[Attempt]:
+        asked.append(settings)
+        kept = 10 if settings["rate"] < ruinous else 0
+        return [Attempt("relearn", "", Scores(retain={"plain": Share(kept, 10)}, sure=0.5))]
+
+    monkeypatch.setattr(relearning, "fine_tune", made)
+    before = Scores(retain={"plain": Share(10, 10)})
+    told = lambda *_: None  # noqa: E731
+    with Workers([tiny.subject], 3, 1) as workers:
+        work = Work(tiny.subject, 0, workers, Journal(), told, (0,), LEVELS[-1], "plain", before)
+        list(relearn(work))
+    slower = {1e-3: [], 1e-4: [2.2e-5], 2.2e-5: [2.2e-5, 4.6e-6], 1e-9: [2.2e-5, 4.6e-6]}[ruinous]
+    tried = [of["rate"] for of in asked if of["steps"] == relearning.FIRST]
+    assert sorted(set(tried)) == sorted({*relearning.QUICK_RATES, *slower})
+    final = {of["rate"] for of in asked if of["steps"] == LEVELS[-1].most_steps}
+    if ruinous > 1e-9:
+        assert all(rate < ruinous for rate in final)
