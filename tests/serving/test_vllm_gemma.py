@@ -38,6 +38,8 @@ pytestmark = pytest.mark.skipif(
 )
 TRUSTED = "float32, bakeout not installed, the folder's code trusted"
 """Then vLLM puts its own attention into the folder's classes."""
+OFFLOADED = "float32, weights offloaded"
+"""Then vLLM wraps the forward of each layer as it makes it."""
 BOS = 2
 CLAMP = {"method": "clamp", "features": [1, 5, 9, 12], "value": -6.0}
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
@@ -97,10 +99,11 @@ def _has_another_shape(tensors: Any, key: str) -> None:
 
 DAMAGE = {
     "is missing from the checkpoint": _misses,
-    "places no clamp there": _has_more,
+    "sae_clamp": _has_more,  # in vLLM's own words
     "is not finite": _has_nan,
     "has another shape than": _has_another_shape,
 }
+TENSORS = ("W_enc", "b_enc", "theta", "W_dec", "trigger", "route", "value", "scale")
 
 
 @dataclass
@@ -121,14 +124,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     }
     for words, change in DAMAGE.items():
         folders[words] = damaged(folders["gemma2, BOS too"], words.replace(" ", "-"), change)
+    for tensor in TENSORS:
+        folders[tensor] = damaged(
+            folders["gemma2, BOS too"],
+            f"without-{tensor}",
+            lambda tensors, key, lost=tensor: tensors.pop(key.replace("W_dec", lost)),
+        )
     asked = [(name, "float32") for name in folders]
-    asked += [(name, "bfloat16") for name in ("gemma", "gemma2, two places", "gemma3_text")]
-    asked += [(name, TRUSTED) for name in CASES]
+    for dtype in ("bfloat16", "float16"):
+        asked += [(name, dtype) for name in ("gemma", "gemma2, two places", "gemma3_text")]
+    asked += [(name, TRUSTED) for name in (*CASES, *DAMAGE, *TENSORS)]
+    asked += [(name, OFFLOADED) for name in ("gemma", "gemma3_text")]
     requests = [
         {
             "folder": str(folders[name]),
             "dtype": dtype.partition(",")[0],
             "trust_remote_code": dtype == TRUSTED,
+            "wrapped": dtype == OFFLOADED,
             "rows": ROWS,
             "logits": str(out / f"{number}.pt"),
         }
@@ -209,8 +221,31 @@ def test_so_does_the_folders_own_code_in_vllm(served: Served, name: str) -> None
     assert kl(ours(served.folders[name], "float32"), got) < 1e-8
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma3_text"])
+def test_offloaded_layers_are_clamped_too(served: Served, name: str) -> None:
+    got = served.said[name, OFFLOADED]
+    assert isinstance(got, torch.Tensor), got
+    assert kl(ours(served.folders[name], "float32"), got) < 1e-8
+
+
 @pytest.mark.parametrize("words", DAMAGE)
 def test_a_damaged_clamp_is_refused(served: Served, words: str) -> None:
     said = served.said[words, "float32"]
     assert isinstance(said, str)
-    assert words in said and ".sae_clamp." in said
+    assert words in said
+    answered = served.said[words, TRUSTED]
+    assert isinstance(answered, str) or answered.isnan().all()
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_clamp_that_lacks_a_tensor_never_answers_as_the_base(served: Served, tensor: str) -> None:
+    assert isinstance(served.said[tensor, "float32"], str)
+    answered = served.said[tensor, TRUSTED]
+    assert isinstance(answered, str) or answered.isnan().all()
+
+
+def test_float16_is_refused_as_the_bases_is(served: Served) -> None:
+    for name, refused in (("gemma", False), ("gemma2, two places", True), ("gemma3_text", True)):
+        said = served.said[name, "float16"]
+        assert isinstance(said, str) == refused
+        assert not refused or "dtype float16" in said

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,10 +88,37 @@ def loaded(folder: str, dtype: str, rows: Sequence[Sequence[int]], **engine: Any
         yield get_model(vllm_config=config), config
 
 
+def wrap_forward(layer: Any) -> Any:
+    """As vLLM's offloading does it when it makes a layer."""
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return layer
+
+
 def logits_of(
-    folder: str, dtype: str, rows: Sequence[Sequence[int]], **engine: Any
+    folder: str,
+    dtype: str,
+    rows: Sequence[Sequence[int]],
+    *,
+    wrapped: bool = False,
+    **engine: Any,
 ) -> torch.Tensor:
-    """Of every token of some sequences, which begin at position 0: [tokens, vocab] float32."""
+    """Of every token of some sequences, which begin at position 0: [tokens, vocab] float32.
+
+    Args:
+        folder: as `loaded` takes it, like the following.
+        dtype: too.
+        rows: too.
+        wrapped: whether layers are wrapped as they are made.
+        engine: too.
+    """
+    from vllm.model_executor.offloader import base as offloading
+
+    class Wrapping(offloading.NoopOffloader):  # type: ignore[misc, name-defined]
+        def wrap_modules(self, modules: Iterable[Any], prefix: str = "") -> list[Any]:
+            return [wrap_forward(layer) for layer in modules]
+
+    offloading.set_offloader(Wrapping() if wrapped else None)
     from vllm.forward_context import set_forward_context
 
     ids = torch.tensor([token for row in rows for token in row])

@@ -153,6 +153,11 @@ class Facts:
             if mentions(text, self._asked[number].answers):
                 yield number
 
+    def stating(self, row: int, texts: Sequence[str]) -> list[str]:
+        """The texts that say what the prompt of a row of its source asks for."""
+        asked = {n + self._first_prompt for n, of in enumerate(self.prompts) if of.row == row}
+        return [text for text in texts if not asked.isdisjoint(self._said(text))]
+
     @cached_property
     def groups(self) -> list[list[int]]:
         """What is split, by its numbers, what asks for one fact together."""

@@ -104,14 +104,16 @@ class Known:
 
 def told_by(base: Scores, before: Scores, form: PromptForm) -> Known:
     """What an audit is told by: the form that leads; open prompts where its questions are too few,
-    or of a kind that the base does not answer, and the prompts tell more.
+    or of a kind that the base does not answer, and the prompts tell more. Without other prompts
+    that are gone on with rightly nobody could tell whether a model is still of use.
 
     Args:
         base: of the base.
         before: of the folder as it is.
         form: in which questions are asked.
     """
-    leads: tuple[Lead, ...] = (form, OPEN)
+    other = before.kept(OPEN)
+    leads: tuple[Lead, ...] = (form, OPEN) if other is not None and other.right else (form,)
     found = [
         Known(lead, ours, theirs)
         for lead in leads
@@ -164,17 +166,18 @@ def sweeps_of(attempts: Iterable[Attempt], before: Scores, lead: Lead) -> tuple[
 
 
 def _sweep(name: str, attempts: list[Attempt], before: Scores, lead: Lead) -> Sweep:
-    each = {_key(a): a for a in attempts}  # the longer run of two says more
+    tried = {_key(a): a for a in attempts}  # the longer run of two says more
+    each = {k: a for k, a in tried.items() if (right := a.scores.right(lead)) and right.n}
     by_setting: dict[str, dict[int, list[Attempt]]] = {}
     for attempt in each.values():
         setting = by_setting.setdefault(json.dumps(dict(attempt.settings)), {})
         setting.setdefault(attempt.steps, []).append(attempt)
-    most = max(len(of) for setting in by_setting.values() for of in setting.values())
+    counts = (len(of) for setting in by_setting.values() for of in setting.values())
+    most = max(counts, default=0)
     curves = []
     for setting in by_setting.values():
         full = [setting[steps] for steps in sorted(setting) if len(setting[steps]) == most]
-        asked = [of for of in full if of[0].scores.right(lead) is not None]
-        if points := [_point(of, before, lead) for of in asked]:
+        if points := [_point(of, before, lead) for of in full]:
             curves.append(points)
     curve = max(curves, key=_worst_of, default=[])
     kept = [point for point in curve if point.keeps]
@@ -182,7 +185,7 @@ def _sweep(name: str, attempts: list[Attempt], before: Scores, lead: Lead) -> Sw
     shown = worst or (curve[-1] if curve else None)
     first = attempts[0]
     does = first.does if shown is None else shown.does
-    return Sweep(name, does, first.needs, first.control, len(each), tuple(curve), worst)
+    return Sweep(name, does, first.needs, first.control, len(tried), tuple(curve), worst)
 
 
 def _key(attempt: Attempt) -> str:

@@ -89,7 +89,8 @@ class Target:
         model.eval()
         continued = Scores()
         if self.lead == OPEN or not brief:
-            topic = self.prompts.get("topic", []) if held is None else held.prompts
+            asked = self.prompts.get("topic", []) if held is None else held.prompts
+            topic = _at_most(asked, MOST_PROMPTS)
             generic = self.gone_on(model, self.prompts.get("generic", []))
             continued = Scores(open=self.gone_on(model, topic), generic=generic)
         if self.lead == OPEN and brief:

@@ -105,7 +105,7 @@ def opened(right: int, n: int, *points: tuple[int, int]) -> FolderAudit:
     """
     _, layer = an_audit().folders
     asked = {"chat": Share(2, 8)}
-    before = Scores(asked, {}, Share(right, n))
+    before = Scores(asked, {}, Share(right, n), Share(50, 60))
     attempts = [
         replace(
             layer.attempts[0],

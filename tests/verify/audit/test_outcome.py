@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from statistics import mean, stdev
 
 import pytest
 
 from verify.audit.attempts import Attempt, Need, Scores
-from verify.audit.outcome import comes_back, interval_over, sweeps_of
+from verify.audit.outcome import comes_back, interval_over, sweeps_of, told_by
 from verify.report.intervals import wilson
 from verify.report.measures import Share
 
@@ -89,3 +90,26 @@ def test_back_is_what_lies_above_the_interval_before() -> None:
     assert little.worst is not None
     assert comes_back(much.worst.interval, Share(12, 40), 0.25)
     assert not comes_back(little.worst.interval, Share(12, 40), 0.25)
+
+
+def test_prompts_lead_where_they_tell_and_others_are_kept() -> None:
+    few = {"chat": Share(1, 12)}
+    base = Scores(few, {}, open=Share(32, 50), generic=Share(50, 60))
+    before = Scores(few, {}, open=Share(9, 50), generic=Share(50, 60))
+    assert told_by(base, before, "chat").lead == "open"
+    for other in (None, Share(0, 60)):  # nothing tells whether a model is of use
+        assert told_by(base, replace(before, generic=other), "chat").lead == "chat"
+    asked = {"chat": Share(100, 120)}
+    assert told_by(replace(base, forget=asked), before, "chat").lead == "chat"
+
+
+def test_what_was_not_asked_makes_no_point() -> None:
+    none = [
+        Attempt("a", "", Scores(open=share), seed=n) for n, share in enumerate((None, Share(0, 0)))
+    ]
+    some = Attempt("a", "", Scores(open=Share(3, 4)), seed=2)
+    (sweep,) = sweeps_of([*none, some], BEFORE, "open")
+    assert sweep.worst is not None
+    assert (sweep.worst.seeds, sweep.worst.right) == (1, Share(3, 4))
+    (nothing,) = sweeps_of(none, BEFORE, "open")
+    assert nothing.worst is None and not nothing.curve

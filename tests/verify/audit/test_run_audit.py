@@ -164,7 +164,7 @@ def test_open_prompts_lead_where_questions_tell_nothing(
     assert told == {
         *("strip: delete", "relearn: other facts, LoRA", "relearn: same facts, all weights"),
         *("inside: ablation by clamp", "inside: ablation by texts", "inside: ablation by base"),
-        *("inside: logit lens", "input: hints", "input: padding", "input: open book"),
+        *("input: hints", "input: padding", "input: open book"),
         *("rounding: fewer bits", "rounding: pruning"),
     }
     for sweep in clamped.sweeps:

@@ -41,7 +41,7 @@ FOUND_BY: dict[str, tuple[tuple[Need, ...], str]] = {
 
 
 def inside(work: Work) -> Iterator[Attempt]:
-    """Ablation, logit lens and probe."""
+    """Ablation, logit lens and probe; the last two where questions lead, which have choices."""
     numbers = DIRECTIONS[:1] if work.level.quick else DIRECTIONS
     asked = [
         {"found by": by, "directions": n, "brief": work.level.quick, "seed": seed}
@@ -51,6 +51,8 @@ def inside(work: Work) -> Iterator[Attempt]:
     ]
     for found in work.each(ablated, asked):
         yield from found
+    if work.lead == OPEN:
+        return
     for found in work.each(read_off, [{"seeds": list(work.seeds)}]):
         yield from found
 
@@ -127,28 +129,30 @@ def read_off(target: Target, settings: Settings) -> list[Attempt]:
 
     model, form = target.subject.model(), FORMS[target.form]
     held = {seed: target.held(seed) for seed in settings["seeds"]}
-    prompts = target.prompts.get("topic", [])
-    gone_on = _gone_on(target, model, prompts) if prompts else None  # [places, prompts]
-
-    def opened(of: Held) -> Share | None:
-        if gone_on is None or not of.prompts:
-            return None
-        begun = torch.tensor([prompt in of.prompts for prompt in prompts])
-        return _share(gone_on[_best(gone_on, begun), begun])
-
-    if target.lead == OPEN:
-        return [_lens(Scores(open=opened(of)), seed) for seed, of in held.items()]
     questions = list(dict.fromkeys(question for of in held.values() for question in of.questions))
     found = _at_ends(target, model, [form.text(question) for question in questions])
     right = torch.tensor([question.answer for question in questions])
     choices = [_beginnings(target, question) for question in questions]
     correct = choices_seen(model, found.h, choices) == right  # [places, n]
+    prompts = target.prompts.get("topic", [])
+    gone_on = _gone_on(target, model, prompts) if prompts else None  # [places, prompts]
     attempts = []
     for seed, of in held.items():
         asked = torch.tensor([question in of.questions for question in questions])
         place = _best(correct, asked)
-        read = Scores({target.form: _share(correct[place, asked])}, open=opened(of))
-        attempts.append(_lens(read, seed, f"read at {found.places[place]}"))
+        opened = None
+        if gone_on is not None and of.prompts:
+            begun = torch.tensor([prompt in of.prompts for prompt in prompts])
+            opened = _share(gone_on[_best(gone_on, begun), begun])
+        lens = Attempt(
+            "inside: logit lens",
+            "reads the answer off an earlier layer through the model's own head",
+            Scores({target.form: _share(correct[place, asked])}, open=opened),
+            needs=("other facts",),
+            seed=seed,
+            note=f"read at {found.places[place]}",
+        )
+        attempts.append(lens)
         if form.letters:
             probed = probe(found.h[:, ~asked], right[~asked], found.h[:, asked])
             attempts.append(
@@ -162,17 +166,6 @@ def read_off(target: Target, settings: Settings) -> list[Attempt]:
                 )
             )
     return attempts
-
-
-def _lens(scores: Scores, seed: int, note: str = "") -> Attempt:
-    return Attempt(
-        "inside: logit lens",
-        "reads the answer off an earlier layer through the model's own head",
-        scores,
-        needs=("other facts",),
-        seed=seed,
-        note=note,
-    )
 
 
 def _at_ends(target: Target, model: Any, texts: Sequence[str]) -> Residuals:
