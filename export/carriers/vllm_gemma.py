@@ -69,13 +69,14 @@ class _Clamped:
                 "dtype float16: activations of a Gemma 2 or 3 do not fit; use bfloat16 or float32"
             )
         most = vllm_config.scheduler_config.max_num_batched_tokens
+        self.sae_clamps: dict[int, SAEClamp] = {}
         self.sae_exempt: torch.Tensor
         self._buffer(self, "sae_exempt", torch.zeros(most, dtype=torch.bool))
         for site in sites:
             layer = self.model.layers[site["layer"]]  # type: ignore[attr-defined]
             if isinstance(layer, PPMissingLayer):  # another rank has it
                 continue
-            layer.sae_clamp = SAEClamp.at(config.hidden_size, site)
+            layer.sae_clamp = self.sae_clamps[site["layer"]] = SAEClamp.at(config.hidden_size, site)
             self._buffer(layer, "sae_exempt", self.sae_exempt if site["exempt_bos"] else None)
             clamp_layer(layer)
 
@@ -92,6 +93,7 @@ class _Clamped:
         **kwargs: Any,
     ) -> Any:
         """[tokens] ids or [tokens, d] embeddings, and [tokens] positions -> [tokens, d]."""
+        self._refuse_broken_clamps()
         exempt = positions == 0
         if input_ids is not None:
             found = exempt_positions(self.config, input_ids)  # type: ignore[attr-defined]
@@ -109,13 +111,17 @@ class _Clamped:
             ValueError: a clamp tensor is missing, surplus, of another shape, or not finite.
         """
         loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
-        for name, module in self.named_modules():  # type: ignore[attr-defined]
-            if isinstance(module, SAEClamp) and not module.whole:
-                raise ValueError(
-                    f"a tensor of the clamp {name} is missing from the checkpoint; this folder is "
-                    "damaged, do not use it"
-                )
+        self._refuse_broken_clamps()
         return loaded
+
+    def _refuse_broken_clamps(self) -> None:
+        """Whoever loaded them: some of vLLM's loaders do not ask the model."""
+        for layer, clamp in self.sae_clamps.items():
+            if not clamp.whole and not clamp.look():
+                raise ValueError(
+                    f"a tensor of the sae_clamp of layer {layer} is missing from the checkpoint "
+                    "or not finite; this folder is damaged, do not use it"
+                )
 
 
 class ClampedGemmaForCausalLM(_Clamped, GemmaForCausalLM):

@@ -20,7 +20,7 @@ _HEAD = f"""\
 Which programs run which folder, and what becomes of the clamp in each. Written by `python -m
 tests.clients --write`, from `tests/clients/measured.json`; do not edit it.
 
-Every client is given a folder in a process that cannot import bakeout (two say that theirs can), shown
+Every client is given a folder in a process that cannot import bakeout (some can, by name), shown
 prompts on which the clamp fires, and compared from the first firing on: mean KL in nats per token
 to the hooked reference in float32, and to the base. Cells say:
 
