@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bake.modeling_clamped_gemma import SAEClamp
 from export import streamed
 from export.clamped import open_clamped
 from export.streamed import StreamedModel
@@ -30,6 +31,7 @@ def test_all_that_is_computed_with_lies_on_the_device(
         return torch.empty(*input_ids.shape, 32, device=DEVICE)
 
     monkeypatch.setattr(streamed._Table, "forward", rows)
+    monkeypatch.setattr(SAEClamp, "look", lambda _: True)  # nor whether a number is one
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(
         torch.nn.Module, "to", lambda of, where: of if where == "meta" else moved(of, where)
