@@ -71,18 +71,16 @@ class _Clamped:
         most = vllm_config.scheduler_config.max_num_batched_tokens
         self.sae_clamps: dict[int, SAEClamp] = {}
         self.sae_exempt: torch.Tensor
-        self._buffer(self, "sae_exempt", torch.zeros(most, dtype=torch.bool))
+        nobody = torch.zeros(most, dtype=torch.bool)
+        self.register_buffer("sae_exempt", nobody, persistent=False)  # type: ignore[attr-defined]
         for site in sites:
             layer = self.model.layers[site["layer"]]  # type: ignore[attr-defined]
             if isinstance(layer, PPMissingLayer):  # another rank has it
                 continue
             layer.sae_clamp = self.sae_clamps[site["layer"]] = SAEClamp.at(config.hidden_size, site)
-            self._buffer(layer, "sae_exempt", self.sae_exempt if site["exempt_bos"] else None)
+            exempt = self.sae_exempt if site["exempt_bos"] else None
+            layer.register_buffer("sae_exempt", exempt, persistent=False)
             clamp_layer(layer)
-
-    @staticmethod
-    def _buffer(module: Any, name: str, tensor: torch.Tensor | None) -> None:
-        module.register_buffer(name, tensor, persistent=False)
 
     def forward(
         self,
