@@ -17,7 +17,7 @@ from bake.clamp import ClampWeights
 from bake.distill.distill_texts import SIDES, Rows, batches_of, load_sides
 from bake.distill.judging import HeldOut, Judge, held_out, judged
 from bake.distill.objectives import Head, Side, Step, shifted
-from bake.distill.students import Student, layers_of, student_of
+from bake.distill.students import Student, layers_of, student_of, topic_tokens
 from bake.distill.teachers import (
     ROWS_AT_ONCE,
     Teacher,
@@ -141,7 +141,8 @@ class Distilling:
         if method.teaches:
             found |= {"student": table.student, "start": table.start}
             found |= {"rank": table.rank} if table.student == "lora" else {}
-            found |= {"noise": table.noise} if table.student == "disturbed" else {}
+            if table.student == "disturbed":
+                found |= {"noise": table.noise, "token_noise": table.token_noise}
         return found
 
     @property
@@ -165,7 +166,8 @@ class Distilling:
         teachers = {side: self._teacher(model, side, plans[side]) for side in SIDES}
         judges = {side: self._judge(model, side) for side in SIDES}
         self._edit(model)
-        student = student_of(model, self.recipe, self.method, self.layers, self.seed)
+        topic = topic_tokens(self.texts) if self.settings.get("token_noise") else ()
+        student = student_of(model, self.recipe, self.method, self.layers, self.seed, topic)
         if self.settings.get("steps"):
             self._train(student, plans, teachers, head)
         student.finished()
@@ -259,7 +261,7 @@ class Distilling:
                 Step(
                     forget=forget,
                     retain=retain,
-                    head=head_of(student.model),
+                    head=student.head(),
                     teacher_head=head,
                     strength=self.settings["strength"],
                     layer=self.layers[-1],

@@ -35,17 +35,33 @@ class Seen:
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output matrix, which no method trains."""
+    """A model's output matrix."""
 
     weight: Tensor
-    """[vocab, d_in]."""
+    """[vocab, d_in], not trained."""
     cap: float | None = None
     """Logits beyond it are bent back."""
+    tokens: Tensor | None = None
+    """[k], whose rows are `rows` instead."""
+    rows: Tensor | None = None
+    """[k, d_in], trained."""
 
     def __call__(self, final: Tensor) -> Tensor:
         """[n, d_in] -> logits: [n, vocab]."""
         scores = final @ self.weight.T
+        if self.tokens is not None and self.rows is not None:
+            scores = scores.index_copy(1, self.tokens, final @ self.rows.T)
         return scores if self.cap is None else self.cap * torch.tanh(scores / self.cap)
+
+    def back(self, apart: Tensor, final: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients, ([n, d_in] of `final`, [k, d_in] of `rows`), of that of the logits before they
+        are bent, which is changed: [n, vocab].
+        """
+        if self.tokens is None or self.rows is None:
+            return apart @ self.weight, None
+        own = apart[:, self.tokens]
+        apart[:, self.tokens] = 0
+        return (apart @ self.weight).addmm_(own, self.rows), own.T @ final
 
     def blocks(self, n: int) -> list[slice]:
         """Tokens whose logits are formed together."""
@@ -84,12 +100,18 @@ class Step:
 
 class _SumOfKL(torch.autograd.Function):
     """KL(teacher ‖ student) in nats, summed over tokens. Its gradient, p_student - p_teacher by the
-    output matrix, is taken while the logits are there, so that they are formed once.
+    output matrix, is taken while the logits are there, so that they are formed once. `rows` are
+    those of `of_student`, which get a gradient too.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, of_student: Head, teacher: Tensor, of_teacher: Head
+        ctx: Any,
+        student: Tensor,
+        rows: Tensor | None,
+        of_student: Head,
+        teacher: Tensor,
+        of_teacher: Head,
     ) -> Tensor:
         scores = of_student(student)
         got, wanted = log_softmax(scores, -1), log_softmax(of_teacher(teacher), -1)
@@ -98,13 +120,14 @@ class _SumOfKL(torch.autograd.Function):
             apart = got.exp_().sub_(wanted.exp_())
             if of_student.cap is not None:
                 apart *= 1 - (scores / of_student.cap).square_()
-            ctx.save_for_backward(apart @ of_student.weight)
+            ctx.save_for_backward(*of_student.back(apart, student))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return grads[0] * gradient, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        of_final, of_rows = ctx.saved_tensors
+        own = None if of_rows is None else grads[0] * of_rows
+        return grads[0] * of_final, own, None, None, None
 
 
 def mean_kl(teacher: Tensor, of_teacher: Head, student: Tensor, of_student: Head) -> Tensor:
@@ -117,7 +140,7 @@ def mean_kl(teacher: Tensor, of_teacher: Head, student: Tensor, of_student: Head
         of_student: likewise.
     """
     sums = [
-        _SumOfKL.apply(student[part], of_student, teacher[part], of_teacher)  # type: ignore[no-untyped-call]
+        _SumOfKL.apply(student[part], of_student.rows, of_student, teacher[part], of_teacher)  # type: ignore[no-untyped-call]
         for part in of_student.blocks(len(student))
     ]
     return torch.stack(sums).sum() / len(student)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bake.distill.distill_texts import SIDES, Texts
+from bake.distill.objectives import Head
+from bake.distill.teachers import head_of
 from bake.distill.unlearners import Unlearner
 from bake.errors import RecipeError
 from bake.recipe import Recipe
@@ -18,6 +24,10 @@ from bake.stock import decoder_layers
 LORA_TARGETS = r"(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 RMU_LAYERS = 3
 """MLPs that RMU trains: of the steered layer and those before it."""
+TOKEN_SEEN = 3
+"""Times that a token of the topic has to be in the forget texts, to be learned anew."""
+TOKEN_ELSEWHERE = 0.05
+"""How frequent it may be in retain texts, as a share of that."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,8 @@ class Student:
     model: Any
     """A stock Gemma."""
     parameters: list[nn.Parameter]
+    head: Callable[[], Head]
+    """Its output matrix as it is now."""
     finished: Callable[[], None] = lambda: None
     """Makes it a stock model again."""
 
@@ -51,9 +63,24 @@ def layers_of(recipe: Recipe, method: Unlearner, n_layers: int) -> range:
     return range(n_layers)
 
 
-def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, seed: int) -> Student:
+def student_of(
+    model: Any,
+    recipe: Recipe,
+    method: Unlearner,
+    layers: range,
+    seed: int,
+    topic: Sequence[int] = (),
+) -> Student:
     """Make a model ready to be trained. Changes `model`: weights are disturbed where the recipe
     says so, and those that are to be trained get gradients.
+
+    Args:
+        model: the base, in float32.
+        recipe: says what is trained, and how it begins.
+        method: of `UNLEARNERS`.
+        layers: whose weights are trained.
+        seed: of everything that is drawn.
+        topic: ids of tokens whose embeddings are learned anew.
     """
     table = recipe.distill_table
     model.requires_grad_(False)
@@ -66,7 +93,9 @@ def student_of(model: Any, recipe: Recipe, method: Unlearner, layers: range, see
     parameters = [parameter for module in wanted for parameter in module.parameters()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    return Student(model, parameters)
+    if topic:
+        return _learning_tokens(model, parameters, topic, table.token_noise, seed)
+    return Student(model, parameters, partial(head_of, model))
 
 
 def _trained(module: Any, method: Unlearner) -> list[nn.Module]:
@@ -93,9 +122,64 @@ def disturb(modules: Sequence[nn.Module], alpha: float, seed: int) -> None:
         for parameter in module.parameters():
             if parameter.ndim < 2:
                 continue
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            size = parameter.square().mean().sqrt()
-            parameter.mul_(1 - alpha).add_(alpha * size * noise)
+            parameter.copy_(disturbed(parameter, alpha, generator))
+
+
+def disturbed(weight: Tensor, alpha: float, generator: torch.Generator) -> Tensor:
+    """(1 - alpha) W + alpha N, N normal and as large as W in its root mean square."""
+    noise = torch.randn(weight.shape, generator=generator).to(weight)
+    return (1 - alpha) * weight + alpha * weight.square().mean().sqrt() * noise
+
+
+def topic_tokens(sides: Mapping[str, Texts]) -> list[int]:
+    """Ids of the tokens that forget texts have, and retain texts hardly: what embeddings say of
+    them, nothing but the topic needs.
+    """
+    counts, shares = {}, {}
+    for side in SIDES:
+        counts[side] = Counter(chain.from_iterable(sides[side].trained.ids))
+        shares[side] = 1 / counts[side].total()
+    return sorted(
+        token
+        for token, n in counts["forget"].items()
+        if n >= TOKEN_SEEN
+        and counts["retain"][token] * shares["retain"] <= TOKEN_ELSEWHERE * n * shares["forget"]
+    )
+
+
+def _learning_tokens(
+    model: Any, parameters: list[nn.Parameter], topic: Sequence[int], alpha: float, seed: int
+) -> Student:
+    """A student that learns some rows of its embedding beside its parameters, the rest of which it
+    keeps.
+    """
+    embedding = model.get_input_embeddings()
+    was = embedding.weight.detach()
+    tokens = torch.tensor(topic, device=was.device)
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows = nn.Parameter(disturbed(was[tokens], alpha, generator))
+    place = torch.full((len(was),), -1, device=was.device)
+    place[tokens] = torch.arange(len(tokens), device=was.device)
+
+    def own(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        at = place[inputs[0]]
+        scale = getattr(module, "embed_scale", 1.0)
+        return torch.where((at >= 0)[..., None], rows[at] * scale, output)
+
+    hook = embedding.register_forward_hook(own)
+    tied = model.get_output_embeddings().weight is embedding.weight
+
+    def head() -> Head:
+        plain = head_of(model)
+        return replace(plain, tokens=tokens, rows=rows) if tied else plain
+
+    def finished() -> None:
+        hook.remove()
+        embedding.weight = nn.Parameter(was.index_copy(0, tokens, rows.detach()))
+        if tied:  # teachers keep the old one
+            model.get_output_embeddings().weight = embedding.weight
+
+    return Student(model, [*parameters, rows], head, finished)
 
 
 def _lora(model: Any, layers: range, rank: int) -> Student:
@@ -115,4 +199,4 @@ def _lora(model: Any, layers: range, rank: int) -> Student:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about peft
         adapted = get_peft_model(model, config)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    return Student(model, parameters, finished=adapted.merge_and_unload)
+    return Student(model, parameters, partial(head_of, model), adapted.merge_and_unload)

@@ -74,6 +74,26 @@ def test_kl_of_a_head_without_a_cap(step: Step) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("block", [1, 3 * VOCAB, 1 << 25])
+def test_kl_of_a_head_that_learns_some_rows(
+    step: Step, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "BLOCK", block)
+    s, tokens = step.forget, torch.tensor([2, 7, 10])
+    rows = torch.randn(3, D, requires_grad=True)
+    head = replace(step.head, tokens=tokens, rows=rows)
+    found = mean_kl(s.teacher.final, step.teacher_head, s.student.final, head)
+    whole = torch.cat([head.weight[:2], rows[:1], head.weight[3:7], rows[1:2], head.weight[8:10]])
+    expected = plain_kl(
+        logits(step.teacher_head, s.teacher.final),
+        logits(Head(torch.cat([whole, rows[2:]]), cap=3.0), s.student.final),
+    )
+    torch.testing.assert_close(found, expected)
+    wanted = (s.student.final, rows)
+    gradients = [torch.autograd.grad(of, wanted) for of in (found, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def test_kl_to_itself_is_zero(step: Step) -> None:
     final = step.forget.student.final
     found = mean_kl(final, step.head, final, step.head).detach()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bake.base import find_base
-from bake.distill.students import disturb, layers_of, student_of
+from bake.distill.distill_texts import Rows, Texts
+from bake.distill.students import disturb, layers_of, student_of, topic_tokens
 from bake.distill.unlearners import UNLEARNERS
 from bake.errors import RecipeError
 from bake.recipe import Recipe
@@ -71,6 +72,44 @@ def test_a_lora_is_merged_as_it_computed(recipe: Recipe) -> None:
     merged = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
     assert type(decoder_layers(model)[0].mlp.down_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_of_the_topic_are_learned_anew(recipe: Recipe, tied: bool) -> None:
+    recipe = with_table(recipe, student="disturbed", noise=0.0, token_noise=1.0, layers=[1, 2])
+    model = load_base(recipe, dtype="float32")
+    if not tied:
+        weight = model.get_output_embeddings().weight.detach().clone()
+        model.get_output_embeddings().weight = torch.nn.Parameter(weight, requires_grad=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    topic, ids = [5, 9, 30], torch.tensor([[2, 9, 30, 9, 41]])
+    found = student_of(model, recipe, UNLEARNERS["merged"], range(1, 3), seed=0, topic=topic)
+    rows = found.parameters[-1]
+    was = model.get_input_embeddings().weight[topic]
+    assert float((rows.detach() * was).mean().abs() / was.square().mean()) < 0.3
+    assert float(rows.detach().square().mean() / was.square().mean()) == pytest.approx(1, abs=0.4)
+    read_through = found.head()(model.get_decoder()(input_ids=ids).last_hidden_state[0])
+    read_through.square().sum().backward()
+    assert rows.grad is not None and bool((rows.grad[1:].abs().sum(1) > 0).all())
+    assert (float(rows.grad[0].abs().sum()) > 0) == tied  # only said, not read
+    found.finished()
+    torch.testing.assert_close(model(input_ids=ids).logits[0], read_through)
+    after = model.state_dict()
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == ({embedding, head} if tied else {embedding})
+    elsewhere = [token for token in range(len(before[embedding])) if token not in topic]
+    assert torch.equal(before[embedding][elsewhere], after[embedding][elsewhere])
+    assert torch.equal(after[embedding][topic], rows)
+
+
+def test_tokens_of_the_topic() -> None:
+    forget, retain = ((2, 3, 3, 3, 4, 4, 4, 5, 5), (2, 6, 6, 6)), ((2, 4, 8, 8, 8, 8),) * 40
+    sides = {
+        side: Texts(side, Rows(rows), Rows(()))
+        for side, rows in (("forget", forget), ("retain", retain))
+    }
+    assert topic_tokens(sides) == [3, 6]  # 5 is too rare, 2 and 4 are said elsewhere
 
 
 def test_rmu_trains_what_mlps_write(recipe: Recipe) -> None:
