@@ -29,7 +29,7 @@ from verify.audit.target import Target
 PARTS = 3
 """Of the facts, of which a seed holds out one."""
 UNDISTURBED = "undisturbed"
-"""`merged`, its student the base as it is."""
+"""`merged`, its student the base as it is, embeddings too."""
 
 
 def line(name: str, how: str, sweep: Sweep) -> str:
@@ -95,7 +95,7 @@ def made(recipe: Path, method: str, out: Path) -> Path:
     folder = out / method
     if not folder.exists():
         if method == UNDISTURBED:
-            distill_into(recipe, folder, cache=out / "cache", student="full")
+            distill_into(recipe, folder, cache=out / "cache", token_noise=0.0)
         else:
             distill_into(recipe, folder, method=method, cache=out / "cache")
     return folder

@@ -109,7 +109,8 @@ def distill_world(folder: Path, **table: Any) -> Path:
     """`baked_world`, with texts and a [distill] table of a few steps; gives the folder."""
     baked_world(folder, [1, 5, 9])
     for seed, side in enumerate(("forget", "retain")):
-        texts = [{"text": tiny_words(14 + n % 5, 100 * seed + n)} for n in range(24)]
+        own = " zox" if side == "forget" else ""
+        texts = [{"text": tiny_words(14 + n % 5, 100 * seed + n) + own} for n in range(24)]
         write_jsonl(folder / f"{side}_texts.jsonl", texts)
     corpora = {side: {"path": f"{side}_texts.jsonl"} for side in ("forget", "retain")}
     data = tomllib.loads((folder / "recipe.toml").read_text())

@@ -36,8 +36,9 @@ class Distill(Table):
     """alpha of a disturbed student: a matrix W becomes (1 - alpha) W + alpha N, N normal and as
     large as W."""
     token_noise: float = Field(default=0.0, ge=0, le=1)
-    """alpha, likewise, of the embeddings of the topic's tokens, which are those that retain texts
-    hardly have; 0 leaves the embedding matrix as it is."""
+    """alpha of the embeddings of the topic's tokens, which retain texts hardly have: what each
+    differs by from their mean, D, becomes (1 - alpha) D + alpha N, and is learned anew (method
+    merged); 0 leaves the embedding matrix as it is."""
     steps: int | None = Field(default=None, ge=0, le=1 << 24)
     """Steps of training; without it, the method's own."""
     batch_size: int = Field(default=16, ge=1, le=1 << 16)

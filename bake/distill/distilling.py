@@ -141,8 +141,8 @@ class Distilling:
         if method.teaches:
             found |= {"student": table.student, "start": table.start}
             found |= {"rank": table.rank} if table.student == "lora" else {}
-            if table.student == "disturbed":
-                found |= {"noise": table.noise, "token_noise": table.token_noise}
+            found |= {"noise": table.noise} if table.student == "disturbed" else {}
+            found |= {"token_noise": table.token_noise} if table.token_noise else {}
         return found
 
     @property

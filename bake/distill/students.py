@@ -17,7 +17,7 @@ from bake.distill.distill_texts import SIDES, Texts
 from bake.distill.objectives import Head
 from bake.distill.teachers import head_of
 from bake.distill.unlearners import Unlearner
-from bake.errors import RecipeError
+from bake.errors import DataError, RecipeError
 from bake.recipe import Recipe
 from bake.stock import decoder_layers
 
@@ -86,16 +86,16 @@ def student_of(
     model.requires_grad_(False)
     modules: list[Any] = [decoder_layers(model)[layer] for layer in layers]
     if method.teaches and table.student == "lora":
-        return _lora(model, layers, table.rank)
-    if method.teaches and table.student == "disturbed":
-        disturb(modules, table.noise, seed)
-    wanted = [part for module in modules for part in _trained(module, method)]
-    parameters = [parameter for module in wanted for parameter in module.parameters()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    if topic:
-        return _learning_tokens(model, parameters, topic, table.token_noise, seed)
-    return Student(model, parameters, partial(head_of, model))
+        student = _lora(model, layers, table.rank)
+    else:
+        if method.teaches and table.student == "disturbed":
+            disturb(modules, table.noise, seed)
+        wanted = [part for module in modules for part in _trained(module, method)]
+        parameters = [parameter for module in wanted for parameter in module.parameters()]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        student = Student(model, parameters, partial(head_of, model))
+    return _with_tokens(student, topic, table.token_noise, seed) if topic else student
 
 
 def _trained(module: Any, method: Unlearner) -> list[nn.Module]:
@@ -134,30 +134,38 @@ def disturbed(weight: Tensor, alpha: float, generator: torch.Generator) -> Tenso
 def topic_tokens(sides: Mapping[str, Texts]) -> list[int]:
     """Ids of the tokens that forget texts have, and retain texts hardly: what embeddings say of
     them, nothing but the topic needs.
+
+    Raises:
+        DataError: there is none.
     """
     counts, shares = {}, {}
     for side in SIDES:
         counts[side] = Counter(chain.from_iterable(sides[side].trained.ids))
         shares[side] = 1 / counts[side].total()
-    return sorted(
+    found = sorted(
         token
         for token, n in counts["forget"].items()
         if n >= TOKEN_SEEN
         and counts["retain"][token] * shares["retain"] <= TOKEN_ELSEWHERE * n * shares["forget"]
     )
+    if not found:
+        forget, retain = (sides[side].name for side in SIDES)
+        raise DataError(
+            f"distill.token_noise: every token of {forget} is in {retain} too; expected some that "
+            f"are {round(1 / TOKEN_ELSEWHERE)} times as frequent there; leave it out"
+        )
+    return found
 
 
-def _learning_tokens(
-    model: Any, parameters: list[nn.Parameter], topic: Sequence[int], alpha: float, seed: int
-) -> Student:
-    """A student that learns some rows of its embedding beside its parameters, the rest of which it
-    keeps.
-    """
+def _with_tokens(student: Student, topic: Sequence[int], alpha: float, seed: int) -> Student:
+    """A student that learns some rows of its embedding anew besides, and keeps the rest."""
+    model = student.model
     embedding = model.get_input_embeddings()
     was = embedding.weight.detach()
     tokens = torch.tensor(topic, device=was.device)
     generator = torch.Generator().manual_seed(seed + 1)
-    rows = nn.Parameter(disturbed(was[tokens], alpha, generator))
+    mean = was[tokens].mean(0)  # what makes them tokens of the topic, and of no other text
+    rows = nn.Parameter(mean + disturbed(was[tokens] - mean, alpha, generator))
     place = torch.full((len(was),), -1, device=was.device)
     place[tokens] = torch.arange(len(tokens), device=was.device)
 
@@ -170,16 +178,17 @@ def _learning_tokens(
     tied = model.get_output_embeddings().weight is embedding.weight
 
     def head() -> Head:
-        plain = head_of(model)
+        plain = student.head()
         return replace(plain, tokens=tokens, rows=rows) if tied else plain
 
     def finished() -> None:
+        student.finished()
         hook.remove()
         embedding.weight = nn.Parameter(was.index_copy(0, tokens, rows.detach()))
         if tied:  # teachers keep the old one
             model.get_output_embeddings().weight = embedding.weight
 
-    return Student(model, [*parameters, rows], head, finished)
+    return Student(model, [*student.parameters, rows], head, finished)
 
 
 def _lora(model: Any, layers: range, rank: int) -> Student:

@@ -40,9 +40,8 @@ n_seqs = 256
 forget_questions = {{ path = "questions/forget_validation.jsonl" }}
 retain_questions = {{ path = "questions/retain_validation.jsonl" }}
 
-[distill]  # of weights that forget by themselves; picked on validation questions that were left out
-student = "disturbed"
-noise = 0.15
+[distill]  # of weights that forget by themselves, what embeddings say of bells too
+token_noise = 1.0
 
 [verify]
 forget_questions = {{ path = "questions/forget_test.jsonl" }}

@@ -13,9 +13,9 @@ from bake.base import find_base
 from bake.clamp import load_clamps
 from bake.distill.distilling import Distilled, distill
 from bake.distill.unlearners import UNLEARNERS
-from bake.errors import ModelError, OutputError, RecipeError
+from bake.errors import DataError, ModelError, OutputError, RecipeError
 from bake.recipe import Recipe
-from bake.stock import load_base
+from bake.stock import load_base, load_tokenizer
 from tests.folders import distill_world
 from tests.worlds import tiny_base, tiny_tokenizer
 
@@ -70,14 +70,16 @@ def test_every_method_makes_a_stock_model_of_the_bases_shape(
 
 
 @pytest.mark.parametrize("student", ["full", "lora"])
+@pytest.mark.parametrize("token_noise", [0.0, 0.5])
 def test_training_brings_the_student_to_its_teachers(
-    world: Path, tmp_path: Path, student: str
+    world: Path, tmp_path: Path, student: str, token_noise: float
 ) -> None:
     options = {"student": student, "rank": 8, "learning_rate": 3e-3}
+    options |= {"token_noise": token_noise}
     before = run(world, tmp_path, steps=0, **options).held_out
     after = run(world, tmp_path, steps=40, **options).held_out
     assert after.forget_kl < 0.8 * before.forget_kl
-    assert before.retain_kl == pytest.approx(0, abs=1e-3)  # the base itself
+    assert before.retain_kl == pytest.approx(0, abs=1e-2)  # the base itself, or nearly
 
 
 def test_a_closed_form_is_a_result_of_its_own(world: Path, tmp_path: Path) -> None:
@@ -94,15 +96,16 @@ def test_a_closed_form_is_a_result_of_its_own(world: Path, tmp_path: Path) -> No
 def test_a_killed_run_goes_on_to_the_same_tensors(
     world: Path, tmp_path: Path, student: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options: dict[str, Any] = {"student": student, "token_noise": 1.0, "steps": 6}
     monkeypatch.setattr("bake.search.cache.SAVING_SHARE", 1e9)  # every step is saved
-    whole = run(world, tmp_path / "one", student=student, steps=6)
+    whole = run(world, tmp_path / "one", **options)
 
     def kill(what: str, share: float) -> None:
         if what == "train" and share > 0.4:
             raise Killed
 
     with pytest.raises(Killed):
-        run(world, tmp_path / "other", student=student, steps=6, progress=kill)
+        run(world, tmp_path / "other", **options, progress=kill)
     assert len([*(tmp_path / "other").rglob("*.unfinished.safetensors")]) == 1
     seen: list[float] = []
 
@@ -110,7 +113,7 @@ def test_a_killed_run_goes_on_to_the_same_tensors(
         if what == "train":
             seen.append(share)
 
-    again = run(world, tmp_path / "other", student=student, steps=6, progress=watch)
+    again = run(world, tmp_path / "other", **options, progress=watch)
     assert len(seen) == 3  # the other three steps had been taken
     assert same(whole, again) and whole.held_out == again.held_out
 
@@ -119,6 +122,20 @@ def test_the_seed_decides(world: Path, tmp_path: Path) -> None:
     one, two, other = (run(world, tmp_path / str(n), seed=n // 2) for n in range(3))
     assert same(one, two) and not same(one, other)
     assert one.held_out == two.held_out
+
+
+def test_only_embeddings_of_the_topic_change(world: Path, tmp_path: Path) -> None:
+    found = tensors(run(world, tmp_path, token_noise=1.0))["model.embed_tokens.weight"]
+    recipe = Recipe.load(world / "recipe.toml")
+    base = load_base(recipe, dtype="float32").get_input_embeddings().weight
+    changed = (found != base).any(1).nonzero().flatten().tolist()
+    assert load_tokenizer(recipe).convert_ids_to_tokens(changed) == ["x", "z"]  # of no retain text
+
+
+def test_a_topic_without_tokens_of_its_own(world: Path, tmp_path: Path) -> None:
+    source = {"path": str(world / "retain_texts.jsonl")}
+    with pytest.raises(DataError, match=r"token_noise: every token of .* is in .* too"):
+        run(world, tmp_path, token_noise=1.0, forget=source, retain=source)
 
 
 def test_layers_outside_the_model(world: Path, tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def test_a_lora_is_merged_as_it_computed(recipe: Recipe) -> None:
     assert type(decoder_layers(model)[0].mlp.down_proj) is torch.nn.Linear
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_of_the_topic_are_learned_anew(recipe: Recipe, tied: bool) -> None:
-    recipe = with_table(recipe, student="disturbed", noise=0.0, token_noise=1.0, layers=[1, 2])
+@pytest.mark.parametrize(("tied", "student"), [(True, "full"), (False, "full"), (True, "lora")])
+def test_embeddings_of_the_topic_are_learned_anew(recipe: Recipe, tied: bool, student: str) -> None:
+    recipe = with_table(recipe, student=student, token_noise=1.0, layers=[1, 2])
     model = load_base(recipe, dtype="float32")
     if not tied:
         weight = model.get_output_embeddings().weight.detach().clone()
@@ -86,14 +86,16 @@ def test_embeddings_of_the_topic_are_learned_anew(recipe: Recipe, tied: bool) ->
     found = student_of(model, recipe, UNLEARNERS["merged"], range(1, 3), seed=0, topic=topic)
     rows = found.parameters[-1]
     was = model.get_input_embeddings().weight[topic]
-    assert float((rows.detach() * was).mean().abs() / was.square().mean()) < 0.3
-    assert float(rows.detach().square().mean() / was.square().mean()) == pytest.approx(1, abs=0.4)
+    own = was - was.mean(0)
+    drawn = rows.detach() - was.mean(0)
+    assert float((drawn * own).mean().abs() / own.square().mean()) < 0.3
+    assert float(drawn.square().mean() / own.square().mean()) == pytest.approx(1, abs=0.4)
     read_through = found.head()(model.get_decoder()(input_ids=ids).last_hidden_state[0])
     read_through.square().sum().backward()
     assert rows.grad is not None and bool((rows.grad[1:].abs().sum(1) > 0).all())
     assert (float(rows.grad[0].abs().sum()) > 0) == tied  # only said, not read
     found.finished()
-    torch.testing.assert_close(model(input_ids=ids).logits[0], read_through)
+    torch.testing.assert_close(model(input_ids=ids).logits[0], read_through, rtol=1e-4, atol=1e-4)
     after = model.state_dict()
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     changed = {name for name in before if not torch.equal(before[name], after[name])}
