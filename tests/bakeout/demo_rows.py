@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from bake.rounding import BAR
+from verify.audit.audit_report import read_audit
 
 RUN = Path(__file__).parents[2] / "runs" / "demo"
 
@@ -94,3 +95,13 @@ def test_merged_weights_do_what_the_clamp_does(engines: dict[str, Any]) -> None:
 def test_rmu_is_a_fair_baseline(engines: dict[str, Any]) -> None:
     assert engines["rmu"]["forget"]["chat"] <= 0.45
     assert kept(engines, "rmu") >= 0.9
+
+
+def test_what_an_audit_brings_back() -> None:
+    found = read_audit(RUN / "audit.json")
+    checkpoint, merged = found.folders
+    assert checkpoint.stripped is not None and checkpoint.stripped.forget["chat"].right >= 116
+    for audit in (checkpoint, merged):
+        assert audit.worst is not None and audit.worst.accuracy <= 0.5
+    with_base = [sweep.accuracy for sweep in merged.sweeps if "base" in sweep.needs]
+    assert max(with_base) >= 0.8  # else nobody looked
