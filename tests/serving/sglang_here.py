@@ -58,6 +58,17 @@ class MakesUp(MetaPathFinder, Loader):
         pass
 
 
+def make_up() -> None:
+    """Let SGLang be imported here, and its registry import no more than it is asked for."""
+    import transformers  # noqa: F401  # before it finds what is made up
+
+    if not any(isinstance(finder, MakesUp) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MakesUp())
+        (sglang,) = find_spec("sglang").submodule_search_locations  # type: ignore[union-attr, misc]
+        others = {of.stem for of in Path(sglang, "srt", "models").glob("*.py")} - {*MODELS}
+        os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(others)
+
+
 def attention(
     self: Any, query: Any, key: Any, value: Any, forward_batch: Any, *_: Any, **__: Any
 ) -> Any:
@@ -101,6 +112,7 @@ def logits_of(
         embeds: whether the model gets embeddings, and ids that mean nothing.
         server: its other arguments.
     """
+    make_up()
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
@@ -108,6 +120,7 @@ def logits_of(
     from sglang.srt.layers.logits_processor import LogitsProcessor
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_loader import get_model
+    from sglang.srt.plugins import load_plugins
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils import offloader
@@ -118,6 +131,8 @@ def logits_of(
         def wrap_modules(self, modules: Any, *_: Any, **__: Any) -> list[Any]:
             return [wrap_forward(layer) for layer in modules]
 
+    if not server.get("trust_remote_code"):
+        load_plugins()
     offloader.set_offloader(Wrapping() if wrapped else offloader.NoopOffloader())
     RadixAttention.forward = attention
     LogitsProcessor.forward = lambda self, ids, hidden, head, *_: self._get_logits(
@@ -158,14 +173,8 @@ def logits_of(
 
 
 if __name__ == "__main__":
-    import transformers  # noqa: F401  # before it finds what is made up
-
     from tests.clients.asking import Blocker
 
-    (sglang,) = find_spec("sglang").submodule_search_locations
-    others = {of.stem for of in Path(sglang, "srt", "models").glob("*.py")} - {*MODELS}
-    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(others)
-    sys.meta_path.insert(0, MakesUp())
     blocker = Blocker()
     sys.meta_path.insert(0, blocker)
     for asked in sorted(
@@ -173,9 +182,6 @@ if __name__ == "__main__":
     ):
         if not asked["trust_remote_code"] and blocker in sys.meta_path:
             sys.meta_path.remove(blocker)
-            from sglang.srt.plugins import load_plugins
-
-            load_plugins()
         place = asked.pop("logits")
         try:
             torch.save(logits_of(**asked), place)
