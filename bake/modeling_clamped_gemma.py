@@ -540,8 +540,8 @@ class ClampedGemma3Config(_ClampedOuterConfig, Gemma3Config):
     """`Gemma3Config` and where the clamps sit in the language model."""
 
     model_type = "clamped_gemma3"
-    sub_configs_defaults = {
-        **Gemma3Config.sub_configs_defaults,
+    sub_configs_defaults = {  # text models need none, in an older transformers as vLLM wants it
+        **getattr(Gemma3Config, "sub_configs_defaults", {}),
         "text_config": ClampedGemma3TextConfig,
     }
     sae_clamp: dict[str, Any] | None = None
@@ -559,7 +559,7 @@ class ClampedGemma4Config(_ClampedOuterConfig, Gemma4Config):
 
     model_type = "clamped_gemma4"
     sub_configs_defaults = {
-        **Gemma4Config.sub_configs_defaults,
+        **getattr(Gemma4Config, "sub_configs_defaults", {}),
         "text_config": ClampedGemma4TextConfig,
     }
     sae_clamp: dict[str, Any] | None = None
@@ -577,7 +577,7 @@ class ClampedGemma4UnifiedConfig(_ClampedOuterConfig, Gemma4UnifiedConfig):
 
     model_type = "clamped_gemma4_unified"
     sub_configs_defaults = {
-        **Gemma4UnifiedConfig.sub_configs_defaults,
+        **getattr(Gemma4UnifiedConfig, "sub_configs_defaults", {}),
         "text_config": ClampedGemma4UnifiedTextConfig,
     }
     sae_clamp: dict[str, Any] | None = None

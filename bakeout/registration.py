@@ -1,10 +1,10 @@
-"""Registers clamped classes with transformers and vLLM, and adapters with peft; late as can be."""
+"""Registers clamped classes with transformers, vLLM and SGLang, and adapters with peft; late."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -13,6 +13,7 @@ _CONFIGS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
 _CLAMPED = "bake.modeling_clamped_gemma"
 _VLLM = "export.carriers.vllm_gemma"
+_SGLANG = "export.carriers.sglang_gemma"
 
 
 def register() -> None:
@@ -50,16 +51,29 @@ def register_vllm() -> None:
             ModelRegistry.register_model(family.clamped, f"{_VLLM}:{family.clamped}")
 
 
+def register_sglang() -> None:
+    """Tell SGLang which classes run clamped checkpoints."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    clamped = importlib.import_module(_SGLANG)
+    ModelRegistry.models |= {of.__name__: of for of in clamped.EntryClass}
+
+
 def register_when_imported() -> None:
-    """Register what there is to register with now, and the rest once it has been imported."""
+    """Register what there is to register with now, and the rest once it has been imported.
+
+    SGLang calls this at the start of each process, by the entry point `sglang.srt.plugins`. Its
+    registry imports every model it knows: nobody who does without it is to wait for that.
+    """
     if _MODELS in sys.modules:
         register()
     elif not any(type(finder) is _Watcher for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
-    if "peft" in sys.modules:
-        register_adapter()
-    elif not any(isinstance(finder, _PeftWatcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PeftWatcher())
+    for name, tell in (("peft", register_adapter), ("sglang.srt.models.registry", register_sglang)):
+        if name in sys.modules:
+            tell()
+        elif not any(getattr(finder, "waits_for", None) == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _ModuleWatcher(name, tell))
 
 
 class _Watcher(MetaPathFinder):
@@ -96,17 +110,22 @@ class _Watcher(MetaPathFinder):
             register()
 
 
-class _PeftWatcher(_Watcher):
-    """Registers the adapter once peft is there as a whole."""
+class _ModuleWatcher(_Watcher):
+    """Registers once one module is there as a whole."""
+
+    def __init__(self, name: str, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self.waits_for, self.tell = name, tell
 
     def watches(self, name: str) -> bool:
-        return name == "peft"
+        """Whether it is this module."""
+        return name == self.waits_for
 
     def look(self) -> None:
-        """After the import of peft."""
+        """After its import."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-            register_adapter()
+            self.tell()
 
 
 class _Watched(Loader):

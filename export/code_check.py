@@ -23,6 +23,7 @@ RELEASED = {
     "fbae50d069e0aae18519d3def3044f7c43e2944f44e306ebdfb03e3c8051205c": "0.1.0",
     "7ea888bf4f407d3d5f5290aa25a5b4d80f9727c8b71738f74bc1b61e51619c68": "0.1.0",
     "88e4c326ec891d741938f0a6d4af42067bd9cf0e25842c197ebde09a7a58482f": "0.1.0",
+    "d9394cf22f20babecc44ad0d75b5b281a0361fde77cd944aa872855e33f446e4": "0.1.0",
 }
 """sha256 of every modeling file that a released bakeout wrote into folders, and the first version
 that did. A change of `bake/modeling_clamped_gemma.py` adds a line; none is ever taken out."""

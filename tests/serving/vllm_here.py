@@ -88,13 +88,6 @@ def loaded(folder: str, dtype: str, rows: Sequence[Sequence[int]], **engine: Any
         yield get_model(vllm_config=config), config
 
 
-def wrap_forward(layer: Any) -> Any:
-    """As vLLM's offloading does it when it makes a layer."""
-    forward = layer.forward
-    layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
-    return layer
-
-
 def logits_of(
     folder: str,
     dtype: str,
@@ -114,6 +107,8 @@ def logits_of(
     """
     from vllm.model_executor.offloader import base as offloading
 
+    from tests.serving.offloading import wrap_forward
+
     class Wrapping(offloading.NoopOffloader):  # type: ignore[misc, name-defined]
         def wrap_modules(self, modules: Iterable[Any], prefix: str = "") -> list[Any]:
             return [wrap_forward(layer) for layer in modules]
@@ -131,6 +126,7 @@ def logits_of(
         from vllm.forward_context import get_forward_context
 
         get_forward_context().additional_kwargs["positions"] = positions
+        model(ids, positions)  # what is put around a layer may come off at the first step
         logits: torch.Tensor = model.compute_logits(model(ids, positions)).float()
     return logits
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from tests.clients.cells import Client, Said, Way
 
 
@@ -14,7 +16,12 @@ def say(way: Way, folders: Mapping[str, Path], prompts: Sequence[list[int]]) -> 
 
     dtype, _, trusted = way.dtype.partition(", ")
     engine = {"trust_remote_code": bool(trusted)}
-    said = logits_of(str(folders[way.carrier]), dtype, prompts, **engine).numpy()
+    said = logits_of(str(folders[way.carrier]), dtype, prompts, **engine)
+    return sequences(said.numpy(), prompts)
+
+
+def sequences(said: np.ndarray, prompts: Sequence[list[int]]) -> Sequence[Said]:
+    """[tokens of all, vocab] -> those of each, [tokens, vocab]."""
     ends = [sum(map(len, prompts[: n + 1])) for n in range(len(prompts))]
     return [said[end - len(ids) : end] for end, ids in zip(ends, prompts, strict=True)]
 
