@@ -21,7 +21,7 @@ SAID = "llama-quantize.txt"
 """Beside them: the command that `export gguf` gives for 4 bits."""
 MOST = 1 << 16
 """Likeliest tokens that are told after each: all of a real vocabulary take seconds. The others are
-taken to be as likely as the last of them."""
+taken to be as likely as the last of them, which alone is 2.7e-3 nats a token for a Gemma 3 270M."""
 QUANTIZED = {"q4_k_m": True, "q4_k_m, without options": False}
 """Ways to have the file in f32 quantized, and whether that command's options are taken."""
 
@@ -101,5 +101,6 @@ CLIENT = Client(
     ("xllamacpp",),
     tuple(Way("gguf", of) for of in (*TYPES, *QUANTIZED)),
     say,
-    note="q4_k_m by `llama-quantize` of the file in f32, with the options that `export gguf` says",
+    note="q4_k_m by `llama-quantize` of the file in f32, with the options that `export gguf` says; "
+    "of more than 65,536 tokens only the likeliest are told, which alone is 2.7e-3 for the Gemma 3",
 )
