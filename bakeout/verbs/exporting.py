@@ -185,4 +185,5 @@ def gguf(
         found = export_gguf(folder, out, outtype=outtype, force=force, progress=advance)
     lines = [f"check  {found.lines[0]}", *(f"       {line}" for line in found.lines[1:])]
     lines += [f"warning: {text}" for text in found.warnings]
+    lines += [f"4 bits {found.quantize}"] if found.quantize else []
     typer.echo("\n".join([*lines, f"written to {out} ({out.stat().st_size / 1e6:,.1f} MB)"]))

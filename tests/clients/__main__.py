@@ -20,6 +20,7 @@ from tests.clients.client_table import clients
 from tests.clients.client_world import build, of_runs
 from tests.clients.clients_page import merged, read, write
 from tests.clients.matrix import ask
+from tests.clients.other_clients.llama_cpp_client import CLIENT as LLAMA_CPP
 
 
 def main() -> int:
@@ -36,7 +37,8 @@ def main() -> int:
         )
     base_like = False
     with TemporaryDirectory() as scratch:
-        world = of_runs(asked.runs) if asked.runs else build(Path(scratch))
+        gguf = not asked.client or LLAMA_CPP.name in asked.client
+        world = of_runs(asked.runs, gguf=gguf) if asked.runs else build(Path(scratch))
         start = time.monotonic()
         if asked.write:
             hooks = {dtype: world.hook_in(dtype) for dtype in ("bfloat16", "float16")}

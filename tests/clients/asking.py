@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.clients.cells import Generated, NotHereError
+from tests.clients.cells import Generated, NotHereError, Prompt
 
 OURS = ("bake", "export", "verify", "model_cards", "bakeout")
 _WORDS = 160
@@ -57,12 +57,13 @@ def main(at: str, first: str) -> None:
         sys.meta_path.insert(0, Blocker())
     warnings.simplefilter("ignore")
     folders = {name: Path(path) for name, path in request["folders"].items()}
+    prompts = list(map(Prompt, request["prompts"], request["places"]))
     for index, (module, which, way) in list(enumerate(request["ways"]))[int(first) :]:
         found = importlib.import_module(module)
         client = (getattr(found, "CLIENTS", None) or (found.CLIENT,))[which]
         answer: dict[str, Any] = {}
         try:
-            said = client.say(client.ways[way], folders, request["prompts"])
+            said = client.say(client.ways[way], folders, prompts)
             arrays = {}
             for number, (one, places) in enumerate(zip(said, request["places"], strict=True)):
                 made = isinstance(one, Generated)

@@ -30,6 +30,15 @@ class Way:
     """Left out of the tests; measured for the page."""
 
 
+class Prompt(list[int]):
+    """Token ids."""
+
+    def __init__(self, ids: Sequence[int], places: Sequence[int]) -> None:
+        super().__init__(ids)
+        self.places = list(places)
+        """Tokens after which something is wanted: a slow client may say nothing elsewhere."""
+
+
 @dataclass(frozen=True)
 class Generated:
     """What a client says that goes on with a prompt by itself."""
@@ -52,8 +61,8 @@ class Client:
     packages: tuple[str, ...]
     """Python distributions, or with `npm:` before them packages of npm, whose versions are told."""
     ways: tuple[Way, ...]
-    say: Callable[[Way, Mapping[str, Path], Sequence[list[int]]], Sequence[Said]] | None = None
-    """From a way, the folders by carrier (and `base`), and prompts as token ids, to what it says of
+    say: Callable[[Way, Mapping[str, Path], Sequence[Any]], Sequence[Said]] | None = None
+    """From a way, the folders by carrier (and `base`), and prompts (`Prompt`), to what it says of
     each. Runs in a process that cannot import bakeout. It raises `NotHereError` where something is
     missing; whatever else it raises is the client's refusal. None: it cannot be run, see `why`."""
     why: str = ""

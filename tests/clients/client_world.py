@@ -21,6 +21,7 @@ from export.carriers.gguf.gguf_types import OUTTYPES
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
 from export.clamped import read_config
+from tests.clients.other_clients.llama_cpp_client import SAID
 from verify.clamped_folder import fitted_recipe
 from verify.evidence.loads import PROMPTS, TOKENS, compared
 from verify.material import load_material
@@ -132,16 +133,30 @@ def build(
     for name, dtype in (("compiled", "float32"), ("compiled bfloat16", "bfloat16")):
         export_compiled(folder, out / name, dtype=dtype)
     export_adapter(folder, out / "adapter")
-    (out / "gguf").mkdir()
-    for outtype in outtypes:
-        export_gguf(out / "compiled", out / "gguf" / f"{outtype}.gguf", outtype=outtype)
+    gguf_files(out, outtypes)
     loaded = plan.recipe
     shutil.copytree(recipe.parent / loaded.base.model, out / "base")
     return ClientWorld("the miniature", _folders(out), loaded)
 
 
-def of_runs(runs: Path) -> ClientWorld:
-    """What `bakeout demo --gemma` left."""
+def gguf_files(at: Path, outtypes: Sequence[str]) -> None:
+    """Write the compiled folder's GGUF files beside it, and how they are to be quantized."""
+    (at / "gguf").mkdir()
+    for outtype in outtypes:
+        found = export_gguf(at / "compiled", at / "gguf" / f"{outtype}.gguf", outtype=outtype)
+        if outtype == "f32":
+            (at / "gguf" / SAID).write_text(found.quantize)
+
+
+def of_runs(runs: Path, *, gguf: bool) -> ClientWorld:
+    """What `bakeout demo --gemma` left.
+
+    Args:
+        runs: where.
+        gguf: whether GGUF files are written beside it where there are none, which takes minutes.
+    """
+    if gguf and not (runs / "gguf").is_dir():
+        gguf_files(runs, tuple(OUTTYPES))
     folders = _folders(runs)
     asked, config = Recipe.load(runs / "recipe.toml"), read_config(folders["layer"], "layer")
     recipe = fitted_recipe(asked, folders["layer"], config, shown=True)

@@ -15,6 +15,7 @@ from tests.clients.client_table import clients
 from tests.clients.client_world import ClientWorld, build
 from tests.clients.clients_page import PAGE, cells_of, merged, page, read
 from tests.clients.matrix import ask, version_of
+from tests.clients.other_clients.llama_cpp_client import QUANTIZED
 from tests.folders import baked_world
 
 WORDS = {SAME, ROUNDS, LOUD, REFUSES, NOT_RUN}
@@ -62,7 +63,7 @@ def tried(world: ClientWorld, *names: str) -> list[Cell]:
 def test_what_the_default_extras_install(world: ClientWorld) -> None:
     cells = {cell.key: cell for cell in tried(world, *DEFAULT)}
     unwritten = [cell.dtype for cell in cells.values() if cell.word == NOT_RUN]
-    assert set(unwritten) == {"fp16", "int8", "f32", "bf16", "f16"}
+    assert set(unwritten) == {"fp16", "int8", "f32", "bf16", "f16", *QUANTIZED}
     own = world.hook_in("bfloat16")["kl_to_hook"]
     for client in ("transformers", "lm-eval"):
         for carrier in ("layer", "compiled", "compiled bfloat16"):

@@ -69,6 +69,8 @@ class Checked:
     """How far it is from the clamped checkpoint, beside what the clamp does."""
     split_alike: int | None = None
     """How many of `SAMPLES` are split into the same tokens; None where that was not tried."""
+    quantize: str = ""
+    """How llama.cpp's own quantizer is called, where a clamp is to survive it."""
 
     @property
     def warnings(self) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ from bake.importing.import_gguf import import_gguf
 from bakeout.cli import run
 from export.carriers.gguf import gguf_check
 from export.carriers.gguf.gguf_check import Checked, has_llama_cpp
-from export.carriers.gguf.gguf_file import export_gguf
+from export.carriers.gguf.gguf_file import export_gguf, open_stock
 from tests.folders import compile_recipe
 from tests.gguf_files import VOCAB, write_gguf
 from tests.worlds import D_IN, save_sae_lens, tiny_config, tiny_sae
 
 gguf = pytest.importorskip("gguf")
+needs_quantizer = pytest.mark.skipif(
+    shutil.which("llama-quantize") is None, reason="llama-quantize is not on PATH"
+)
 needs_llama = pytest.mark.skipif(not has_llama_cpp(), reason="llama.cpp is not installed")
 
 
@@ -111,6 +116,35 @@ def test_the_clamps_layers_stay_float32_and_the_embedding_exact(
         assert np.array_equal(kept, own[:, D_IN:].float().numpy()) and kept.any()
     assert fields(tmp_path / "f32")["gemma3.block_count"] == 14
     assert fields(tmp_path / "f32")["gemma3.attention.sliding_window"] == 8
+
+
+def test_it_says_how_llama_cpp_is_to_quantize_it(
+    worlds: Path, tmp_path: Path, read_back: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = worlds / "gemma3_text" / "compiled", tmp_path / "my model.gguf"
+    found = export_gguf(folder, file, outtype="bf16")
+    kept = ["--tensor-type", r"blk\.(2|3)\.ffn_.*=f32", "--token-embedding-type", "f16"]
+    made = str(tmp_path / "my model-q4_k_m.gguf")
+    assert shlex.split(found.quantize) == ["llama-quantize", *kept, str(file), made, "Q4_K_M"]
+    assert run(["export", "gguf", str(folder), "--out", str(tmp_path / "f16.gguf")]) == 0
+    assert "\n4 bits llama-quantize --tensor-type" in capsys.readouterr().out
+    assert not export_gguf(folder, tmp_path / "8", outtype="q8_0").quantize
+    assert not export_gguf(worlds / "gemma2" / "base", tmp_path / "base").quantize
+
+
+@needs_llama
+@needs_quantizer
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_llama_cpp_in_4_bits_shows_the_clamp(worlds: Path, tmp_path: Path, family: str) -> None:
+    folder = worlds / family / "compiled"
+    found = export_gguf(folder, tmp_path / "model.gguf", outtype="f32")
+    subprocess.run(shlex.split(found.quantize), check=True, capture_output=True)
+    made = tmp_path / "model-q4_k_m.gguf"
+    kept = {name for name, of in types(made).items() if of == "F32" and "norm" not in name}
+    assert kept == {f"blk.{n}.ffn_{part}.weight" for n in (2, 3) for part in ("gate", "up", "down")}
+    stock = open_stock(folder)
+    checked = gguf_check.check_file(made, stock, tf.AutoTokenizer.from_pretrained(folder), [])
+    assert checked.clamp is not None and checked.clamp.shown == pytest.approx(1, abs=0.2)
 
 
 def test_the_same_folder_gives_the_same_file(worlds: Path, tmp_path: Path, read_back: None) -> None:
