@@ -52,8 +52,6 @@ CASES = [
     ("adapter", "compatible"),
 ]
 """`make demo` has all of them as it is."""
-SELECTS = "compatible"
-"""Where features are selected anew, which takes half of a verification; elsewhere as claimed."""
 RECIPE = MINIATURE / "recipe.toml"
 TYPICAL = 2.0
 """Most roundings on average: ONNX Runtime, whose kernels are others than torch's, was seen at 1.6;
@@ -99,8 +97,6 @@ def verified(work: Path, setting: str, folder: str, out: Path, *kinds: str) -> d
     """The report of a verification under a setting."""
     report = out / "report.json"
     more = ["--recipe", str(RECIPE)] if "parity" in kinds else []
-    if more and setting != SELECTS:
-        more.append("--features-as-claimed")
     asked = ["--only", ",".join(kinds), "--json", str(report), *more]
     bakeout(setting, "verify", str(work / folder), *asked, cache=out)
     found: dict[str, Any] = json.loads(report.read_text())

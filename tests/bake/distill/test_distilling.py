@@ -79,7 +79,8 @@ def test_training_brings_the_student_to_its_teachers(
     before = run(world, tmp_path, steps=0, **options).held_out
     after = run(world, tmp_path, steps=40, **options).held_out
     assert after.forget_kl < 0.8 * before.forget_kl
-    assert before.retain_kl == pytest.approx(0, abs=1e-2)  # the base itself, or nearly
+    if not token_noise:
+        assert before.retain_kl == pytest.approx(0, abs=1e-3)  # the base itself
 
 
 def test_a_closed_form_is_a_result_of_its_own(world: Path, tmp_path: Path) -> None:
