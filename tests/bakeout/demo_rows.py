@@ -15,6 +15,7 @@ import pytest
 
 from bake.rounding import BAR
 from verify.audit.audit_report import read_audit
+from verify.audit.audit_words import worst_kept
 
 RUN = Path(__file__).parents[2] / "runs" / "demo"
 
@@ -101,7 +102,8 @@ def test_what_an_audit_brings_back() -> None:
     found = read_audit(RUN / "audit.json")
     checkpoint, merged = found.folders
     assert checkpoint.stripped is not None and checkpoint.stripped.forget["chat"].right >= 116
-    for audit in (checkpoint, merged):
-        assert audit.worst is not None and audit.worst.accuracy <= 0.5
+    assert checkpoint.worst is not None and checkpoint.worst.attack == "strip: delete"
+    for kept in (worst_kept(checkpoint), merged.worst):
+        assert kept is not None and kept.accuracy <= 0.5
     with_base = [sweep.accuracy for sweep in merged.sweeps if "base" in sweep.needs]
     assert max(with_base) >= 0.8  # else nobody looked
