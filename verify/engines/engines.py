@@ -220,6 +220,12 @@ class TreeTurn(Turn):
 
     reads_trees = True
 
+    def width(self) -> int:
+        """See `TreeRunner.width`."""
+        with self.used() as runner:
+            assert isinstance(runner, TreeRunner)
+            return runner.width()
+
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""
         with self.used() as runner:

@@ -117,6 +117,10 @@ class TreeRunner(Protocol):
     reads_trees: bool
     """Whether it does: not where it has to be shown whole sequences."""
 
+    def width(self) -> int:
+        """Of the model's residual stream."""
+        ...
+
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """Next-token logits at the end of each of a tree's sequences.
 
@@ -176,11 +180,14 @@ class HookedRunner(Runner):
     def _hooks(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._oracle is None else self._oracle.applied()
 
+    def width(self) -> int:
+        """See `TreeRunner.width`."""
+        return int(self._model.config.get_text_config().hidden_size)
+
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""
         with self._hooks():
-            width = self._model.config.get_text_config().hidden_size
-            logits: Tensor = forward.tree_logits(self._model, tree.tensors(width))
+            logits: Tensor = forward.tree_logits(self._model, tree.tensors(self.width()))
         return logits
 
 
@@ -277,6 +284,10 @@ class TorchRunner(DecodingRunner):
         _, tensors = self._ask({"op": "go on", "most": str(most)}, **asked)
         found: Tensor = tensors["tokens"]
         return found
+
+    def width(self) -> int:
+        """See `TreeRunner.width`; 0 before something is loaded."""
+        return self._hidden_size
 
     def tree_logits(self, tree: TokenTree) -> Tensor:
         """See `TreeRunner.tree_logits`."""

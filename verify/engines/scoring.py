@@ -15,16 +15,15 @@ from bake.questions.answers import (
 )
 from bake.questions.prompts import Prompt, batches, bos_id, by_question, encoded
 from verify.engines.runners import Runner, TreeRunner
-from verify.engines.token_tree import merge
+from verify.engines.token_tree import TokenTree, merge, work_of_batch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TREE_TOKENS = 2048
 """Most tokens of one tree; larger ones are read in parts."""
-LEAST_SHARED = 0.15
-"""Share of the tokens that a tree must save: attention pays for sequences that see nothing of one
-another, so that one which saves less is slower than batches."""
+LEAST_SAVED = 0.15
+"""Share of the work that trees must save, or batches are read."""
 
 
 def token_ids(texts: Sequence[str], tokenizer: Any) -> list[tuple[int, ...]]:
@@ -44,9 +43,11 @@ def last_logits(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: A
         [sequences, vocab] float32.
     """
     if isinstance(runner, TreeRunner) and runner.reads_trees:
-        whole = sum(len(ids) for ids in sequences)
-        if len(merge(sequences).ids) <= (1 - LEAST_SHARED) * whole:
-            return _through_trees(runner, sequences)
+        width = runner.width()
+        parts = _parts(sequences, merge(sequences), width)
+        plain = work_of_batch([len(ids) for ids in sequences], width)
+        if sum(tree.work(width) for _, tree in parts) <= (1 - LEAST_SAVED) * plain:
+            return _through_trees(runner, parts)
     return _in_batches(runner, sequences, tokenizer)
 
 
@@ -75,22 +76,36 @@ def choices_made(
     return [found[item] for item in range(len(asked))]
 
 
-def _through_trees(runner: TreeRunner, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """One tree; one that is too large is halved, since neighbours share most."""
+Part = tuple[Sequence[Sequence[int]], TokenTree]
+"""Some sequences, and their tree."""
+
+
+def _parts(sequences: Sequence[Sequence[int]], tree: TokenTree, width: int) -> list[Part]:
+    """Sequences in as many trees as are least work: neighbours share most, and in a smaller tree
+    fewer tokens stand beside one another that do not see one another.
+    """
+    if len(sequences) > 1:
+        middle = len(sequences) // 2
+        halves = [(half, merge(half)) for half in (sequences[:middle], sequences[middle:])]
+        less = sum(half.work(width) for _, half in halves) < tree.work(width)
+        if less or len(tree.ids) > TREE_TOKENS:
+            return [part for half in halves for part in _parts(*half, width)]
+    return [(sequences, tree)]
+
+
+def _through_trees(runner: TreeRunner, parts: Sequence[Part]) -> Tensor:
+    """One tree after another, each in halves where memory does not suffice."""
     import torch
 
-    tree = merge(sequences)
-    if len(tree.ids) > TREE_TOKENS and len(sequences) > 1:
-        middle = len(sequences) // 2
-        halves = (sequences[:middle], sequences[middle:])
-        return torch.cat([_through_trees(runner, half) for half in halves])
+    def read(sequences: Sequence[Sequence[int]], tree: TokenTree) -> Tensor:
+        def run(some: slice) -> Tensor:
+            whole = len(sequences[some]) == len(sequences)
+            return runner.tree_logits(tree if whole else merge(sequences[some]))
 
-    def run(some: slice) -> Tensor:
-        whole = len(sequences[some]) == len(sequences)
-        return runner.tree_logits(tree if whole else merge(sequences[some]))
+        each = -(-len(tree.ids) // len(sequences))
+        return joined(in_halves(runner, "reading trees", run, len(sequences), each))
 
-    each = -(-len(tree.ids) // len(sequences))
-    return joined(in_halves(runner, "reading trees", run, len(sequences), each))
+    return torch.cat([read(*part) for part in parts])
 
 
 def _in_batches(runner: Runner, sequences: Sequence[Sequence[int]], tokenizer: Any) -> Tensor:

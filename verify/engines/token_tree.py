@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +21,12 @@ ONE_ROW = 320
 """Most tokens of a tree that is read in one row, where the model is no wider: up to there a second
 forward pass costs more than attention between branches that do not see one another. The wider a
 model, the less of its work is attention."""
+PAIR = 0.35
+"""Work of two tokens that stand in one row, whether they see one another or not, over that of a
+token by itself, in a model one wide."""
+PASS = 2e6
+"""What a forward pass costs beside the work, in tokens by themselves, in a model one wide: calls,
+of which there are as many in any model, and matrices grow with the square of the width."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,7 @@ class TokenTree:
         """
         import torch
 
-        small = len(self.ids) <= max(ONE_ROW, hidden_size)
-        trunk, branches = ([], [list(range(len(self.ids)))]) if small else self._parted()
+        trunk, branches = self._rows(hidden_size)
         last = set(self.ends)
         depth = np.zeros(len(self.ids), dtype=int)
         for node, parent in enumerate(self.parents):
@@ -81,6 +87,20 @@ class TokenTree:
         }
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
+    def work(self, hidden_size: int) -> float:
+        """About how much a model of a width has to do to read it, in tokens by themselves."""
+        trunk, branches = self._rows(hidden_size)
+        width, shared = max(len(branch) for branch in branches), len(trunk)
+        branching = width * len(branches) * (1 + (width + shared) * PAIR / hidden_size)
+        pass_ = PASS / hidden_size**2
+        return pass_ + branching + (work_of_batch([shared], hidden_size) if trunk else 0)
+
+    def _rows(self, hidden_size: int) -> tuple[list[int], list[list[int]]]:
+        """Nodes of the trunk, and of each row."""
+        small = len(self.ids) <= max(ONE_ROW, hidden_size)
+        return ([], [list(range(len(self.ids)))]) if small else self._parted
+
+    @cached_property
     def _parted(self) -> tuple[list[int], list[list[int]]]:
         """Nodes of the trunk, which no sequence ends in; and of each branch, parents first."""
         children: list[list[int]] = [[] for _ in self.ids]
@@ -98,6 +118,12 @@ class TokenTree:
             branch_of.setdefault(node, branch_of.get(self.parents[node], -1))
             branches[branch_of[node]].append(node)
         return trunk, branches
+
+
+def work_of_batch(lengths: Sequence[int], hidden_size: int) -> float:
+    """The same of whole sequences, in one forward pass."""
+    each = (n * (1 + n * PAIR / hidden_size) for n in lengths)
+    return PASS / hidden_size**2 + sum(each)
 
 
 def merge(sequences: Sequence[Sequence[int]]) -> TokenTree:

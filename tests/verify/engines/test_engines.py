@@ -26,6 +26,9 @@ class Loaded(DecodingRunner):
 
     go_on = decoded = tree_logits = read
 
+    def width(self) -> int:
+        return 7
+
 
 class World:
     """Some engines, and which of them are loaded."""
@@ -142,4 +145,5 @@ def test_only_an_engine_that_reads_trees_says_so() -> None:
         stack.callback(room.empty)
         tree = TreeTurn("tree", 1, load, room)
         assert isinstance(tree, TreeRunner) and tree.tree_logits(None) == "tree"  # type: ignore[arg-type]
+        assert tree.width() == 7
         assert not isinstance(Turn("plain", 1, load, room), TreeRunner)

@@ -35,6 +35,7 @@ def test_plain_form_is_one_prompt_after_another(
     tmp_path: Path, tree_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("verify.engines.scoring.TREE_TOKENS", tree_tokens)
+    monkeypatch.setattr("verify.engines.token_tree.PASS", 0.0)  # else trees cost a tiny model more
     tiny_tokenizer(tiny_base(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     letters = letter_tokens(tokenizer)
@@ -62,19 +63,37 @@ def test_plain_form_is_one_prompt_after_another(
     torch.testing.assert_close(*both, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("shared", "trees"), [(0, 0), (2, 0), (12, 1)])
-def test_a_tree_is_read_where_it_saves_enough(shared: int, trees: int) -> None:
-    read: list[str] = []
+START, OTHER = tuple(range(12)), tuple(range(100, 112))
+
+
+@pytest.mark.parametrize(
+    ("starts", "width", "read"),
+    [
+        ([()] * 3, 4096, ["batch"]),
+        ([START[:2]] * 3, 4096, ["batch"]),
+        ([START] * 3, 4096, ["tree"]),
+        ([START] * 3, 64, ["batch"]),  # where attention is most of the work
+        ([START * 9] * 4 + [OTHER * 9] * 4, 1024, ["tree", "tree"]),
+        ([START * 9] * 8, 1024, ["tree"]),
+    ],
+)
+def test_trees_are_read_where_they_save_work(
+    starts: list[tuple[int, ...]], width: int, read: list[str]
+) -> None:
+    done: list[str] = []
 
     class Watched(HookedRunner):
         def read(self, ids: Any, mask: Any, wanted: Any, scored: Any) -> Reading:
             assert not scored.any()
             assert wanted[:, -1].all() and int(wanted.sum()) == len(ids)
-            read.append("batch")
+            done.append("batch")
             return Reading(torch.zeros(len(ids), 9), torch.zeros(0))
 
+        def width(self) -> int:
+            return width
+
         def tree_logits(self, tree: Any) -> torch.Tensor:
-            read.append("tree")
+            done.append("tree")
             return torch.zeros(len(tree.ends), 9)
 
     class Nine:
@@ -83,10 +102,9 @@ def test_a_tree_is_read_where_it_saves_enough(shared: int, trees: int) -> None:
         def __len__(self) -> int:
             return 9
 
-    start = tuple(range(shared))
-    sequences = [(*start, 50 + n, *range(20)) for n in range(3)]
-    assert last_logits(Watched("base", None), sequences, Nine()).shape == (3, 9)
-    assert read == (["tree"] if trees else ["batch"])
+    sequences = [(*start, 50 + n, *range(20)) for n, start in enumerate(starts)]
+    assert last_logits(Watched("base", None), sequences, Nine()).shape == (len(starts), 9)
+    assert done == read
 
 
 def test_choices_of_many_questions_are_made_as_of_one_after_another(tmp_path: Path) -> None:
