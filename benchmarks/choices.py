@@ -1,4 +1,5 @@
-"""Multiple choice: 24 orders as one tree against 24 prompts; plain form against lm-eval's HF model.
+"""Multiple choice: 24 orders as one tree against 24 prompts; each question once, in trees or
+batches as `last_logits` chooses, against either; plain form against lm-eval's HF model.
 
 Each on the shipped miniature with its own questions, and on a random Gemma 2 of gemma-2-2b's
 proportions (depth, width and vocabulary each smaller, the head's share of the work the same) with
@@ -30,6 +31,7 @@ from bake.questions.answers import letter_log_likelihoods, letter_tokens
 from bake.questions.forms import chat_text, plain_text
 from bake.questions.multiple_choice import Question, load_questions
 from bake.questions.orders import ORDERS, in_order
+from bake.questions.prompts import encoded
 from bake.recipe import Recipe
 from bake.sources import QuestionSource
 from bake.stock import load_base, load_tokenizer
@@ -165,6 +167,27 @@ def orders(case: Case, rounds: int) -> None:
     )
 
 
+def once(case: Case, rounds: int) -> None:
+    """Each question in one order."""
+    runner, letters = HookedRunner("base", case.model), letter_tokens(case.tokenizer)
+    batches = HookedRunner("base", case.model)
+    batches.reads_trees = False
+    prompts = [chat_text(question) for question in case.questions]
+    asked = [[2, *ids] for ids in encoded(prompts, case.tokenizer)]
+
+    def by(engine: HookedRunner) -> Callable[[], np.ndarray]:
+        def run() -> np.ndarray:
+            return letter_log_likelihoods(last_logits(engine, asked, case.tokenizer), letters)
+
+        return run
+
+    def one_tree() -> np.ndarray:
+        return letter_log_likelihoods(runner.tree_logits(merge(asked)), letters)
+
+    print(f"  each once: {sum(map(len, asked))} tokens, as one tree {len(merge(asked).ids)}")
+    compared("as chosen", by(runner), {"batches": by(batches), "one tree": one_tree}, rounds)
+
+
 def plain(case: Case, rounds: int) -> None:
     """Plain form against lm-eval's HF model, at the same batch size."""
     from lm_eval.api.instance import Instance
@@ -241,16 +264,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", choices=("orders", "plain"))
+    parser.add_argument("--only", choices=("orders", "once", "plain"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"float32, {options.threads} threads, torch {torch.__version__}")
     for case in cases(options):
         print(f"{case.name}; {len(case.questions)} questions")
-        if options.only != "plain":
-            orders(case, options.rounds)
-        if options.only != "orders":
-            plain(case, options.rounds)
+        for name, run in (("orders", orders), ("once", once), ("plain", plain)):
+            if options.only in (None, name):
+                run(case, options.rounds)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ from export.carriers.carriers import CARRIERS
 from verify.engines.heap import give_back, keep_little
 from verify.engines.onnx_files import Graph
 from verify.engines.onnx_runner import OnnxRunner
-from verify.engines.runners import DecodingRunner, Reading, Runner, TorchRunner, TreeRunner
+from verify.engines.runners import DecodingRunner, Reading, Runner, TorchRunner
+from verify.engines.token_tree import TokenTree, TreeRunner
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from verify.engines.token_tree import TokenTree
 
 LITTLE = 1 << 30
 """Engines that weigh no more together, in bytes, all stay loaded."""

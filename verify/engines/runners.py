@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Self
 
 from bake.errors import FolderError, RanOutError, TooLargeError
 from bake.files.halving import in_halves, joined
@@ -108,26 +108,6 @@ class DecodingRunner(Runner):
         Returns:
             [batch, n_last, vocab], float32 on the CPU.
         """
-
-
-@runtime_checkable
-class TreeRunner(Protocol):
-    """An engine that reads many prompts with a common beginning in one forward pass."""
-
-    reads_trees: bool
-    """Whether it does: not where it has to be shown whole sequences."""
-
-    def width(self) -> int:
-        """Of the model's residual stream."""
-        ...
-
-    def tree_logits(self, tree: TokenTree) -> Tensor:
-        """Next-token logits at the end of each of a tree's sequences.
-
-        Returns:
-            [sequences, vocab], float32 on the CPU.
-        """
-        ...
 
 
 class HookedRunner(Runner):

@@ -14,8 +14,8 @@ from bake.questions.answers import (
     choice_log_likelihoods,
 )
 from bake.questions.prompts import Prompt, batches, bos_id, by_question, encoded
-from verify.engines.runners import Runner, TreeRunner
-from verify.engines.token_tree import TokenTree, merge, work_of_batch
+from verify.engines.runners import Runner
+from verify.engines.token_tree import TokenTree, TreeRunner, merge, work_of_batch
 
 if TYPE_CHECKING:
     from torch import Tensor

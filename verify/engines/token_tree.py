@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -120,8 +120,28 @@ class TokenTree:
         return trunk, branches
 
 
+@runtime_checkable
+class TreeRunner(Protocol):
+    """An engine that reads many prompts with a common beginning in one forward pass."""
+
+    reads_trees: bool
+    """Whether it does: not where it has to be shown whole sequences."""
+
+    def width(self) -> int:
+        """Of the model's residual stream."""
+        ...
+
+    def tree_logits(self, tree: TokenTree) -> Tensor:
+        """Next-token logits at the end of each of a tree's sequences.
+
+        Returns:
+            [sequences, vocab], float32 on the CPU.
+        """
+        ...
+
+
 def work_of_batch(lengths: Sequence[int], hidden_size: int) -> float:
-    """The same of whole sequences, in one forward pass."""
+    """About how much whole sequences are in one forward pass, as `TokenTree.work` counts."""
     each = (n * (1 + n * PAIR / hidden_size) for n in lengths)
     return PASS / hidden_size**2 + sum(each)
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from verify.engines.engines import Room, TreeTurn, Turn, used
-from verify.engines.runners import DecodingRunner, TreeRunner
+from verify.engines.runners import DecodingRunner
+from verify.engines.token_tree import TreeRunner
 
 
 class Loaded(DecodingRunner):

@@ -13,8 +13,8 @@ from bake.recipe import Recipe
 from bake.stock import load_base
 from tests.engines import PlainOnly
 from tests.worlds import KINDS, save_sae_lens, tiny_base, tiny_sae
-from verify.engines.runners import HookedRunner, Runner, TorchRunner, TreeRunner
-from verify.engines.token_tree import TokenTree, merge
+from verify.engines.runners import HookedRunner, Runner, TorchRunner
+from verify.engines.token_tree import TokenTree, TreeRunner, merge
 from verify.reference.oracle import Oracle
 from verify.reference.whole_sae import load_sites
 
