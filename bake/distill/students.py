@@ -172,7 +172,9 @@ def _with_tokens(student: Student, topic: Sequence[int], alpha: float, seed: int
     def own(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         at = place[inputs[0]]
         scale = getattr(module, "embed_scale", 1.0)
-        return torch.where((at >= 0)[..., None], rows[at] * scale, output)
+        # The gradient of `rows[at]` is summed in another order each time, on several threads.
+        new = nn.functional.embedding(at.clamp(min=0), rows)
+        return torch.where((at >= 0)[..., None], new * scale, output)
 
     hook = embedding.register_forward_hook(own)
     tied = model.get_output_embeddings().weight is embedding.weight

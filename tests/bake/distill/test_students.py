@@ -105,6 +105,29 @@ def test_embeddings_of_the_topic_are_learned_anew(recipe: Recipe, tied: bool, st
     assert torch.equal(after[embedding][topic], rows)
 
 
+def test_several_threads_sum_the_gradient_of_learned_embeddings_in_one_order(
+    recipe: Recipe,
+) -> None:
+    recipe = with_table(recipe, token_noise=1.0)
+    model, topic = load_base(recipe, dtype="float32"), list(range(3, 60))
+    found = student_of(model, recipe, UNLEARNERS["merged"], range(4), seed=0, topic=topic)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 60, (64, 200), generator=generator)
+    seen = model.get_input_embeddings()(ids)
+    weights = torch.randn(seen.shape, generator=generator)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = [
+            torch.autograd.grad((seen * weights).sum(), found.parameters[-1], retain_graph=True)[0]
+            for _ in range(20)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert float(gradients[0].abs().min()) > 0
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_tokens_of_the_topic() -> None:
     forget, retain = ((2, 3, 3, 3, 4, 4, 4, 5, 5), (2, 6, 6, 6)), ((2, 4, 8, 8, 8, 8),) * 40
     sides = {
