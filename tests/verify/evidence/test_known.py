@@ -89,7 +89,8 @@ def test_orders_score_as_separate_prompts(
     world: World, tree_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("verify.engines.scoring.TREE_TOKENS", tree_tokens)
-    monkeypatch.setattr("verify.engines.token_tree.PASS", 0.0)  # else trees cost a tiny model more
+    for cost in ("PASS", "PAIR"):  # which cost a tiny model more than a tree saves
+        monkeypatch.setattr(f"verify.engines.token_tree.{cost}", 0.0)
     scored: dict[str, np.ndarray] = {}
     for runner in (world.base, world.reference, PlainOnly(world.reference)):
         found = [
