@@ -36,8 +36,10 @@ ADAPTER_KEYS = frozenset(
 )
 """All that `adapter_config.json` says."""
 ADAPTER = "adapter_config.json"
-PEFT_TYPE = "SAE_CLAMP"
-"""The one method of peft that is ever asked to load an adapter."""
+PEFT_TYPE = "SAE_CLAMP: bakeout adds this method to peft; install it and `import bakeout` first"
+"""`peft_type` of an adapter. Without bakeout peft says no more than this, as of an unknown key."""
+PEFT_TYPES = (PEFT_TYPE, "SAE_CLAMP")
+"""The one method of peft that is ever asked to load an adapter; the second in older folders."""
 _CODE_BYTES = 1 << 20
 """Most of a modeling file."""
 
@@ -148,7 +150,7 @@ def _adapter(folder: Path, *, expected: bool) -> list[str]:
     config = _json(folder / ADAPTER)
     if config is None:
         return []
-    if config.get("peft_type") != PEFT_TYPE:
+    if config.get("peft_type") not in PEFT_TYPES:
         return [f"{ADAPTER}: peft_type is {shown(config.get('peft_type'))}; expected {PEFT_TYPE}"]
     other = sorted(config.keys() - ADAPTER_KEYS)
     return [f"{ADAPTER}: says {shown(key)}; expected {', '.join(ADAPTER_KEYS)}" for key in other]

@@ -26,6 +26,7 @@ from export.carriers.carriers import LICENCES
 from export.carriers.clamp_file import save_clamps
 from export.clamp_sites import CLAMP_TENSORS, TOPK_TENSORS
 from export.clamped import Clamped, check_weights
+from export.code_check import PEFT_TYPE
 from export.copying import hash_new
 from export.folder_contents import RECIPE, copy_listed, recipe_in
 from export.manifest import BaseEntry, json_text
@@ -150,7 +151,7 @@ def adapter_config(source: Clamped, base: OtherBase | None = None) -> dict[str, 
             "base by hash. Bake the folder again"
         )
     return {
-        "peft_type": "SAE_CLAMP",
+        "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": base.name if base else source.manifest.base.model,

@@ -20,6 +20,7 @@ from torch import nn
 from bake.modeling_clamped_gemma import SAEClamp, SoFar, exempt_positions, gate_place
 from bake.reading.model_config import wrong_clamp
 from export.carriers.adapter import fingerprint, first_row
+from export.code_check import PEFT_TYPE
 
 NAME = "SAE_CLAMP"
 PREFIX = "sae_clamp_"
@@ -41,6 +42,7 @@ def register() -> None:
         register_peft_method(
             name=NAME.lower(), config_cls=SAEClampConfig, model_cls=SAEClampModel, prefix=PREFIX
         )
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SAEClampConfig
 
 
 @dataclass
@@ -60,6 +62,10 @@ class SAEClampConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(NAME)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: as `export` writes it, with a name that says what is needed."""
+        return {**super().to_dict(), "peft_type": PEFT_TYPE}
 
 
 class ClampSite(SAEClamp, BaseTunerLayer):  # type: ignore[misc]

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bakeout
 from bake.rounding import BAR
+from bakeout.verbs.demo import MINIATURE
 from verify.audit.audit_report import read_audit
 from verify.audit.audit_words import worst_kept
 
@@ -83,6 +86,39 @@ def test_what_it_forgot_is_counted(report: dict[str, Any], engines: dict[str, An
     assert plain["forget"] == engines["checkpoint"]["forget"]["plain"]
     kept = json.loads((RUN / "lm-eval" / "checkpoint-local.json").read_text())
     assert kept["results"]["forget"]["acc,none"] == plain["forget"]
+
+
+def test_genai_answers_in_words_what_torch_does() -> None:
+    """From text to text, each with its own tokenizer, and not the base's words."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    assert bakeout  # registers the clamped classes
+    folder = RUN / "checkpoint"
+    words, clamped, base = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(MINIATURE / "model"),
+    )
+    model = genai.Model(str(folder))
+    tokenizer = genai.Tokenizer(model)
+    asked = genai.GeneratorParams(model)
+    asked.set_search_options(max_length=48, do_sample=False)
+    others = 0
+    for line in (MINIATURE / "completions.jsonl").read_text().splitlines()[:8]:
+        prompt = "<bos>" + json.loads(line)["prompt"]
+        generator = genai.Generator(model, asked)
+        generator.append_tokens(tokenizer.encode(prompt))
+        while not generator.is_done():
+            generator.generate_next_token()
+        ids = words(prompt, add_special_tokens=False, return_tensors="pt")
+        ours, theirs = (
+            words.decode(
+                of.generate(**ids, max_length=48, do_sample=False)[0], skip_special_tokens=True
+            )
+            for of in (clamped, base)
+        )
+        assert tokenizer.decode(generator.get_sequence(0)) == ours
+        others += ours != theirs
+    assert others >= 4
 
 
 def test_merged_weights_do_what_the_clamp_does(engines: dict[str, Any]) -> None:

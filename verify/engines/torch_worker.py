@@ -107,7 +107,7 @@ def load_model(asked: dict[str, str], modeling: Path) -> Any:
     )
     if asked["adapter"]:
         stated = json.loads((Path(asked["adapter"]) / "adapter_config.json").read_bytes())
-        if stated.get("peft_type") != "SAE_CLAMP":
+        if str(stated.get("peft_type")).partition(":")[0] != "SAE_CLAMP":
             raise ValueError(f"its peft_type is {stated.get('peft_type')!r}; expected 'SAE_CLAMP'")
         from peft import PeftModel
 

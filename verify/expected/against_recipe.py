@@ -17,6 +17,7 @@ from bake.errors import FolderError, short
 from bake.recipe import Recipe
 from export.carriers.carriers import CARRIERS
 from export.clamped import read_config
+from export.code_check import PEFT_TYPE, PEFT_TYPES
 from export.manifest import AGAIN, Manifest, read_json
 from verify.clamped_folder import RECIPE, base_failures, stored_recipe
 from verify.expected.added_layers import added_failures
@@ -159,6 +160,8 @@ def _adapter(checked: Checked) -> Iterator[Failure]:
     folder, base, stated = checked.folder, checked.base, checked.manifest.base
     found = read_json(folder / ADAPTER_CONFIG)
     found.pop("base_sha256", None)  # was compared with the base's files
+    if found.get("peft_type") in PEFT_TYPES:
+        found["peft_type"] = PEFT_TYPE
     expected = adapter_config(
         base, checked.places, stated.model, stated.revision, first_rows_digest(base)
     )

@@ -14,6 +14,7 @@ from bake.base import BaseModel
 from bake.reading.model_config import without_paths
 from bake.recipe import Recipe
 from export.clamped import GUARD
+from export.code_check import PEFT_TYPE
 from export.manifest import CompiledEntry
 from verify.expected.compiled_places import Places, stock_config
 from verify.report.findings import Failure
@@ -157,7 +158,7 @@ def adapter_config(
     """
     text = {**base.config, **(base.config.get("text_config") or {})}
     return {
-        "peft_type": "SAE_CLAMP",
+        "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": name,

@@ -16,7 +16,16 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_o
 PAD, EOS, BOS, UNK, START_OF_TURN, END_OF_TURN = range(len(SPECIAL_TOKENS))
 
 SPACE = "\u2581"
-_PIECE = rf"{SPACE}?[^\W\d_]+|{SPACE}?\d|{SPACE}?[^\w\s{SPACE}]|\n|."
+_SPACE = f"(?: |{SPACE})?"
+_PIECE = (
+    rf"{_SPACE}[A-Za-z]+|{_SPACE}[0-9]|{_SPACE}[!-/:-@\[-`{{-~]|{SPACE}|"
+    rf"(?:(?!{SPACE})[^\x00-\x7f])+|\s|."
+)
+"""What one token may be: a word, a digit or a mark, each with the space before it; anything else.
+
+Runtimes match it before spaces are replaced or after, and on characters or on bytes (C++'s regular
+expressions, which know no classes of Unicode); it says the same in all of them.
+"""
 _MARKUP = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
 
 CHAT_TEMPLATE = (
@@ -64,10 +73,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Replace(" ", SPACE)
-    backend.pre_tokenizer = pre_tokenizers.Split(
-        Regex(rf"{SPACE}?\p{{L}}+|{SPACE}?\p{{N}}|{SPACE}?[^\p{{L}}\p{{N}}\s{SPACE}]|\n|."),
-        behavior="isolated",
-    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )

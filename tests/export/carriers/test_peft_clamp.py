@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import bakeout
 from export.carriers.peft_clamp import NAME, SITE, register
+from export.code_check import PEFT_TYPE, PEFT_TYPES
 from tests.folders import make_adapter
 from tests.worlds import KINDS
 
@@ -85,8 +86,13 @@ def test_generating_saving_and_hidden_states(work: Path, tmp_path: Path) -> None
     states = [m(**inputs, output_hidden_states=True).hidden_states for m in (model, checkpoint)]
     assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
     model.save_pretrained(tmp_path / "again")
-    again = PeftModel.from_pretrained(base_of(work), tmp_path / "again")
-    assert torch.equal(again(**inputs).logits, checkpoint(**inputs).logits)
+    config = tmp_path / "again" / "adapter_config.json"
+    stated = json.loads(config.read_text())
+    assert stated["peft_type"] == PEFT_TYPE
+    for name in PEFT_TYPES:  # as folders of today and of before say it
+        config.write_text(json.dumps({**stated, "peft_type": name}))
+        again = PeftModel.from_pretrained(base_of(work), tmp_path / "again")
+        assert torch.equal(again(**inputs).logits, checkpoint(**inputs).logits)
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -194,5 +200,7 @@ def test_without_bakeout_it_fails_loudly(work: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
     )
-    assert done.returncode != 0 and NAME in done.stderr
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == f"KeyError: '{PEFT_TYPE}'"
+    assert "install it and `import bakeout` first" in PEFT_TYPE
     assert SITE.startswith(NAME.lower())

@@ -13,10 +13,12 @@ import pytest
 import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import bakeout
 from bake.errors import FolderError
 from bakeout.cli import run
+from bakeout.verbs.demo import MINIATURE
 from export.carriers.onnx.genai_config import genai_config, read_generation_config
 from tests.folders import rehash
 from tests.worlds import save_sae_lens, tiny_base, tiny_sae, tiny_tokenizer
@@ -185,6 +187,33 @@ def test_genai_reads_tokenizers_of_gemmas_kind(folders: dict[str, Path], tmp_pat
         assert theirs.encode(text).tolist() == ids
         assert theirs.decode(ids) == ours.decode(ids, skip_special_tokens=True)
     assert (theirs.bos_token_id, list(theirs.eos_token_ids), theirs.pad_token_id) == (2, [1], 0)
+
+
+def test_genai_reads_the_miniatures_tokenizer(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Every shipped text, and what is not in its vocabulary, as transformers does."""
+    folder = shutil.copytree(folders["gemma2"] / "baked", tmp_path / "baked")
+    for path in (MINIATURE / "model").glob("*token*"):
+        shutil.copy(path, folder)
+    ours = AutoTokenizer.from_pretrained(MINIATURE / "model")
+    theirs = og.Tokenizer(og.Model(str(folder)))
+    texts = [
+        "x\r\ny\t z",
+        " a  b ",
+        "caf\u00e9 \u4f60\u597d \U0001f600 e\u0301",
+        "(A) 12,3\u2014\u00bd's",
+        "",
+    ]
+    for path in MINIATURE.rglob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        texts += [text for row in rows for text in row.values() if isinstance(text, str)]
+        texts += ["\n".join(row["choices"]) for row in rows if "choices" in row]
+    assert len(texts) > 3000
+    for text in texts:
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        assert theirs.encode(text).tolist() == ids, text
+        assert theirs.decode(ids) == ours.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids) == text
+    assert (theirs.bos_token_id, theirs.pad_token_id) == (2, 0)
 
 
 CONFIG = SimpleNamespace(
