@@ -24,7 +24,7 @@ gemma: setup  # GEMMA_AUDIT=1: attacked too, which takes long
 	$(BIN)/bakeout demo --gemma --out runs/gemma
 
 test: setup .venv/serving/ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 .venv/serving/ready: tests/serving/engines.txt .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps --only-binary=:all: --upgrade --target .venv/serving \

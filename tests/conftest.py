@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,22 @@ import pytest
 import tomli_w
 import torch
 
+from tests.kept_workers import end_all, kept_runner
+
 if TYPE_CHECKING:
     from tests.worlds import RecipeWriter
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.defects", "tests.reports")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def keep_workers() -> Iterator[None]:
+    """Confined processes serve one test after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("verify.engines.engines.TorchRunner", kept_runner)
+        yield
+    end_all()
 
 
 @pytest.fixture

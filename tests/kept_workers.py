@@ -1,0 +1,56 @@
+"""Confined processes that are kept from one test to the next: each takes seconds to import torch.
+
+What a test asks of a folder is asked of a process of its own, as outside of tests, but one that may
+have served another folder before and let go of it. Tests of these processes themselves
+(`tests/verify/engines/test_runners.py`) start their own.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bake.strangers import confined
+from verify.engines.runners import TorchRunner
+
+Key = tuple[Any, ...]
+"""What a process was started with."""
+_idle: defaultdict[Key, list[KeptRunner]] = defaultdict(list)
+
+
+class KeptRunner(TorchRunner):
+    """Left without an error, it is there for the next folder."""
+
+    _key: Key
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._process.poll() is None:
+            self.drop()
+            _idle[self._key].append(self)
+        else:
+            super().__exit__(kind)
+
+
+def kept_runner(folder: Path, name: str = "checkpoint", needs: str | None = None) -> KeptRunner:
+    """In place of `TorchRunner`: one that is idle, or a new one."""
+    settings = sorted(confined.environment(Path()).items())
+    key = (os.getpid(), tempfile.gettempdir(), needs, *settings)
+    while _idle[key]:
+        runner = _idle[key].pop()
+        if runner._process.poll() is None:
+            runner.name, runner._folder, runner._hidden_size = name, folder, 0
+            return runner
+        runner.close()
+    runner = KeptRunner(folder, name, needs)
+    runner._key = key
+    return runner
+
+
+def end_all() -> None:
+    """End what is idle."""
+    for runners in _idle.values():
+        while runners:
+            runners.pop().close()
