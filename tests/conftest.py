@@ -17,7 +17,7 @@ import pytest
 import tomli_w
 import torch
 
-from tests.kept_workers import end_all, kept_runner
+from tests.verify.engines.kept_workers import end_all, kept_runner
 
 if TYPE_CHECKING:
     from tests.worlds import RecipeWriter

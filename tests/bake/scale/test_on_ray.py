@@ -27,6 +27,7 @@ from bake.search.sweep import run_sweep
 from bakeout.cli import run
 from bakeout.pages.sweep_view import sweep_dict
 from tests.bake.scale.counted import BATCH, InProcess, assert_all_same
+from tests.bake.scale.mortal import Broken, Mortal
 from tests.bake.swept import AXES, without_times
 
 pytestmark = pytest.mark.long
@@ -170,28 +171,6 @@ def test_workers_of_another_version_are_refused(
     with pytest.raises(ScaleError, match=expected), cluster(two_nodes.address) as crew:
         measure(Recipe.load(counted_recipe), cache=tmp_path / "cache", crew=crew)
     two_nodes.remove_node(other)
-
-
-class Mortal:
-    """A worker that some items kill."""
-
-    def about(self) -> dict[str, str]:
-        return about_here()
-
-    def halved(self, n: int) -> int:
-        if n == 7:
-            os._exit(1)
-        return n // 2
-
-
-class Broken:
-    """A worker that cannot be made."""
-
-    def __init__(self) -> None:
-        raise OSError("no such library")
-
-    def about(self) -> dict[str, str]:
-        raise AssertionError
 
 
 def test_what_kills_every_worker_is_given_up_and_so_are_workers_that_do_not_start(
