@@ -22,12 +22,19 @@ _idle: defaultdict[Key, list[KeptRunner]] = defaultdict(list)
 
 
 class KeptRunner(TorchRunner):
-    """Left without an error, it is there for the next folder."""
+    """Left with nothing unanswered and no request that failed, it is there for the next folder."""
 
     _key: Key
+    _sound = True
+
+    def _ask(self, words: dict[str, str], **tensors: Any) -> tuple[dict[str, str], Any]:
+        self._sound = False
+        answer = super()._ask(words, **tensors)
+        self._sound = True
+        return answer
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._process.poll() is None:
+        if self._sound and self._process.poll() is None:
             self.drop()
             _idle[self._key].append(self)
         else:
