@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.strangers import confined
+from verify.engines import runners
 from verify.engines.runners import TorchRunner
 
 Key = tuple[Any, ...]
@@ -44,7 +45,8 @@ class KeptRunner(TorchRunner):
 def kept_runner(folder: Path, name: str = "checkpoint", needs: str | None = None) -> KeptRunner:
     """In place of `TorchRunner`: one that is idle, or a new one."""
     settings = sorted(confined.environment(Path()).items())
-    key = (os.getpid(), tempfile.gettempdir(), needs, *settings)
+    code = runners.MODELING.read_bytes()
+    key = (os.getpid(), tempfile.gettempdir(), code, needs, *settings)
     while _idle[key]:
         runner = _idle[key].pop()
         if runner._process.poll() is None:
@@ -58,6 +60,8 @@ def kept_runner(folder: Path, name: str = "checkpoint", needs: str | None = None
 
 def end_all() -> None:
     """End what is idle."""
-    for runners in _idle.values():
-        while runners:
-            runners.pop().close()
+    for kept in _idle.values():
+        for runner in kept:
+            runner._process.kill()
+            runner.close()
+        kept.clear()
