@@ -151,7 +151,8 @@ def _adapter(folder: Path, *, expected: bool) -> list[str]:
     if config is None:
         return []
     if config.get("peft_type") not in PEFT_TYPES:
-        return [f"{ADAPTER}: peft_type is {shown(config.get('peft_type'))}; expected {PEFT_TYPE}"]
+        said = shown(config.get("peft_type"))
+        return [f"{ADAPTER}: peft_type is {said}; expected {PEFT_TYPES[-1]}"]
     other = sorted(config.keys() - ADAPTER_KEYS)
     return [f"{ADAPTER}: says {shown(key)}; expected {', '.join(ADAPTER_KEYS)}" for key in other]
 

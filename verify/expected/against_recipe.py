@@ -160,7 +160,7 @@ def _adapter(checked: Checked) -> Iterator[Failure]:
     folder, base, stated = checked.folder, checked.base, checked.manifest.base
     found = read_json(folder / ADAPTER_CONFIG)
     found.pop("base_sha256", None)  # was compared with the base's files
-    if found.get("peft_type") in PEFT_TYPES:
+    if found.get("peft_type") in PEFT_TYPES:  # any of them loads it
         found["peft_type"] = PEFT_TYPE
     expected = adapter_config(
         base, checked.places, stated.model, stated.revision, first_rows_digest(base)

@@ -27,6 +27,7 @@ from export.carriers.compiled.compiled_files import LAYERS_SHARD
 from export.carriers.onnx.onnx_folder import export_onnx
 from export.carriers.onnx.precisions import PRECISIONS
 from export.clamped import GUARD
+from export.code_check import PEFT_TYPES
 from tests.defects import (
     REFUSAL_TABLE,
     bake_tables,
@@ -578,6 +579,18 @@ def test_a_sound_folder_is_what_its_recipe_makes(work: Path, carrier: str) -> No
     report = verify_folder(work / carrier, Recipe.load(work / "layer.toml"), ONLY)
     assert report.verdict == "pass", report.failures
     assert verify_folder(work / carrier, only=ONLY).verdict == "pass"
+
+
+def test_an_adapter_of_before_is_too(work: Path, tmp_path: Path) -> None:
+    """Its method had no name yet that says what is needed."""
+    folder = shutil.copytree(work / "adapter", tmp_path / "adapter")
+    in_json("adapter_config.json", lambda config: config.update(peft_type=PEFT_TYPES[-1]))(folder)
+    report = verify_folder(folder, Recipe.load(work / "layer.toml"), ONLY)
+    assert report.verdict == "pass", report.failures
+    in_json("adapter_config.json", lambda config: config.update(peft_type="LORA"))(folder)
+    report = verify_folder(folder, Recipe.load(work / "layer.toml"), ONLY)
+    (failure,) = report.failures
+    assert failure.what == "adapter_config.json: peft_type is 'LORA'; expected SAE_CLAMP"
 
 
 CONTRADICTORY = [
