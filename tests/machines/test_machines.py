@@ -90,7 +90,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
             for setting, name, carriers in (
                 ("as it is", "checkpoint", {"compiled": "compiled", "adapter": "adapter"}),
                 ("compatible", "elsewhere", {"compiled": "compiled-elsewhere"}),
-            ):  # its own trial holds there, too
+            ):  # a compiled folder's own trial holds there, too
                 out = str(root / name)
                 bakeout(
                     setting,

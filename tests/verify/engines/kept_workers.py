@@ -46,7 +46,7 @@ def kept_runner(folder: Path, name: str = "checkpoint", needs: str | None = None
     """In place of `TorchRunner`: one that is idle, or a new one."""
     settings = sorted(confined.environment(Path()).items())
     code = runners.MODELING.read_bytes()
-    key = (os.getpid(), tempfile.gettempdir(), code, needs, *settings)
+    key = (os.getpid(), tempfile.gettempdir(), runners.MODELING, code, needs, *settings)
     while _idle[key]:
         runner = _idle[key].pop()
         if runner._process.poll() is None:
